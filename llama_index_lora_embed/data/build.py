@@ -1,0 +1,171 @@
+"""From nodes and question makers to a dataset, with a count of everything left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_index.core.schema import BaseNode, MetadataMode
+
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
+from llama_index_lora_embed.data.questions import InverseClozeMaker, QuestionMaker, TitleMaker, embed_text
+from llama_index_lora_embed.errors import ConfigError, DatasetError
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What became of the nodes.
+
+    Attributes:
+        nodes: Nodes given.
+        passages: Passages in the dataset.
+        questions: Questions kept, by maker.
+        skipped: Nodes and questions left out, by reason.
+    """
+
+    nodes: int
+    passages: int
+    questions: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def default_makers() -> list[QuestionMaker]:
+    """The makers that need neither labels nor an LLM."""
+    return [TitleMaker(), InverseClozeMaker()]
+
+
+def dataset_from_nodes(
+    nodes: Sequence[BaseNode],
+    makers: Iterable[QuestionMaker] | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[EmbeddingQAFinetuneDataset, BuildReport]:
+    """Make a dataset from nodes.
+
+    Args:
+        nodes: LlamaIndex nodes. Those without text (images, say) are counted and left out; those whose text
+            another node has already stay in the corpus, but no questions are made about them.
+        makers: Question makers, each run over all nodes; None runs `TitleMaker` and `InverseClozeMaker`.
+        seed: Given to every maker.
+
+    Returns:
+        The dataset, whose corpus is the nodes' texts as indexing embeds them, and the report.
+
+    Raises:
+        ConfigError: `nodes` is not a sequence of nodes, or a maker lacks `name` or `make`.
+        DatasetError: Two different nodes share an id, no node has text, or no maker found a question.
+    """
+    makers = default_makers() if makers is None else list(makers)
+    _check_arguments(nodes, makers)
+    corpus: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    skipped: Counter[str] = Counter()
+    usable: list[BaseNode] = []
+    seen_texts: set[str] = set()
+    for node in nodes:
+        text = embed_text(node)
+        if not node.get_content(metadata_mode=MetadataMode.NONE).strip():
+            skipped["node without text"] += 1
+            continue
+        if node.node_id in corpus:
+            if corpus[node.node_id] != text:
+                raise DatasetError(
+                    f"two nodes with different texts under the id {node.node_id!r}",
+                    "one id for each node",
+                    "Give each node its own id_, or leave it to LlamaIndex.",
+                )
+            skipped["same node twice"] += 1
+            continue
+        corpus[node.node_id] = text
+        sources[node.node_id] = node.ref_doc_id or node.node_id
+        if (key := normalise(text)) in seen_texts:
+            skipped["node with another node's text"] += 1  # a question about it would have two answers
+            continue
+        seen_texts.add(key)
+        usable.append(node)
+    if not corpus:
+        raise DatasetError(
+            f"{len(nodes)} node(s), none of them with text",
+            "nodes with text",
+            "Check the reader and the node parser that made them.",
+        )
+    dataset = EmbeddingQAFinetuneDataset(
+        queries={},
+        corpus=corpus,
+        relevant_docs={},
+        source_documents=sources,
+        query_origins={},
+        training_passages={},
+    )
+    made = _add_questions(dataset, usable, makers, seed, skipped)
+    if not dataset.queries:
+        names = ", ".join(maker.name for maker in makers)
+        raise DatasetError(
+            f"no question from {len(usable)} node(s) by {names or 'no maker at all'}",
+            "at least one",
+            "Pass other makers, or nodes with a title or with two sentences or more.",
+        )
+    return dataset, BuildReport(len(nodes), len(corpus), dict(made), dict(skipped))
+
+
+def _add_questions(
+    dataset: EmbeddingQAFinetuneDataset,
+    nodes: list[BaseNode],
+    makers: list[QuestionMaker],
+    seed: int,
+    skipped: Counter[str],
+) -> Counter[str]:
+    """Add what the makers find to the dataset; returns the number kept by maker."""
+    assert dataset.query_origins is not None
+    assert dataset.training_passages is not None
+    made: Counter[str] = Counter()
+    asked: set[tuple[str, str]] = set()
+    for maker in makers:
+        for question in maker.make(nodes, seed=seed):
+            text = question.text.strip()
+            if not text or question.node_id not in dataset.corpus:
+                skipped["question empty or about no node"] += 1
+                continue
+            if (normalise(text), question.node_id) in asked:
+                skipped["question asked twice of a node"] += 1
+                continue
+            passage = question.passage if question.passage is not None else dataset.corpus[question.node_id]
+            if not passage.strip():
+                skipped["question with an empty passage"] += 1
+                continue
+            asked.add((normalise(text), question.node_id))
+            # an id made from the content: the same question gets the same id in every run
+            query_id = hashlib.sha256(f"{question.maker}\0{question.node_id}\0{text}".encode()).hexdigest()[:16]
+            dataset.queries[query_id] = text
+            dataset.relevant_docs[query_id] = [question.node_id]
+            dataset.query_origins[query_id] = question.maker
+            if passage != dataset.corpus[question.node_id]:
+                dataset.training_passages[query_id] = passage
+            made[question.maker] += 1
+    return made
+
+
+def _check_arguments(nodes: Any, makers: list[Any]) -> None:
+    problems: list[str] = []
+    if isinstance(nodes, (str, bytes)) or not isinstance(nodes, Sequence):
+        problems.append(f"nodes of type {type(nodes).__name__}: expected a list of LlamaIndex nodes")
+    else:
+        wrong = [i for i, node in enumerate(nodes) if not isinstance(node, BaseNode)]
+        if wrong:
+            kind = type(nodes[wrong[0]]).__name__
+            problems.append(f"nodes[{wrong[0]}] of type {kind} ({len(wrong)} such): expected a LlamaIndex node")
+    problems += [
+        f"makers[{i}] of type {type(maker).__name__}: expected an object with .name and .make(nodes, seed=...)"
+        for i, maker in enumerate(makers)
+        if not isinstance(maker, QuestionMaker)
+    ]
+    if problems:
+        raise ConfigError(
+            f"{len(problems)} unusable argument(s)",
+            "nodes and question makers",
+            "Documents become nodes with SentenceSplitter().get_nodes_from_documents(documents).",
+            problems,
+        )

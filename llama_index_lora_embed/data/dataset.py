@@ -1,0 +1,252 @@
+"""The dataset: questions, passages, and which answers which. Its JSON is a contract."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.bridge.pydantic import BaseModel, Field, ValidationError
+
+from llama_index_lora_embed.errors import DatasetError
+
+PEOPLE = "people"
+"""Origin of a question that a person asked."""
+
+
+class EmbeddingQAFinetuneDataset(BaseModel):
+    """Questions and the passages that answer them.
+
+    The first four fields, and the JSON file of `save_json`, are those of llama-index-finetuning's class of
+    the same name; each reads the other's files. The rest is optional and ignored by older readers.
+
+    Attributes:
+        queries: Query id to text.
+        corpus: Passage id to text, as indexing embeds it (`MetadataMode.EMBED`).
+        relevant_docs: Query id to the ids of the passages that answer it.
+        mode: Always "text"; kept for older readers.
+        source_documents: Passage id to the id of the document it was cut from; splits keep these together.
+        query_origins: Query id to how the question was made ("title", "inverse_cloze", "people", ...).
+        training_passages: Query id to the text it is trained against where that differs from the corpus
+            (inverse cloze takes the sentence out). Retrieval is always judged on the corpus.
+        hard_negatives: Query id to ids of passages that look right and are not.
+
+    Raises:
+        DatasetError: A field has the wrong type; every place is named.
+    """
+
+    queries: dict[str, str]
+    corpus: dict[str, str]
+    relevant_docs: dict[str, list[str]]
+    mode: str = "text"
+    source_documents: dict[str, str] | None = Field(default=None)
+    query_origins: dict[str, str] | None = Field(default=None)
+    training_passages: dict[str, str] | None = Field(default=None)
+    hard_negatives: dict[str, list[str]] | None = Field(default=None)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            problems = [
+                f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].lower()}, got {item['input']!r:.80}"
+                for item in error.errors()
+            ]
+            raise DatasetError(
+                f"{len(problems)} value(s) of a wrong type",
+                "queries and corpus as {id: text}, relevant_docs as {query id: [passage id, ...]}",
+                "Correct these entries:",
+                problems,
+            ) from error
+
+    @property
+    def query_docid_pairs(self) -> list[tuple[str, list[str]]]:
+        """(query text, ids of its relevant passages), in the order of `queries`."""
+        return [(query, self.relevant_docs[query_id]) for query_id, query in self.queries.items()]
+
+    @classmethod
+    def coerce(cls, dataset: Any, name: str = "dataset") -> EmbeddingQAFinetuneDataset:
+        """This class from itself, from llama-index-finetuning's, from a mapping or from a path to its JSON.
+
+        Raises:
+            DatasetError: It is none of these.
+        """
+        if isinstance(dataset, cls):
+            return dataset
+        if isinstance(dataset, (str, os.PathLike)):
+            return cls.from_json(dataset)
+        if isinstance(dataset, Mapping):
+            return cls(**dataset)
+        if all(hasattr(dataset, field) for field in ("queries", "corpus", "relevant_docs")):
+            return cls(**{field: getattr(dataset, field) for field in cls.model_fields if hasattr(dataset, field)})
+        raise DatasetError(
+            f"{name} of type {type(dataset).__name__}",
+            "an EmbeddingQAFinetuneDataset, a mapping with its fields, or the path of its JSON file",
+            "Nodes become a dataset with LoraFinetuneEngine.from_nodes(nodes, ...).",
+        )
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> EmbeddingQAFinetuneDataset:
+        """Read a dataset file, ours or llama-index-finetuning's (UTF-8).
+
+        Raises:
+            DatasetError: The file is missing, is not JSON, or holds something else.
+        """
+        mend = "Write one with dataset.save_json(path), or check the path."
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DatasetError(
+                f"{str(path)!r}, which cannot be read: {error}", "a dataset's JSON file", mend
+            ) from error
+        if not isinstance(data, dict):
+            raise DatasetError(f"JSON of type {type(data).__name__} in {str(path)!r}", "a JSON object", mend)
+        return cls(**data)
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the dataset; a reader sees the old file or the new one, never half of it."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, staging = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(self.model_dump(exclude_none=True), file, indent=4)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(staging, 0o666 & ~umask)  # mkstemp's 0600 would surprise whoever shares the file
+            os.replace(staging, target)
+        except BaseException:
+            Path(staging).unlink(missing_ok=True)
+            raise
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over all fields; the same content gives the same digest in any order of keys."""
+        text = json.dumps(self.model_dump(exclude_none=True), sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def origins(self) -> dict[str, int]:
+        """How many questions were made in which way; "unknown" where the dataset does not say."""
+        counts: dict[str, int] = defaultdict(int)
+        for query_id in self.queries:
+            counts[(self.query_origins or {}).get(query_id, "unknown")] += 1
+        return dict(sorted(counts.items()))
+
+    def source_of(self, passage_id: str) -> str:
+        """Id of the document a passage comes from; its own id where none is recorded."""
+        return (self.source_documents or {}).get(passage_id, passage_id)
+
+    def problems(self) -> list[str]:
+        """One line for each thing that would crash or spoil training: every id is named."""
+        found: list[str] = []
+        found += [f"query {i!r} is empty" for i, text in self.queries.items() if not text.strip()]
+        found += [f"passage {i!r} is empty" for i, text in self.corpus.items() if not text.strip()]
+        for query_id in self.queries:
+            if not self.relevant_docs.get(query_id):
+                found.append(f"query {query_id!r} has no relevant passage")
+        for field in ("relevant_docs", "hard_negatives"):
+            for query_id, passage_ids in (getattr(self, field) or {}).items():
+                if query_id not in self.queries:
+                    found.append(f"{field} names query {query_id!r}, which is not in queries")
+                found += [
+                    f"{field}[{query_id!r}] names passage {i!r}, which is not in corpus"
+                    for i in passage_ids
+                    if i not in self.corpus
+                ]
+        for query_id, negatives in (self.hard_negatives or {}).items():
+            both = set(negatives) & set(self.relevant_docs.get(query_id, []))
+            found += [f"passage {i!r} is both relevant and a hard negative of query {query_id!r}" for i in sorted(both)]
+        for query_id, text in (self.training_passages or {}).items():
+            if query_id not in self.queries:
+                found.append(f"training_passages names query {query_id!r}, which is not in queries")
+            elif not text.strip():
+                found.append(f"the training passage of query {query_id!r} is empty")
+        return found
+
+    def check(self, name: str = "dataset") -> EmbeddingQAFinetuneDataset:
+        """This dataset, if nothing is wrong with it.
+
+        Args:
+            name: What to call it in the message.
+
+        Raises:
+            DatasetError: It is empty, or `problems()` found something; all of it is in `.problems`.
+        """
+        if not self.queries or not self.corpus:
+            raise DatasetError(
+                f"a {name} with {len(self.queries)} queries and {len(self.corpus)} passages",
+                "at least one of each",
+                "Check that your nodes have text and that the question makers found something.",
+            )
+        if problems := self.problems():
+            raise DatasetError(
+                f"a {name} with {len(problems)} problem(s)",
+                "texts that are not empty, and ids that exist",
+                "Correct or remove these entries:",
+                problems,
+            )
+        return self
+
+    def overlap(self, other: EmbeddingQAFinetuneDataset) -> list[str]:
+        """Ids of the queries whose answer is also an answer in `other`, or comes from one of its documents.
+
+        Texts are compared without regard to case and spaces, because ids are often made anew. A model that
+        trained on `other` has seen these answers.
+        """
+        answers = {normalise(other.corpus[i]) for i in other.answer_ids()}
+        documents: set[str] = set()
+        if self.source_documents and other.source_documents:
+            documents = {other.source_documents[i] for i in other.answer_ids() if i in other.source_documents}
+        return [
+            query_id
+            for query_id in self.queries
+            if any(
+                normalise(self.corpus[i]) in answers or (self.source_documents or {}).get(i) in documents
+                for i in self.relevant_docs.get(query_id, [])
+                if i in self.corpus
+            )
+        ]
+
+    def answer_ids(self) -> set[str]:
+        """Ids of all passages that answer at least one query."""
+        return {i for query_id in self.queries for i in self.relevant_docs.get(query_id, []) if i in self.corpus}
+
+    def subset(self, query_ids: Iterable[str], passage_ids: Iterable[str] | None = None) -> EmbeddingQAFinetuneDataset:
+        """The dataset of these queries.
+
+        Args:
+            query_ids: Queries to keep, in the order they are to have.
+            passage_ids: Corpus to keep; None keeps just what these queries refer to.
+        """
+        kept = [i for i in query_ids if i in self.queries]
+        if passage_ids is None:
+            referred = {d for q in kept for d in self.relevant_docs.get(q, [])}
+            referred |= {d for q in kept for d in (self.hard_negatives or {}).get(q, [])}
+            passages = [i for i in self.corpus if i in referred]
+        else:
+            wanted = set(passage_ids)
+            passages = [i for i in self.corpus if i in wanted]
+
+        def pick(field: dict[str, Any] | None, ids: list[str]) -> dict[str, Any] | None:
+            return None if field is None else {i: field[i] for i in ids if i in field}
+
+        return EmbeddingQAFinetuneDataset(
+            queries={i: self.queries[i] for i in kept},
+            corpus={i: self.corpus[i] for i in passages},
+            relevant_docs={i: self.relevant_docs[i] for i in kept if i in self.relevant_docs},
+            source_documents=pick(self.source_documents, passages),
+            query_origins=pick(self.query_origins, kept),
+            training_passages=pick(self.training_passages, kept),
+            hard_negatives=pick(self.hard_negatives, kept),
+        )
+
+
+def normalise(text: str) -> str:
+    """A text for comparison: lower case, single spaces."""
+    return " ".join(text.lower().split())

@@ -1,0 +1,200 @@
+"""`LoraEmbedding`: a base model with an adapter as a LlamaIndex embedding model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+
+from llama_index_lora_embed.errors import AdapterError, ConfigError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from llama_index_lora_embed.adapter import Manifest
+
+_BATCH_SIZE = 32
+
+
+class LoraEmbedding(BaseEmbedding):
+    """A LlamaIndex embedding model from an adapter directory, ours or one that sentence-transformers saved.
+
+    Vectors are those of `SentenceTransformer(adapter_path)`: queries with its query prompt, texts with its
+    document prompt, cut at the recorded `max_seq_length`. The LoRA is merged into the base in float32, so that
+    inference costs what the base costs.
+
+    It is made of plain values alone: it survives `to_dict`/`from_dict`, pickling and the worker processes of an
+    `IngestionPipeline`. The `fingerprint` in its dict changes whenever its vectors would, so that LlamaIndex's
+    ingestion cache sees a retrained model as a new one.
+
+    Args:
+        adapter_path: Folder or Hub id of the adapter; None for the untuned base.
+        base_model: Folder or Hub id of the base, where it is not the place recorded in the adapter, or where
+            there is no adapter.
+        revision: Commit of the adapter (of the base, where there is no adapter) on the Hub.
+        cache_folder: Of huggingface_hub.
+        device: torch device; None lets sentence-transformers choose.
+        query_prompt: Overrides the recorded query prompt.
+        passage_prompt: Overrides the recorded passage prompt.
+        merge: Merge the LoRA into the base's weights.
+        trust_remote_code: Run Python code that the base brings along.
+        embed_batch_size: Texts in a forward pass, 1 to 2048.
+
+    Raises:
+        ConfigError: Neither adapter nor base is named.
+        ModelNotFoundError: Adapter or base is not there.
+        AdapterError: The adapter is damaged or does not fit its base, or `fingerprint` was given (by
+            `from_dict` or unpickling) and the files have changed since.
+        BaseModelMismatchError: The base is another than the adapter was trained on.
+
+    Example:
+        >>> embed_model = LoraEmbedding("runs/handbook")  # doctest: +SKIP
+        >>> index = VectorStoreIndex(nodes, embed_model=embed_model)  # doctest: +SKIP
+    """
+
+    adapter_path: str | None = Field(default=None, description="Folder or Hub id of the adapter.")
+    base_model: str | None = Field(default=None, description="Folder or Hub id of the base.")
+    revision: str | None = Field(default=None, description="Commit on the Hub.")
+    cache_folder: str | None = Field(default=None, description="Cache of huggingface_hub.")
+    device: str | None = Field(default=None, description="torch device.")
+    query_prompt: str | None = Field(default=None, description="Overrides the query prompt.")
+    passage_prompt: str | None = Field(default=None, description="Overrides the passage prompt.")
+    merge: bool = Field(default=True, description="Merge the LoRA into the base.")
+    trust_remote_code: bool = Field(default=False, description="Run the base's own code.")
+    fingerprint: str | None = Field(default=None, description="Digest of all that decides the vectors.")
+
+    _model: Any = PrivateAttr(default=None)
+    _manifest: Any = PrivateAttr(default=None)
+    _lock: Any = PrivateAttr(default_factory=threading.RLock)
+
+    def __init__(
+        self,
+        adapter_path: str | os.PathLike[str] | None = None,
+        *,
+        base_model: str | os.PathLike[str] | None = None,
+        embed_batch_size: int = _BATCH_SIZE,
+        **kwargs: Any,
+    ) -> None:
+        if adapter_path is None and base_model is None:
+            raise ConfigError(
+                "LoraEmbedding() without a model",
+                "adapter_path, base_model or both",
+                'LoraEmbedding("runs/handbook")',
+            )
+        adapter, base = (_absolute(path) for path in (adapter_path, base_model))
+        kwargs.setdefault("model_name", adapter or base)
+        super().__init__(
+            **{"adapter_path": adapter, "base_model": base, "embed_batch_size": embed_batch_size, **kwargs}
+        )
+        self._load()
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name under which LlamaIndex serialises it."""
+        return "LoraEmbedding"
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """How the adapter was made; None for a base alone and for adapters of sentence-transformers."""
+        self._ready()
+        manifest: Manifest | None = self._manifest
+        return manifest
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens, special ones included, beyond which a text is cut."""
+        return int(self._ready().max_seq_length or 0)
+
+    def _ready(self) -> SentenceTransformer:
+        """The model, loaded now if this object came out of a pickle."""
+        with self._lock:
+            if self._model is None:
+                self._load()
+            model: SentenceTransformer = self._model
+            return model
+
+    def _load(self) -> None:
+        from llama_index_lora_embed import models
+        from llama_index_lora_embed.adapter import fingerprint
+
+        prompts = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
+        if self.adapter_path is not None:
+            loaded = models.load_adapter(
+                self.adapter_path,
+                base_model=self.base_model,
+                revision=self.revision,
+                cache_folder=self.cache_folder,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                merge=self.merge,
+                **prompts,
+            )
+            model, manifest, digest = loaded.model, loaded.manifest, loaded.fingerprint
+        else:
+            assert self.base_model is not None
+            base = models.describe_base(self.base_model, self.revision, self.cache_folder)
+            model = models.load_base(base, device=self.device, trust_remote_code=self.trust_remote_code, **prompts)
+            manifest, digest = None, fingerprint(model, base.weights_sha256, None)
+        if self.fingerprint is not None and self.fingerprint != digest:
+            raise AdapterError(
+                f"{self.model_name!r} with the fingerprint {digest[:12]}...",
+                f"{self.fingerprint[:12]}..., which was recorded when this object was saved; it was retrained since, "
+                "so that its vectors no longer fit those of then",
+                f"LoraEmbedding({self.model_name!r}) loads the model of now; index with it again.",
+            )
+        self.fingerprint = digest
+        self._manifest = manifest
+        self._model = model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain values only: the weights are loaded again where they are needed."""
+        return {"fields": {name: getattr(self, name) for name in _plain_fields(type(self))}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # not through __init__: a process that only passes the object on should not load the model
+        blank = type(self).model_construct(**state["fields"])
+        for slot in ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__"):
+            object.__setattr__(self, slot, getattr(blank, slot))
+
+    def _encode(self, texts: list[str], *, query: bool) -> list[Embedding]:
+        model = self._ready()
+        encode = model.encode_query if query else model.encode_document
+        # fast tokenizers change truncation state while they work, so that threads must take turns
+        with self._lock:
+            vectors = encode(texts, batch_size=self.embed_batch_size, show_progress_bar=False)
+        rows: list[Embedding] = vectors.tolist()
+        return rows
+
+    def _get_query_embedding(self, query: str) -> Embedding:
+        return self._encode([query], query=True)[0]
+
+    async def _aget_query_embedding(self, query: str) -> Embedding:
+        return await asyncio.to_thread(self._get_query_embedding, query)
+
+    def _get_text_embedding(self, text: str) -> Embedding:
+        return self._encode([text], query=False)[0]
+
+    async def _aget_text_embedding(self, text: str) -> Embedding:
+        return await asyncio.to_thread(self._get_text_embedding, text)
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return self._encode(texts, query=False)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
+
+
+def _absolute(path: str | os.PathLike[str] | None) -> str | None:
+    """A folder's absolute path, so that another working directory finds it; a Hub id as it is."""
+    if path is None:
+        return None
+    text = os.path.expanduser(os.fspath(path))
+    return os.path.abspath(text) if os.path.exists(text) else text
+
+
+def _plain_fields(cls: type[LoraEmbedding]) -> list[str]:
+    return [name for name, info in cls.model_fields.items() if not info.exclude]

@@ -1,0 +1,97 @@
+"""One class for each thing that a user can mend; every message says got, expected and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "AdapterError",
+    "BaseModelMismatchError",
+    "ConfigError",
+    "DatasetError",
+    "LoraEmbedError",
+    "MissingExtraError",
+    "ModelNotFoundError",
+    "NonFiniteLossError",
+    "OutputDirectoryError",
+    "SplitError",
+    "UnsafeCheckpointError",
+]
+
+_SHOWN = 20
+
+
+class LoraEmbedError(Exception):
+    """Base of all errors that this package raises on purpose.
+
+    Args:
+        got: What was found, with the offending value.
+        expected: What would have been right.
+        mend: What the user can do about it.
+    """
+
+    def __init__(self, got: str, expected: str, mend: str) -> None:
+        super().__init__(got, expected, mend)
+        self.got = got
+        self.expected = expected
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"got {self.got}; expected {self.expected}. {self.mend}"
+
+
+class _ListedError(LoraEmbedError):
+    """An error with several problems, all of them named at once."""
+
+    def __init__(self, got: str, expected: str, mend: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(got, expected, mend)
+        self.problems = list(problems)
+        self.args = (got, expected, mend, self.problems)  # so that pickling keeps the list
+
+    def __str__(self) -> str:
+        lines = [f"  - {problem}" for problem in self.problems[:_SHOWN]]
+        if len(self.problems) > _SHOWN:
+            lines.append(f"  - and {len(self.problems) - _SHOWN} more in the error's .problems")
+        return "\n".join([super().__str__(), *lines])
+
+
+class ConfigError(_ListedError, ValueError):
+    """Arguments are wrong; `.problems` holds one line for each of them."""
+
+
+class DatasetError(_ListedError, ValueError):
+    """A dataset cannot be trained on or evaluated with; `.problems` names every offending id."""
+
+
+class SplitError(LoraEmbedError, ValueError):
+    """A corpus cannot be split into training and validation by source document."""
+
+
+class ModelNotFoundError(LoraEmbedError, FileNotFoundError):
+    """A model id or path leads to no loadable sentence-transformers or transformers model."""
+
+    __str__ = LoraEmbedError.__str__  # OSError's own would print the first two arguments as errno
+
+
+class BaseModelMismatchError(LoraEmbedError):
+    """The base model's weights are not those that the adapter was trained on."""
+
+
+class AdapterError(LoraEmbedError):
+    """An adapter directory is damaged, incomplete, or does not fit its base model."""
+
+
+class UnsafeCheckpointError(AdapterError):
+    """Weights are stored in a pickle, which can run code when loaded."""
+
+
+class OutputDirectoryError(LoraEmbedError):
+    """The output directory cannot be written, or writing there would destroy somebody's files."""
+
+
+class NonFiniteLossError(LoraEmbedError):
+    """Training produced a NaN or infinite loss."""
+
+
+class MissingExtraError(LoraEmbedError, ImportError):
+    """An optional dependency is not installed; the message is the install command."""

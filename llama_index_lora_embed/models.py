@@ -1,0 +1,390 @@
+"""Loading: a base model by id or path, an adapter on top of it, and the merge of the two."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_index_lora_embed.adapter import (
+    CONFIG_NAME,
+    PICKLES,
+    WEIGHTS_NAME,
+    Manifest,
+    check_files,
+    file_digest,
+    fingerprint,
+)
+from llama_index_lora_embed.errors import (
+    AdapterError,
+    BaseModelMismatchError,
+    ConfigError,
+    ModelNotFoundError,
+    UnsafeCheckpointError,
+)
+from llama_index_lora_embed.presets import set_prompts
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+# exports that sentence-transformers repositories carry beside the weights and that nothing here loads
+_NOT_LOADED = ("onnx", "openvino")
+_IGNORED_ON_HUB = [
+    "onnx/*",
+    "openvino/*",
+    "*.bin",
+    "*.h5",
+    "*.ot",
+    "*.msgpack",
+    "*.onnx",
+    "*.pt",
+    "*.ckpt",
+    "*.gguf",
+]
+_FIND = "Check the path or the id, and the network if it is on the Hub."
+_MERGE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """Which base model it is.
+
+    Attributes:
+        model_id: Hub id, or absolute path of a folder.
+        revision: Commit on the Hub; None for a folder.
+        path: Folder on this machine.
+        weights_sha256: Of its safetensors files.
+    """
+
+    model_id: str
+    revision: str | None
+    path: Path
+    weights_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the manifest records."""
+        return {"model_id": self.model_id, "revision": self.revision, "weights_sha256": self.weights_sha256}
+
+
+def locate(model_id: str, revision: str | None = None, cache_folder: str | None = None) -> tuple[Path, str | None]:
+    """Folder and revision of a model on disk or on the Hub; downloads what is not in the cache.
+
+    Returns:
+        (folder, commit), the commit being None for a folder that the user named.
+
+    Raises:
+        ModelNotFoundError: Neither a folder nor a repository that can be reached.
+    """
+    if (folder := check_local(model_id)) is not None:
+        return folder, None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(model_id, revision=revision, cache_dir=cache_folder, ignore_patterns=_IGNORED_ON_HUB)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"model {model_id!r}, which is no folder and could not be had from the Hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})",
+            "a folder or a model id on the Hub",
+            _FIND,
+        ) from error
+    return Path(found), Path(found).name
+
+
+def check_local(model_id: str) -> Path | None:
+    """The absolute folder that a model id means, or None if it can only be an id on the Hub.
+
+    Raises:
+        ModelNotFoundError: It is written as a path and no folder is there.
+    """
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    written_as_path = folder.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1
+    if written_as_path or folder.exists():
+        kind = "a file" if folder.exists() else "not there"
+        raise ModelNotFoundError(f"model {model_id!r}, which is {kind}", "a folder or a model id on the Hub", _FIND)
+    return None
+
+
+def describe_base(model_id: str, revision: str | None = None, cache_folder: str | None = None) -> BaseInfo:
+    """Find a base model and hash its weights, without loading it.
+
+    Raises:
+        ModelNotFoundError: It is not there, or the folder holds no model.
+        UnsafeCheckpointError: Its weights are a pickle only.
+        ConfigError: It is an adapter, not a base.
+    """
+    path, commit = locate(model_id, revision, cache_folder)
+    if (path / CONFIG_NAME).exists():
+        raise ConfigError(
+            f"{model_id!r} as the base model, which is an adapter",
+            "a base model",
+            f"Its own base is named in {CONFIG_NAME}; LoraEmbedding({model_id!r}) loads the adapter.",
+        )
+    weights = [p for p in sorted(path.rglob("*.safetensors")) if not set(_NOT_LOADED) & set(p.relative_to(path).parts)]
+    if not weights:
+        pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+        if pickles or commit is not None:
+            raise UnsafeCheckpointError(
+                f"model {model_id!r} with weights in {', '.join(pickles) or 'no safetensors file'}",
+                "model.safetensors: a pickle can run code when it is loaded",
+                "Convert it once where you trust it: SentenceTransformer(path).save_pretrained(new_path).",
+            )
+        raise ModelNotFoundError(
+            f"folder {str(path)!r} without model weights",
+            "a folder with model.safetensors",
+            "Check the path.",
+        )
+    stats = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in weights)
+    name = model_id if commit is not None else str(path)
+    return BaseInfo(name, commit, path, _weights_digest(stats, str(path)))
+
+
+@lru_cache(maxsize=32)
+def _weights_digest(stats: tuple[tuple[str, int, int], ...], root: str) -> str:
+    """One file: its SHA-256. Several: the SHA-256 over their names and digests. Cached by size and time."""
+    digests = [(os.path.relpath(path, root), file_digest(Path(path))) for path, _, _ in stats]
+    if len(digests) == 1:
+        return digests[0][1]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _sentence_transformer(path: str, device: str | None, trust_remote_code: bool) -> SentenceTransformer:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(
+        path,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        # transformers 5 would take the stored precision; LoRA weights and merging need float32
+        model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+    )
+
+
+def load_base(
+    base: BaseInfo,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    query_prompt: str | None = None,
+    passage_prompt: str | None = None,
+) -> SentenceTransformer:
+    """Load a base model in float32, with its prompts in `model.prompts["query"]` and `["document"]`.
+
+    Raises:
+        ModelNotFoundError: The folder does not hold what transformers can load.
+    """
+    try:
+        model = _sentence_transformer(str(base.path), device, trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFoundError(
+            f"model {base.model_id!r}, which does not load ({type(error).__name__}: {error})",
+            "a sentence-transformers or transformers model",
+            "Try SentenceTransformer(model_id) by itself.",
+        ) from error
+    set_prompts(model, base.model_id, query_prompt, passage_prompt)
+    return model
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter on its base.
+
+    Attributes:
+        model: Ready to encode; merged or not.
+        base: Which base it stands on.
+        fingerprint: See `adapter.fingerprint`.
+        manifest: None for an adapter that sentence-transformers saved.
+    """
+
+    model: SentenceTransformer
+    base: BaseInfo
+    fingerprint: str
+    manifest: Manifest | None
+
+
+def load_adapter(
+    adapter_path: str,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    cache_folder: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    query_prompt: str | None = None,
+    passage_prompt: str | None = None,
+    merge: bool = True,
+) -> LoadedAdapter:
+    """Load an adapter directory of ours or of sentence-transformers, checking all that can be checked.
+
+    Args:
+        adapter_path: Folder or Hub id of the adapter.
+        base_model: Where the base is now, if it moved.
+        revision: Commit of the adapter on the Hub.
+        cache_folder: Of huggingface_hub.
+        device: torch device.
+        trust_remote_code: Run Python code that the base brings along.
+        query_prompt: Overrides the recorded query prompt.
+        passage_prompt: Overrides the recorded passage prompt.
+        merge: Add the LoRA to the base's weights (float32), so that inference costs what the base costs.
+
+    Raises:
+        ModelNotFoundError: The adapter or its base is not there.
+        AdapterError: The adapter is damaged, or its weights do not fit the base key by key.
+        BaseModelMismatchError: The base's weights are others than those trained on.
+        UnsafeCheckpointError: Adapter or base is stored as a pickle.
+    """
+    directory, _ = locate(adapter_path, revision, cache_folder)
+    manifest = check_files(directory)
+    config = _read_config(directory / CONFIG_NAME)
+    base = _find_base(base_model, config, manifest, cache_folder, directory)
+    with tempfile.TemporaryDirectory() as copy:
+        # sentence-transformers reads the base's place from the adapter's config alone
+        staged = Path(copy) / "adapter"
+        shutil.copytree(directory, staged)
+        (staged / CONFIG_NAME).write_text(
+            json.dumps({**config, "base_model_name_or_path": str(base.path), "revision": None}),
+            encoding="utf-8",
+        )
+        try:
+            model = _sentence_transformer(str(staged), device, trust_remote_code)
+        except Exception as error:  # shapes and names that do not fit surface as many kinds of error
+            raise AdapterError(
+                f"the adapter {str(directory)!r}, which does not load onto {base.model_id!r} "
+                f"({type(error).__name__}: {error})",
+                "an adapter for this base model",
+                "Pass the base that it was trained on as base_model=, or train again.",
+            ) from error
+    _check_keys(model, directory)
+    _check_effect(directory, manifest)
+    # the adapter's own config holds the prompts it was trained with; presets would guess again
+    overrides = {"query": query_prompt, "document": passage_prompt}
+    model.prompts.update({name: prompt for name, prompt in overrides.items() if prompt is not None})
+    digest = fingerprint(model, base.weights_sha256, directory)
+    if merge:
+        merge_lora(model)
+    return LoadedAdapter(model, base, digest, manifest)
+
+
+def merge_lora(model: SentenceTransformer) -> None:
+    """Add the active LoRA to the base's weights, in place and in float32, and check that nothing else changed.
+
+    peft's `merge_and_unload` belongs to `PeftModel` and is missing from models that got their adapter through
+    `add_adapter`, as sentence-transformers does it.
+
+    Raises:
+        AdapterError: Merged and unmerged vectors of a probe text differ by more than 1e-5.
+    """
+    import numpy as np
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    transformer = model.transformers_model
+    if transformer is None or not any(isinstance(m, BaseTunerLayer) for m in transformer.modules()):
+        return
+    probe = ["How is an adapter merged?", "The weights of the adapter are added to those of the base model."]
+    before = model.encode(probe, show_progress_bar=False, normalize_embeddings=True)
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True)
+            parent_name, _, child = name.rpartition(".")
+            setattr(transformer.get_submodule(parent_name), child, layer.get_base_layer())
+    transformer._hf_peft_config_loaded = False
+    transformer.peft_config = {}
+    after = model.encode(probe, show_progress_bar=False, normalize_embeddings=True)
+    difference = float(np.abs(before - after).max())
+    if not difference <= _MERGE_TOLERANCE:
+        raise AdapterError(
+            f"merged vectors that differ from unmerged ones by {difference:.1e}",
+            f"at most {_MERGE_TOLERANCE:.0e}",
+            "Load it with merge=False.",
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"an unreadable {path} ({error})", "the file as it was written", "Train again.") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise AdapterError(f"{path} without a peft_type", "the configuration of a peft adapter", "Train again.")
+    return config
+
+
+def _find_base(
+    base_model: str | None,
+    config: dict[str, Any],
+    manifest: Manifest | None,
+    cache_folder: str | None,
+    directory: Path,
+) -> BaseInfo:
+    recorded = config.get("base_model_name_or_path")
+    place = base_model or recorded
+    if not place:
+        raise AdapterError(
+            f"{str(directory / CONFIG_NAME)!r}, which names no base model",
+            "base_model_name_or_path",
+            "Pass the base as base_model=.",
+        )
+    try:
+        base = describe_base(place, None if base_model else config.get("revision"), cache_folder)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"the adapter {str(directory)!r}, whose base model {place!r} was not found",
+            "the base that it was trained on",
+            f"Pass its new place as base_model=. ({error})",
+        ) from error
+    trained_on = manifest.base["weights_sha256"] if manifest is not None else base.weights_sha256
+    if base.weights_sha256 != trained_on:
+        raise BaseModelMismatchError(
+            f"base model {base.model_id!r} with weights {base.weights_sha256[:12]}...",
+            f"those that the adapter was trained on, {trained_on[:12]}... ({recorded})",
+            "Pass the right base as base_model=, or train again on this one.",
+        )
+    return base
+
+
+def _check_keys(model: SentenceTransformer, directory: Path) -> None:
+    """Every weight of the file is in the model, and the model lacks none; the loaders only log it."""
+    import torch
+    from safetensors.torch import load_file
+
+    stored = {key.removeprefix("base_model.model."): t for key, t in load_file(directory / WEIGHTS_NAME).items()}
+    loaded = model.get_adapter_state_dict()
+    left_over, missing = sorted(stored.keys() - loaded.keys()), sorted(loaded.keys() - stored.keys())
+    changed = sorted(
+        key for key in stored.keys() & loaded.keys() if not torch.equal(stored[key].float(), loaded[key].cpu().float())
+    )
+    if left_over or missing or changed:
+        parts = [
+            f"{len(keys)} {what} (e.g. {keys[0]})"
+            for what, keys in (("left over", left_over), ("missing", missing), ("not taken over", changed))
+            if keys
+        ]
+        raise AdapterError(
+            f"adapter weights in {str(directory)!r} that do not fit the base: {', '.join(parts)}",
+            "exactly one weight for each adapted module",
+            "Check that the base is the right one, or train again.",
+        )
+
+
+def _check_effect(directory: Path, manifest: Manifest | None) -> None:
+    """An adapter whose lora_B are all zero gives exactly the base's vectors; only step 0 may do so."""
+    from safetensors.torch import load_file
+
+    ups = [tensor for key, tensor in load_file(directory / WEIGHTS_NAME).items() if "lora_B" in key]
+    untrained = bool(ups) and not any(bool(tensor.any()) for tensor in ups)
+    if untrained and not (manifest is not None and manifest.best_step == 0):
+        raise AdapterError(
+            f"an adapter in {str(directory)!r} whose lora_B weights are all zero, so that it changes nothing",
+            "trained weights",
+            "Train again; use LoraEmbedding(base_model=...) if the base is what you want.",
+        )

@@ -1,0 +1,122 @@
+"""How long texts are in tokens, which `max_seq_length` that asks for, and what it still cuts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.presets import longest_input
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_KEPT = 512  # a base's own limit is kept up to this; beyond it the data decide
+_CHUNK = 1000  # texts tokenised at a time, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Texts that are cut at the end because they are too long for the model.
+
+    Attributes:
+        texts: Passages and questions counted.
+        length_before: The base's own `max_seq_length`, in tokens.
+        cut_before: Texts longer than that.
+        length_after: The `max_seq_length` of this run, in tokens.
+        cut_after: Texts longer than that.
+        longest: Tokens of the longest text.
+    """
+
+    texts: int
+    length_before: int
+    cut_before: int
+    length_after: int
+    cut_after: int
+    longest: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cut_before} of {self.texts} texts are longer than the model's own limit of {self.length_before} "
+            f"tokens; with max_seq_length={self.length_after}, {self.cut_after} are cut (the longest has "
+            f"{self.longest} tokens)."
+        )
+
+
+def choose_length(
+    model: SentenceTransformer,
+    queries: Iterable[str],
+    passages: Iterable[str],
+    coverage: float,
+    wanted: int | None,
+) -> Truncation:
+    """Set `model.max_seq_length` to the shortest length that covers the texts, and count what is cut.
+
+    The coverage is asked of passages and of queries, each by itself: many short questions would otherwise
+    hide that every passage is cut. Rounded up to a multiple of 8, which processors like, up to what the
+    model's positions allow. It is never shorter than the base's own limit (or 512, if that is less): short
+    training texts are no reason to cut longer nodes that are indexed later, and padding costs nothing,
+    because batches are padded to their own longest text only.
+
+    Args:
+        model: The base; its `max_seq_length` is set.
+        queries: Training questions.
+        passages: Training passages.
+        coverage: Share of texts to hold whole, above 0 and at most 1.
+        wanted: The user's own choice, which overrides the search.
+
+    Raises:
+        ConfigError: `wanted` is more than the model's positions allow.
+    """
+    limit = longest_input(model)
+    if wanted is not None and wanted > limit:
+        raise ConfigError(
+            f"max_seq_length={wanted}", f"at most {limit}, which is all that the base's positions allow",
+            "Choose a shorter length, split the nodes into shorter chunks, or take another base.",
+        )  # fmt: skip
+    query_lengths = count_tokens(model, queries, model.prompts.get("query") or "")
+    passage_lengths = count_tokens(model, passages, model.prompts.get("document") or "")
+    lengths = query_lengths + passage_lengths
+    own = model.max_seq_length or limit
+    if wanted is None:
+        needed = max(_quantile(query_lengths, coverage), _quantile(passage_lengths, coverage))
+        wanted = min(limit, max(8 * math.ceil(needed / 8), min(own, _KEPT)))
+    model.max_seq_length = wanted
+    return Truncation(
+        texts=len(lengths),
+        length_before=own,
+        cut_before=sum(length > own for length in lengths),
+        length_after=wanted,
+        cut_after=sum(length > wanted for length in lengths),
+        longest=max(lengths, default=0),
+    )
+
+
+def count_tokens(model: SentenceTransformer, texts: Iterable[str], prompt: str = "") -> list[int]:
+    """Tokens of each text with its prompt and the special tokens, nothing cut off."""
+    # a copy of the tokenizer's backend would be costly; verbose=False keeps it from warning about long texts
+    tokenizer = model.tokenizer
+    counts: list[int] = []
+    chunk: list[str] = []
+
+    def flush() -> None:
+        if chunk:
+            encoded = tokenizer(chunk, truncation=False, padding=False, verbose=False)
+            counts.extend(len(ids) for ids in encoded["input_ids"])
+            chunk.clear()
+
+    for text in texts:
+        chunk.append(prompt + text)
+        if len(chunk) == _CHUNK:
+            flush()
+    flush()
+    return counts
+
+
+def _quantile(lengths: list[int], coverage: float) -> int:
+    """The smallest length that at least `coverage` of the texts do not exceed."""
+    if not lengths:
+        return 1
+    return sorted(lengths)[max(0, math.ceil(coverage * len(lengths)) - 1)]

@@ -1,0 +1,256 @@
+"""sentence-transformers' trainer, with what its checkpoints, its evaluation and its NaN handling lack."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import TrainingArguments
+
+from llama_index_lora_embed.adapter import CONFIG_NAME, WEIGHTS_NAME, replace_directory, staging_beside
+from llama_index_lora_embed.errors import AdapterError, NonFiniteLossError
+
+logger = logging.getLogger(__name__)
+
+PRIMARY_METRIC = "ndcg@10"
+_BEST_WEIGHTS = "best_adapter.safetensors"
+_EVALUATIONS = "evaluations.json"
+
+
+class Evaluated(Protocol):
+    """What an evaluation has to tell the training: its measures, `ndcg@10` among them."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Measures by name, each from 0 to 1."""
+        ...
+
+
+Evaluate = Callable[[SentenceTransformer], Evaluated]
+
+
+@dataclass
+class BestSoFar:
+    """Evaluates, and keeps the adapter weights of the best evaluation; step 0 is the first candidate.
+
+    Ties go to the earlier step: a change that gains nothing is not worth making.
+
+    Attributes:
+        evaluate: Judges a model; None if there is nothing to judge by.
+        history: One entry for each evaluation: step, measures and the seconds it took.
+        best_step: Step of the best evaluation.
+        base: The evaluation at step 0.
+        best: The best evaluation.
+        weights: Adapter weights at the best step, on the CPU.
+    """
+
+    evaluate: Evaluate | None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    base: Evaluated | None = None
+    best: Evaluated | None = None
+    weights: dict[str, Tensor] | None = None
+
+    def __call__(self, model: SentenceTransformer, step: int) -> dict[str, float]:
+        """Evaluate the model at this step, unless that was done already."""
+        if self.evaluate is None:
+            return {}
+        for entry in self.history:
+            if entry["step"] == step:
+                return dict(entry["metrics"])
+        started = time.perf_counter()
+        evaluation = self.evaluate(model)
+        metrics = dict(evaluation.metrics)
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise NonFiniteLossError(
+                f"evaluation measures that are not finite at step {step}",
+                "numbers",
+                "Lower the learning_rate.",
+            )
+        best_before = max((entry["metrics"][PRIMARY_METRIC] for entry in self.history), default=-math.inf)
+        self.history.append({"step": step, "metrics": metrics, "seconds": time.perf_counter() - started})
+        if step == 0:
+            self.base = evaluation
+        if metrics[PRIMARY_METRIC] > best_before:
+            self.best_step, self.best, self.weights = step, evaluation, adapter_weights(model)
+        return metrics
+
+    def save(self, directory: Path) -> None:
+        """Write the state into a checkpoint."""
+        state = {"best_step": self.best_step, "history": self.history}
+        (directory / _EVALUATIONS).write_text(json.dumps(state), encoding="utf-8")
+        if self.weights is not None:
+            save_file(self.weights, directory / _BEST_WEIGHTS)
+
+    def load(self, directory: Path) -> None:
+        """Take the state from a checkpoint; per-query results of earlier evaluations are not in it."""
+        path = directory / _EVALUATIONS
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.best_step, self.history = state["best_step"], state["history"]
+        if (directory / _BEST_WEIGHTS).exists():
+            self.weights = load_file(directory / _BEST_WEIGHTS)
+
+
+def adapter_weights(model: SentenceTransformer) -> dict[str, Tensor]:
+    """A copy of the adapter's weights on the CPU, by peft's names."""
+    state = get_peft_model_state_dict(model.transformers_model, adapter_name="default")
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def restore_weights(model: SentenceTransformer, weights: dict[str, Tensor]) -> None:
+    """Put adapter weights into the model.
+
+    Raises:
+        AdapterError: Names do not fit one to one.
+    """
+    names = adapter_weights(model).keys()
+    if names != weights.keys():
+        odd = sorted(names ^ weights.keys())
+        raise AdapterError(
+            f"adapter weights with {len(odd)} name(s) that do not fit (e.g. {odd[0]})",
+            "the weights of the same LoRA on the same base",
+            "Start without resume_from_checkpoint, or restore lora_config.",
+        )
+    set_peft_model_state_dict(model.transformers_model, dict(weights), adapter_name="default")
+
+
+class LoraTrainer(SentenceTransformerTrainer):
+    """The trainer with one adapter, no dropout in the frozen base, and checkpoints that are whole or absent.
+
+    Args:
+        best_so_far: Evaluates at the end of each epoch and every `evaluation_steps` steps.
+        evaluation_steps: 0 for epochs only.
+        autocast_dtype: Computing precision of the steps; None for float32.
+        **kwargs: As for SentenceTransformerTrainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        best_so_far: BestSoFar,
+        evaluation_steps: int,
+        autocast_dtype: torch.dtype | None,
+        **kwargs: Any,
+    ) -> None:
+        self.best_so_far = best_so_far
+        self.autocast_dtype = autocast_dtype
+        super().__init__(**kwargs)
+        self.add_callback(_EvaluateCallback(self, evaluation_steps))
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """None: the adapter's README is written with the manifest."""
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Autocast for the loss alone, so that evaluations between steps stay in float32."""
+        stack = ExitStack()
+        if self.autocast_dtype is not None:
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=self.autocast_dtype))
+        return stack
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One step; stops at the first loss that is not finite, before it can reach the weights.
+
+        Raises:
+            NonFiniteLossError: The loss is NaN or infinite.
+        """
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteLossError(
+                f"a loss of {loss.item()} at step {self.state.global_step + 1}",
+                "a finite number",
+                f"Lower learning_rate (now {self.args.learning_rate:g}) or set precision='fp32'; nothing was written, "
+                "and earlier checkpoints are intact.",
+            )
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss with the frozen base's dropout off; a dropout of the LoRA's own stays on."""
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_dropout"):
+                module.lora_dropout.train()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # the parent also pickles the arguments, which nothing here would load
+        self.model.save_pretrained(str(output_dir or self.args.output_dir), create_model_card=False)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint aside, sync it and move it into place, then remove the oldest."""
+        target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run_dir, limit = self.args.output_dir, self.args.save_total_limit
+        with staging_beside(target) as staging:
+            self.args.output_dir, self.args.save_total_limit = str(staging), None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir, self.args.save_total_limit = run_dir, limit
+            written = staging / target.name
+            self.best_so_far.save(written)
+            shutil.rmtree(target, ignore_errors=True)  # the same step, from before a resume
+            replace_directory(written, target)
+        kept = sorted(target.parent.glob("checkpoint-*"), key=_step_of)
+        for old in kept[: -limit if limit else 0]:
+            shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        path = Path(resume_from_checkpoint)
+        stored = load_file(path / WEIGHTS_NAME)
+        restore_weights(self.model, {name.removeprefix("base_model.model."): t for name, t in stored.items()})
+        self.best_so_far.load(path)
+
+
+class _EvaluateCallback(TrainerCallback):
+    """Evaluates every so many steps and at the end of each epoch."""
+
+    def __init__(self, trainer: LoraTrainer, every: int) -> None:
+        self.trainer = trainer
+        self.every = every
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every and state.global_step % self.every == 0:
+            self._evaluate(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._evaluate(state)
+
+    def _evaluate(self, state: TrainerState) -> None:
+        metrics = self.trainer.best_so_far(self.trainer.model, state.global_step)
+        if metrics:
+            self.trainer.log({f"eval_{name}": round(value, 4) for name, value in metrics.items()})
+
+
+def _step_of(path: Path) -> int:
+    tail = path.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
+def latest_checkpoint(directory: Path) -> str | None:
+    """The newest whole checkpoint of a run, or None."""
+    if not directory.is_dir():
+        return None
+    found = get_last_checkpoint(str(directory))  # type: ignore[no-untyped-call]
+    if found is None or not all(os.path.exists(os.path.join(found, n)) for n in (WEIGHTS_NAME, CONFIG_NAME)):
+        return None
+    return str(found)
