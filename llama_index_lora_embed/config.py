@@ -67,7 +67,7 @@ class TrainingSettings:
     checkpoint_save_steps: int = 500
     checkpoint_save_total_limit: int = 0
     val_fraction: float = 0.1
-    max_eval_passages: int = 1000
+    max_eval_passages: int = 500
     seed: int = 42
     show_progress_bar: bool = True
     device: str | None = None

@@ -14,7 +14,10 @@ from typing import Protocol, runtime_checkable
 from llama_index.core.schema import BaseNode, MetadataMode
 
 _TITLE_KEYS = ("title", "document_title", "section", "heading", "section_title", "Header_1", "Header 1")
-_HEADING = re.compile(r"\A\s*#{1,6}\s+(?P<heading>[^\n]+?)\s*#*\s*(?:\n|\Z)")
+_HEADINGS = (
+    re.compile(r"\A\s*#{1,6}\s+(?P<heading>[^\n]+?)\s*#*\s*(?:\n|\Z)"),  # Markdown
+    re.compile(r"\A\s*(?P<heading>[^\n]+)\n(?P<mark>[*=~^-])(?P=mark){2,}[ \t]*(?:\n|\Z)"),  # underlined, as in reST
+)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n{2,}")
 
 
@@ -69,8 +72,8 @@ class TitleMaker:
     """A node's title or heading becomes the query for its body.
 
     The title is looked for in the metadata (LlamaIndex's `TitleExtractor`, `MarkdownNodeParser` and usual
-    readers), then as a Markdown heading at the top of the text, then as a question that opens the text, as in
-    FAQs. It is taken out of the text that is trained against, so that matching words is not enough.
+    readers), then as a heading at the top of the text (Markdown or underlined), then as a question that opens
+    the text, as in FAQs. It is taken out of the text that is trained against, so that matching words is not enough.
 
     A title that many nodes share says little about each of them; beyond `max_nodes_per_title` nodes only the
     first ones get it.
@@ -118,7 +121,7 @@ def _metadata_title(node: BaseNode) -> tuple[str, str] | None:
 
 def _opening_title(node: BaseNode) -> tuple[str, str] | None:
     body = node.get_content(metadata_mode=MetadataMode.NONE)
-    if match := _HEADING.match(body):
+    if match := next(filter(None, (heading.match(body) for heading in _HEADINGS)), None):
         title, spoken = match["heading"], match[0]
     else:
         sentences = split_sentences(body)

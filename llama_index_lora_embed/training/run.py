@@ -229,7 +229,7 @@ def _arguments(
         "num_train_epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "linear",
-        "warmup_steps": max(1, round(settings.warmup_ratio * steps)) if settings.warmup_ratio else 0,
+        "warmup_steps": round(settings.warmup_ratio * steps),  # a first step at rate 0 would be all of a tiny run
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,

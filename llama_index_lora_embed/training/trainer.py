@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import TrainingArguments
@@ -153,6 +153,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         self.best_so_far = best_so_far
         self.autocast_dtype = autocast_dtype
         super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)  # would print a dict at each log where there is no bar
         self.add_callback(_EvaluateCallback(self, evaluation_steps))
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:

@@ -1,0 +1,159 @@
+import pytest
+from llama_index.core.schema import Document, ImageNode, TextNode
+
+from llama_index_lora_embed import InverseClozeMaker, Question, QuestionMaker, TitleMaker
+from llama_index_lora_embed.data import dataset_from_nodes
+from llama_index_lora_embed.data.questions import embed_text, split_sentences
+from llama_index_lora_embed.errors import ConfigError, DatasetError
+
+TEXT = "Adapters are small. They hold two low rank matrices! Do they need a base? Yes they do."
+
+
+def test_both_makers_fulfil_the_protocol():
+    assert isinstance(TitleMaker(), QuestionMaker)
+    assert isinstance(InverseClozeMaker(), QuestionMaker)
+    assert not isinstance(object(), QuestionMaker)
+
+
+def test_a_metadata_title_becomes_the_query_and_leaves_the_passage():
+    node = TextNode(text=TEXT, metadata={"title": "What adapters are", "file": "a.md"})
+    (question,) = TitleMaker().make([node])
+    assert question == Question("What adapters are", node.node_id, "title", f"file: a.md\n\n{TEXT}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"# What adapters are\n\n{TEXT}", f"\n### What adapters are ###\n{TEXT}", f"What adapters are\n=====\n\n{TEXT}"],
+)
+def test_a_heading_is_a_title(text):
+    (question,) = TitleMaker().make([TextNode(text=text)])
+    assert question.text == "What adapters are"
+    assert "What adapters are" not in question.passage
+    assert question.passage.startswith("Adapters are small.")
+
+
+def test_a_question_that_opens_the_text_is_a_title():
+    (question,) = TitleMaker().make([TextNode(text="What is an adapter? " + TEXT)])
+    assert (question.text, question.passage) == ("What is an adapter?", TEXT)
+
+
+@pytest.mark.parametrize("text", [TEXT, "# Only a heading", "# Heading\n\nno", "What? ", ""])
+def test_no_title_no_question(text):
+    assert list(TitleMaker().make([TextNode(text=text)])) == []
+
+
+def test_a_title_that_every_node_carries_is_used_for_the_first_ones_only():
+    nodes = [TextNode(text=TEXT + str(i), metadata={"title": "Handbook"}) for i in range(9)]
+    assert len(list(TitleMaker(max_nodes_per_title=3).make(nodes))) == 3
+
+
+def test_inverse_cloze_takes_the_sentence_out():
+    node = TextNode(text=TEXT, id_="n")
+    (question,) = InverseClozeMaker(keep_rate=0).make([node])
+    assert question.text in TEXT
+    assert question.text not in question.passage
+    assert len(question.passage) < len(TEXT)
+
+
+def test_inverse_cloze_keeps_the_sentence_one_time_in_ten():
+    nodes = [TextNode(text=TEXT, id_=f"n{i}") for i in range(2000)]
+    kept = sum(question.passage == TEXT for question in InverseClozeMaker().make(nodes))
+    assert 150 < kept < 250
+
+
+def test_inverse_cloze_is_seeded_by_node_not_by_order():
+    nodes = [TextNode(text=TEXT, id_=f"n{i}") for i in range(20)]
+    forward = {q.node_id: q for q in InverseClozeMaker().make(nodes, seed=4)}
+    backward = {q.node_id: q for q in InverseClozeMaker().make(nodes[::-1], seed=4)}
+    other = {q.node_id: q for q in InverseClozeMaker().make(nodes, seed=5)}
+    assert forward == backward
+    assert forward != other
+
+
+def test_inverse_cloze_asks_as_often_as_told():
+    assert len(list(InverseClozeMaker(per_node=2, min_words=3).make([TextNode(text=TEXT)]))) == 2
+
+
+@pytest.mark.parametrize("text", ["One sentence only.", "a b. c d.", ""])
+def test_inverse_cloze_skips_what_has_no_two_sentences(text):
+    assert list(InverseClozeMaker().make([TextNode(text=text)])) == []
+
+
+def test_sentences_end_at_full_width_marks_too():
+    assert split_sentences("一つ目。二つ目！ Three.") == ["一つ目。", "二つ目！", "Three."]
+
+
+def test_the_corpus_is_what_indexing_embeds(nodes):
+    dataset, report = dataset_from_nodes(nodes)
+    assert dataset.corpus == {node.node_id: embed_text(node) for node in nodes}
+    assert all("title: " in text for text in dataset.corpus.values())
+    assert dataset.source_documents["n5"] == "d2"
+    assert report.questions == {"title": 12, "inverse_cloze": 12}
+    dataset.check()
+
+
+def test_making_a_dataset_twice_gives_the_same(nodes):
+    assert dataset_from_nodes(nodes, seed=1)[0].digest() == dataset_from_nodes(list(nodes), seed=1)[0].digest()
+
+
+def test_what_is_left_out_is_counted():
+    nodes = [
+        TextNode(text=TEXT, id_="a"),
+        TextNode(text=TEXT + " ", id_="b"),
+        TextNode(text="  ", id_="c", metadata={"title": "nothing below"}),
+        ImageNode(image="aGk=", id_="d"),
+        TextNode(text=TEXT, id_="a"),
+        Document(text="Another document. It has two sentences of some length.", id_="e"),
+    ]
+    dataset, report = dataset_from_nodes(nodes, [InverseClozeMaker(per_node=1)])
+    assert set(dataset.corpus) == {"a", "b", "e"}
+    assert report.skipped == {"node without text": 2, "same node twice": 1, "node with another node's text": 1}
+    assert report.questions == {"inverse_cloze": 2}
+
+
+class Parrot:
+    name = "parrot"
+
+    def make(self, nodes, *, seed=0):
+        yield Question("  ", nodes[0].node_id, self.name)
+        yield Question("of nobody", "no such node", self.name)
+        for _ in range(2):
+            yield Question("What does a parrot say?", nodes[0].node_id, self.name)
+        yield Question("Is it silent?", nodes[0].node_id, self.name, passage=" ")
+
+
+def test_bad_questions_of_a_maker_are_counted_not_trained_on():
+    dataset, report = dataset_from_nodes([TextNode(text=TEXT)], [Parrot()])
+    assert list(dataset.queries.values()) == ["What does a parrot say?"]
+    assert report.skipped == {
+        "question empty or about no node": 2,
+        "question asked twice of a node": 1,
+        "question with an empty passage": 1,
+    }
+
+
+def test_two_nodes_with_one_id_are_refused():
+    with pytest.raises(DatasetError, match="'a'"):
+        dataset_from_nodes([TextNode(text="one", id_="a"), TextNode(text="two", id_="a")])
+
+
+@pytest.mark.parametrize("nodes", [[], [TextNode(text="")]])
+def test_no_text_is_refused(nodes):
+    with pytest.raises(DatasetError, match="none of them with text"):
+        dataset_from_nodes(nodes)
+
+
+def test_no_question_is_refused():
+    with pytest.raises(DatasetError, match="title, inverse_cloze"):
+        dataset_from_nodes([TextNode(text="short")])
+
+
+@pytest.mark.parametrize("nodes", ["text", None, ["text"], [TextNode(text=TEXT), 3]])
+def test_what_are_no_nodes_is_refused(nodes):
+    with pytest.raises(ConfigError, match="LlamaIndex node"):
+        dataset_from_nodes(nodes)
+
+
+def test_what_is_no_maker_is_refused():
+    with pytest.raises(ConfigError, match=r"makers\[0\]"):
+        dataset_from_nodes([TextNode(text=TEXT)], ["title"])

@@ -1,0 +1,68 @@
+import pytest
+
+from llama_index_lora_embed import split_by_source
+from llama_index_lora_embed.errors import ConfigError, SplitError
+from tests.conftest import make_dataset
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_document_is_on_both_sides(seed):
+    dataset = make_dataset(passages=40)
+    train, val = split_by_source(dataset, 0.2, seed=seed)
+    train_documents = {dataset.source_of(i) for i in train.corpus}
+    val_documents = {dataset.source_of(i) for i in val.answer_ids()}
+    assert not train_documents & val_documents
+    assert train.queries.keys() | val.queries.keys() == dataset.queries.keys()
+    assert not train.queries.keys() & val.queries.keys()
+    assert not train.overlap(val)
+    train.check()
+    val.check()
+
+
+def test_validation_searches_the_whole_corpus():
+    dataset = make_dataset(passages=40)
+    _, val = split_by_source(dataset, 0.2)
+    assert val.corpus == dataset.corpus
+
+
+def test_the_searched_corpus_can_be_bounded_and_keeps_the_answers():
+    _, val = split_by_source(make_dataset(passages=40), 0.2, max_passages=12)
+    assert len(val.corpus) == 12
+    assert val.answer_ids() <= val.corpus.keys()
+
+
+def test_the_share_is_about_what_was_asked():
+    _, val = split_by_source(make_dataset(passages=100), 0.1)
+    assert 20 <= len(val.queries) <= 24
+
+
+def test_it_is_seeded():
+    dataset = make_dataset(passages=40)
+    assert split_by_source(dataset, seed=1)[1] == split_by_source(dataset, seed=1)[1]
+    assert split_by_source(dataset, seed=1)[1] != split_by_source(dataset, seed=2)[1]
+
+
+def test_a_question_with_answers_in_two_documents_ties_them():
+    dataset = make_dataset(passages=8, questions=1)
+    dataset.relevant_docs["q0-0"] = ["p0", "p2"]
+    for seed in range(8):
+        train, val = split_by_source(dataset, 0.3, seed=seed)
+        side = train if "q0-0" in train.queries else val
+        assert {"q0-0", "q1-0", "q2-0", "q3-0"} <= side.queries.keys()
+
+
+def test_one_document_cannot_be_split():
+    dataset = make_dataset(passages=2)
+    with pytest.raises(SplitError, match="one source document"):
+        split_by_source(dataset)
+
+
+def test_two_documents_can():
+    train, val = split_by_source(make_dataset(passages=4), 0.9)
+    assert len(train.queries) == len(val.queries) == 4
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 2])
+def test_a_fraction_outside_0_to_1_is_refused(fraction):
+    with pytest.raises(ConfigError, match="val_fraction"):
+        split_by_source(make_dataset(), fraction)
