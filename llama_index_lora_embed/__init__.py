@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama_index_lora_embed.data import (
         EmbeddingQAFinetuneDataset,
+        FirstOf,
         InverseClozeMaker,
         Question,
         QuestionMaker,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "EmbeddingQAFinetuneDataset": "data",
     "FinetuneResult": "result",
+    "FirstOf": "data",
     "InverseClozeMaker": "data",
     "LoraEmbedError": "errors",
     "LoraEmbedding": "embedding",
@@ -41,6 +43,7 @@ _HOME = {
 __all__ = [
     "EmbeddingQAFinetuneDataset",
     "FinetuneResult",
+    "FirstOf",
     "InverseClozeMaker",
     "LoraEmbedError",
     "LoraEmbedding",

@@ -117,7 +117,7 @@ def val_dataset() -> EmbeddingQAFinetuneDataset:
 
 @pytest.fixture
 def nodes() -> list[TextNode]:
-    """Twelve nodes from six documents, with titles and three sentences each."""
+    """Twelve nodes of three sentences from six documents; the first eight have titles."""
     rng = random.Random(3)
     made = []
     for number in range(12):
@@ -125,7 +125,7 @@ def nodes() -> list[TextNode]:
         node = TextNode(
             id_=f"n{number}",
             text=" ".join(sentences),
-            metadata={"title": f"title {WORDS[number]} {WORDS[number + 50]}"},
+            metadata={"title": f"title {WORDS[number]} {WORDS[number + 50]}"} if number < 8 else {},
         )
         node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=f"d{number // 2}")
         made.append(node)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from llama_index_lora_embed import LoraEmbedding
+from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
 from llama_index_lora_embed.adapter import Manifest, check_output
 from llama_index_lora_embed.errors import (
     AdapterError,
@@ -197,15 +197,37 @@ def test_a_hub_model_that_cannot_be_had(tmp_path):
         describe_base("nobody/no-such-model", cache_folder=str(tmp_path))
 
 
-def test_a_hub_model_is_found_in_the_cache_with_its_revision(tmp_path, tiny_model):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--somebody--tiny"
-    shutil.copytree(tiny_model, repository / "snapshots" / commit)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def put_on_hub(folder, cache, name):
+    """Lay a folder into huggingface_hub's cache, as a download would."""
+    repository = cache / f"models--somebody--{name}"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+def test_a_hub_model_is_found_in_the_cache_with_its_revision(tmp_path, tiny_model):
+    put_on_hub(tiny_model, tmp_path, "tiny")
     base = describe_base("somebody/tiny", cache_folder=str(tmp_path))
-    assert (base.model_id, base.revision) == ("somebody/tiny", commit)
+    assert (base.model_id, base.revision) == ("somebody/tiny", COMMIT)
     assert base.weights_sha256 == describe_base(tiny_model).weights_sha256
+
+
+def test_adapter_and_base_load_by_their_hub_ids(tmp_path, tiny_model, dataset, val_dataset):
+    put_on_hub(tiny_model, tmp_path / "cache", "tiny")
+    engine = LoraFinetuneEngine(
+        dataset, "somebody/tiny", str(tmp_path / "out"), val_dataset=val_dataset, learning_rate=5e-3, epochs=6,
+        batch_size=8, cache_folder=str(tmp_path / "cache"), device="cpu", show_progress_bar=False,
+    )  # fmt: skip
+    engine.finetune()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("somebody/tiny", COMMIT)
+    put_on_hub(tmp_path / "out", tmp_path / "cache", "tuned")
+    tuned = load("somebody/tuned", cache_folder=str(tmp_path / "cache"))
+    assert tuned.get_text_embedding("w1") == engine.get_finetuned_model().get_text_embedding("w1")
+    assert tuned.fingerprint == engine.get_finetuned_model().fingerprint
 
 
 def test_a_folder_without_a_model(tmp_path):

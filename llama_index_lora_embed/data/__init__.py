@@ -5,12 +5,13 @@ Nothing here imports torch.
 
 from llama_index_lora_embed.data.build import BuildReport, dataset_from_nodes
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.questions import InverseClozeMaker, Question, QuestionMaker, TitleMaker
+from llama_index_lora_embed.data.questions import FirstOf, InverseClozeMaker, Question, QuestionMaker, TitleMaker
 from llama_index_lora_embed.data.split import split_by_source
 
 __all__ = [
     "BuildReport",
     "EmbeddingQAFinetuneDataset",
+    "FirstOf",
     "InverseClozeMaker",
     "Question",
     "QuestionMaker",

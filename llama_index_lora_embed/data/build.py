@@ -11,7 +11,13 @@ from typing import Any
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
-from llama_index_lora_embed.data.questions import InverseClozeMaker, QuestionMaker, TitleMaker, embed_text
+from llama_index_lora_embed.data.questions import (
+    FirstOf,
+    InverseClozeMaker,
+    QuestionMaker,
+    TitleMaker,
+    embed_text,
+)
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 
 
@@ -33,8 +39,8 @@ class BuildReport:
 
 
 def default_makers() -> list[QuestionMaker]:
-    """The makers that need neither labels nor an LLM."""
-    return [TitleMaker(), InverseClozeMaker()]
+    """What needs neither labels nor an LLM: a node's title, or inverse cloze where it has none."""
+    return [FirstOf(TitleMaker(), InverseClozeMaker())]
 
 
 def dataset_from_nodes(
@@ -48,7 +54,8 @@ def dataset_from_nodes(
     Args:
         nodes: LlamaIndex nodes. Those without text (images, say) are counted and left out; those whose text
             another node has already stay in the corpus, but no questions are made about them.
-        makers: Question makers, each run over all nodes; None runs `TitleMaker` and `InverseClozeMaker`.
+        makers: Question makers, each run over all nodes; None runs `TitleMaker`, and
+            `InverseClozeMaker` on the nodes that have no title.
         seed: Given to every maker.
 
     Returns:

@@ -174,6 +174,31 @@ class InverseClozeMaker:
                 yield Question(query, node.node_id, self.name, passage)
 
 
+class FirstOf:
+    """Asks several makers about each node and takes the questions of the first that has any.
+
+    So a node with a title gets the question that its title is, and inverse cloze, which is further from what
+    people ask, serves the nodes that have none.
+
+    Args:
+        *makers: In order of preference.
+    """
+
+    def __init__(self, *makers: QuestionMaker) -> None:
+        self.makers = makers
+        self.name = " or ".join(maker.name for maker in makers)
+
+    def make(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[Question]:
+        """Yield questions, each under the name of the maker that made it."""
+        left = list(nodes)
+        for maker in self.makers:
+            asked = set()
+            for question in maker.make(left, seed=seed):
+                asked.add(question.node_id)
+                yield question
+            left = [node for node in left if node.node_id not in asked]
+
+
 def split_sentences(text: str) -> list[str]:
     """Sentences as they stand in the text, split after . ! ? (also full-width) and at blank lines."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]

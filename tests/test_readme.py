@@ -1,0 +1,62 @@
+"""The README's Python is run as it stands; only the model's name is another."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_dataset
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def namespace(tiny_model, nodes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_dataset().save_json("train.json")
+    make_dataset(passages=10, seed=7, prefix="v").save_json("val.json")
+    return {"nodes": nodes}
+
+
+def run(snippet, namespace, tiny_model):
+    code = snippet.replace("sentence-transformers/all-MiniLM-L6-v2", tiny_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "README.md", "exec"), namespace)
+
+
+def test_the_snippets_are_the_ones_that_are_tested_here():
+    assert len(SNIPPETS) == 3
+
+
+def test_the_ten_lines(namespace, tiny_model, capsys):
+    run(SNIPPETS[0], namespace, tiny_model)
+    assert "tuned" in capsys.readouterr().out
+    assert namespace["index"].as_retriever(similarity_top_k=2).retrieve("w1 w2")
+
+
+def test_nodes_alone(namespace, tiny_model):
+    exec("from llama_index_lora_embed import LoraFinetuneEngine", namespace)
+    run(SNIPPETS[1], namespace, tiny_model)
+    assert namespace["engine"].val_dataset is not None
+
+
+def test_coming_from_the_old_package(namespace, tiny_model):
+    """The old documentation's calls, with only the import changed."""
+    run(SNIPPETS[2], namespace, tiny_model)
+    train_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("train.json")
+    val_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("val.json")
+    finetune_engine = namespace["SentenceTransformersFinetuneEngine"](
+        train_dataset, model_id=tiny_model, model_output_path="test_model", val_dataset=val_dataset
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        finetune_engine.finetune()
+    embed_model = finetune_engine.get_finetuned_model()
+
+    from llama_index.core.embeddings import resolve_embed_model
+
+    local = resolve_embed_model("local:test_model")
+    assert local.get_text_embedding("w1 w2") == pytest.approx(embed_model.get_text_embedding("w1 w2"), abs=1e-5)
