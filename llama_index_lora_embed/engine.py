@@ -24,6 +24,7 @@ from llama_index_lora_embed.data import (
     dataset_from_nodes,
     split_by_source,
 )
+from llama_index_lora_embed.data.dataset import normalise
 from llama_index_lora_embed.errors import MissingExtraError, OutputDirectoryError, SplitError
 from llama_index_lora_embed.extras import require
 from llama_index_lora_embed.result import FinetuneResult, summarise
@@ -178,6 +179,8 @@ class LoraFinetuneEngine:
         model_id: str = "BAAI/bge-small-en",
         model_output_path: str = "exp_finetune",
         *,
+        val_dataset: EmbeddingQAFinetuneDataset | Any | None = None,
+        val_fraction: float = _D.val_fraction,
         question_makers: Iterable[QuestionMaker] | None = None,
         epochs: int = _MADE_UP_EPOCHS,
         learning_rate: float = _MADE_UP_RATE,
@@ -190,6 +193,9 @@ class LoraFinetuneEngine:
             nodes: LlamaIndex nodes, as they will be indexed.
             model_id: As for the engine.
             model_output_path: As for the engine.
+            val_dataset: People's questions to judge by, about the same nodes or others; made-up questions that it
+                also asks are not trained on. None holds out `val_fraction` of the made-up ones.
+            val_fraction: 0 trains without a verdict.
             question_makers: Makers to run; None runs `TitleMaker`, and `InverseClozeMaker` on nodes without a title.
                 Neither needs an LLM.
             epochs: 2, not 4. On 1,200 documents of medquad_train, judged by people's questions, the first epoch
@@ -197,7 +203,7 @@ class LoraFinetuneEngine:
             learning_rate: 5e-4, not 1e-3. At 1e-3, with inverse cloze on every node, documents of medquad_test lost
                 0.026 on people's questions.
             seed: Of question making, split and training.
-            **kwargs: Everything else that the engine takes. `val_dataset` replaces the held-out questions.
+            **kwargs: Everything else that the engine takes.
 
         Raises:
             SplitError: The nodes come from one document, so that none can be held out; pass `val_dataset`, or
@@ -207,22 +213,17 @@ class LoraFinetuneEngine:
         """
         makers = None if question_makers is None else list(question_makers)
         dataset, report = dataset_from_nodes(nodes, makers, seed=seed)
-        val_dataset, val_fraction = (
-            kwargs.pop("val_dataset", None),
-            kwargs.get("val_fraction", _D.val_fraction),
-        )
-        if val_dataset is None and val_fraction:
+        if val_dataset is not None:
+            # Nodes that are searched may be trained on: only their questions must not be known.
+            val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
+            known = {normalise(text) for text in val_dataset.queries.values()}
+            unknown = [i for i, text in dataset.queries.items() if normalise(text) not in known]
+            dataset = dataset.subset(unknown, dataset.corpus)
+            kwargs.setdefault("on_overlap", "allow")
+        elif val_fraction:
             dataset, val_dataset = split_by_source(dataset, val_fraction, seed=seed, max_passages=_D.max_eval_passages)
-        engine = cls(
-            dataset,
-            model_id,
-            model_output_path,
-            val_dataset=val_dataset,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            seed=seed,
-            **kwargs,
-        )
+        kwargs |= {"val_fraction": val_fraction, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+        engine = cls(dataset, model_id, model_output_path, val_dataset=val_dataset, **kwargs)
         engine.data_report = report
         return engine
 
@@ -315,7 +316,7 @@ class LoraFinetuneEngine:
                 max_passages=self.settings.max_eval_passages,
             )
         except SplitError as error:
-            warnings.warn(f"Nothing is held out to judge by: {error}", UserWarning, stacklevel=4)
+            warnings.warn(f"Nothing is held out to judge by: {error}", UserWarning, stacklevel=3)
             return
         self._hold_out_note = "The questions were held out of the training set by source document."
         if not self.dataset.source_documents:

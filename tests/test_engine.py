@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine, Verdict
 from llama_index_lora_embed.adapter import Manifest
+from llama_index_lora_embed.data.questions import embed_text
 from llama_index_lora_embed.errors import (
     ConfigError,
     DatasetError,
@@ -93,6 +94,17 @@ def test_from_nodes_with_questions_of_people_as_validation(tiny_model, nodes, va
     engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, val_dataset=val_dataset, **QUIET)
     assert engine.val_dataset == val_dataset
     assert len(engine.dataset.queries) == 12
+
+
+def test_from_nodes_may_be_judged_by_peoples_questions_about_the_same_nodes(tiny_model, nodes, out):
+    asked = EmbeddingQAFinetuneDataset(
+        queries={"a": "w9 or w8 ?", "b": nodes[0].metadata["title"].upper()},
+        corpus={node.node_id: embed_text(node) for node in nodes},
+        relevant_docs={"a": ["n3"], "b": ["n0"]},
+    )
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, val_dataset=asked, **QUIET)
+    assert len(engine.dataset.queries) == 11, "the title that somebody asked for is not trained on"
+    assert "n3" in engine.dataset.answer_ids()
 
 
 def test_from_nodes_with_one_document_says_so(tiny_model, nodes, out):
