@@ -137,10 +137,20 @@ def fingerprint(
         "prompts": {name: model.prompts.get(name, "") for name in ("query", "document")},
         "modules": describe_modules(model),
         "max_seq_length": model.max_seq_length,
-        "tokenizer": hashlib.sha256("\n".join(sorted(model.tokenizer.get_vocab())).encode()).hexdigest(),
+        "tokenizer": _tokenizer_digest(model.tokenizer),
         "precision": precision,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of vocabulary, merges, normalisation and special tokens; truncation and padding change from call to call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
+    rules.pop("truncation", None)
+    rules.pop("padding", None)
+    text = json.dumps([rules, tokenizer.padding_side], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe_modules(model: SentenceTransformer) -> list[dict[str, Any]]:
@@ -169,7 +179,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     Raises:
         OutputDirectoryError: It is a file, holds other files, or its folder cannot be written.
     """
-    target = Path(path).expanduser().absolute()
+    target = Path(path).expanduser().resolve()  # a link's target is replaced, not the link
     mend = "Choose another model_output_path."
     if target.exists() and not target.is_dir():
         raise OutputDirectoryError(f"model_output_path {str(target)!r}, which is a file", "a directory", mend)
@@ -178,6 +188,19 @@ def check_output(path: str | os.PathLike[str]) -> Path:
             f"model_output_path {str(target)!r}, which holds files that this package did not write",
             "a new or empty directory, or one with an adapter to replace",
             mend,
+        )
+    if os.path.ismount(target):
+        raise OutputDirectoryError(
+            f"model_output_path {str(target)!r}, which is a mount point and cannot be replaced as a whole",
+            "a directory",
+            f"Write to one inside it, e.g. {str(target / 'adapter')!r}.",
+        )
+    previous = target.with_name(target.name + ".previous")
+    if previous.exists() and not (previous / MANIFEST_NAME).exists() and target.is_dir() and any(target.iterdir()):
+        raise OutputDirectoryError(
+            f"{str(previous)!r}, where the adapter of now would be kept and which is something else",
+            "that place free, or an earlier adapter in it",
+            f"Move it, or choose another model_output_path than {target.name!r}.",
         )
     parent = next(folder for folder in target.parents if folder.exists())
     try:
@@ -212,6 +235,8 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
     Raises:
         OutputDirectoryError: The disk is full or not writable; the target is as it was.
     """
+    from safetensors import SafetensorError  # what a full disk raises in the largest file is no OSError
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging_beside(target) as staging:
@@ -227,7 +252,7 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
             )
             (staging / MANIFEST_NAME).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
             replace_directory(staging, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputDirectoryError(
             f"a failed write to {str(target)!r} ({error})",
             "room on a writable disk",
@@ -253,6 +278,8 @@ def replace_directory(staging: Path, target: Path) -> None:
     for path in [*staging.rglob("*"), staging]:
         # mkdtemp's 0700 and safetensors' 0600 would lock out whoever serves the model
         os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
+        if os.name == "nt":  # Windows syncs neither directories nor files opened for reading
+            continue
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

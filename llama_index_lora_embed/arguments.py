@@ -58,6 +58,8 @@ def check_arguments(
     problems += [
         f"{name}={value!r}: expected True or False" for name, value in flags.items() if not isinstance(value, bool)
     ]
+    if settings.batch_size == 1 and loss is None:
+        problems.append("batch_size=1: expected at least 2, because a passage's negatives are the others of its batch")
     if on_overlap not in ("error", "drop", "allow"):
         problems.append(f"on_overlap={on_overlap!r}: expected 'error', 'drop' or 'allow'")
     if lora_config is not None and not _is_lora_config(lora_config):

@@ -41,7 +41,7 @@ class TrainingSettings:
         save_checkpoints: Write checkpoints from which an interrupted run can resume.
         checkpoint_save_steps: Steps between checkpoints.
         checkpoint_save_total_limit: Checkpoints kept; 0 keeps all.
-        val_fraction: Share of the source documents held out to judge by, where no validation set is given.
+        val_fraction: Share of the questions, by source document, held out to judge by where no validation set is given.
         max_eval_passages: Passages searched when the validation set is held out from the training set:
             the answers, and others up to this number. Bounds the time that an evaluation takes.
         seed: Of initialisation, order of batches, split and question making.

@@ -160,6 +160,12 @@ class LoraEmbedding(BaseEmbedding):
         for slot in ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__"):
             object.__setattr__(self, slot, getattr(blank, slot))
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> LoraEmbedding:
+        """A copy that loads its own model when it is first used; locks and loaded weights are not copied."""
+        copy = type(self).__new__(type(self))
+        copy.__setstate__(self.__getstate__())
+        return copy
+
     def _encode(self, texts: list[str], *, query: bool) -> list[Embedding]:
         model = self._ready()
         encode = model.encode_query if query else model.encode_document

@@ -268,14 +268,14 @@ class LoraFinetuneEngine:
             evaluate=None if self.val_dataset is None else self._evaluate,
             checkpoint_dir=target.with_name(target.name + ".checkpoints") if self.settings.save_checkpoints else None,
             resume=self.resume_from_checkpoint,
-            identity=self._identity(base),
+            identity={**self._identity(base), "train_kwargs": _plain(train_kwargs)},
             train_kwargs=train_kwargs,
         )
         best = outcome.best
         comparison = None
         if self.val_dataset is not None:
             comparison = compare(best.base, best.best)  # type: ignore[arg-type]  # what _evaluate returned
-        summary = summarise(comparison, best.best_step, self._hold_out_note)
+        summary = summarise(comparison, best.best_step, len(best.history), self._hold_out_note)
         manifest = self._manifest(model, base, outcome, summary)
         written = adapter.write_adapter(model, target, manifest, base.weights_sha256)
         result = self._result(str(target), written.fingerprint, comparison, summary, outcome)
@@ -347,6 +347,7 @@ class LoraFinetuneEngine:
             "dataset": self.dataset.digest(),
             "val_dataset": None if self.val_dataset is None else self.val_dataset.digest(),
             "lora_config": _plain(lora.to_dict()) if lora is not None else None,
+            "loss": None if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
             "use_all_docs": self.use_all_docs,
             **self.prompts,
             **settings,
@@ -411,8 +412,6 @@ class LoraFinetuneEngine:
 
     def _warn(self, result: FinetuneResult) -> None:
         """Tell what a user must not overlook, once, where they called `finetune`."""
-        if result.truncation.cut_before or result.truncation.cut_after:
-            warnings.warn(str(result.truncation), UserWarning, stacklevel=3)
         if result.verdict.value != "BETTER" or result.best_step == 0:
             warnings.warn(result.summary, UserWarning, stacklevel=3)
 

@@ -90,7 +90,7 @@ class OutputDirectoryError(LoraEmbedError):
 
 
 class NonFiniteLossError(LoraEmbedError):
-    """Training produced a NaN or infinite loss."""
+    """A loss or the vectors of a model became NaN or infinite."""
 
 
 class MissingExtraError(LoraEmbedError, ImportError):

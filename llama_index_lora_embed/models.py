@@ -183,9 +183,11 @@ def load_base(
     Raises:
         ModelNotFoundError: The folder does not hold what transformers can load.
     """
+    from safetensors import SafetensorError
+
     try:
         model = _sentence_transformer(str(base.path), device, trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelNotFoundError(
             f"model {base.model_id!r}, which does not load ({type(error).__name__}: {error})",
             "a sentence-transformers or transformers model",

@@ -63,12 +63,13 @@ class FinetuneResult:
         return "\n".join(lines)
 
 
-def summarise(comparison: Comparison | None, best_step: int, note: str = "") -> str:
+def summarise(comparison: Comparison | None, best_step: int, evaluations: int, note: str = "") -> str:
     """The verdict in words.
 
     Args:
         comparison: None if nothing was evaluated.
         best_step: 0 if no step beat the base.
+        evaluations: How many there were to choose the best from, the base's included.
         note: Where the validation questions come from.
     """
     if comparison is None:
@@ -76,4 +77,7 @@ def summarise(comparison: Comparison | None, best_step: int, note: str = "") -> 
     if best_step == 0:
         gained_nothing = "training gained nothing; what was written gives the base's own vectors."
         return f"{comparison.verdict.value}: {gained_nothing} {comparison.basis} {note}".strip()
+    if evaluations > 2:
+        # a maximum over several looks at the same questions is a little too high
+        note = f"{note} The best of {evaluations - 1} evaluations was chosen on these same questions.".strip()
     return f"{comparison} {note}".strip()

@@ -244,6 +244,15 @@ def test_output_paths_that_would_destroy_something(tmp_path, adapter):
     for name, why in (("file", "is a file"), ("full", "did not write"), ("file/below", "nothing can be written")):
         with pytest.raises(OutputDirectoryError, match=why):
             check_output(tmp_path / name)
+    shutil.copytree(adapter, tmp_path / "mine")
+    (tmp_path / "mine.previous").mkdir()
+    (tmp_path / "mine.previous" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputDirectoryError, match="something else"):
+        check_output(tmp_path / "mine")
+    with pytest.raises(OutputDirectoryError, match="mount point"):
+        check_output("/dev/shm" if not any(Path("/dev/shm").iterdir()) else "/")
+    shutil.rmtree(tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine.previous")
     (tmp_path / "empty").mkdir()
     assert check_output(tmp_path / "empty") == tmp_path / "empty"
     assert check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"

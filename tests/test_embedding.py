@@ -99,6 +99,12 @@ def test_a_pickle_holds_no_weights_and_makes_the_same_model(embed_model):
     assert distance(vectors(again), vectors(embed_model)) == 0
 
 
+def test_a_deep_copy_embeds_the_same(embed_model):
+    copy = embed_model.model_copy(deep=True)
+    assert copy is not embed_model
+    assert distance(vectors(copy), vectors(embed_model)) == 0
+
+
 def test_settings_take_it(embed_model):
     before = Settings._embed_model
     try:

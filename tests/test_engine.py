@@ -14,7 +14,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine, Verdict
+from llama_index_lora_embed import (
+    EmbeddingQAFinetuneDataset,
+    LoraEmbedding,
+    LoraFinetuneEngine,
+    Verdict,
+    evaluate_retrieval,
+)
 from llama_index_lora_embed.adapter import Manifest
 from llama_index_lora_embed.data.questions import embed_text
 from llama_index_lora_embed.errors import (
@@ -227,11 +233,52 @@ def test_a_lora_config_that_does_not_fit_names_what_would(tiny_model, dataset, o
     assert not os.path.exists(os.path.dirname(out))
 
 
-@pytest.mark.parametrize("as_what", ["class", "instance", "callable"])
+def nested_loss(path):
+    users_own = SentenceTransformer(path, device="cpu")
+    inner = losses.MultipleNegativesRankingLoss(users_own)
+    return losses.MatryoshkaLoss(users_own, inner, matryoshka_dims=[32, 16])
+
+
+def test_a_loss_of_the_users_own_sees_the_prompts_of_serving(tiny_model, dataset, val_dataset, out):
+    seen = []
+
+    class Spy(losses.MultipleNegativesRankingLoss):
+        def forward(self, features, labels):
+            features = list(features)
+            seen.append([self.model.tokenizer.decode(column["input_ids"][0][1:3]) for column in features])
+            return super().forward(features, labels)
+
+    finetune(
+        dataset, tiny_model, out, val_dataset=val_dataset, loss=Spy, epochs=1,
+        query_prompt="query : ", passage_prompt="passage : ",
+    )  # fmt: skip
+    assert all(pair == ["query :", "passage :"] for pair in seen)
+
+
+def test_a_dense_head_is_frozen_because_the_adapter_does_not_hold_it(tiny_model, dataset, val_dataset, tmp_path):
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    model = SentenceTransformer(tiny_model, device="cpu")
+    model.insert(2, Dense(32, 8))
+    base = str(tmp_path / "dense")
+    model.save_pretrained(base)
+    engine, result = finetune(
+        dataset, base, str(tmp_path / "out"), val_dataset=val_dataset, learning_rate=5e-3, epochs=6
+    )
+    assert result.best_step > 0
+    tuned = engine.get_finetuned_model()
+    assert len(tuned.get_text_embedding("w1")) == 8
+    assert evaluate_retrieval(tuned, val_dataset).metrics["ndcg@10"] == pytest.approx(result.tuned_metrics["ndcg@10"])
+    written = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert written[2].linear.weight.equal(model[2].linear.weight)
+
+
+@pytest.mark.parametrize("as_what", ["class", "instance", "nested", "callable"])
 def test_a_loss_of_sentence_transformers(tiny_model, dataset, val_dataset, out, as_what):
     loss = {
         "class": losses.MultipleNegativesRankingLoss,
         "instance": losses.MultipleNegativesRankingLoss(SentenceTransformer(tiny_model, device="cpu")),
+        "nested": nested_loss(tiny_model),
         "callable": lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4),
     }[as_what]
     _, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, loss=loss, epochs=4, learning_rate=5e-3)

@@ -145,8 +145,10 @@ class EmbeddingQAFinetuneDataset(BaseModel):
     def problems(self) -> list[str]:
         """One line for each thing that would crash or spoil training: every id is named."""
         found: list[str] = []
-        found += [f"query {i!r} is empty" for i, text in self.queries.items() if not text.strip()]
-        found += [f"passage {i!r} is empty" for i, text in self.corpus.items() if not text.strip()]
+        for what, texts in (("query", self.queries), ("passage", self.corpus)):
+            # fields can be changed after construction, so that pydantic's check is not the last word
+            found += [f"{what} {i!r} is no text but {text!r:.80}" for i, text in texts.items() if not _is_text(text)]
+            found += [f"{what} {i!r} is empty" for i, text in texts.items() if _is_text(text) and not text.strip()]
         for query_id in self.queries:
             if not self.relevant_docs.get(query_id):
                 found.append(f"query {query_id!r} has no relevant passage")
@@ -165,7 +167,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         for query_id, text in (self.training_passages or {}).items():
             if query_id not in self.queries:
                 found.append(f"training_passages names query {query_id!r}, which is not in queries")
-            elif not text.strip():
+            elif not _is_text(text) or not text.strip():
                 found.append(f"the training passage of query {query_id!r} is empty")
         return found
 
@@ -236,6 +238,10 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         def pick(field: dict[str, Any] | None, ids: list[str]) -> dict[str, Any] | None:
             return None if field is None else {i: field[i] for i in ids if i in field}
 
+        negatives = pick(self.hard_negatives, kept)
+        if negatives is not None:
+            there = set(passages)
+            negatives = {q: [i for i in ids if i in there] for q, ids in negatives.items()}
         return EmbeddingQAFinetuneDataset(
             queries={i: self.queries[i] for i in kept},
             corpus={i: self.corpus[i] for i in passages},
@@ -243,8 +249,12 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             source_documents=pick(self.source_documents, passages),
             query_origins=pick(self.query_origins, kept),
             training_passages=pick(self.training_passages, kept),
-            hard_negatives=pick(self.hard_negatives, kept),
+            hard_negatives=negatives,
         )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def normalise(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
 from llama_index_lora_embed.errors import ConfigError, SplitError
 
 
@@ -18,8 +18,8 @@ def split_by_source(
     """Split a dataset into training and validation by source document.
 
     All chunks of a document, and all questions about them, land on one side; a question with answers in
-    several documents ties these together. The validation questions search both sides' passages (up to
-    `max_passages`), because that is the index that a user will search.
+    several documents ties these together, and so does a text that stands in both. The validation questions
+    search both sides' passages (up to `max_passages`), because that is the index that a user will search.
 
     Args:
         dataset: Dataset; a passage without a recorded source counts as a document of its own.
@@ -66,7 +66,7 @@ def split_by_source(
 
 
 def _tied_queries(dataset: EmbeddingQAFinetuneDataset) -> list[list[str]]:
-    """Groups of queries whose answers share a source document, directly or through another query."""
+    """Groups of queries whose answers share a source document or a text, directly or through another query."""
     parent: dict[str, str] = {}
 
     def find(item: str) -> str:
@@ -77,7 +77,8 @@ def _tied_queries(dataset: EmbeddingQAFinetuneDataset) -> list[list[str]]:
 
     for query_id in dataset.queries:
         sources = [dataset.source_of(i) for i in dataset.relevant_docs[query_id]]
-        for other in sources[1:]:
+        texts = [f"text:{normalise(dataset.corpus[i])}" for i in dataset.relevant_docs[query_id]]
+        for other in (*sources[1:], *texts):
             parent[find(sources[0])] = find(other)
     groups: dict[str, list[str]] = {}
     for query_id in dataset.queries:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.errors import NonFiniteLossError
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -78,6 +79,7 @@ def evaluate_encoders(
 
     Raises:
         DatasetError: The dataset is empty or has dangling ids.
+        NonFiniteLossError: Vectors are NaN or infinite.
     """
     dataset.check("evaluation dataset")
     query_ids = list(dataset.queries)
@@ -136,4 +138,9 @@ def query_metrics(ranking: Sequence[str], relevant: set[str]) -> dict[str, float
 
 def _unit(vectors: Any) -> FloatArray:
     array = np.asarray(vectors, dtype=np.float32)
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array).all(axis=1)).sum())
+        raise NonFiniteLossError(
+            f"{bad} of {len(array)} vectors with NaN or infinity in them", "numbers", "Lower the learning_rate."
+        )
     return np.asarray(array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12), dtype=np.float32)

@@ -50,7 +50,8 @@ def make_groups(dataset: EmbeddingQAFinetuneDataset, use_all_docs: bool) -> list
     for query_id in dataset.queries:
         relevant = dataset.relevant_docs[query_id]
         for passage_id in dict.fromkeys(relevant if use_all_docs else relevant[:1]):
-            text = (dataset.training_passages or {}).get(query_id) or dataset.corpus[passage_id]
+            cut = (dataset.training_passages or {}).get(query_id) if passage_id == relevant[0] else None
+            text = cut or dataset.corpus[passage_id]
             group = groups.setdefault((passage_id, text), TrainingGroup(text, passage_id))
             group.query_ids.append(query_id)
     if len({normalise(dataset.corpus[group.passage_id]) for group in groups.values()}) < 2:
@@ -67,8 +68,9 @@ class GroupCollator:
 
     The batch holds `q0_*`, `q1_*`, ... (questions) and `p0_*`, `p1_*`, ... (passages), chunks that are padded
     by themselves, and `label`, an int8 tensor [questions, passages] of POSITIVE, NEGATIVE and IGNORED. A
-    passage is ignored for a question, not negative, if it is the same node or text as one of the question's
-    relevant passages, unless it is among the question's own curated hard negatives.
+    passage is ignored for a question, not negative, if it is the same node or text as a passage that answers the
+    question or another of the same wording, or if it comes from the same document and holds the question word
+    for word (overlapping chunks); unless it is among the question's own curated hard negatives.
 
     Args:
         model: Tokenises, with its query and document prompts.
@@ -84,6 +86,9 @@ class GroupCollator:
         self.model = model
         self.dataset = dataset
         self.groups = groups
+        self.relevant: dict[str, set[str]] = {}  # by wording, because one title can be several nodes'
+        for query_id, text in dataset.queries.items():
+            self.relevant.setdefault(normalise(text), set()).update(dataset.relevant_docs[query_id])
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
         """Collate rows of {"group": index}."""
@@ -105,11 +110,15 @@ class GroupCollator:
         label = torch.full((len(queries), len(passages)), NEGATIVE, dtype=torch.int8)
         texts = [normalise(text) for _, text in passages]
         for row, (query_id, column) in enumerate(queries):
-            relevant = set(self.dataset.relevant_docs[query_id])
+            question = normalise(self.dataset.queries[query_id])
+            relevant = self.relevant[question]
+            documents = {self.dataset.source_of(i) for i in relevant}
             relevant_texts = {normalise(self.dataset.corpus[i]) for i in relevant}
             negatives = set(curated.get(query_id, ()))
             for index, (passage_id, _) in enumerate(passages):
-                if passage_id not in negatives and (passage_id in relevant or texts[index] in relevant_texts):
+                answers = passage_id in relevant or texts[index] in relevant_texts
+                overlaps = self.dataset.source_of(passage_id) in documents and question in texts[index]
+                if passage_id not in negatives and (answers or overlaps):
                     label[row, index] = IGNORED
             label[row, place[column]] = POSITIVE
         batch: dict[str, Any] = {"label": label}
@@ -128,8 +137,8 @@ class GroupCollator:
 class GroupBatchSampler(DefaultBatchSampler):
     """Shuffles the groups and deals them into batches of nearly one size.
 
-    The order depends on seed and epoch alone, so that a resumed run sees what an uninterrupted one would. An
-    even deal leaves no last batch of one passage, which would have no negatives.
+    The order depends on seed and epoch alone, so that a resumed run sees what an uninterrupted one would. No
+    batch has one passage only, which would have no negatives; for that, batches of 2 can become 3.
     """
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -143,4 +152,5 @@ class GroupBatchSampler(DefaultBatchSampler):
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return max(1, math.ceil(len(self.sampler) / self.batch_size))  # type: ignore[arg-type]
+        count = len(self.sampler)  # type: ignore[arg-type]
+        return max(1, min(math.ceil(count / self.batch_size), count // 2))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-import math
 import os
 import tempfile
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,8 @@ def train(
         settings.length_coverage,
         settings.max_seq_length,
     )
+    if truncation.cut_before or truncation.cut_after:
+        warnings.warn(str(truncation), UserWarning, stacklevel=3)  # shown where finetune() was called
     best = BestSoFar(evaluate)
     set_seed(settings.seed)  # before the adapter's random initialisation
     _add_adapter(model, lora_config, settings)
@@ -117,16 +120,19 @@ def train(
             best_so_far=best,
             evaluation_steps=settings.evaluation_steps,
             autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
+            warmup_ratio=None if "warmup_steps" in (train_kwargs or {}) else settings.warmup_ratio,
             model=model,
             **_inputs(model, dataset, groups, loss, use_all_docs, settings),
-            args=_arguments(settings, run_dir, len(groups), loss is None, train_kwargs or {}),
+            args=_arguments(settings, run_dir, len(groups), None if loss is None else model, train_kwargs or {}),
         )
+        if isinstance(loss, torch.nn.Module):
+            # the user built it, and losses inside it, on a model of their own, before this one existed
+            trainer.override_model_in_loss(loss, model)
         if checkpoint is None:
             best(model, 0)
-        before = sum(entry.get("seconds", 0.0) for entry in best.history)
-        started = time.perf_counter()
+        started = time.perf_counter() - best.seconds
         trainer.train(resume_from_checkpoint=checkpoint)
-        elapsed = time.perf_counter() - started - (sum(e.get("seconds", 0.0) for e in best.history) - before)
+        elapsed = time.perf_counter() - started - best.seconds
     if best.weights is not None:
         restore_weights(model, best.weights)
     model.eval()
@@ -171,8 +177,12 @@ def _add_adapter(model: SentenceTransformer, lora_config: LoraConfig | None, set
             lora_dropout=0.0,
             target_modules=lora_target_modules(model),
         )
-    elif lora_config.target_modules is None:
-        lora_config.target_modules = lora_target_modules(model)
+    else:
+        lora_config = copy.deepcopy(lora_config)  # add_adapter writes the base's place into it
+        if lora_config.target_modules is None:
+            lora_config.target_modules = lora_target_modules(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # peft freezes the transformer only; a Dense head is not in the adapter
     try:
         model.add_adapter(lora_config)
     except ValueError as error:
@@ -201,14 +211,12 @@ def _inputs(
             "data_collator": GroupCollator(model, dataset, groups),
             "loss": MaskedInfoNCELoss(model, settings.temperature),
         }
-    if isinstance(loss, torch.nn.Module):
-        if not hasattr(loss, "model"):
-            raise ConfigError(
-                f"loss of type {type(loss).__name__} without .model",
-                "a sentence-transformers loss, or a callable that makes one from the model",
-                "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
-            )
-        loss.model = model  # the user built it on a model of their own, before this one existed
+    if isinstance(loss, torch.nn.Module) and not hasattr(loss, "model"):
+        raise ConfigError(
+            f"loss of type {type(loss).__name__} without .model",
+            "a sentence-transformers loss, or a callable that makes one from the model",
+            "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
+        )
     rows = [{"anchor": dataset.queries[q], "positive": g.passage} for g in groups for q in g.query_ids]
     if curated := dataset.hard_negatives:
         ids = [q for g in groups for q in g.query_ids]
@@ -220,25 +228,24 @@ def _inputs(
 
 
 def _arguments(
-    settings: TrainingSettings, run_dir: Path, groups: int, grouped: bool, extra: dict[str, Any]
+    settings: TrainingSettings, run_dir: Path, groups: int, paired: SentenceTransformer | None, extra: dict[str, Any]
 ) -> SentenceTransformerTrainingArguments:
-    steps = math.ceil(groups / settings.batch_size) * settings.epochs
     values: dict[str, Any] = {
         "output_dir": str(run_dir),
         "per_device_train_batch_size": settings.batch_size,
         "num_train_epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "linear",
-        "warmup_steps": round(settings.warmup_ratio * steps),  # a first step at rate 0 would be all of a tiny run
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
-        "batch_sampler": GroupBatchSampler if grouped else BatchSamplers.NO_DUPLICATES,
+        "batch_sampler": GroupBatchSampler if paired is None else BatchSamplers.NO_DUPLICATES,
+        "prompts": None if paired is None else _column_prompts(paired),
         "eval_strategy": "no",
         "save_strategy": "steps" if settings.save_checkpoints else "no",
         "save_steps": settings.checkpoint_save_steps,
         "save_total_limit": settings.checkpoint_save_total_limit or None,
-        "logging_steps": max(1, min(10, steps // 10)),
+        "logging_steps": max(1, min(10, groups * settings.epochs // settings.batch_size // 10)),
         "disable_tqdm": not settings.show_progress_bar,
         "report_to": "none",
         "remove_unused_columns": False,
@@ -253,6 +260,12 @@ def _arguments(
             "names and values of SentenceTransformerTrainingArguments",
             "Correct what was passed to finetune(...).",
         ) from error
+
+
+def _column_prompts(model: SentenceTransformer) -> dict[str, str]:
+    """The prompts of serving for the columns that `_inputs` makes for a loss of the user's own."""
+    query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
+    return {"anchor": query, "positive": passage, **{f"negative_{n}": passage for n in range(1, 100)}}
 
 
 def _prepare_run(run_dir: Path, identity: dict[str, Any], resume: bool) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import TrainingArguments
 
 from llama_index_lora_embed.adapter import CONFIG_NAME, WEIGHTS_NAME, replace_directory, staging_beside
@@ -55,11 +56,12 @@ class BestSoFar:
 
     Attributes:
         evaluate: Judges a model; None if there is nothing to judge by.
-        history: One entry for each evaluation: step, measures and the seconds it took.
+        history: One entry for each evaluation: step and measures.
         best_step: Step of the best evaluation.
         base: The evaluation at step 0.
         best: The best evaluation.
         weights: Adapter weights at the best step, on the CPU.
+        seconds: Wall time of the evaluations of this process.
     """
 
     evaluate: Evaluate | None
@@ -68,6 +70,7 @@ class BestSoFar:
     base: Evaluated | None = None
     best: Evaluated | None = None
     weights: dict[str, Tensor] | None = None
+    seconds: float = 0.0
 
     def __call__(self, model: SentenceTransformer, step: int) -> dict[str, float]:
         """Evaluate the model at this step, unless that was done already."""
@@ -78,15 +81,10 @@ class BestSoFar:
                 return dict(entry["metrics"])
         started = time.perf_counter()
         evaluation = self.evaluate(model)
+        self.seconds += time.perf_counter() - started
         metrics = dict(evaluation.metrics)
-        if not all(math.isfinite(value) for value in metrics.values()):
-            raise NonFiniteLossError(
-                f"evaluation measures that are not finite at step {step}",
-                "numbers",
-                "Lower the learning_rate.",
-            )
         best_before = max((entry["metrics"][PRIMARY_METRIC] for entry in self.history), default=-math.inf)
-        self.history.append({"step": step, "metrics": metrics, "seconds": time.perf_counter() - started})
+        self.history.append({"step": step, "metrics": metrics})
         if step == 0:
             self.base = evaluation
         if metrics[PRIMARY_METRIC] > best_before:
@@ -139,6 +137,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         best_so_far: Evaluates at the end of each epoch and every `evaluation_steps` steps.
         evaluation_steps: 0 for epochs only.
         autocast_dtype: Computing precision of the steps; None for float32.
+        warmup_ratio: Share of all steps; None leaves warmup to the arguments.
         **kwargs: As for SentenceTransformerTrainer.
     """
 
@@ -148,16 +147,27 @@ class LoraTrainer(SentenceTransformerTrainer):
         best_so_far: BestSoFar,
         evaluation_steps: int,
         autocast_dtype: torch.dtype | None,
+        warmup_ratio: float | None,
         **kwargs: Any,
     ) -> None:
         self.best_so_far = best_so_far
         self.autocast_dtype = autocast_dtype
+        self.warmup_ratio = warmup_ratio
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # would print a dict at each log where there is no bar
         self.add_callback(_EvaluateCallback(self, evaluation_steps))
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the adapter's README is written with the manifest."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule over the steps that are really taken.
+
+        transformers rounds the warmup up, and a first step at rate 0 would be all of a very short run.
+        """
+        if self.warmup_ratio is not None:
+            self.args.warmup_steps = round(self.warmup_ratio * num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss_context_manager(self) -> ExitStack:
         """Autocast for the loss alone, so that evaluations between steps stay in float32."""
@@ -215,7 +225,7 @@ class LoraTrainer(SentenceTransformerTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint)
-        stored = load_file(path / WEIGHTS_NAME)
+        stored = load_file(path / WEIGHTS_NAME)  # whole, or latest_checkpoint had passed it over
         restore_weights(self.model, {name.removeprefix("base_model.model."): t for name, t in stored.items()})
         self.best_so_far.load(path)
 
@@ -226,6 +236,13 @@ class _EvaluateCallback(TrainerCallback):
     def __init__(self, trainer: LoraTrainer, every: int) -> None:
         self.trainer = trainer
         self.every = every
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # a checkpoint of an epoch's last step is written before that epoch is evaluated
+        if state.global_step and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-6:
+            self._evaluate(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
@@ -248,10 +265,18 @@ def _step_of(path: Path) -> int:
 
 
 def latest_checkpoint(directory: Path) -> str | None:
-    """The newest whole checkpoint of a run, or None."""
-    if not directory.is_dir():
-        return None
-    found = get_last_checkpoint(str(directory))  # type: ignore[no-untyped-call]
-    if found is None or not all(os.path.exists(os.path.join(found, n)) for n in (WEIGHTS_NAME, CONFIG_NAME)):
-        return None
-    return str(found)
+    """The newest whole checkpoint of a run, or None; damaged ones are passed over, and said."""
+    for path in sorted(directory.glob("checkpoint-*"), key=_step_of, reverse=True):
+        try:
+            for name in (WEIGHTS_NAME, _BEST_WEIGHTS):
+                if name == WEIGHTS_NAME or (path / name).exists():
+                    load_file(path / name)
+            for name in (_EVALUATIONS, CONFIG_NAME, TRAINER_STATE_NAME):
+                json.loads((path / name).read_text(encoding="utf-8"))
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+                torch.load(path / name, map_location="cpu", weights_only=True)
+        except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+            logger.warning("checkpoint %s is damaged and passed over: %s", path, error)
+            continue
+        return str(path)
+    return None

@@ -62,6 +62,12 @@ def test_texts_that_are_no_strings_are_named():
     assert any("queries.q1" in problem and "5" in problem for problem in caught.value.problems)
 
 
+def test_texts_that_became_something_else_later_are_named():
+    dataset = small()
+    dataset.queries["q1"], dataset.corpus["p2"] = None, 7
+    assert dataset.problems() == ["query 'q1' is no text but None", "passage 'p2' is no text but 7"]
+
+
 def test_check_names_every_problem():
     dataset = small(
         queries={"q1": "  ", "q2": "second", "q3": "third", "q4": "fourth"},

@@ -51,6 +51,22 @@ def test_a_question_with_answers_in_two_documents_ties_them():
         assert {"q0-0", "q1-0", "q2-0", "q3-0"} <= side.queries.keys()
 
 
+def test_a_text_that_stands_in_two_documents_ties_them():
+    dataset = make_dataset(passages=8, questions=1)
+    dataset.corpus["p6"] = dataset.corpus["p0"].upper()
+    for seed in range(8):
+        train, val = split_by_source(dataset, 0.3, seed=seed)
+        assert not train.overlap(val)
+
+
+def test_hard_negatives_on_the_other_side_are_left_out():
+    dataset = make_dataset(passages=40)
+    dataset.hard_negatives = {q: [f"p{(int(q[1:].split('-')[0]) + 7) % 40}"] for q in dataset.queries}
+    for part in split_by_source(dataset, 0.3, max_passages=20):
+        part.check()
+        assert any(part.hard_negatives.values())
+
+
 def test_one_document_cannot_be_split():
     dataset = make_dataset(passages=2)
     with pytest.raises(SplitError, match="one source document"):

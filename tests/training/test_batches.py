@@ -86,6 +86,34 @@ def test_two_cuts_of_one_node_are_not_each_others_negatives(model):
     assert labels["w1", "w20"] == NEGATIVE
 
 
+def test_questions_of_one_wording_share_their_answers(model):
+    dataset = EmbeddingQAFinetuneDataset(
+        queries={"a": "w1 w2", "b": "W1  w2", "c": "w3"},
+        corpus={"p": "w10", "r": "w11", "s": "w12"},
+        relevant_docs={"a": ["p"], "b": ["r"], "c": ["s"]},
+    )
+    dataset.queries["b"] = "w1  w2"
+    batch = collate(model, dataset)
+    questions, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
+    for row, question in enumerate(questions):
+        negatives = {passages[j] for j in range(3) if batch["label"][row, j] == NEGATIVE}
+        assert negatives == ({"w12"} if question == "w1 w2" else {"w10", "w11"})
+
+
+def test_an_overlapping_chunk_that_holds_the_question_is_no_negative(model):
+    dataset = EmbeddingQAFinetuneDataset(
+        queries={"a": "w1 w2", "b": "w3"},
+        corpus={"p": "w1 w2 w10", "next": "w1 w2 w11", "elsewhere": "w1 w2 w12"},
+        relevant_docs={"a": ["p"], "b": ["next"], "c": ["elsewhere"]},
+        source_documents={"p": "d", "next": "d", "elsewhere": "e"},
+    )
+    dataset.queries["c"] = "w4"
+    labels = labels_by_text(model, dataset)
+    assert labels["w1 w2", "w1 w2 w11"] == IGNORED
+    assert labels["w1 w2", "w1 w2 w12"] == NEGATIVE
+    assert labels["w3", "w1 w2 w10"] == NEGATIVE
+
+
 def test_hard_negatives_join_the_batch_as_n_tuples_without_repeating_the_positive(model):
     dataset = EmbeddingQAFinetuneDataset(
         queries={"a": "w1", "b": "w2"},
@@ -122,13 +150,13 @@ def test_one_passage_alone_cannot_be_trained_on():
         make_groups(make_dataset(passages=1), False)
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, 8), (7, 8), (8, 8), (9, 8), (33, 8), (100, 32)])
+@pytest.mark.parametrize(("count", "size"), [(1, 8), (7, 8), (8, 8), (9, 8), (33, 8), (100, 32), (5, 2)])
 def test_an_epoch_holds_every_group_once_and_no_batch_of_one(count, size):
     sampler = GroupBatchSampler(range(count), batch_size=size, drop_last=False, seed=3)
     batches = list(sampler)
     assert sorted(i for batch in batches for i in batch) == list(range(count))
     assert len(batches) == len(sampler)
-    assert all(len(batch) <= size for batch in batches)
+    assert all(len(batch) <= max(size, 3) for batch in batches)
     assert count == 1 or all(len(batch) > 1 for batch in batches)
 
 

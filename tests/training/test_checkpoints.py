@@ -1,10 +1,13 @@
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer import losses
 from transformers import TrainerCallback
 
 from llama_index_lora_embed import LoraFinetuneEngine
@@ -65,6 +68,42 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_model, interrupted, t
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("resumes", [1, 2])
+def test_a_checkpoint_of_an_epochs_last_step_is_evaluated_after_the_resume(tiny_model, tmp_path, resumes):
+    whole = engine(tiny_model, tmp_path / "run", evaluation_steps=0, checkpoint_save_steps=12).finetune()
+    checkpoint = tmp_path / "run.checkpoints" / "checkpoint-12"
+    state = json.loads((checkpoint / "evaluations.json").read_text())
+    assert [entry["step"] for entry in state["history"]] == [0, 3, 6, 9], "written before the epoch was evaluated"
+    for _ in range(resumes):
+        again = engine(
+            tiny_model, tmp_path / "run", evaluation_steps=0, checkpoint_save_steps=12, resume_from_checkpoint=True
+        ).finetune()
+    assert again.history == whole.history
+    assert again.fingerprint == whole.fingerprint
+
+
+def test_a_run_can_be_resumed_in_the_same_process_with_the_same_lora_config(tiny_model, interrupted):
+    config = LoraConfig(r=4)
+    first = engine(tiny_model, interrupted.with_name("own"), lora_config=config, checkpoint_save_steps=3)
+    first.finetune()
+    assert config.target_modules is None
+    assert config.base_model_name_or_path is None
+    assert (
+        engine(tiny_model, interrupted.with_name("own"), lora_config=config, resume_from_checkpoint=True)
+        .finetune()
+        .steps
+        == 12
+    )
+
+
+def test_a_resume_with_another_loss_is_refused(tiny_model, interrupted):
+    with pytest.raises(ConfigError) as caught:
+        engine(
+            tiny_model, interrupted, resume_from_checkpoint=True, loss=losses.MultipleNegativesRankingLoss
+        ).finetune()
+    assert caught.value.problems == ["loss: None then, 'MultipleNegativesRankingLoss' now"]
+
+
 def test_an_interrupted_run_leaves_checkpoints_and_no_adapter(interrupted):
     assert not interrupted.exists()
     assert [path.name for path in interrupted.with_name("run.checkpoints").glob("*[!n]")] == ["checkpoint-5"]
@@ -104,6 +143,32 @@ def test_only_the_newest_checkpoints_are_kept(tiny_model, tmp_path):
     engine(tiny_model, tmp_path / "run", checkpoint_save_steps=2, checkpoint_save_total_limit=2).finetune()
     kept = sorted(path.name for path in (tmp_path / "run.checkpoints").glob("checkpoint-*"))
     assert kept == ["checkpoint-10", "checkpoint-12"]
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "evaluations.json", "trainer_state.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(interrupted, name, caplog):
+    run = interrupted.with_name("run.checkpoints")
+    shutil.copytree(run / "checkpoint-5", run / "checkpoint-6")
+    path = run / "checkpoint-6" / name
+    path.write_bytes(path.read_bytes()[:50])
+    assert latest_checkpoint(run) == str(run / "checkpoint-5")
+    assert "checkpoint-6 is damaged" in caplog.text
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch pwned",))
+
+
+def test_a_checkpoint_that_would_run_code_is_not_loaded(interrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = interrupted.with_name("run.checkpoints")
+    with open(run / "checkpoint-5" / "optimizer.pt", "wb") as file:
+        pickle.dump(Evil(), file)
+    assert latest_checkpoint(run) is None
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_a_checkpoint_that_is_not_whole_is_no_checkpoint(interrupted):
