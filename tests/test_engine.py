@@ -137,20 +137,13 @@ def test_without_any_validation_the_result_says_not_evaluated(tiny_model, datase
 
 
 def test_training_that_gains_nothing_says_so_and_gives_the_base(tiny_model, dataset, val_dataset, out):
-    class Harm(losses.MultipleNegativesRankingLoss):
-        """Pushes every question away from its answer."""
-
-        def forward(self, features, labels):
-            return -super().forward(features, labels)
-
+    # a rate so small that every evaluation ties with the base's, which comes first
     with pytest.warns(UserWarning, match="gained nothing"):
-        engine, result = finetune(
-            dataset, tiny_model, out, val_dataset=val_dataset, loss=Harm, learning_rate=0.01, epochs=6
-        )
+        engine, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, learning_rate=1e-12)
     assert result.best_step == 0
     assert result.verdict is Verdict.NO_CLEAR_DIFFERENCE
     assert result.tuned_metrics == result.base_metrics
-    assert result.history[-1]["metrics"]["ndcg@10"] < result.base_metrics["ndcg@10"]
+    assert len(result.history) == 3
     texts = list(val_dataset.corpus.values())
     base = LoraEmbedding(base_model=tiny_model, device="cpu")
     tuned = engine.get_finetuned_model().get_text_embedding_batch(texts)
