@@ -5,13 +5,15 @@ The directory is one that `SentenceTransformer(path)` loads, plus the manifest `
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 SCHEMA_VERSION = 1
 _UNHASHED = {MANIFEST_NAME, "README.md"}  # a user may edit the README
+_STALE_SECONDS = 3600
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -263,7 +266,14 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
 
 @contextmanager
 def staging_beside(target: Path) -> Iterator[Path]:
-    """A fresh folder on the target's file system, removed at the end if it is still there."""
+    """A fresh folder on the target's file system, removed at the end if it is still there.
+
+    Folders that a killed run left behind are removed once they are an hour old, which no write takes.
+    """
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.staging-*"):
+        with suppress(OSError):  # another process may be removing it too
+            if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(stale, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.staging-"))
     try:
         yield staging

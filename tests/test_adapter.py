@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
-from llama_index_lora_embed.adapter import Manifest, check_output
+from llama_index_lora_embed.adapter import Manifest, check_output, staging_beside
 from llama_index_lora_embed.errors import (
     AdapterError,
     BaseModelMismatchError,
@@ -258,6 +262,29 @@ def test_output_paths_that_would_destroy_something(tmp_path, adapter):
     assert check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
     assert check_output(adapter) == adapter
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"], "looking leaves no trace"
+
+
+def test_a_run_killed_while_writing_leaves_the_old_adapter(adapter, tmp_path, tiny_model):
+    out = shutil.copytree(adapter, tmp_path / "adapter")
+    code = f"""
+import os, signal
+from llama_index_lora_embed import LoraFinetuneEngine
+from tests.conftest import make_dataset
+engine = LoraFinetuneEngine(
+    make_dataset(), {tiny_model!r}, {str(out)!r}, epochs=1, val_fraction=0, device="cpu", show_progress_bar=False
+)
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+engine.finetune()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert load(out).fingerprint == load(adapter).fingerprint
+    (left,) = [path for path in tmp_path.iterdir() if path != out]
+    with staging_beside(out):
+        assert left.exists(), "a young one may be another process's"
+    os.utime(left, (0, 0))
+    with staging_beside(out):
+        assert not left.exists()
 
 
 def test_a_plain_sentence_transformers_adapter_loads(tmp_path, tiny_model):
