@@ -7,13 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llama_index_lora_embed.config import AskingSettings, FilterSettings, MiningSettings
     from llama_index_lora_embed.data import (
         EmbeddingQAFinetuneDataset,
         FirstOf,
         InverseClozeMaker,
+        LLMQuestionMaker,
         Question,
         QuestionMaker,
         TitleMaker,
+        generate_qa_embedding_pairs,
+        mine_hard_negatives,
         split_by_source,
     )
     from llama_index_lora_embed.embedding import LoraEmbedding
@@ -25,34 +29,46 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AskingSettings": "config",
     "EmbeddingQAFinetuneDataset": "data",
+    "FilterSettings": "config",
     "FinetuneResult": "result",
     "FirstOf": "data",
     "InverseClozeMaker": "data",
+    "LLMQuestionMaker": "data",
     "LoraEmbedError": "errors",
     "LoraEmbedding": "embedding",
     "LoraFinetuneEngine": "engine",
+    "MiningSettings": "config",
     "Question": "data",
     "QuestionMaker": "data",
     "TitleMaker": "data",
     "Verdict": "evaluation",
     "evaluate_retrieval": "evaluation",
+    "generate_qa_embedding_pairs": "data",
+    "mine_hard_negatives": "data",
     "split_by_source": "data",
 }
 
 __all__ = [
+    "AskingSettings",
     "EmbeddingQAFinetuneDataset",
+    "FilterSettings",
     "FinetuneResult",
     "FirstOf",
     "InverseClozeMaker",
+    "LLMQuestionMaker",
     "LoraEmbedError",
     "LoraEmbedding",
     "LoraFinetuneEngine",
+    "MiningSettings",
     "Question",
     "QuestionMaker",
     "TitleMaker",
     "Verdict",
     "evaluate_retrieval",
+    "generate_qa_embedding_pairs",
+    "mine_hard_negatives",
     "split_by_source",
 ]
 

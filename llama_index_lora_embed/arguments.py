@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from llama_index_lora_embed import adapter, models
-from llama_index_lora_embed.config import TrainingSettings
+from llama_index_lora_embed.config import MiningSettings, TrainingSettings
 from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.errors import ConfigError, DatasetError, LoraEmbedError
 
@@ -26,6 +26,7 @@ def check_arguments(
     model_output_path: Any,
     loss: Any,
     lora_config: Any,
+    mining: Any,
     on_overlap: Any,
     flags: dict[str, Any],
 ) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset | None]:
@@ -39,6 +40,7 @@ def check_arguments(
         model_output_path: Adapter directory.
         loss: None, a loss, or a callable.
         lora_config: None or a peft.LoraConfig.
+        mining: None or MiningSettings, whose problems are listed too.
         on_overlap: "error", "drop" or "allow".
         flags: Arguments that have to be True or False.
 
@@ -64,6 +66,10 @@ def check_arguments(
         problems.append(f"on_overlap={on_overlap!r}: expected 'error', 'drop' or 'allow'")
     if lora_config is not None and not _is_lora_config(lora_config):
         problems.append(f"lora_config of type {type(lora_config).__name__}: expected peft.LoraConfig")
+    if isinstance(mining, MiningSettings):
+        problems += mining.problems()
+    elif mining is not None:
+        problems.append(f"mining of type {type(mining).__name__}: expected MiningSettings")
     if loss is not None and not callable(loss):
         problems.append(f"loss of type {type(loss).__name__}: expected a sentence-transformers loss")
     for name, value, check in (

@@ -14,6 +14,9 @@ from llama_index_lora_embed.errors import ConfigError
 MANIFEST_NAME = "finetune.json"
 """File beside the adapter that says how it was made (see `adapter.Manifest`)."""
 
+JOURNAL_NAME = "finetune_questions.journal.jsonl"
+"""File in the working directory in which an LLM's answers are kept, where no other is named."""
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -125,6 +128,235 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class MiningSettings:
+    """How hard negatives are mined.
+
+    Attributes:
+        num_negatives: Hard negatives per question, those of the dataset's own included; 3 is
+            sentence-transformers' default, which recommends at most 10.
+        range_min: Closest passages to skip, of those that nothing else excludes.
+        range_max: Closest passages to look at. 100 because a candidate further down is no longer hard; a question
+            that finds too few among them stays short, and `MiningReport.with_fewer` counts it.
+        absolute_margin: A negative's similarity is at least this much below the positive's; None switches it off.
+        relative_margin: A negative's similarity is below the positive's by at least this share of it. 0.05 is
+            NV-Retriever's TopK-PercPos at 95 % (Moreira et al. 2024, arXiv 2407.15831), which
+            sentence-transformers' miner recommends too; None switches it off.
+        max_score: Highest cosine similarity to the question that a negative may have.
+        sibling_window: Passages of the same document that stand up to so many places before or after a positive
+            are no negatives; 0 for none, None for the whole document. 2 because an answer runs on in the next chunk.
+        use_faiss: Search with FAISS, which is exact too; None does so from 100,000 passages where it is installed.
+        batch_size: Texts encoded at once; sentence-transformers' default.
+        memory_mb: Megabytes for the similarities of one chunk of questions, and as much for the candidates of
+            one slice. The vectors of corpus and questions come on top, and FAISS's copy of the corpus'.
+        rounds: How often to mine: 1 with the base alone, 2 once more with the model tuned on these, and so on.
+        audit: Closest negatives that the report shows.
+        show_progress_bar: Show a bar while encoding. sentence-transformers draws its own while searching.
+    """
+
+    num_negatives: int = 3
+    range_min: int = 0
+    range_max: int = 100
+    absolute_margin: float | None = None
+    relative_margin: float | None = 0.05
+    max_score: float | None = None
+    sibling_window: int | None = 2
+    use_faiss: bool | None = None
+    batch_size: int = 32
+    memory_mb: float = 256.0
+    rounds: int = 1
+    audit: int = 10
+    show_progress_bar: bool = True
+
+    def problems(self) -> list[str]:
+        """One line for each setting that cannot be used: name, value, what was expected."""
+        found: list[str] = []
+
+        def need(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                found.append(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+        for name in ("num_negatives", "range_max", "batch_size", "rounds"):
+            need(name, _is_int(getattr(self, name), 1), "a whole number of at least 1")
+        for name in ("range_min", "audit"):
+            need(name, _is_int(getattr(self, name), 0), "a whole number of at least 0")
+        if not found:
+            least = self.range_min + self.num_negatives
+            need("range_max", self.range_max >= least, f"at least range_min + num_negatives, which is {least}")
+        need("absolute_margin", self.absolute_margin is None or _is_number(self.absolute_margin, above=-1e-12),
+             "None or a number of at least 0")  # fmt: skip
+        share = self.relative_margin
+        need("relative_margin", share is None or (_is_number(share, above=-1e-12) and share < 1),
+             "None or a number from 0 to below 1")  # fmt: skip
+        top = self.max_score
+        need("max_score", top is None or (_is_number(top, above=-1.0) and top <= 1),
+             "None or a cosine similarity above -1, at most 1")  # fmt: skip
+        need("sibling_window", self.sibling_window is None or _is_int(self.sibling_window, 0),
+             "None or a whole number of at least 0")  # fmt: skip
+        need("memory_mb", _is_number(self.memory_mb, above=0.0), "a number above 0")
+        need("use_faiss", self.use_faiss is None or isinstance(self.use_faiss, bool), "None, True or False")
+        need("show_progress_bar", isinstance(self.show_progress_bar, bool), "True or False")
+        return found
+
+    def checked(self) -> MiningSettings:
+        """These settings, if every one of them can be used.
+
+        Raises:
+            ConfigError: Naming all that cannot.
+        """
+        if problems := self.problems():
+            raise ConfigError(
+                f"{len(problems)} unusable setting(s)",
+                "the values named below",
+                "Correct them all:",
+                problems,
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class AskingSettings:
+    """How an LLM is asked.
+
+    Attributes:
+        in_flight: Requests under way at once; None for 32, or 1 where the LLM has no asynchronous methods of its
+            own (local models, mostly).
+        attempts: Times that a request is made until it has a usable answer.
+        timeout: Seconds until a call counts as failed; None waits for ever.
+        backoff: Seconds within which the first repetition comes at random; doubled each time.
+        max_backoff: Seconds at most between repetitions.
+        on_failure: "continue" counts a request without a usable answer and goes on, "fail" ends the run.
+        max_requests: Calls after which a run stops cleanly; None for no bound.
+        max_tokens: The same in tokens, as far as the LLM tells; what is under way then still ends.
+        show_progress: Show a bar.
+    """
+
+    in_flight: int | None = None
+    attempts: int = 5
+    timeout: float | None = 120.0
+    backoff: float = 1.0
+    max_backoff: float = 60.0
+    on_failure: Literal["continue", "fail"] = "continue"
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    show_progress: bool = True
+
+    def problems(self) -> list[str]:
+        """One line for each setting that cannot be used: name, value, what was expected."""
+        found = []
+        for name in ("in_flight", "attempts", "max_requests", "max_tokens"):
+            value = getattr(self, name)
+            if not (_is_int(value, 1) or (value is None and name != "attempts")):
+                found.append(f"{name}={value!r}: expected a whole number of at least 1")
+        for name in ("timeout", "backoff", "max_backoff"):
+            value = getattr(self, name)
+            if not (_is_number(value, above=0.0) or (value is None and name == "timeout")):
+                found.append(f"{name}={value!r}: expected a number of seconds above 0")
+        if self.on_failure not in ("continue", "fail"):
+            found.append(f"on_failure={self.on_failure!r}: expected 'continue' or 'fail'")
+        return found
+
+    def checked(self) -> AskingSettings:
+        """These settings, if every one of them can be used.
+
+        Raises:
+            ConfigError: Naming all that cannot.
+        """
+        if problems := self.problems():
+            raise ConfigError(
+                f"{len(problems)} unusable setting(s)", "the values named below", "Correct them all:", problems
+            )
+        return self
+
+
+NEAR_DUPLICATE = 0.9
+"""Jaccard similarity of word 3-shingles from which passages count as the same: in 120 words two changed words that
+stand apart, or a run of ten words added."""
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """Which questions are dropped before training. None or False switches a filter off.
+
+    Attributes:
+        unreadable: Drop questions with control characters, or with no letter or digit.
+        max_words: Longer questions are dropped. 60: half as long again as the sentences that inverse cloze takes.
+        max_characters: The same for scripts that write no spaces; 600 are 60 long words.
+        repeated: Drop a question that was asked before about the same passage.
+        max_passages_per_wording: Wordings asked about more passages than this say too little about each of them;
+            all of theirs are dropped. 3, as for titles that nodes share (`TitleMaker`).
+        near_duplicate_questions: Jaccard similarity of character 3-shingles from which a question about the same
+            document counts as asked before. 0.85 lets a plural or a comma differ, and keeps "hypertension" from
+            "hypotension" in a question of usual length; questions with different numbers are never the same.
+        near_duplicate_passages: Similarity from which a passage is a copy of an earlier one; see
+            `data.near_duplicates.near_duplicate_groups`.
+        max_copied: Share of a question's runs of four words that may stand in its passage. 0.8 leaves room for a
+            technical term of many words, and for no more than two or three words around a copied sentence.
+        copy_min_words: Shorter questions may consist of the passage's words, as what people type often does.
+        speaks_of_passage: Drop questions such as "What does the author say in this passage?", which nobody asks
+            who does not have the passage before them.
+        other_language: Drop questions in another language than their passage, where both are known.
+        round_trip_k: Keep a question only if one of its answers is among so many nearest passages of the corpus.
+            10: the depth of the measures here.
+        round_trip_max_dropped: If the round trip would drop more than this share of the questions it judges, it is
+            not applied: the embedding model is then worse at these texts than the questions are.
+        examples: Dropped questions shown in the report for each reason.
+    """
+
+    unreadable: bool = True
+    max_words: int | None = 60
+    max_characters: int | None = 600
+    repeated: bool = True
+    max_passages_per_wording: int | None = 3
+    near_duplicate_questions: float | None = 0.85
+    near_duplicate_passages: float | None = NEAR_DUPLICATE
+    max_copied: float | None = 0.8
+    copy_min_words: int = 8
+    speaks_of_passage: bool = True
+    other_language: bool = True
+    round_trip_k: int | None = 10
+    round_trip_max_dropped: float = 0.5
+    examples: int = 3
+
+    def problems(self) -> list[str]:
+        """One line for each setting that cannot be used: name, value, what was expected."""
+        found: list[str] = []
+
+        def need(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                found.append(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+        for name in ("max_words", "max_characters", "max_passages_per_wording", "round_trip_k"):
+            value = getattr(self, name)
+            need(name, value is None or _is_int(value, 1), "None or a whole number of at least 1")
+        for name in ("near_duplicate_questions", "near_duplicate_passages", "max_copied"):
+            value = getattr(self, name)
+            need(name, value is None or (_is_number(value, above=0.0) and value <= 1),
+                 "None or a number above 0, at most 1")  # fmt: skip
+        need("copy_min_words", _is_int(self.copy_min_words, 4), "a whole number of at least 4")
+        need("examples", _is_int(self.examples, 0), "a whole number of at least 0")
+        share = self.round_trip_max_dropped
+        need("round_trip_max_dropped", _is_number(share, above=-1e-12) and share <= 1, "a number from 0 to 1")
+        for name in ("unreadable", "repeated", "speaks_of_passage", "other_language"):
+            need(name, isinstance(getattr(self, name), bool), "True or False")
+        return found
+
+    def checked(self) -> FilterSettings:
+        """These settings, if every one of them can be used.
+
+        Raises:
+            ConfigError: Naming all that cannot.
+        """
+        if problems := self.problems():
+            raise ConfigError(
+                f"{len(problems)} unusable filter setting(s)",
+                "the values named below",
+                "Correct them all:",
+                problems,
+            )
+        return self
 
 
 def _is_int(value: Any, least: int) -> bool:

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from datetime import datetime, timezone
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode
 
 from llama_index_lora_embed.arguments import check_arguments
-from llama_index_lora_embed.config import MANIFEST_NAME, TrainingSettings
+from llama_index_lora_embed.config import MANIFEST_NAME, FilterSettings, MiningSettings, TrainingSettings
 from llama_index_lora_embed.data import (
     BuildReport,
     EmbeddingQAFinetuneDataset,
     QuestionMaker,
     dataset_from_nodes,
     split_by_source,
+    split_report,
 )
 from llama_index_lora_embed.data.dataset import normalise
 from llama_index_lora_embed.errors import MissingExtraError, OutputDirectoryError, SplitError
 from llama_index_lora_embed.extras import require
-from llama_index_lora_embed.result import FinetuneResult, summarise
+from llama_index_lora_embed.result import FinetuneResult, Run, plain, summarise
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer
 
-    from llama_index_lora_embed.evaluation import Comparison, RetrievalEvaluation
+    from llama_index_lora_embed.evaluation import RetrievalEvaluation
     from llama_index_lora_embed.models import BaseInfo
-    from llama_index_lora_embed.training.run import TrainingOutcome
 
 logger = logging.getLogger(__name__)
 _D = TrainingSettings()
 # Made-up questions are trained on more gently: their wording is soon learnt at the cost of people's.
 _MADE_UP_EPOCHS = 2
 _MADE_UP_RATE = 5e-4
-_LIBRARIES = ("sentence-transformers", "transformers", "peft", "torch", "llama-index-core")
 
 
 class LoraFinetuneEngine:
@@ -86,6 +83,8 @@ class LoraFinetuneEngine:
             from training, or "allow".
         query_prompt: Overrides the base's query prompt.
         passage_prompt: Overrides the base's passage prompt.
+        mining: Mine hard negatives from the training passages before training, and with `rounds` above 1 again with
+            the tuned model; None mines none. A step takes longer by the share of negatives it holds.
         revision: Commit of the base on the Hub.
         cache_folder: Of huggingface_hub.
         seed: Of everything random.
@@ -125,6 +124,7 @@ class LoraFinetuneEngine:
         on_overlap: Literal["error", "drop", "allow"] = "error",
         query_prompt: str | None = None,
         passage_prompt: str | None = None,
+        mining: MiningSettings | None = None,
         revision: str | None = None,
         cache_folder: str | None = None,
         seed: int = _D.seed,
@@ -151,6 +151,7 @@ class LoraFinetuneEngine:
         self.resume_from_checkpoint = resume_from_checkpoint
         self.lora_config = lora_config
         self.prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
+        self.mining = mining
         self.revision = revision
         self.cache_folder = cache_folder
         self.data_report: BuildReport | None = None
@@ -163,6 +164,7 @@ class LoraFinetuneEngine:
             loss=loss,
             lora_config=lora_config,
             on_overlap=on_overlap,
+            mining=mining,
             flags={"use_all_docs": use_all_docs, "resume_from_checkpoint": resume_from_checkpoint},
         )
         # absolute, so that a changed working directory changes nothing
@@ -182,6 +184,7 @@ class LoraFinetuneEngine:
         val_dataset: EmbeddingQAFinetuneDataset | Any | None = None,
         val_fraction: float = _D.val_fraction,
         question_makers: Iterable[QuestionMaker] | None = None,
+        filters: FilterSettings | None = FilterSettings(),  # noqa: B008  # frozen
         epochs: int = _MADE_UP_EPOCHS,
         learning_rate: float = _MADE_UP_RATE,
         seed: int = _D.seed,
@@ -198,6 +201,8 @@ class LoraFinetuneEngine:
             val_fraction: 0 trains without a verdict.
             question_makers: Makers to run; None runs `TitleMaker`, and `InverseClozeMaker` on nodes without a title.
                 Neither needs an LLM.
+            filters: Which questions are dropped, see `FilterSettings`; None keeps all. Where an LLM wrote some, the
+                base is loaded to see whether it finds their passages.
             epochs: 2, not 4. On 1,200 documents of medquad_train, judged by people's questions, the first epoch
                 gained 0.019 nDCG@10 and a second one 0.001 more.
             learning_rate: 5e-4, not 1e-3. At 1e-3, with inverse cloze on every node, documents of medquad_test lost
@@ -212,7 +217,14 @@ class LoraFinetuneEngine:
             ConfigError: Wrong arguments.
         """
         makers = None if question_makers is None else list(question_makers)
-        dataset, report = dataset_from_nodes(nodes, makers, seed=seed)
+        loading = ("device", "revision", "cache_folder", "trust_remote_code", "query_prompt", "passage_prompt")
+        dataset, report = dataset_from_nodes(
+            nodes,
+            makers,
+            seed=seed,
+            filters=filters,
+            embed_model=lambda: _base_embedding(model_id, {k: v for k, v in kwargs.items() if k in loading}),
+        )
         if val_dataset is not None:
             # Nodes that are searched may be trained on: only their questions must not be known.
             val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
@@ -222,6 +234,7 @@ class LoraFinetuneEngine:
             kwargs.setdefault("on_overlap", "allow")
         elif val_fraction:
             dataset, val_dataset = split_by_source(dataset, val_fraction, seed=seed, max_passages=_D.max_eval_passages)
+            report = replace(report, split=split_report(dataset, val_dataset))
         kwargs |= {"val_fraction": val_fraction, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         engine = cls(dataset, model_id, model_output_path, val_dataset=val_dataset, **kwargs)
         engine.data_report = report
@@ -248,7 +261,7 @@ class LoraFinetuneEngine:
         """
         from llama_index_lora_embed import adapter, models
         from llama_index_lora_embed.evaluation import compare
-        from llama_index_lora_embed.training.run import train
+        from llama_index_lora_embed.training.rounds import train_in_rounds
 
         target = adapter.check_output(self.model_output_path)
         base = models.describe_base(self.model_id, self.revision, self.cache_folder)
@@ -258,17 +271,18 @@ class LoraFinetuneEngine:
             trust_remote_code=self.settings.trust_remote_code,
             **self.prompts,
         )
-        outcome = train(
+        outcome, mined = train_in_rounds(
             model,
             self.dataset,
             self.settings,
+            self.mining,
             lora_config=self.lora_config,
             loss=self.loss,
             use_all_docs=self.use_all_docs,
             evaluate=None if self.val_dataset is None else self._evaluate,
             checkpoint_dir=target.with_name(target.name + ".checkpoints") if self.settings.save_checkpoints else None,
             resume=self.resume_from_checkpoint,
-            identity={**self._identity(base), "train_kwargs": _plain(train_kwargs)},
+            identity={**self._identity(base), "train_kwargs": plain(train_kwargs)},
             train_kwargs=train_kwargs,
         )
         best = outcome.best
@@ -276,9 +290,9 @@ class LoraFinetuneEngine:
         if self.val_dataset is not None:
             comparison = compare(best.base, best.best)  # type: ignore[arg-type]  # what _evaluate returned
         summary = summarise(comparison, best.best_step, len(best.history), self._hold_out_note)
-        manifest = self._manifest(model, base, outcome, summary)
-        written = adapter.write_adapter(model, target, manifest, base.weights_sha256)
-        result = self._result(str(target), written.fingerprint, comparison, summary, outcome)
+        run = Run(model, base, self.dataset, self.settings, outcome, summary, comparison, self.mining, mined)
+        written = adapter.write_adapter(model, target, run.manifest(), base.weights_sha256)
+        result = run.result(str(target), written.fingerprint, self.data_report)
         self._warn(result)
         return result
 
@@ -346,69 +360,13 @@ class LoraFinetuneEngine:
             "base": base.weights_sha256,
             "dataset": self.dataset.digest(),
             "val_dataset": None if self.val_dataset is None else self.val_dataset.digest(),
-            "lora_config": _plain(lora.to_dict()) if lora is not None else None,
+            "lora_config": plain(lora.to_dict()) if lora is not None else None,
             "loss": None if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
             "use_all_docs": self.use_all_docs,
+            "mining": None if self.mining is None else plain(asdict(self.mining)),
             **self.prompts,
             **settings,
         }
-
-    def _manifest(self, model: SentenceTransformer, base: BaseInfo, outcome: TrainingOutcome, summary: str) -> Any:
-        from llama_index_lora_embed import __version__, adapter
-
-        lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
-        metrics: dict[str, dict[str, float]] = {}
-        if outcome.best.base is not None and outcome.best.best is not None:
-            metrics = {"base": outcome.best.base.metrics, "tuned": outcome.best.best.metrics}
-        return adapter.Manifest(
-            fingerprint="",
-            base=base.to_dict(),
-            prompts={name: model.prompts.get(name) or "" for name in ("query", "document")},
-            pooling=adapter.describe_modules(model),
-            max_seq_length=int(model.max_seq_length or 0),
-            normalise=adapter.normalises(model),
-            similarity=str(model.similarity_fn_name),
-            lora={"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules)},
-            dataset={
-                "digest": self.dataset.digest(),
-                "queries": len(self.dataset.queries),
-                "passages": len(self.dataset.answer_ids()),
-                "origins": self.dataset.origins(),
-            },
-            settings={**self.settings.to_dict(), "precision": outcome.precision},
-            metrics=metrics,
-            verdict=summary,
-            best_step=outcome.best.best_step if metrics else None,
-            truncation=asdict(outcome.truncation),
-            versions={
-                "llama-index-lora-embed": __version__,
-                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-            },
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-
-    def _result(
-        self, path: str, digest: str, comparison: Comparison | None, summary: str, outcome: TrainingOutcome
-    ) -> FinetuneResult:
-        from llama_index_lora_embed.evaluation import Verdict
-
-        best = outcome.best
-        return FinetuneResult(
-            adapter_path=path,
-            fingerprint=digest,
-            verdict=Verdict.NOT_EVALUATED if comparison is None else comparison.verdict,
-            summary=summary,
-            base_metrics={} if best.base is None else best.base.metrics,
-            tuned_metrics={} if best.best is None else best.best.metrics,
-            comparison=comparison,
-            best_step=best.best_step if comparison is not None else outcome.steps,
-            steps=outcome.steps,
-            history=best.history,
-            truncation=outcome.truncation,
-            train_seconds=outcome.train_seconds,
-            precision=outcome.precision,
-            data_report=self.data_report,
-        )
 
     def _warn(self, result: FinetuneResult) -> None:
         """Tell what a user must not overlook, once, where they called `finetune`."""
@@ -416,15 +374,11 @@ class LoraFinetuneEngine:
             warnings.warn(result.summary, UserWarning, stacklevel=3)
 
 
-def _plain(value: Any) -> Any:
-    """Sets as sorted lists, enums as text, so that JSON gives back what it was given."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+def _base_embedding(model_id: str, options: dict[str, Any]) -> BaseEmbedding:
+    """The untuned base as an embedding model, loaded when a filter asks for it."""
+    from llama_index_lora_embed.embedding import LoraEmbedding
+
+    return LoraEmbedding(base_model=model_id, **options)
 
 
 def _join_the_old_family() -> None:

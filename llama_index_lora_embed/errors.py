@@ -9,6 +9,8 @@ __all__ = [
     "BaseModelMismatchError",
     "ConfigError",
     "DatasetError",
+    "JournalError",
+    "LLMError",
     "LoraEmbedError",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -61,6 +63,14 @@ class ConfigError(_ListedError, ValueError):
 
 class DatasetError(_ListedError, ValueError):
     """A dataset cannot be trained on or evaluated with; `.problems` names every offending id."""
+
+
+class JournalError(LoraEmbedError):
+    """A journal of LLM answers is of another format, in use, or cannot be written."""
+
+
+class LLMError(LoraEmbedError):
+    """An LLM gave no usable answer."""
 
 
 class SplitError(LoraEmbedError, ValueError):

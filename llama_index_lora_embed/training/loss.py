@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llama_index_lora_embed.training.batches import IGNORED, POSITIVE
+from llama_index_lora_embed.training.batches import IGNORED
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -21,8 +21,9 @@ class MaskedInfoNCELoss(nn.Module):
 
         loss(q) = −log( exp(cos(q, p⁺)/τ) / (exp(cos(q, p⁺)/τ) + Σ_{p ∈ N} exp(cos(q, p)/τ)) ),
 
-    averaged over the questions (van den Oord et al., 2018, equation 4; sentence-transformers'
-    MultipleNegativesRankingLoss is the same without the mask and with one question a passage).
+    averaged over the questions, each weighed by how relevant its passage is (van den Oord et al., 2018, equation 4;
+    sentence-transformers' MultipleNegativesRankingLoss is the same without mask and weights and with one question a
+    passage).
 
     Args:
         model: The model to train.
@@ -39,7 +40,8 @@ class MaskedInfoNCELoss(nn.Module):
 
         Args:
             features: Token tensors, chunks of questions first, then chunks of passages.
-            labels: int8 [questions, passages]: 1 its passage, 0 a negative, -1 to be ignored.
+            labels: float [questions, passages]: above 0 its passage, and how relevant it is (at most 1); 0 a negative;
+                -1 to be ignored.
 
         Returns:
             A scalar.
@@ -51,4 +53,5 @@ class MaskedInfoNCELoss(nn.Module):
         with torch.autocast(vectors.device.type, enabled=False):
             scores = queries @ passages.T / self.temperature
         scores = scores.masked_fill(labels == IGNORED, float("-inf"))
-        return nn.functional.cross_entropy(scores, (labels == POSITIVE).int().argmax(dim=1))
+        relevance, passage = labels.max(dim=1)
+        return (relevance * nn.functional.cross_entropy(scores, passage, reduction="none")).mean()

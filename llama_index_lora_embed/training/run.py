@@ -77,11 +77,14 @@ def train(
     resume: bool = False,
     identity: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
+    truncation: Truncation | None = None,
+    best: BestSoFar | None = None,
 ) -> TrainingOutcome:
     """Train a LoRA on a model and leave the best weights in it.
 
     Args:
-        model: Loaded base; gets an adapter named "default". Its `max_seq_length` is set.
+        model: Loaded base; gets an adapter named "default", unless it has one, which is trained on. Its
+            `max_seq_length` is set.
         dataset: Checked training set.
         settings: Checked settings.
         lora_config: peft's own; None adapts all linear layers at the default rank.
@@ -93,6 +96,8 @@ def train(
         resume: Continue from the newest checkpoint, if there is one.
         identity: What a checkpoint must have in common with this run to be resumed from.
         train_kwargs: More `SentenceTransformerTrainingArguments`.
+        truncation: What `set_length` returned, where it was called before.
+        best: Evaluations to go on from, where the model was trained before; None starts with none.
 
     Raises:
         ConfigError: The length, the loss or the LoRA does not fit; or a checkpoint belongs to another run.
@@ -100,18 +105,11 @@ def train(
         NonFiniteLossError: The loss became NaN or infinite.
     """
     groups = make_groups(dataset, use_all_docs)
-    truncation = choose_length(
-        model,
-        dataset.queries.values(),
-        (g.passage for g in groups),
-        settings.length_coverage,
-        settings.max_seq_length,
-    )
-    if truncation.cut_before or truncation.cut_after:
-        warnings.warn(str(truncation), UserWarning, stacklevel=3)  # shown where finetune() was called
-    best = BestSoFar(evaluate)
+    truncation = truncation or set_length(model, dataset, settings, use_all_docs)
+    best = best or BestSoFar(evaluate)
     set_seed(settings.seed)  # before the adapter's random initialisation
-    _add_adapter(model, lora_config, settings)
+    if not getattr(model.transformers_model, "peft_config", None):
+        _add_adapter(model, lora_config, settings)
     precision = resolve_precision(settings.precision, model.device)
     with ExitStack() as stack:
         run_dir = checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -130,14 +128,35 @@ def train(
             trainer.override_model_in_loss(loss, model)
         if checkpoint is None:
             best(model, 0)
-        started = time.perf_counter() - best.seconds
+        started, judged = time.perf_counter(), best.seconds
         trainer.train(resume_from_checkpoint=checkpoint)
-        elapsed = time.perf_counter() - started - best.seconds
+        elapsed = time.perf_counter() - started - (best.seconds - judged)
     if best.weights is not None:
         restore_weights(model, best.weights)
     model.eval()
     _fill_in(best, model)
     return TrainingOutcome(best, truncation, int(trainer.state.global_step), elapsed, precision)
+
+
+def set_length(
+    model: SentenceTransformer, dataset: EmbeddingQAFinetuneDataset, settings: TrainingSettings, use_all_docs: bool
+) -> Truncation:
+    """Set the model's `max_seq_length` for the texts that it will be trained on; warn if some are cut.
+
+    Raises:
+        ConfigError: A length was asked for that the model's positions do not allow.
+        DatasetError: Too few passages.
+    """
+    truncation = choose_length(
+        model,
+        dataset.queries.values(),
+        (group.passage for group in make_groups(dataset, use_all_docs)),
+        settings.length_coverage,
+        settings.max_seq_length,
+    )
+    if truncation.cut_before or truncation.cut_after:
+        warnings.warn(str(truncation), UserWarning, stacklevel=5)  # shown where finetune() was called
+    return truncation
 
 
 def _fill_in(best: BestSoFar, model: SentenceTransformer) -> None:
@@ -218,13 +237,30 @@ def _inputs(
             "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
         )
     rows = [{"anchor": dataset.queries[q], "positive": g.passage} for g in groups for q in g.query_ids]
-    if curated := dataset.hard_negatives:
-        ids = [q for g in groups for q in g.query_ids]
-        width = min(len(curated.get(q, ())) for q in ids)
-        for row, query_id in zip(rows, ids, strict=True):
-            for number, passage_id in enumerate(curated.get(query_id, ())[:width], 1):
-                row[f"negative_{number}"] = dataset.corpus[passage_id]
+    for column, texts in enumerate(_negative_columns(dataset, groups), 1):
+        for row, text in zip(rows, texts, strict=True):
+            row[f"negative_{column}"] = text
     return {"train_dataset": Dataset.from_list(rows), "loss": loss}
+
+
+def _negative_columns(dataset: EmbeddingQAFinetuneDataset, groups: list[TrainingGroup]) -> list[list[str]]:
+    """Hard negatives as columns, as sentence-transformers' losses want them: as many for each question.
+
+    A question that has fewer gets passages of other groups, in turn, that stand in no document with its answers.
+    """
+    curated = dataset.hard_negatives or {}
+    ids = [q for group in groups for q in group.query_ids]
+    width = max((len(curated.get(q, ())) for q in ids), default=0)
+    rows: list[list[str]] = []
+    for number, query_id in enumerate(ids):
+        row = [dataset.corpus[i] for i in curated.get(query_id, ())]
+        documents = {dataset.source_of(i) for i in dataset.relevant_docs[query_id]}
+        others = (groups[(number + step) % len(groups)] for step in range(1, len(groups)))
+        easy = (g.passage for g in others if dataset.source_of(g.passage_id) not in documents and g.passage not in row)
+        while len(row) < width and (text := next(easy, None)) is not None:
+            row.append(text)
+        rows.append(row)
+    return [list(column) for column in zip(*rows, strict=False)]
 
 
 def _arguments(

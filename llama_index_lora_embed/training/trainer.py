@@ -103,6 +103,7 @@ class BestSoFar:
         path = directory / _EVALUATIONS
         state = json.loads(path.read_text(encoding="utf-8"))
         self.best_step, self.history = state["best_step"], state["history"]
+        self.best = self.base if self.best_step == 0 else None
         if (directory / _BEST_WEIGHTS).exists():
             self.weights = load_file(directory / _BEST_WEIGHTS)
 

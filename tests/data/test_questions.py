@@ -1,9 +1,10 @@
 import pytest
-from llama_index.core.schema import Document, ImageNode, TextNode
+from llama_index.core.ingestion import IngestionCache, IngestionPipeline
+from llama_index.core.schema import Document, ImageNode, NodeRelationship, RelatedNodeInfo, TextNode
 
 from llama_index_lora_embed import FirstOf, InverseClozeMaker, Question, QuestionMaker, TitleMaker
-from llama_index_lora_embed.data import dataset_from_nodes
-from llama_index_lora_embed.data.questions import embed_text, split_sentences
+from llama_index_lora_embed.data import CarriedQuestionsMaker, NeighbourMaker, dataset_from_nodes
+from llama_index_lora_embed.data.questions import QUESTIONS_KEY, attach_questions, embed_text, split_sentences
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 
 TEXT = "Adapters are small. They hold two low rank matrices! Do they need a base? Yes they do."
@@ -165,3 +166,87 @@ def test_what_are_no_nodes_is_refused(nodes):
 def test_what_is_no_maker_is_refused():
     with pytest.raises(ConfigError, match=r"makers\[0\]"):
         dataset_from_nodes([TextNode(text=TEXT)], ["title"])
+
+
+def chunks(count, document):
+    made = [TextNode(text=f"{document} chunk {i}", id_=f"{document}{i}") for i in range(count)]
+    for node in made:
+        node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=document)
+    return made
+
+
+def test_adjacent_chunks_answer_with_grades_and_never_across_documents():
+    questions = list(NeighbourMaker().make([*chunks(3, "a"), *chunks(2, "b"), TextNode(text="of no document")]))
+    assert [(q.text, q.node_id, q.score) for q in questions] == [
+        ("a chunk 0", "a1", 0.9),
+        ("a chunk 0", "a2", 0.7),
+        ("a chunk 1", "a2", 0.9),
+        ("b chunk 0", "b1", 0.9),
+    ]
+    dataset, _ = dataset_from_nodes(chunks(3, "a"), [NeighbourMaker()])
+    assert sorted(dataset.score(q, dataset.relevant_docs[q][0]) for q in dataset.queries) == [0.7, 0.9, 0.9]
+    assert dataset.check().subset(list(dataset.queries)[:1]).relevance_scores is not None
+
+
+@pytest.mark.parametrize("scores", [(), (0.0,), (1.5,), (0.9, -1)])
+def test_grades_outside_zero_to_one_are_refused(scores):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
+        NeighbourMaker(scores=scores)
+
+
+def test_questions_of_llamaindex_extractors_are_trained_against_the_node_without_them():
+    node = TextNode(
+        text=TEXT,
+        metadata={
+            "questions_this_excerpt_can_answer": "Here are 2:\n1. What is small?\n2. What is low rank?",
+            "a": "b",
+        },
+    )
+    questions = list(CarriedQuestionsMaker().make([node]))
+    assert [q.text for q in questions] == ["What is small?", "What is low rank?"]
+    assert "What is small?" in embed_text(node)
+    assert all(q.passage == f"a: b\n\n{TEXT}" for q in questions)
+
+
+MAKERS = [TitleMaker(), InverseClozeMaker(), FirstOf(TitleMaker(), InverseClozeMaker()), NeighbourMaker()]
+
+
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.name)
+@pytest.mark.parametrize("workers", [None, 2])
+def test_every_maker_is_a_step_of_an_ingestion_pipeline(maker, workers, nodes):
+    wanted = list(maker.make(nodes))
+    before = {node.node_id: embed_text(node) for node in nodes}
+    out = IngestionPipeline(transformations=[maker]).run(nodes=nodes, num_workers=workers)
+    assert {node.node_id: embed_text(node) for node in out} == before
+    carried = list(CarriedQuestionsMaker().make(out))
+    if workers is None or maker.name != "neighbour":  # a worker sees its own share of the nodes only
+        assert sorted(carried, key=str) == sorted(wanted, key=str)
+    assert all(isinstance(node.metadata.get(QUESTIONS_KEY, ""), str) for node in out), "vector stores want flat values"
+
+
+def test_a_pipelines_cache_tells_settings_apart(nodes):
+    cache = IngestionCache()
+
+    def run(maker):
+        fresh = [node.model_copy(deep=True) for node in nodes]
+        out = IngestionPipeline(transformations=[maker], cache=cache).run(nodes=fresh)
+        return len(list(CarriedQuestionsMaker().make(out)))
+
+    assert run(InverseClozeMaker(min_words=2)) == 12
+    assert run(InverseClozeMaker(min_words=2, per_node=2)) == 24
+    assert run(FirstOf(TitleMaker())) == 8
+    assert run(FirstOf(TitleMaker(), InverseClozeMaker(min_words=2))) == 12
+
+
+def test_questions_of_two_makers_add_up_in_the_metadata_and_none_comes_twice(nodes):
+    for _ in range(2):
+        attach_questions(nodes, TitleMaker().make(nodes))
+        attach_questions(nodes, InverseClozeMaker().make(nodes))
+    assert len(list(CarriedQuestionsMaker().make(nodes))) == 8 + 12
+
+
+@pytest.mark.parametrize(
+    "carried", ["no json", "[1]", '[{"text": "q"}]', '[{"x": 1}]', "null", '[{"text": 5, "maker": "m"}]']
+)
+def test_metadata_that_somebody_else_wrote_is_left_alone(carried):
+    assert list(CarriedQuestionsMaker().make([TextNode(text=TEXT, metadata={QUESTIONS_KEY: carried})])) == []

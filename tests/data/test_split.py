@@ -1,6 +1,9 @@
+import warnings
+
 import pytest
 
 from llama_index_lora_embed import split_by_source
+from llama_index_lora_embed.data.split import split_report
 from llama_index_lora_embed.errors import ConfigError, SplitError
 from tests.conftest import make_dataset
 
@@ -82,3 +85,59 @@ def test_two_documents_can():
 def test_a_fraction_outside_0_to_1_is_refused(fraction):
     with pytest.raises(ConfigError, match="val_fraction"):
         split_by_source(make_dataset(), fraction)
+
+
+def nearly_the_same(dataset, first, second):
+    """Give two passages of the dataset forty words that differ in the last one."""
+    words = [f"word{i}" for i in range(40)]
+    dataset.corpus[first] = " ".join(words)
+    dataset.corpus[second] = " ".join([*words[:-1], "changed"])
+
+
+def test_a_text_that_nearly_stands_in_two_documents_ties_them():
+    dataset = make_dataset(passages=40, questions=1)
+    nearly_the_same(dataset, "p6", "p0")
+    for seed in range(12):
+        train, val = split_by_source(dataset, 0.5, seed=seed)
+        assert ("q0-0" in val.queries) == ("q6-0" in val.queries)
+        assert split_report(train, val).near_duplicates == 0
+
+
+def test_pages_of_one_template_are_still_split_and_the_user_is_told():
+    dataset = make_dataset(passages=40, questions=1)
+    words = [f"word{i}" for i in range(60)]
+    for number, passage_id in enumerate(dataset.corpus):
+        dataset.corpus[passage_id] = " ".join([*words, f"number{number}"])
+    with pytest.warns(UserWarning, match="tie 40 of 40 questions"):
+        train, val = split_by_source(dataset, 0.2)
+    assert len(val.queries) == 8
+    assert split_report(train, val).near_duplicates == 8
+
+
+def test_few_documents_are_warned_of():
+    with pytest.warns(UserWarning, match="about 9 documents, fewer than 10"):
+        split_by_source(make_dataset(passages=18), 0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split_by_source(make_dataset(passages=20), 0.2)
+
+
+def test_the_report_counts_both_sides_and_what_they_share():
+    train, val = make_dataset(passages=20), make_dataset(passages=6, seed=9, prefix="v")
+    nearly_the_same(train, "p3", "p4")
+    val.corpus["vp1"] = train.corpus["p3"]
+    val.queries["vq0-0"] = train.queries["q0-0"].upper()
+    report = split_report(train, val)
+    assert (report.train_documents, report.val_documents) == (10, 3)
+    assert (report.train_questions, report.val_questions) == (40, 12)
+    assert report.near_duplicates == 1
+    assert report.near_duplicate_examples == [("p3", "vp1")]
+    assert report.shared_wordings == 1
+    assert "validation: 12 questions about 3 documents" in str(report)
+    assert "'vp1' is like 'p3'" in str(report)
+
+
+def test_the_report_tells_same_ids_on_both_sides_apart():
+    train, val = make_dataset(passages=20), make_dataset(passages=20, seed=9)
+    assert split_report(train, val).near_duplicates == 0
+    assert split_report(train, train).near_duplicates == 20

@@ -7,7 +7,6 @@ from llama_index_lora_embed.errors import DatasetError
 from llama_index_lora_embed.training.batches import (
     IGNORED,
     NEGATIVE,
-    POSITIVE,
     GroupBatchSampler,
     GroupCollator,
     make_groups,
@@ -38,8 +37,8 @@ def test_each_passage_is_encoded_once_with_all_its_questions(model):
     batch = collate(model, dataset)
     assert batch["label"].shape == (36, 12)
     assert sorted(texts_of(model, batch, "p")) == sorted(dataset.corpus.values())
-    assert ((batch["label"] == POSITIVE).sum(dim=1) == 1).all()
-    assert ((batch["label"] == POSITIVE).sum(dim=0) == 3).all()
+    assert ((batch["label"] == 1).sum(dim=1) == 1).all()
+    assert ((batch["label"] == 1).sum(dim=0) == 3).all()
 
 
 def test_labels_point_at_the_right_passages_after_sorting_by_length(model):
@@ -49,7 +48,7 @@ def test_labels_point_at_the_right_passages_after_sorting_by_length(model):
     questions, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
     answers = {dataset.queries[q]: dataset.corpus[ids[0]] for q, ids in dataset.relevant_docs.items()}
     for row, question in enumerate(questions):
-        assert answers[question] == passages[int((batch["label"][row] == POSITIVE).int().argmax())]
+        assert answers[question] == passages[int((batch["label"][row] == 1).int().argmax())]
 
 
 def labels_by_text(model, dataset, **kwargs):
@@ -135,7 +134,7 @@ def test_a_curated_negative_is_never_masked(model):
     )
     batch = collate(model, dataset)
     row = texts_of(model, batch, "q").index("w1")
-    assert sorted(batch["label"][row].tolist()) == [NEGATIVE, NEGATIVE, POSITIVE]
+    assert sorted(batch["label"][row].tolist()) == [NEGATIVE, NEGATIVE, 1]
 
 
 def test_use_all_docs_trains_every_relevant_passage():

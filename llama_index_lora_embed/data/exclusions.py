@@ -1,0 +1,146 @@
+"""What may not become a hard negative, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llama_index_lora_embed.config import MiningSettings
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
+from llama_index_lora_embed.errors import ConfigError
+
+DUPLICATE = "same text as a positive"
+WORDING = "answers a question of the same wording"
+NEAR_DUPLICATE = "near-duplicate of a positive"
+SIBLING = "sibling of a positive"
+OVERLAP = "overlaps a positive or holds the question"
+MARGIN = "as close as the positive, or within its margin"
+MAX_SCORE = "above max_score"
+RANGE_MIN = "among the first range_min"
+REPEATED = "same text as a closer passage"
+
+# Chunks that overlap share whole sentences; this many characters are no coincidence.
+_OVERLAP_CHARACTERS = 50
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is known of the passages without a model.
+
+    Attributes:
+        dataset: Whose corpus it is.
+        distinct: The first id of each text; only these are encoded and searched.
+        first: Passage id to the first id with exactly its text.
+        alike: Passage id to the first id with its text but for case and spaces.
+        homes: Such a first id to the documents in which its text stands.
+        kin: Such a first id to that of its near-duplicates.
+        documents: Document id to its passages, in the order of the corpus.
+        place: Passage id to its position in its document.
+    """
+
+    dataset: EmbeddingQAFinetuneDataset
+    distinct: list[str]
+    first: dict[str, str]
+    alike: dict[str, str]
+    homes: dict[str, set[str]]
+    kin: dict[str, str]
+    documents: dict[str, list[str]]
+    place: dict[str, int]
+
+    @classmethod
+    def of(cls, dataset: EmbeddingQAFinetuneDataset, near_duplicates: Mapping[str, str]) -> Corpus:
+        exact: dict[str, str] = {}
+        normal: dict[str, str] = {}
+        made = cls(dataset, [], {}, {}, {}, {}, {}, {})
+        for passage_id, text in dataset.corpus.items():
+            made.first[passage_id] = exact.setdefault(text, passage_id)
+            made.alike[passage_id] = normal.setdefault(normalise(text), passage_id)
+            made.homes.setdefault(made.alike[passage_id], set()).add(dataset.source_of(passage_id))
+            document = made.documents.setdefault(dataset.source_of(passage_id), [])
+            made.place[passage_id] = len(document)
+            document.append(passage_id)
+        made.distinct.extend(exact.values())
+        made.kin.update({head: head for head in made.homes})
+        if unknown := sorted({*near_duplicates.keys(), *near_duplicates.values()} - dataset.corpus.keys()):
+            raise ConfigError(
+                f"near_duplicates with {len(unknown)} passage(s) that are not in the corpus",
+                "ids of the dataset's own corpus",
+                "Pass near_duplicate_groups(dataset.corpus), or nothing.",
+                unknown,
+            )
+        for passage_id, root in near_duplicates.items():
+            if made.alike[root] != made.alike[passage_id]:
+                made.kin[made.alike[passage_id]] = made.alike[root]
+        return made
+
+    def near(self, passage_id: str) -> str:
+        """The same for all passages with nearly the same text."""
+        return self.kin[self.alike[passage_id]]
+
+    def siblings(self, passage_id: str, window: int) -> list[str]:
+        """Passages of the same document, up to `window` places away."""
+        document, at = self.documents[self.dataset.source_of(passage_id)], self.place[passage_id]
+        return document[max(0, at - window) : at + window + 1]
+
+
+class Guard:
+    """Says of questions of one wording which passages may not become their negatives, whatever the score.
+
+    Args:
+        corpus: The passages.
+        question: The wording, normalised.
+        positives: What answers any of these questions.
+        window: `MiningSettings.sibling_window`.
+    """
+
+    def __init__(self, corpus: Corpus, question: str, positives: set[str], window: int | None) -> None:
+        self.corpus = corpus
+        self.question = question
+        self.by_document: dict[str, list[str]] = {}
+        for passage_id in positives:
+            self.by_document.setdefault(corpus.dataset.source_of(passage_id), []).append(passage_id)
+        self.answers = {corpus.alike[i] for i in positives}
+        self.near = {corpus.near(i) for i in positives}
+        if window is None:
+            near_by = (i for document in self.by_document for i in corpus.documents[document])
+        else:
+            near_by = (i for positive in positives for i in corpus.siblings(positive, window))
+        self.siblings = {corpus.alike[i] for i in near_by}
+
+    def reason(self, passage_id: str, own: set[str]) -> str | None:
+        """Why not this passage; None if nothing is against it. `own`: the question's own positives, `alike`."""
+        alike = self.corpus.alike[passage_id]
+        if alike in self.answers:
+            return DUPLICATE if alike in own else WORDING
+        if self.corpus.near(passage_id) in self.near:
+            return NEAR_DUPLICATE
+        if alike in self.siblings:
+            return SIBLING
+        return OVERLAP if self.overlaps(passage_id) else None
+
+    def overlaps(self, passage_id: str) -> bool:
+        """Whether a passage of a positive's document shares its text, or holds the question word for word.
+
+        Only ends are looked up in the other: of two chunks, the end of the one is what the other begins with,
+        while beginnings are equal throughout a document where indexing puts its title or metadata first.
+        """
+        shared = self.corpus.homes[self.corpus.alike[passage_id]] & self.by_document.keys()
+        if not shared:
+            return False
+        text = normalise(self.corpus.dataset.corpus[passage_id])
+        others = (normalise(self.corpus.dataset.corpus[i]) for document in shared for i in self.by_document[document])
+        return self.question in text or any(
+            text[-_OVERLAP_CHARACTERS:] in other or other[-_OVERLAP_CHARACTERS:] in text for other in others
+        )
+
+
+def too_close(score: float, positive: float, settings: MiningSettings) -> str | None:
+    """Why not at this similarity, with the margins as sentence-transformers 6.2 draws them; None if it may be.
+
+    The relative margin is a share of the magnitude of `positive`, the similarity of the positive.
+    """
+    if settings.absolute_margin is not None and score + settings.absolute_margin > positive:
+        return MARGIN
+    if settings.relative_margin is not None and score > positive - abs(positive) * settings.relative_margin:
+        return MARGIN
+    return MAX_SCORE if settings.max_score is not None and score > settings.max_score else None

@@ -1,0 +1,178 @@
+"""llama-index-finetuning's `generate_qa_embedding_pairs`, on the journalled question maker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llama_index.core.llms import LLM
+from llama_index.core.schema import BaseNode, MetadataMode
+from tqdm.auto import tqdm
+
+from llama_index_lora_embed.config import AskingSettings
+from llama_index_lora_embed.data.asking import run_sync
+from llama_index_lora_embed.data.build import dataset_from_nodes
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.llm_questions import LLMQuestionMaker
+from llama_index_lora_embed.data.prompts import STYLES, search_prompt, style_variables
+from llama_index_lora_embed.data.questions import Question, embed_text
+from llama_index_lora_embed.errors import ConfigError, DatasetError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_QA_GENERATE_PROMPT_TMPL = str(
+    search_prompt()
+    .get_template()
+    .format_map(
+        {
+            **style_variables(tuple(STYLES["en"]), "en", 2),
+            "context_str": "{context_str}",
+            "num_questions_per_chunk": "{num_questions_per_chunk}",
+        }
+    )
+)
+"""Asks for search queries. Where it is passed unchanged, nodes in other languages are asked about in theirs."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Questions that are there already, as a maker."""
+
+    questions: list[Question]
+    name: str = "llm"
+
+    def make(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> list[Question]:
+        return self.questions
+
+
+async def agenerate_qa_embedding_pairs(
+    nodes: Sequence[BaseNode],
+    llm: LLM,
+    qa_generate_prompt_tmpl: str = DEFAULT_QA_GENERATE_PROMPT_TMPL,
+    num_questions_per_chunk: int = 2,
+    retry_limit: int = 3,
+    on_failure: Literal["fail", "continue"] = "continue",
+    save_every: int = 500,
+    output_path: str = "qa_finetune_dataset.json",
+    verbose: bool = True,
+) -> EmbeddingQAFinetuneDataset:
+    """`generate_qa_embedding_pairs` for callers that are asynchronous themselves; the same in all else."""
+    if not isinstance(save_every, int) or save_every < 1:
+        raise ConfigError(f"save_every={save_every!r}", "a whole number of at least 1", "500 is the default.")
+    default = qa_generate_prompt_tmpl == DEFAULT_QA_GENERATE_PROMPT_TMPL
+    maker = LLMQuestionMaker(
+        llm=llm,
+        num_questions=num_questions_per_chunk,
+        prompt=None if default else qa_generate_prompt_tmpl,
+        journal=f"{output_path}.journal.jsonl",
+        settings=AskingSettings(attempts=retry_limit, on_failure=on_failure, show_progress=verbose),
+    )
+    nodes = list(nodes)
+    questions = _from_the_old_package(nodes, output_path)
+    known = {question.node_id for question in questions}
+    _keep_other_dataset(nodes, output_path)
+    dataset: EmbeddingQAFinetuneDataset | None = None
+    for end in range(save_every, len(nodes) + save_every, save_every):
+        chunk = [node for node in nodes[end - save_every : end] if node.node_id not in known]
+        questions += await maker.amake(chunk)
+        if verbose:
+            tqdm.write(f"nodes {end - save_every} to {min(end, len(nodes))}: {maker.report}")
+        if questions:
+            dataset, _ = dataset_from_nodes(nodes[:end], [_Made(questions)])
+            dataset.save_json(output_path)
+    if dataset is None:
+        raise DatasetError(
+            f"no question about {len(nodes)} node(s): {maker.report}",
+            "at least one",
+            "Check the LLM and that the nodes have text.",
+        )
+    return dataset
+
+
+def generate_qa_embedding_pairs(
+    nodes: Sequence[BaseNode],
+    llm: LLM,
+    qa_generate_prompt_tmpl: str = DEFAULT_QA_GENERATE_PROMPT_TMPL,
+    num_questions_per_chunk: int = 2,
+    retry_limit: int = 3,
+    on_failure: Literal["fail", "continue"] = "continue",
+    save_every: int = 500,
+    output_path: str = "qa_finetune_dataset.json",
+    verbose: bool = True,
+) -> EmbeddingQAFinetuneDataset:
+    """Let an LLM write questions about nodes, as llama-index-finetuning's function of this name.
+
+    What differs: requests run side by side; each answer is at once in a journal (`<output_path>.journal.jsonl`),
+    so that an interrupted call goes on where it was; the default prompt asks for search queries
+    (`prompts.EXAM_PROMPT` for exam questions); the passages are the texts that indexing embeds; query ids are
+    made from the content. An unfinished file of the old package is taken up: nodes that it has questions for are
+    not asked about again. A file about other nodes is kept as `<output_path>.previous`.
+
+    Args:
+        nodes: Nodes with text.
+        llm: Any LlamaIndex LLM.
+        qa_generate_prompt_tmpl: With {context_str} and {num_questions_per_chunk}.
+        num_questions_per_chunk: Questions for each node.
+        retry_limit: Attempts for each node.
+        on_failure: "continue" leaves a node without a usable answer out, "fail" raises.
+        save_every: Nodes after which the dataset so far is written to `output_path`.
+        output_path: JSON file of the dataset.
+        verbose: Show progress and what was asked.
+
+    Returns:
+        The dataset, also in `output_path`.
+
+    Raises:
+        ConfigError: Wrong arguments.
+        DatasetError: No question came of it, or nodes share an id.
+        LLMError: The LLM fails altogether, or for one node where `on_failure` is "fail".
+        JournalError: The journal cannot be used.
+    """
+    return run_sync(
+        agenerate_qa_embedding_pairs(
+            nodes,
+            llm,
+            qa_generate_prompt_tmpl,
+            num_questions_per_chunk,
+            retry_limit,
+            on_failure,
+            save_every,
+            output_path,
+            verbose,
+        )
+    )
+
+
+def _from_the_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[Question]:
+    """Questions of a file that llama-index-finetuning wrote, about nodes whose text is still the same."""
+    if not os.path.exists(output_path):
+        return []
+    old = EmbeddingQAFinetuneDataset.from_json(output_path)
+    if old.query_origins is not None:
+        return []  # ours: the journal has the answers, and knows of which LLM and prompt
+    unchanged = {
+        node.node_id
+        for node in nodes
+        if old.corpus.get(node.node_id) in (embed_text(node), node.get_content(metadata_mode=MetadataMode.NONE))
+    }
+    return [
+        Question(text, passage_id, "llm")
+        for query_id, text in old.queries.items()
+        for passage_id in old.relevant_docs.get(query_id, [])[:1]
+        if passage_id in unchanged
+    ]
+
+
+def _keep_other_dataset(nodes: Sequence[BaseNode], output_path: str) -> None:
+    """Put a file aside that holds passages of other nodes: one output path for two corpora is an old mishap."""
+    if os.path.exists(output_path):
+        others = EmbeddingQAFinetuneDataset.from_json(output_path).corpus.keys() - {node.node_id for node in nodes}
+        if others:
+            kept = Path(f"{output_path}.previous")
+            shutil.copyfile(output_path, kept)
+            logger.warning("%s held %d passages of other nodes and was kept as %s", output_path, len(others), kept)

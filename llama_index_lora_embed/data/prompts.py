@@ -1,0 +1,173 @@
+"""Prompts for question making, as LlamaIndex templates, in the language of the node."""
+
+from __future__ import annotations
+
+from llama_index.core.prompts import PromptTemplate
+
+STYLES: dict[str, dict[str, str]] = {
+    "en": {
+        "question": "a plain question, as typed into a search box",
+        "keywords": "two to five search words, no sentence",
+        "paraphrase": "a question that avoids the text's own words wherever other words exist",
+        "conversational": "what somebody would casually ask a colleague in a chat",
+    },
+    "de": {
+        "question": "eine schlichte Frage, wie man sie in ein Suchfeld tippt",
+        "keywords": "zwei bis fünf Suchwörter, kein Satz",
+        "paraphrase": "eine Frage, die die Wörter des Textes meidet, wo es andere gibt",
+        "conversational": "was jemand eine Kollegin beiläufig im Chat fragen würde",
+    },
+    "fr": {
+        "question": "une question simple, comme on la tape dans une barre de recherche",
+        "keywords": "de deux à cinq mots de recherche, sans phrase",
+        "paraphrase": "une question qui évite les mots du texte chaque fois qu'il en existe d'autres",
+        "conversational": "ce qu'on demanderait en passant à un collègue dans une messagerie",
+    },
+    "es": {
+        "question": "una pregunta sencilla, como se escribe en un buscador",
+        "keywords": "de dos a cinco palabras de búsqueda, sin frase",
+        "paraphrase": "una pregunta que evita las palabras del texto siempre que existan otras",
+        "conversational": "lo que alguien preguntaría de pasada a un compañero en un chat",
+    },
+    "zh": {
+        "question": "像在搜索框里输入的简单问题",
+        "keywords": "两到五个搜索词，不成句",
+        "paraphrase": "尽量不用原文词语、换一种说法的问题",
+        "conversational": "同事之间聊天时随口会问的话",
+    },
+}
+"""Language to style to what the LLM is told of it."""
+
+_SEARCH = {
+    "en": """\
+People look for information with a search engine. They have not seen the text below, but it holds what they need.
+
+Text:
+---
+{context_str}
+---
+
+Write {num_questions_per_chunk} different search queries that this text answers{language_note}. Each must make sense to
+somebody who cannot see the text: name the thing it is about, and never mention "the text", "the passage" or "the
+document". Kinds of query:
+{styles}
+
+One query a line, its kind in front, nothing else. Like this:
+{example}
+""",
+    "de": """\
+Menschen suchen mit einer Suchmaschine. Den Text unten haben sie nicht gesehen, aber in ihm steht, was sie brauchen.
+
+Text:
+---
+{context_str}
+---
+
+Schreibe {num_questions_per_chunk} verschiedene Suchanfragen, die dieser Text beantwortet. Jede muss ohne den Text
+verständlich sein: Nenne die Sache, um die es geht, und erwähne nie „den Text“, „den Abschnitt“ oder „das Dokument“.
+Arten von Anfragen:
+{styles}
+
+Eine Anfrage pro Zeile, davor ihre Art, sonst nichts. So:
+{example}
+""",
+    "fr": """\
+Des gens cherchent une information avec un moteur de recherche. Ils n'ont pas vu le texte ci-dessous, mais il contient
+ce qu'il leur faut.
+
+Texte :
+---
+{context_str}
+---
+
+Écris {num_questions_per_chunk} requêtes différentes auxquelles ce texte répond. Chacune doit se comprendre sans le
+texte : nomme ce dont il s'agit et ne parle jamais du « texte », du « passage » ni du « document ». Sortes de requêtes :
+{styles}
+
+Une requête par ligne, précédée de sa sorte, rien d'autre. Ainsi :
+{example}
+""",
+    "es": """\
+La gente busca información con un buscador. No ha visto el texto de abajo, pero en él está lo que necesita.
+
+Texto:
+---
+{context_str}
+---
+
+Escribe {num_questions_per_chunk} búsquedas distintas que este texto responda. Cada una debe entenderse sin el texto:
+nombra aquello de lo que trata y no menciones nunca «el texto», «el pasaje» ni «el documento». Clases de búsqueda:
+{styles}
+
+Una búsqueda por línea, con su clase delante, nada más. Así:
+{example}
+""",
+    "zh": """\
+人们用搜索引擎查找信息。他们没有看过下面的文字，但文字里有他们需要的内容。
+
+文字：
+---
+{context_str}
+---
+
+请写出 {num_questions_per_chunk} 条不同的搜索查询，每条都能由这段文字回答。
+看不到这段文字的人也要能看懂：请写明所指的对象，不要提到“本文”“这段文字”或“文档”。查询的种类：
+{styles}
+
+每行一条查询，前面写明种类，不要写别的内容。格式如下：
+{example}
+""",
+}
+
+EXAM_PROMPT = """\
+Material for a course:
+---------------------
+{context_str}
+---------------------
+
+You teach this course. Using the material alone, write {num_questions_per_chunk} varied questions for an examination,
+one a line.
+"""
+"""Exam questions, the kind that llama-index-finetuning's default prompt asked for. They differ from what users type."""
+
+JUDGE_PROMPT = """\
+Search query: {query_str}
+
+Text:
+---
+{context_str}
+---
+
+Does the text answer the query? Say yes or no, one word.
+"""
+"""Asks for a verdict on one question and its passage."""
+
+
+def search_prompt(language: str | None = None) -> PromptTemplate:
+    """The prompt for search queries in a language.
+
+    Args:
+        language: ISO 639-1 code; where there is no prompt in it, the English one asks for queries in the language
+            of the text.
+
+    Returns:
+        A template with the variables context_str, num_questions_per_chunk, styles, example and language_note.
+    """
+    return PromptTemplate(_SEARCH.get(language or "en", _SEARCH["en"]))
+
+
+def style_variables(styles: tuple[str, ...], language: str | None, count: int) -> dict[str, str]:
+    """What `search_prompt` needs besides the text: the kinds of query described, and the form of the answer.
+
+    Args:
+        styles: Names of styles.
+        language: As for `search_prompt`.
+        count: Queries asked for; the example shows a line for each, going round the styles.
+    """
+    known = STYLES.get(language or "en", STYLES["en"])
+    foreign = language is not None and language not in _SEARCH
+    return {
+        "styles": "\n".join(f"- {style}: {known[style]}" for style in styles),
+        "example": "\n".join(f"{styles[number % len(styles)]}: ..." for number in range(count)),
+        "language_note": ", in the language of the text" if foreign else "",
+    }
