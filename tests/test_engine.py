@@ -1,6 +1,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from llama_index_lora_embed import (
     EmbeddingQAFinetuneDataset,
+    LLMQuestionMaker,
     LoraEmbedding,
     LoraFinetuneEngine,
     Verdict,
@@ -33,6 +35,7 @@ from llama_index_lora_embed.errors import (
     UnsafeCheckpointError,
 )
 from tests.conftest import make_dataset
+from tests.data.llms import FakeLLM
 
 QUIET = {"show_progress_bar": False, "device": "cpu"}
 
@@ -303,6 +306,32 @@ def test_training_arguments_of_sentence_transformers_pass_through(tiny_model, da
     assert engine.finetune(max_steps=2).steps == 2
     with pytest.raises(ConfigError, match="no_such_argument"):
         engine.finetune(no_such_argument=1)
+
+
+def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval(tiny_model, nodes, out, tmp_path):
+    class Llm(FakeLLM):
+        def answer(self, prompt):
+            words = re.findall(r"w[0-9]+", prompt)
+            return f"question: {' '.join(words[:5])}\nkeywords: {'w199 ' * 4}{words[-1]} says this passage"
+
+    maker = LLMQuestionMaker(llm=Llm(), journal=str(tmp_path / "journal.jsonl"))
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, question_makers=[maker], device="cpu")
+    report = engine.data_report
+    assert report.asked["llm"].answered == 12
+    assert report.filtered.given == 24
+    assert report.filtered.dropped["speaks of the passage"] == 12
+    assert report.split.val_questions == len(engine.val_dataset.queries)
+    assert set(report.questions) == {"llm/question"}
+    assert "12 answered with 12 calls" in str(report)
+    unfiltered = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, question_makers=[maker], filters=None)
+    assert len(unfiltered.dataset.queries) + len(unfiltered.val_dataset.queries) == 24
+    assert unfiltered.data_report.filtered is None
+
+
+def test_without_llm_questions_from_nodes_loads_no_model(nodes, out, tmp_path):
+    (tmp_path / "empty").mkdir()
+    engine = LoraFinetuneEngine.from_nodes(nodes, str(tmp_path / "empty"), out)
+    assert engine.data_report.filtered is not None
 
 
 # -- data ---------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ class Corpus:
         distinct: The first id of each text; only these are encoded and searched.
         first: Passage id to the first id with exactly its text.
         alike: Passage id to the first id with its text but for case and spaces.
-        homes: Such a first id to the documents in which its text stands.
-        kin: Such a first id to that of its near-duplicates.
+        near: Passage id to an id that all passages with nearly its text have in common.
+        homes: First id, as in `alike`, to the documents in which its text stands.
         documents: Document id to its passages, in the order of the corpus.
         place: Passage id to its position in its document.
     """
@@ -42,25 +42,18 @@ class Corpus:
     distinct: list[str]
     first: dict[str, str]
     alike: dict[str, str]
+    near: dict[str, str]
     homes: dict[str, set[str]]
-    kin: dict[str, str]
     documents: dict[str, list[str]]
     place: dict[str, int]
 
     @classmethod
     def of(cls, dataset: EmbeddingQAFinetuneDataset, near_duplicates: Mapping[str, str]) -> Corpus:
-        exact: dict[str, str] = {}
-        normal: dict[str, str] = {}
-        made = cls(dataset, [], {}, {}, {}, {}, {}, {})
-        for passage_id, text in dataset.corpus.items():
-            made.first[passage_id] = exact.setdefault(text, passage_id)
-            made.alike[passage_id] = normal.setdefault(normalise(text), passage_id)
-            made.homes.setdefault(made.alike[passage_id], set()).add(dataset.source_of(passage_id))
-            document = made.documents.setdefault(dataset.source_of(passage_id), [])
-            made.place[passage_id] = len(document)
-            document.append(passage_id)
-        made.distinct.extend(exact.values())
-        made.kin.update({head: head for head in made.homes})
+        """Of a dataset; `near_duplicates` leads from passages to the first with nearly the same text.
+
+        Raises:
+            ConfigError: `near_duplicates` names other passages.
+        """
         if unknown := sorted({*near_duplicates.keys(), *near_duplicates.values()} - dataset.corpus.keys()):
             raise ConfigError(
                 f"near_duplicates with {len(unknown)} passage(s) that are not in the corpus",
@@ -68,19 +61,21 @@ class Corpus:
                 "Pass near_duplicate_groups(dataset.corpus), or nothing.",
                 unknown,
             )
-        for passage_id, root in near_duplicates.items():
-            if made.alike[root] != made.alike[passage_id]:
-                made.kin[made.alike[passage_id]] = made.alike[root]
-        return made
-
-    def near(self, passage_id: str) -> str:
-        """The same for all passages with nearly the same text."""
-        return self.kin[self.alike[passage_id]]
-
-    def siblings(self, passage_id: str, window: int) -> list[str]:
-        """Passages of the same document, up to `window` places away."""
-        document, at = self.documents[self.dataset.source_of(passage_id)], self.place[passage_id]
-        return document[max(0, at - window) : at + window + 1]
+        exact: dict[str, str] = {}
+        normal: dict[str, str] = {}
+        first: dict[str, str] = {}
+        alike: dict[str, str] = {}
+        homes: dict[str, set[str]] = {}
+        documents: dict[str, list[str]] = {}
+        for passage_id, text in dataset.corpus.items():
+            first[passage_id] = exact.setdefault(text, passage_id)
+            alike[passage_id] = normal.setdefault(normalise(text), passage_id)
+            homes.setdefault(alike[passage_id], set()).add(dataset.source_of(passage_id))
+            documents.setdefault(dataset.source_of(passage_id), []).append(passage_id)
+        place = {i: at for ids in documents.values() for at, i in enumerate(ids)}
+        kin = {alike[i]: alike[root] for i, root in near_duplicates.items() if alike[i] != alike[root]}
+        near = {i: kin.get(head, head) for i, head in alike.items()}
+        return cls(dataset, list(exact.values()), first, alike, near, homes, documents, place)
 
 
 class Guard:
@@ -100,19 +95,21 @@ class Guard:
         for passage_id in positives:
             self.by_document.setdefault(corpus.dataset.source_of(passage_id), []).append(passage_id)
         self.answers = {corpus.alike[i] for i in positives}
-        self.near = {corpus.near(i) for i in positives}
-        if window is None:
-            near_by = (i for document in self.by_document for i in corpus.documents[document])
-        else:
-            near_by = (i for positive in positives for i in corpus.siblings(positive, window))
-        self.siblings = {corpus.alike[i] for i in near_by}
+        self.near = {corpus.near[i] for i in positives}
+        self.siblings: set[str] = set()
+        for document, ids in self.by_document.items():
+            passages = corpus.documents[document]
+            if window is not None:
+                places = (corpus.place[i] for i in ids)
+                passages = [i for at in places for i in passages[max(0, at - window) : at + window + 1]]
+            self.siblings |= {corpus.alike[i] for i in passages}
 
     def reason(self, passage_id: str, own: set[str]) -> str | None:
         """Why not this passage; None if nothing is against it. `own`: the question's own positives, `alike`."""
         alike = self.corpus.alike[passage_id]
         if alike in self.answers:
             return DUPLICATE if alike in own else WORDING
-        if self.corpus.near(passage_id) in self.near:
+        if self.corpus.near[passage_id] in self.near:
             return NEAR_DUPLICATE
         if alike in self.siblings:
             return SIBLING

@@ -49,6 +49,7 @@ SPEAKS_OF_PASSAGE = {
         rf"\b(?:mentioned|described|discussed|stated|provided|listed|given) (?:in|by) (?:the|this) {_SOURCE_EN}",
         rf"\bdo(?:es)? (?:the|this) {_SOURCE_EN} (?:say|state|mention|describe|suggest|discuss|explain|imply|tell)\b",
         r"\bthe excerpt\b|\bthe passage\b(?! (?:of|through|from|to|into|between|across|along)\b)",
+        r"^(?:what|who|which) (?:is|are|does|do) the text\b|^the text (?:is|describes|discusses|explains|says)\b",
         r"\baccording to the authors?\b|\bdo(?:es)? the authors? (?!need|have|retain|own|get|hold|keep|pay)\w+",
         r"\bthe authors? (?:say|state|mention|argue|describe|suggest|claim|propose|conclude|explain|believe|think)s?\b",
     ),

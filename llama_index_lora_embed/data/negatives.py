@@ -164,9 +164,10 @@ class _Candidates(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """The negatives of one question, closest first, and how many passages were passed over, by reason."""
+    """The negatives of one question, closest first, its positive, and how many passages were passed over, and why."""
 
-    candidates: _Candidates
+    positive_id: str
+    positive_score: float
     negatives: list[tuple[str, float]]
     passed: Counter[str]
 
@@ -187,7 +188,7 @@ def _choose_all(
     pending = list(wanted)
     for window in dict.fromkeys((narrow, widest)):
         short: list[str] = []
-        for part in _slices(pending, dataset, window, settings.memory_mb):
+        for part in _slices(pending, dataset.relevant_docs, window, settings.memory_mb):
             for query_id, candidates in _closest(corpus, vectors, part, window, settings).items():
                 wording = normalise(dataset.queries[query_id])
                 if wording not in guards:  # a title can be the question of thousands of passages
@@ -203,34 +204,29 @@ def _choose(query_id: str, candidates: _Candidates, guard: Guard, wanted: int, s
     """Walk down the candidates until there are as many negatives as wanted."""
     corpus = guard.corpus
     own = {corpus.alike[i] for i in corpus.dataset.relevant_docs[query_id]}
-    taken = {corpus.near(i) for i in (corpus.dataset.hard_negatives or {}).get(query_id, [])}
+    taken = {corpus.near[i] for i in (corpus.dataset.hard_negatives or {}).get(query_id, [])}
     negatives: list[tuple[str, float]] = []
     passed: Counter[str] = Counter()
-    skipped = 0
     for passage_id, score in candidates.closest:
         if len(negatives) == wanted:
             break
-        near = corpus.near(passage_id)
         why = guard.reason(passage_id, own) or too_close(score, candidates.positive_score, settings)
-        if why is None and near in taken:
+        if why is None and corpus.near[passage_id] in taken:
             why = REPEATED
-        elif why is None:
-            taken.add(near)
-            if skipped < settings.range_min:
-                skipped, why = skipped + 1, RANGE_MIN
+        if why is None:
+            taken.add(corpus.near[passage_id])
+            why = RANGE_MIN if passed[RANGE_MIN] < settings.range_min else None
         if why is None:
             negatives.append((passage_id, score))
         else:
             passed[why] += 1
-    return _Choice(candidates, negatives, passed)
+    return _Choice(candidates.positive_id, candidates.positive_score, negatives, passed)
 
 
-def _slices(
-    query_ids: list[str], dataset: EmbeddingQAFinetuneDataset, window: int, memory_mb: float
-) -> Iterator[list[str]]:
+def _slices(query_ids: list[str], relevant: dict[str, list[str]], window: int, memory_mb: float) -> Iterator[list[str]]:
     """Questions in parts whose candidates fit into `memory_mb`."""
     # the miner widens every row by the most positives that a question has
-    width = window + max((len(dataset.relevant_docs[q]) for q in query_ids), default=0)
+    width = window + max((len(relevant[q]) for q in query_ids), default=0)
     size = max(1, int(memory_mb * 1e6 / (_CANDIDATE_BYTES * width)))
     for start in range(0, len(query_ids), size):
         yield query_ids[start : start + size]
@@ -262,12 +258,13 @@ def _closest(
     rows = mined.to_dict()  # iterating over a column reads it row by row, several times as slowly
     for query_id, passage_id, score in zip(rows["query"], rows["passage"], rows["score"], strict=True):
         scores[query_id][passage_id] = score
+    row = {passage_id: at for at, passage_id in enumerate(vectors.passage_ids)}
     found = {}
     for query_id, of_passage in scores.items():
         lowest = min(positives[query_id], key=of_passage.__getitem__)
         others = of_passage.keys() - set(positives[query_id])
         # equal scores in the order of the corpus, whichever search found them
-        ranked = sorted(others, key=lambda i: (-of_passage[i], vectors.rows[i]))
+        ranked = sorted(others, key=lambda i: (-of_passage[i], row[i]))
         found[query_id] = _Candidates(lowest, of_passage[lowest], [(i, of_passage[i]) for i in ranked])
     return found
 
@@ -292,11 +289,9 @@ def _report(dataset: EmbeddingQAFinetuneDataset, found: dict[str, _Choice], sett
     )
     audit = []
     for negated, query_id, passage_id in heapq.nsmallest(settings.audit, mined):
-        positive_id, positive_score, _ = found[query_id].candidates
-        texts = dataset.queries[query_id], dataset.corpus[positive_id], dataset.corpus[passage_id]
-        audit.append(
-            MinedNegative(query_id, texts[0], positive_id, texts[1], positive_score, passage_id, texts[2], -negated)
-        )
+        positive_id, score, *_ = found[query_id]
+        query, positive, negative = dataset.queries[query_id], dataset.corpus[positive_id], dataset.corpus[passage_id]
+        audit.append(MinedNegative(query_id, query, positive_id, positive, score, passage_id, negative, -negated))
     return MiningReport(
         queries=len(counts),
         with_negatives=sum(count > 0 for count in counts),

@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 Array = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
 class Vectors:
     """A model to sentence-transformers' miner that looks vectors up by id instead of encoding texts.
 
@@ -33,33 +35,34 @@ class Vectors:
     which knows a model by the name of its base alone, stays out of it.
     """
 
-    def __init__(
-        self, device: torch.device, questions: dict[str, Array], passage_ids: list[str], passages: Array
-    ) -> None:
-        self.device = device
-        self.questions = questions
-        self.passage_ids = passage_ids
-        self.passages = passages
-        self.rows = {passage_id: row for row, passage_id in enumerate(passage_ids)}
+    device: torch.device
+    questions: dict[str, Array]
+    passage_ids: list[str]
+    passages: Array
 
     def encode_query(self, query_ids: list[str], **_: Any) -> Array:
+        """Of questions, [ids, dimension]."""
         return np.stack([self.questions[i] for i in query_ids])
 
     def encode_document(self, passage_ids: list[str], **_: Any) -> Array:
+        """Of the whole corpus, [ids, dimension]."""
         assert passage_ids == self.passage_ids, "the miner is to search the whole corpus, in its order"
         return self.passages
 
     def similarity(self, questions: Any, passages: Any) -> torch.Tensor:
+        """Cosine similarities [questions, passages]."""
         import torch
 
         return torch.as_tensor(questions, device=self.device) @ torch.as_tensor(passages, device=self.device).T
 
     def similarity_pairwise(self, questions: Any, passages: Any) -> torch.Tensor:
+        """Cosine similarities [pairs], row by row."""
         import torch
 
         return (torch.as_tensor(questions) * torch.as_tensor(passages)).sum(dim=1)
 
     def get_embedding_dimension(self) -> int:
+        """Length of a vector."""
         return int(self.passages.shape[1])
 
 
@@ -86,17 +89,10 @@ def encode(
     file = None if folder is None else folder / f"{task}-{_digest(texts)}.npy"
     if file is not None and (kept := _read(file, len(texts))) is not None:
         return kept
-    encode = model.encode_query if task == "query" else model.encode_document
-    vectors = np.asarray(
-        encode(
-            list(texts),
-            batch_size=settings.batch_size,
-            show_progress_bar=settings.show_progress_bar,
-            convert_to_numpy=True,
-            normalize_embeddings=True,
-        ),
-        dtype=np.float32,
-    )
+    made_by = model.encode_query if task == "query" else model.encode_document
+    shown = settings.show_progress_bar
+    made = made_by(list(texts), batch_size=settings.batch_size, show_progress_bar=shown, normalize_embeddings=True)
+    vectors = np.asarray(made, dtype=np.float32)
     if not_finite := np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
         raise NonFiniteLossError(
             f"{len(not_finite)} of {len(texts)} {task} vectors that are NaN or infinite, the first of "
@@ -122,7 +118,7 @@ def _read(file: Path, count: int) -> Array | None:
         vectors: Array = np.load(file, allow_pickle=False)
         if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != count or not np.isfinite(vectors).all():
             raise ValueError(f"not {count} finite float32 vectors")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, EOFError) as error:
         logger.warning("cached vectors in %s are damaged and made anew: %s", file, error)

@@ -243,6 +243,7 @@ SPEAKING = [
     "Based on the provided context, how long is the battery covered?",
     "What does the author suggest about repairs?",
     "Which damage is mentioned in this excerpt?",
+    "What is the text about?",
     "Was wird in diesem Abschnitt über den Akku gesagt?",
     "Laut dem Text, wer bezahlt die Reparatur?",
     "Was empfiehlt der Autor bei Wasserschäden?",
@@ -255,6 +256,7 @@ SPEAKING = [
     "作者认为电池怎么样？",
 ]
 NOT_SPEAKING = [
+    "how do I align the text in a cell",
     "How is text aligned in a table?",
     "Who is the author of Faust?",
     "In the context of networks, what is a port?",

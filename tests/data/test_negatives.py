@@ -1,4 +1,3 @@
-import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +11,9 @@ from sentence_transformers.util import mine_hard_negatives as upstream_miner
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.config import MiningSettings
-from llama_index_lora_embed.data import negatives
+from llama_index_lora_embed.data import exclusions, negatives
 from llama_index_lora_embed.data.negatives import mine_hard_negatives
-from llama_index_lora_embed.errors import ConfigError, DatasetError, MissingExtraError, NonFiniteLossError
+from llama_index_lora_embed.errors import ConfigError, DatasetError, MissingExtraError
 from tests.conftest import make_dataset
 
 QUESTION = "w0 w1 w2 w3 w4"
@@ -95,26 +94,25 @@ def test_what_answers_a_question_of_the_same_wording_is_no_negative(model):
     assert mine(apart, model)[0].hard_negatives["q"] == ["a", "b", "c"]
     mined, report = mine(dataset_of(LADDER, relevant_docs={"q": ["p"], "other": ["a"]}, **other), model)
     assert mined.hard_negatives["q"] == ["b", "c", "d"]
-    assert report.excluded[negatives.WORDING] >= 1
+    assert report.excluded[exclusions.WORDING] >= 1
 
 
-def test_a_text_equal_to_a_positive_but_for_case_and_spaces_is_no_negative(model):
-    twin = sharing(5, 0).upper().replace(" ", "\n")
-    mined, report = mine(dataset_of({"twin": twin, **LADDER}), model, NO_MARGIN)
-    assert mined.hard_negatives == {"q": ["a", "b", "c"]}
-    assert report.excluded == {negatives.DUPLICATE: 1}
-
-
-def test_the_positives_own_text_under_another_id_is_no_negative(model):
-    mined, _ = mine(dataset_of({"twin": sharing(5, 0), **LADDER}), model, NO_MARGIN)
-    assert mined.hard_negatives == {"q": ["a", "b", "c"]}
+def test_copies_and_siblings_of_a_positive_are_passed_over(model):
+    passages = {"twin": sharing(5, 0).upper().replace(" ", "\n"), "between": sharing(0, 5), **LADDER}
+    documents = {"p": "x", "between": "x", "a": "x", "b": "x", "twin": "y", "c": "y", "d": "y"}
+    passages = {i: passages[i] for i in documents if i != "p"}
+    mined, report = mine(dataset_of(passages, source_documents=documents), model, NO_MARGIN)
+    assert mined.hard_negatives == {"q": ["b", "c", "d"]}
+    assert report.excluded == {exclusions.DUPLICATE: 1, exclusions.SIBLING: 1}
+    mined, _ = mine(dataset_of(passages, source_documents=documents), model, replace(SETTINGS, sibling_window=None))
+    assert mined.hard_negatives == {"q": ["c", "d"]}
 
 
 def test_a_near_duplicate_of_a_positive_is_no_negative(model):
     assert mine(dataset_of(LADDER), model)[0].hard_negatives == {"q": ["a", "b", "c"]}
     mined, report = mine(dataset_of(LADDER), model, near_duplicates={"a": "p", "p": "p"})
     assert mined.hard_negatives == {"q": ["b", "c", "d"]}
-    assert report.excluded == {negatives.NEAR_DUPLICATE: 1}
+    assert report.excluded == {exclusions.NEAR_DUPLICATE: 1}
     later_first, _ = mine(dataset_of(LADDER), model, near_duplicates={"a": "d", "p": "d", "d": "d"})
     assert later_first.hard_negatives == {"q": ["b", "c"]}
 
@@ -126,69 +124,7 @@ def test_near_duplicates_are_looked_for_where_none_are_given(model):
     dataset.corpus["p"] = " ".join(words)
     mined, report = mine_hard_negatives(dataset, model, NO_MARGIN)
     assert "near" not in mined.hard_negatives["q"]
-    assert report.excluded == {negatives.NEAR_DUPLICATE: 1}
-
-
-def test_near_duplicates_of_another_corpus_are_refused(model):
-    with pytest.raises(ConfigError, match="elsewhere"):
-        mine(dataset_of(LADDER), model, near_duplicates={"a": "elsewhere"})
-
-
-@pytest.mark.parametrize(
-    ("window", "expected"), [(0, ["a", "b", "c"]), (1, ["a", "b", "c"]), (2, ["b", "c", "d"]), (None, ["d"])]
-)
-def test_siblings_within_the_window_are_no_negatives(model, window, expected):
-    between = sharing(0, 5)
-    dataset = dataset_of(
-        {"between": between, "a": LADDER["a"], "b": LADDER["b"], "c": LADDER["c"], "d": LADDER["d"]},
-        source_documents={"p": "x", "between": "x", "a": "x", "b": "x", "c": "x", "d": "y"},
-    )
-    mined, report = mine(dataset, model, replace(SETTINGS, sibling_window=window))
-    assert mined.hard_negatives == {"q": expected}
-    assert report.excluded.get(negatives.SIBLING, 0) == {0: 0, 1: 0, 2: 1, None: 4}[window]
-
-
-def test_a_siblings_text_in_another_document_is_no_negative_either(model):
-    documents = {"p": "x", "a": "x", "copy": "y", "b": "y", "c": "y", "d": "y"}
-    passages = {"copy": LADDER["a"].upper(), **{i: LADDER[i] for i in "abcd"}}
-    dataset = dataset_of({"a": passages.pop("a"), **passages}, source_documents=documents)
-    mined, _ = mine(dataset, model)
-    assert mined.hard_negatives == {"q": ["b", "c", "d"]}
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_a_chunk_that_overlaps_a_positive_is_no_negative(model, before):
-    shared = " ".join([*(f"f{i}" for i in range(300, 314)), *QUESTION.split()[:4]])
-    positive, other = sharing(5, 0), sharing(0, 1)
-    texts = (f"{other} {shared}", f"{shared} {positive}") if before else (f"{shared} {other}", f"{positive} {shared}")
-    dataset = dataset_of({"a": texts[0], "b": LADDER["b"]}, source_documents={"p": "x", "a": "x", "b": "y"})
-    dataset.corpus["p"] = texts[1]
-    settings = replace(NO_MARGIN, sibling_window=0)
-    mined, report = mine(dataset, model, settings)
-    assert mined.hard_negatives == {"q": ["b"]}
-    assert report.excluded == {negatives.OVERLAP: 1}
-    elsewhere = dataset.model_copy(update={"source_documents": {"p": "x", "a": "z", "b": "y"}})
-    assert "a" in mine(elsewhere, model, settings)[0].hard_negatives["q"], "another document may quote"
-
-
-def test_a_beginning_that_all_chunks_of_a_document_share_is_no_overlap(model):
-    header = "title: a very long title that indexing puts before every chunk\nfile: handbook.pdf\n\n"
-    dataset = dataset_of({i: header + text for i, text in LADDER.items()})
-    dataset.corpus["p"] = header + dataset.corpus["p"]
-    dataset.source_documents = dict.fromkeys(dataset.corpus, "x")
-    mined, _ = mine(dataset, model, replace(SETTINGS, sibling_window=0))
-    assert mined.hard_negatives == {"q": ["a", "b", "c"]}
-
-
-def test_a_chunk_of_the_same_document_that_holds_the_question_is_no_negative(model):
-    holds = " ".join([*(f"f{i}" for i in range(60, 90)), QUESTION.upper(), *(f"f{i}" for i in range(90, 99))])
-    dataset = dataset_of({"holds": holds, "b": LADDER["b"]}, source_documents={"p": "x", "holds": "x", "b": "y"})
-    settings = replace(SETTINGS, sibling_window=0)
-    mined, report = mine(dataset, model, settings)
-    assert mined.hard_negatives == {"q": ["b"]}
-    assert report.excluded == {negatives.OVERLAP: 1}
-    dataset.source_documents = None
-    assert mine(dataset, model, settings)[0].hard_negatives == {"q": ["holds", "b"]}
+    assert report.excluded == {exclusions.NEAR_DUPLICATE: 1}
 
 
 def test_the_relative_margin_keeps_back_what_is_nearly_as_close_as_the_positive(model):
@@ -196,7 +132,7 @@ def test_the_relative_margin_keeps_back_what_is_nearly_as_close_as_the_positive(
     assert mine(dataset, model, NO_MARGIN)[0].hard_negatives == {"q": ["closer", "equal", "a"]}
     mined, report = mine(dataset, model)
     assert mined.hard_negatives == {"q": ["a", "b", "c"]}
-    assert report.excluded == {negatives.MARGIN: 2}
+    assert report.excluded == {exclusions.MARGIN: 2}
     assert mine(dataset, model, replace(SETTINGS, relative_margin=0.25))[0].hard_negatives == {"q": ["b", "c", "d"]}
 
 
@@ -215,16 +151,16 @@ def test_the_margin_is_counted_from_the_least_similar_positive(model):
 
 def test_max_score_and_range_min_keep_back_the_closest(model):
     mined, report = mine(dataset_of(LADDER), model, replace(SETTINGS, max_score=0.35))
-    assert (mined.hard_negatives, report.excluded) == ({"q": ["b", "c", "d"]}, {negatives.MAX_SCORE: 1})
+    assert (mined.hard_negatives, report.excluded) == ({"q": ["b", "c", "d"]}, {exclusions.MAX_SCORE: 1})
     mined, report = mine(dataset_of(LADDER), model, replace(SETTINGS, range_min=2))
-    assert (mined.hard_negatives, report.excluded) == ({"q": ["c", "d"]}, {negatives.RANGE_MIN: 2})
+    assert (mined.hard_negatives, report.excluded) == ({"q": ["c", "d"]}, {exclusions.RANGE_MIN: 2})
     assert report.with_fewer == 1
 
 
 def test_nodes_that_share_a_text_give_one_negative_by_an_id_of_theirs(model):
     mined, report = mine(dataset_of({"a2": LADDER["a"], "a3": LADDER["a"].upper(), **LADDER}), model)
     assert mined.hard_negatives == {"q": ["a2", "b", "c"]}
-    assert report.excluded == {negatives.REPEATED: 1}
+    assert report.excluded == {exclusions.REPEATED: 1}
 
 
 def test_curated_negatives_stay_first_and_count(model):
@@ -260,7 +196,7 @@ def test_a_positive_far_down_the_ranking_still_gets_negatives(model):
     settings = replace(SETTINGS, num_negatives=1)
     mined, report = mine(dataset, model, settings)
     assert mined.hard_negatives == {"q": ["b"]}
-    assert report.excluded == {negatives.MARGIN: 19}
+    assert report.excluded == {exclusions.MARGIN: 19}
     nothing, report = mine(dataset, model, replace(settings, range_max=10))
     assert nothing.hard_negatives == {}
     assert (report.with_negatives, report.with_fewer) == (0, 1)
@@ -323,32 +259,9 @@ def test_vectors_are_kept_by_fingerprint(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_changed_texts_are_encoded_anew(model, tmp_path):
-    where = {"fingerprint": "1", "cache_folder": tmp_path}
-    mine(dataset_of(LADDER), model, **where)
-    swapped = dataset_of({**LADDER, "a": LADDER["d"], "d": LADDER["a"]})
-    assert mine(swapped, model, **where)[0].hard_negatives == {"q": ["d", "b", "c"]}
-
-
-@pytest.mark.parametrize("left", [0, 60, -7])
-def test_a_damaged_cache_file_is_passed_over_and_made_anew(model, tmp_path, caplog, left):
-    where = {"fingerprint": "1", "cache_folder": tmp_path}
-    mined, _ = mine(dataset_of(LADDER), model, **where)
-    files = {path: path.read_bytes() for path in (tmp_path / "1").iterdir()}
-    assert len(files) == 2
-    for path, content in files.items():
-        path.write_bytes(content[:left])
-    with caplog.at_level(logging.WARNING):
-        again, _ = mine(dataset_of(LADDER), model, **where)
-    assert again == mined
-    assert ["damaged and made anew" in record.getMessage() for record in caplog.records] == [True, True]
-    assert {path: path.read_bytes() for path in (tmp_path / "1").iterdir()} == files
-
-
-@pytest.mark.parametrize("fingerprint", [None, "", "../elsewhere"])
-def test_a_cache_needs_a_fingerprint(model, tmp_path, fingerprint):
+def test_a_cache_needs_a_fingerprint(model, tmp_path):
     with pytest.raises(ConfigError, match="fingerprint"):
-        mine(dataset_of(LADDER), model, cache_folder=tmp_path, fingerprint=fingerprint)
+        mine(dataset_of(LADDER), model, cache_folder=tmp_path)
 
 
 def test_the_report_shows_the_closest_negatives_and_the_counts(model):
@@ -366,7 +279,7 @@ def test_the_report_shows_the_closest_negatives_and_the_counts(model):
     text = str(report)
     assert "2 of 2 questions, 1.50 each" in text
     assert LADDER["a"] in text
-    assert negatives.MARGIN in text
+    assert exclusions.MARGIN in text
 
 
 def test_a_corpus_of_one_text_is_refused(model):
@@ -385,13 +298,6 @@ def test_fewer_candidates_than_asked_give_what_there_is(model):
     mined, report = mine(dataset_of({"a": LADDER["a"]}), model, replace(SETTINGS, num_negatives=5))
     assert mined.hard_negatives == {"q": ["a"]}
     assert report.with_fewer == 1
-
-
-def test_vectors_that_are_not_finite_are_refused_and_not_kept(tmp_path):
-    broken = bag_of_words({"f80": float("nan")})
-    with pytest.raises(NonFiniteLossError, match="1 of 5 document vectors"):
-        mine(dataset_of(LADDER), broken, fingerprint="1", cache_folder=tmp_path)
-    assert not list(tmp_path.rglob("document*"))
 
 
 def test_all_unusable_settings_are_named_at_once(model):

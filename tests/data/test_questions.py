@@ -2,8 +2,8 @@ import pytest
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.schema import Document, ImageNode, NodeRelationship, RelatedNodeInfo, TextNode
 
-from llama_index_lora_embed import FirstOf, InverseClozeMaker, Question, QuestionMaker, TitleMaker
-from llama_index_lora_embed.data import CarriedQuestionsMaker, NeighbourMaker, dataset_from_nodes
+from llama_index_lora_embed import FilterSettings, FirstOf, InverseClozeMaker, Question, QuestionMaker, TitleMaker
+from llama_index_lora_embed.data import CarriedQuestionsMaker, NeighbourMaker, dataset_from_nodes, split_by_source
 from llama_index_lora_embed.data.questions import QUESTIONS_KEY, attach_questions, embed_text, split_sentences
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 
@@ -250,3 +250,41 @@ def test_questions_of_two_makers_add_up_in_the_metadata_and_none_comes_twice(nod
 )
 def test_metadata_that_somebody_else_wrote_is_left_alone(carried):
     assert list(CarriedQuestionsMaker().make([TextNode(text=TEXT, metadata={QUESTIONS_KEY: carried})])) == []
+
+
+def test_odd_nodes_go_all_the_way_without_a_crash():
+    filler = [
+        TextNode(text=f"{TEXT} Number {i} has word{i} and thing{i * 7} in it. And other{i} too.") for i in range(30)
+    ]
+    nodes = [
+        *filler,
+        ImageNode(image="aGVsbG8="),
+        TextNode(text=""),
+        TextNode(text="# A megabyte\n\n" + "lorem ipsum dolor. " * 55_000, id_="megabyte"),
+        TextNode(
+            text="# Смешанный 混合 🚀\n\nДлинный текст. 日本語の文です。 And some عربى text here. 🚀🚀", id_="mixed"
+        ),
+        TextNode(
+            text="# Bell \x07\n\nnull \x00 and escape \x1b sequences. Here is a second sentence \u2028 with more."
+        ),
+    ]
+    dataset, report = dataset_from_nodes(nodes, filters=FilterSettings())
+    assert report.skipped["node without text"] == 2
+    assert report.filtered.given == report.filtered.kept + sum(report.filtered.dropped.values())
+    assert {"megabyte", "mixed"} <= {ids[0] for ids in dataset.relevant_docs.values()}
+    train, val = split_by_source(dataset.check())
+    assert len(train.queries) + len(val.queries) == len(dataset.queries)
+    assert str(report).startswith(f"{len(dataset.corpus)} passages of {len(nodes)} nodes")
+
+
+def test_filters_that_leave_nothing_say_what_they_dropped():
+    nodes = [TextNode(text="same text in all. of these nodes here. again and again.", id_=f"n{i}") for i in range(3)]
+
+    class Exam:
+        name = "exam"
+
+        def make(self, nodes, *, seed=0):
+            return [Question("What does the author of this passage say?", node.node_id, self.name) for node in nodes]
+
+    with pytest.raises(DatasetError, match="speaks of the passage"):
+        dataset_from_nodes(nodes, [Exam()], filters=FilterSettings())
