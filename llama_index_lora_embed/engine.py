@@ -241,10 +241,11 @@ class LoraFinetuneEngine:
         return engine
 
     def finetune(self, **train_kwargs: Any) -> FinetuneResult:
-        """Train, keep the best evaluation, write the adapter directory.
+        """Train, keep what evaluated best, write the adapter directory.
 
         The base is evaluated first and is a candidate: if no later step beats it, the adapter that is written is
-        the untrained one, `best_step` is 0, and a warning says so.
+        the untrained one, `best_step` is 0, and a warning says so. Of several steps that beat it and lie within a
+        standard error of the best, the latest is kept.
 
         Args:
             **train_kwargs: More of sentence-transformers' training arguments, e.g. `gradient_accumulation_steps`.

@@ -34,7 +34,8 @@ class FinetuneResult:
         base_metrics: Measures of the base on the validation questions, from 0 to 1; empty if not evaluated.
         tuned_metrics: Measures of what was written.
         comparison: The difference with its interval; None if not evaluated.
-        best_step: Step of the weights that were written; 0 means that training gained nothing.
+        best_step: Step of the weights that were written, the latest of those within a standard error of the best; 0
+            means that training gained nothing.
         steps: Steps taken.
         history: Step and measures of every evaluation.
         truncation: Which length was chosen and how many texts are cut.

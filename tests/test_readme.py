@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_dataset
+from tests.data.llms import FakeLLM
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -28,7 +29,7 @@ def run(snippet, namespace, tiny_model):
 
 
 def test_the_snippets_are_the_ones_that_are_tested_here():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
 
 
 def test_the_ten_lines(namespace, tiny_model, capsys):
@@ -43,9 +44,15 @@ def test_nodes_alone(namespace, tiny_model):
     assert namespace["engine"].val_dataset is not None
 
 
+def test_questions_by_an_llm(namespace, tiny_model, capsys):
+    exec("from llama_index_lora_embed import LoraFinetuneEngine", namespace)
+    run(SNIPPETS[2], {**namespace, "llm": FakeLLM()}, tiny_model)
+    assert "12 answered with 12 calls" in capsys.readouterr().out
+
+
 def test_coming_from_the_old_package(namespace, tiny_model):
     """The old documentation's calls, with only the import changed."""
-    run(SNIPPETS[2], namespace, tiny_model)
+    run(SNIPPETS[3], namespace, tiny_model)
     train_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("train.json")
     val_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("val.json")
     finetune_engine = namespace["SentenceTransformersFinetuneEngine"](

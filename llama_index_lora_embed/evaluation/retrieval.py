@@ -40,6 +40,10 @@ class RetrievalEvaluation:
     origins: dict[str, int]
     passages: int
 
+    def scores(self, measure: str) -> list[float]:
+        """A measure of each query, in the order of the dataset."""
+        return [values[measure] for values in self.per_query.values()]
+
 
 def evaluate_retrieval(
     embed_model: BaseEmbedding, dataset: EmbeddingQAFinetuneDataset, *, show_progress: bool = False

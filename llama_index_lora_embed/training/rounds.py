@@ -12,7 +12,7 @@ from llama_index_lora_embed.config import MiningSettings, TrainingSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.negatives import MiningReport, mine_hard_negatives
 from llama_index_lora_embed.training.run import TrainingOutcome, set_length, train
-from llama_index_lora_embed.training.trainer import BestSoFar
+from llama_index_lora_embed.training.trainer import PRIMARY_METRIC, BestSoFar
 
 
 def train_in_rounds(
@@ -82,7 +82,8 @@ def _candidate(best: BestSoFar) -> BestSoFar:
     if best.evaluate is None or best.best is None:
         return BestSoFar(best.evaluate)
     start = {"step": 0, "metrics": dict(best.best.metrics)}
-    return BestSoFar(best.evaluate, [start], base=best.best, best=best.best, weights=best.weights)
+    top = best.best.scores(PRIMARY_METRIC)
+    return BestSoFar(best.evaluate, [start], base=best.best, best=best.best, top=top, weights=best.weights)
 
 
 def _joined(before: TrainingOutcome, after: TrainingOutcome) -> TrainingOutcome:

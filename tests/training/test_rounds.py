@@ -28,7 +28,8 @@ def test_rounds_mine_again_with_the_tuned_model_and_count_on(tiny_model, tmp_pat
     assert result.steps == 2 * 3 * 3
     steps = [entry["step"] for entry in result.history]
     assert steps == sorted(set(steps))
-    assert result.tuned_metrics["ndcg@10"] == max(entry["metrics"]["ndcg@10"] for entry in result.history)
+    (kept,) = [entry for entry in result.history if entry["step"] == result.best_step]
+    assert result.tuned_metrics == kept["metrics"]
     manifest = Manifest.read(tmp_path / "a")
     assert manifest.settings["mining"] == asdict(
         MiningSettings(1, rounds=2, relative_margin=None, show_progress_bar=False)
