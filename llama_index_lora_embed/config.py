@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from llama_index_lora_embed.errors import ConfigError
 
@@ -17,9 +18,38 @@ MANIFEST_NAME = "finetune.json"
 JOURNAL_NAME = "finetune_questions.journal.jsonl"
 """File in the working directory in which an LLM's answers are kept, where no other is named."""
 
+S = TypeVar("S", bound="Settings")
+
+
+class Settings:
+    """What all settings can do: name every value that cannot be used, at once."""
+
+    def problems(self) -> list[str]:
+        """One line for each setting that cannot be used: name, value, what was expected."""
+        raise NotImplementedError
+
+    def checked(self: S) -> S:
+        """These settings, if every one of them can be used.
+
+        Raises:
+            ConfigError: Naming all that cannot.
+        """
+        if problems := self.problems():
+            raise ConfigError(
+                f"{len(problems)} unusable value(s) in {type(self).__name__}",
+                "the values named below",
+                "Correct them all:",
+                problems,
+            )
+        return self
+
+    def _need(self, found: list[str], name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            found.append(f"{name}={getattr(self, name)!r}: expected {expected}")
+
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(Settings):
     """How an adapter is trained.
 
     Attributes:
@@ -79,11 +109,7 @@ class TrainingSettings:
     def problems(self) -> list[str]:
         """One line for each setting that cannot be used: name, value, what was expected."""
         found: list[str] = []
-
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                found.append(f"{name}={getattr(self, name)!r}: expected {expected}")
-
+        need = partial(self._need, found)
         for name in (
             "batch_size",
             "epochs",
@@ -110,28 +136,13 @@ class TrainingSettings:
             need(name, isinstance(getattr(self, name), bool), "True or False")
         return found
 
-    def checked(self) -> TrainingSettings:
-        """These settings, if every one of them can be used.
-
-        Raises:
-            ConfigError: Naming all that cannot.
-        """
-        if problems := self.problems():
-            raise ConfigError(
-                f"{len(problems)} unusable setting(s)",
-                "the values named below",
-                "Correct them all:",
-                problems,
-            )
-        return self
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
-class MiningSettings:
+class MiningSettings(Settings):
     """How hard negatives are mined.
 
     Attributes:
@@ -173,11 +184,7 @@ class MiningSettings:
     def problems(self) -> list[str]:
         """One line for each setting that cannot be used: name, value, what was expected."""
         found: list[str] = []
-
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                found.append(f"{name}={getattr(self, name)!r}: expected {expected}")
-
+        need = partial(self._need, found)
         for name in ("num_negatives", "range_max", "batch_size", "rounds"):
             need(name, _is_int(getattr(self, name), 1), "a whole number of at least 1")
         for name in ("range_min", "audit"):
@@ -200,24 +207,9 @@ class MiningSettings:
         need("show_progress_bar", isinstance(self.show_progress_bar, bool), "True or False")
         return found
 
-    def checked(self) -> MiningSettings:
-        """These settings, if every one of them can be used.
-
-        Raises:
-            ConfigError: Naming all that cannot.
-        """
-        if problems := self.problems():
-            raise ConfigError(
-                f"{len(problems)} unusable setting(s)",
-                "the values named below",
-                "Correct them all:",
-                problems,
-            )
-        return self
-
 
 @dataclass(frozen=True)
-class AskingSettings:
+class AskingSettings(Settings):
     """How an LLM is asked.
 
     Attributes:
@@ -245,30 +237,18 @@ class AskingSettings:
 
     def problems(self) -> list[str]:
         """One line for each setting that cannot be used: name, value, what was expected."""
-        found = []
-        for name in ("in_flight", "attempts", "max_requests", "max_tokens"):
+        found: list[str] = []
+        need = partial(self._need, found)
+        need("attempts", _is_int(self.attempts, 1), "a whole number of at least 1")
+        for name in ("in_flight", "max_requests", "max_tokens"):
             value = getattr(self, name)
-            if not (_is_int(value, 1) or (value is None and name != "attempts")):
-                found.append(f"{name}={value!r}: expected a whole number of at least 1")
-        for name in ("timeout", "backoff", "max_backoff"):
-            value = getattr(self, name)
-            if not (_is_number(value, above=0.0) or (value is None and name == "timeout")):
-                found.append(f"{name}={value!r}: expected a number of seconds above 0")
-        if self.on_failure not in ("continue", "fail"):
-            found.append(f"on_failure={self.on_failure!r}: expected 'continue' or 'fail'")
+            need(name, value is None or _is_int(value, 1), "None or a whole number of at least 1")
+        for name in ("backoff", "max_backoff"):
+            need(name, _is_number(getattr(self, name), above=0.0), "a number of seconds above 0")
+        need("timeout", self.timeout is None or _is_number(self.timeout, above=0.0), "None or seconds above 0")
+        need("on_failure", self.on_failure in ("continue", "fail"), "'continue' or 'fail'")
+        need("show_progress", isinstance(self.show_progress, bool), "True or False")
         return found
-
-    def checked(self) -> AskingSettings:
-        """These settings, if every one of them can be used.
-
-        Raises:
-            ConfigError: Naming all that cannot.
-        """
-        if problems := self.problems():
-            raise ConfigError(
-                f"{len(problems)} unusable setting(s)", "the values named below", "Correct them all:", problems
-            )
-        return self
 
 
 NEAR_DUPLICATE = 0.9
@@ -277,7 +257,7 @@ stand apart, or a run of ten words added."""
 
 
 @dataclass(frozen=True)
-class FilterSettings:
+class FilterSettings(Settings):
     """Which questions are dropped before training. None or False switches a filter off.
 
     Attributes:
@@ -323,11 +303,7 @@ class FilterSettings:
     def problems(self) -> list[str]:
         """One line for each setting that cannot be used: name, value, what was expected."""
         found: list[str] = []
-
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                found.append(f"{name}={getattr(self, name)!r}: expected {expected}")
-
+        need = partial(self._need, found)
         for name in ("max_words", "max_characters", "max_passages_per_wording", "round_trip_k"):
             value = getattr(self, name)
             need(name, value is None or _is_int(value, 1), "None or a whole number of at least 1")
@@ -342,21 +318,6 @@ class FilterSettings:
         for name in ("unreadable", "repeated", "speaks_of_passage", "other_language"):
             need(name, isinstance(getattr(self, name), bool), "True or False")
         return found
-
-    def checked(self) -> FilterSettings:
-        """These settings, if every one of them can be used.
-
-        Raises:
-            ConfigError: Naming all that cannot.
-        """
-        if problems := self.problems():
-            raise ConfigError(
-                f"{len(problems)} unusable filter setting(s)",
-                "the values named below",
-                "Correct them all:",
-                problems,
-            )
-        return self
 
 
 def _is_int(value: Any, least: int) -> bool:

@@ -368,6 +368,12 @@ def test_it_works_in_an_ingestion_pipeline_and_its_questions_come_out_again(jour
     assert llm.calls == 3
 
 
+def test_worker_processes_of_a_pipeline_take_turns_at_the_journal(journal):
+    nodes = IngestionPipeline(transformations=[maker(FakeLLM(), journal)]).run(nodes=some_nodes(6), num_workers=2)
+    assert len(list(CarriedQuestionsMaker().make(nodes))) == 12
+    assert len(list(Journal(journal))) == 6
+
+
 def test_it_pickles_and_its_dict_tells_settings_apart(journal):
     made = maker(FakeLLM(), journal)
     assert pickle.loads(pickle.dumps(made)).to_dict() == made.to_dict()
