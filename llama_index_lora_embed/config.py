@@ -216,12 +216,14 @@ class AskingSettings(Settings):
         in_flight: Requests under way at once; None for 32, or 1 where the LLM has no asynchronous methods of its
             own (local models, mostly).
         attempts: Times that a request is made until it has a usable answer.
-        timeout: Seconds until a call counts as failed; None waits for ever.
+        timeout: Seconds until a call counts as failed; None waits for ever, as do LLMs that only have synchronous
+            methods. Waiting for the LLM's rate limiter does not count.
         backoff: Seconds within which the first repetition comes at random; doubled each time.
         max_backoff: Seconds at most between repetitions.
         on_failure: "continue" counts a request without a usable answer and goes on, "fail" ends the run.
         max_requests: Calls after which a run stops cleanly; None for no bound.
-        max_tokens: The same in tokens, as far as the LLM tells; what is under way then still ends.
+        max_tokens: The same in tokens, as far as the LLM tells; what is under way then still ends. Plain text is asked
+            for, because structured output comes without a count.
         show_progress: Show a bar.
     """
 

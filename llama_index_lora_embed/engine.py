@@ -217,6 +217,13 @@ class LoraFinetuneEngine:
             ConfigError: Wrong arguments.
         """
         makers = None if question_makers is None else list(question_makers)
+        kwargs |= {"val_fraction": val_fraction, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
+        if val_dataset is not None:
+            # Nodes that are searched may be trained on: only their questions must not be known.
+            val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
+            kwargs.setdefault("on_overlap", "allow")
+        # everything that can be wrong is found before an LLM is paid
+        cls(_rehearsal(), model_id, model_output_path, val_dataset=val_dataset or _rehearsal("v"), **kwargs)
         loading = ("device", "revision", "cache_folder", "trust_remote_code", "query_prompt", "passage_prompt")
         dataset, report = dataset_from_nodes(
             nodes,
@@ -226,16 +233,12 @@ class LoraFinetuneEngine:
             embed_model=lambda: _base_embedding(model_id, {k: v for k, v in kwargs.items() if k in loading}),
         )
         if val_dataset is not None:
-            # Nodes that are searched may be trained on: only their questions must not be known.
-            val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
             known = {normalise(text) for text in val_dataset.queries.values()}
             unknown = [i for i, text in dataset.queries.items() if normalise(text) not in known]
             dataset = dataset.subset(unknown, dataset.corpus)
-            kwargs.setdefault("on_overlap", "allow")
         elif val_fraction:
             dataset, val_dataset = split_by_source(dataset, val_fraction, seed=seed, max_passages=_D.max_eval_passages)
             report = replace(report, split=split_report(dataset, val_dataset))
-        kwargs |= {"val_fraction": val_fraction, "epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         engine = cls(dataset, model_id, model_output_path, val_dataset=val_dataset, **kwargs)
         engine.data_report = report
         return engine
@@ -373,6 +376,16 @@ class LoraFinetuneEngine:
         """Tell what a user must not overlook, once, where they called `finetune`."""
         if result.verdict.value != "BETTER" or result.best_step == 0:
             warnings.warn(result.summary, UserWarning, stacklevel=3)
+
+
+def _rehearsal(name: str = "t") -> EmbeddingQAFinetuneDataset:
+    """A dataset to check the other arguments with."""
+    ids = [f"{name}{number}" for number in range(2)]
+    return EmbeddingQAFinetuneDataset(
+        queries={i: f"query {i}" for i in ids},
+        corpus={i: f"text {i}" for i in ids},
+        relevant_docs={i: [i] for i in ids},
+    )
 
 
 def _base_embedding(model_id: str, options: dict[str, Any]) -> BaseEmbedding:

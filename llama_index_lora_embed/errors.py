@@ -10,6 +10,7 @@ __all__ = [
     "ConfigError",
     "DatasetError",
     "JournalError",
+    "JournalInUseError",
     "LLMError",
     "LoraEmbedError",
     "MissingExtraError",
@@ -67,6 +68,10 @@ class DatasetError(_ListedError, ValueError):
 
 class JournalError(LoraEmbedError):
     """A journal of LLM answers is of another format, in use, or cannot be written."""
+
+
+class JournalInUseError(JournalError):
+    """Another run has the journal open."""
 
 
 class LLMError(LoraEmbedError):

@@ -17,9 +17,12 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from llama_index_lora_embed import (
     EmbeddingQAFinetuneDataset,
+    FirstOf,
     LLMQuestionMaker,
     LoraEmbedding,
+    LoraEmbedError,
     LoraFinetuneEngine,
+    TitleMaker,
     Verdict,
     evaluate_retrieval,
 )
@@ -327,6 +330,30 @@ def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval
     unfiltered = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, question_makers=[maker], filters=None)
     assert len(unfiltered.dataset.queries) + len(unfiltered.val_dataset.queries) == 24
     assert unfiltered.data_report.filtered is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epoch": 3}, {"batch_size": 0}, {"val_dataset": "/nowhere.json"}, {"val_fraction": 5}, {"filters": True},
+     {"learning_rate": "x"}, {"model_id": "/nowhere"}],
+    ids=str,
+)  # fmt: skip
+def test_from_nodes_finds_what_is_wrong_before_it_pays_an_llm(tiny_model, nodes, out, tmp_path, wrong):
+    llm = FakeLLM()
+    maker = LLMQuestionMaker(llm=llm, journal=str(tmp_path / "journal.jsonl"))
+    arguments = {"model_id": tiny_model, "model_output_path": out, "question_makers": [maker], **wrong}
+    with pytest.raises((LoraEmbedError, TypeError)):
+        LoraFinetuneEngine.from_nodes(nodes, **arguments)
+    assert llm.calls == 0
+
+
+def test_an_llms_report_is_found_inside_other_makers(tiny_model, nodes, out, tmp_path):
+    def maker(name):
+        return LLMQuestionMaker(llm=FakeLLM(), journal=str(tmp_path / name))
+
+    makers = [FirstOf(TitleMaker(), maker("a")), maker("b")]
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, question_makers=makers, filters=None)
+    assert {name: report.answered for name, report in engine.data_report.asked.items()} == {"llm": 4, "llm #2": 12}
 
 
 def test_without_llm_questions_from_nodes_loads_no_model(nodes, out, tmp_path):

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
-import hashlib
-import inspect
-import json
 import logging
-import math
-import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
-from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms import LLM
-from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.prompts import BasePromptTemplate
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
 
 from llama_index_lora_embed.config import AskingSettings
 from llama_index_lora_embed.data.journal import Journal
+from llama_index_lora_embed.data.llm_facts import digest, is_synchronous, llm_identity, usage
 from llama_index_lora_embed.errors import LLMError, LoraEmbedError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Write = Callable[[dict[str, Any]], Awaitable[None]]
 # Requests that must fail, with none answered, before a run is given up as a whole: a wrong key, no network.
 _HOPELESS_AFTER = 8
-# Fields of an LLM that decide what it says, by a part of their names. Counters, clients, keys and addresses do not.
-_IDENTITY = re.compile(
-    r"^model|temperature|^top_|^max_|seed|system_prompt|query_wrapper_prompt|kwargs|^stop|penalty|reasoning|thinking"
-)
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,8 @@ class Asker:
 
     An answer counts when the journal has it on disk; a request whose answer the journal has is not made again.
     Answers with nothing usable in them are journalled too, because they were paid for: they count as attempts in
-    later runs. The LLM's own `rate_limiter` is honoured, since its public methods are called.
+    later runs. The LLM's own `rate_limiter` is honoured. An LLM without asynchronous methods of its own is called in
+    threads, and its calls have no timeout: a thread cannot be stopped.
 
     Args:
         llm: Any LlamaIndex LLM.
@@ -116,9 +111,14 @@ class Asker:
         self.settings = settings
         self.usable = usable
         self.identity = llm_identity(llm)
-        self.in_flight = settings.in_flight or (1 if _is_synchronous(llm) else 32)
+        self.synchronous = is_synchronous(llm)
+        self.in_flight = settings.in_flight or (1 if self.synchronous else 32)
         self.report = AskReport()
         self._asking: set[str] = set()
+        self._fruitless = 0  # requests of this run that got nothing usable
+        # Its limiter is waited for here, so that the wait is not taken for a slow answer.
+        self._limiter = llm.rate_limiter
+        self._caller = llm if self._limiter is None else llm.model_copy(update={"rate_limiter": None})
 
     def key(self, request: Request) -> str:
         """What a request is journalled under: a digest of text, prompt, LLM and settings."""
@@ -158,9 +158,7 @@ class Asker:
             logger.warning("asking stopped early: %s", self.report.stopped)
         return self.report
 
-    async def _work(
-        self, queue: Iterator[Request], write: Callable[[dict[str, Any]], Awaitable[None]], bar: Any
-    ) -> None:
+    async def _work(self, queue: Iterator[Request], write: Write, bar: Any) -> None:
         for request in queue:
             if self.report.stopped:
                 return
@@ -175,7 +173,7 @@ class Asker:
                     self._asking.discard(key)
             bar.update()
 
-    async def _ask(self, request: Request, key: str, write: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    async def _ask(self, request: Request, key: str, write: Write) -> None:
         left = self.settings.attempts - self.journal.refusals(key)
         if left <= 0:
             self._give_up(_RefusedError(f"{self.settings.attempts} unusable answers in earlier runs"))
@@ -199,40 +197,60 @@ class Asker:
         except Exception as error:
             self._give_up(error)
 
-    async def _once(self, request: Request, key: str, write: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    async def _once(self, request: Request, key: str, write: Write) -> None:
+        if self._limiter is not None:
+            await self._limiter.async_acquire()
         self._count(requests=1)
+        call = asyncio.ensure_future(self._call(request))
         try:
-            text, usage = await asyncio.wait_for(self._call(request), self.settings.timeout)
+            if self.synchronous:  # a thread cannot be stopped; what it brings home late was paid for as well
+                text, tokens = await asyncio.shield(call)
+            else:
+                text, tokens = await asyncio.wait_for(call, self.settings.timeout)
+        except asyncio.CancelledError:
+            if self.synchronous:
+                with contextlib.suppress(Exception):
+                    await self._keep(request, key, write, *await call)
+            raise
         except Exception:
             self._count(errors=1)
             raise
-        self._count(**usage)
-        answer = text if isinstance(text, str) else repr(text)
-        ok = isinstance(text, str) and self.usable(text)
-        record = {"key": key, "ok": ok, "answer": answer, **usage}
-        await write({**record, "text": request.text_hash, "llm": self.identity, "settings": request.settings})
+        answer, ok = await self._keep(request, key, write, text, tokens)
         if not ok:
             self._count(refused=1)
             raise _RefusedError(f"nothing usable in the answer {answer[:80]!r}")
         self._count(answered=1)
 
+    async def _keep(
+        self, request: Request, key: str, write: Write, text: Any, usage: dict[str, int]
+    ) -> tuple[str, bool]:
+        """Journal an answer; returns it and whether it is usable."""
+        self._count(**usage)
+        answer = text if isinstance(text, str) else repr(text)
+        try:
+            ok = isinstance(text, str) and self.usable(text)
+        except Exception:  # whatever it stumbled over, the answer was paid for and is to be kept
+            ok = False
+        record = {"key": key, "ok": ok, "answer": answer, **usage}
+        await write({**record, "text": request.text_hash, "llm": self.identity, "settings": request.settings})
+        return answer, ok
+
     async def _call(self, request: Request) -> tuple[Any, dict[str, int]]:
-        """One call; returns (text, tokens)."""
-        llm = self.llm
+        """One call; returns (text, tokens). Prompts are wrapped as the LLM's own `predict` wraps them."""
+        llm: Any = self._caller
         if request.output_cls is not None:
             value = await llm.astructured_predict(request.output_cls, request.template, **request.variables)
             return (value.model_dump_json() if isinstance(value, BaseModel) else value), {}
-        prompt = request.template.format(llm=llm, **request.variables)
         if llm.metadata.is_chat_model:
-            messages = [ChatMessage(role=MessageRole.USER, content=prompt)]
-            if llm.system_prompt:
-                messages.insert(0, ChatMessage(role=MessageRole.SYSTEM, content=llm.system_prompt))
-            response: Any = await (_in_thread(llm.chat, messages) if _is_synchronous(llm) else llm.achat(messages))
+            messages = llm._get_messages(request.template, **request.variables)
+            response = await (asyncio.to_thread(llm.chat, messages) if self.synchronous else llm.achat(messages))
             text = getattr(getattr(response, "message", None), "content", None)
         else:
-            response = await (_in_thread(llm.complete, prompt) if _is_synchronous(llm) else llm.acomplete(prompt))
+            prompt = llm._get_prompt(request.template, **request.variables)
+            complete = partial(llm.complete if self.synchronous else llm.acomplete, prompt, formatted=True)
+            response = await (asyncio.to_thread(complete) if self.synchronous else complete())
             text = getattr(response, "text", None)
-        return (response if text is None else text), _usage(response)
+        return (response if text is None else text), usage(response)
 
     def _count(self, **more: int) -> None:
         self.report = replace(self.report, **{name: getattr(self.report, name) + n for name, n in more.items()})
@@ -251,8 +269,10 @@ class Asker:
         """Count a request that got no usable answer; raise where the run is to end with it."""
         self._count(given_up=1)
         logger.info("a request was given up: %s", error)
-        hopeless = self.report.answered == 0 and self.report.given_up >= _HOPELESS_AFTER
-        if self.settings.on_failure == "fail" or hopeless:
+        # nodes that an LLM refuses are no reason to doubt it where it answered others, now or in earlier runs
+        known = isinstance(error, _RefusedError) and (self.report.from_journal or self.report.refused == 0)
+        self._fruitless += 0 if known else 1
+        if self.settings.on_failure == "fail" or (self.report.answered == 0 and self._fruitless >= _HOPELESS_AFTER):
             raise LLMError(
                 f"no usable answer from {self.llm.class_name()} to {self.report.given_up} request(s), the last with "
                 f"{type(error).__name__}: {error}",
@@ -261,7 +281,7 @@ class Asker:
             ) from error
 
     @asynccontextmanager
-    async def _journal_writer(self) -> AsyncIterator[Callable[[dict[str, Any]], Awaitable[None]]]:
+    async def _journal_writer(self) -> AsyncIterator[Write]:
         """A function that returns when its record is on disk; records that come together share one sync."""
         waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         wake, closing = asyncio.Event(), asyncio.Event()
@@ -301,24 +321,8 @@ class Asker:
             await asyncio.shield(server)
 
 
-def llm_identity(llm: LLM) -> str:
-    """Digest of what decides an LLM's answers: class, model, temperature and the like; no keys, no addresses."""
-    fields = {name: value for name, value in llm.to_dict().items() if _IDENTITY.search(name)}
-    text = json.dumps(
-        {"class": llm.class_name(), "name": llm.metadata.model_name, **fields},
-        sort_keys=True,
-        default=lambda value: type(value).__name__,
-    )
-    return digest(text)
-
-
 def _worth_retrying(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, LoraEmbedError)
-
-
-def digest(text: str) -> str:
-    """SHA-256 of a text, 32 hexadecimal digits of it."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def run_sync(work: Coroutine[Any, Any, T]) -> T:
@@ -327,50 +331,26 @@ def run_sync(work: Coroutine[Any, Any, T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    outcome: list[T] = []
-    failure: list[BaseException] = []
+    outcome: Future[T] = Future()
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
     context = contextvars.copy_context()
+
+    async def main() -> T:
+        task = asyncio.ensure_future(work)
+        started.set_result((asyncio.get_running_loop(), task))
+        return await task
 
     def target() -> None:
         try:
-            outcome.append(context.run(asyncio.run, work))
+            outcome.set_result(context.run(asyncio.run, main()))
         except BaseException as error:
-            failure.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=target, name="asking")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
-
-
-def _is_synchronous(llm: LLM) -> bool:
-    """Whether its asynchronous methods are LlamaIndex's stand-ins, which block the event loop."""
-    # LlamaIndex wraps methods anew at each access, so that what is inside is compared
-    return isinstance(llm, CustomLLM) and inspect.unwrap(type(llm).acomplete) is inspect.unwrap(CustomLLM.acomplete)
-
-
-async def _in_thread(call: Callable[..., Any], argument: Any) -> Any:
-    return await asyncio.to_thread(call, argument)
-
-
-def _usage(response: Any) -> dict[str, int]:
-    """Tokens as the providers' various fields tell them; empty where they do not."""
-    found: dict[str, int] = {}
-    raw = getattr(response, "raw", None)
-    holders = [getattr(response, "additional_kwargs", None), raw]
-    holders += [_field(raw, name) for name in ("usage", "usage_metadata", "token_usage")]
-    for name, aliases in (
-        ("prompt_tokens", ("prompt_tokens", "input_tokens", "prompt_token_count", "prompt_eval_count")),
-        ("completion_tokens", ("completion_tokens", "output_tokens", "candidates_token_count", "eval_count")),
-    ):
-        values = [_field(holder, alias) for holder in holders for alias in aliases]
-        number = next((v for v in values if isinstance(v, (int, float)) and math.isfinite(v) and v > 0), None)
-        if number is not None:
-            found[name] = int(number)
-    return found
-
-
-def _field(holder: Any, name: str) -> Any:
-    return holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+    threading.Thread(target=target, name="asking", daemon=True).start()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:  # the notebook's stop button: end the other thread's work, keep what it has
+        loop, task = started.result()
+        loop.call_soon_threadsafe(task.cancel)
+        wait([outcome])
+        raise

@@ -85,11 +85,11 @@ def dataset_from_nodes(
         The dataset, whose corpus is the nodes' texts as indexing embeds them, and the report.
 
     Raises:
-        ConfigError: `nodes` is not a sequence of nodes, or a maker lacks `name` or `make`.
+        ConfigError: `nodes` is not a sequence of nodes, a maker lacks `name` or `make`, or `filters` cannot be used.
         DatasetError: Two different nodes share an id, no node has text, or no maker found a question.
     """
     makers = default_makers() if makers is None else list(makers)
-    _check_arguments(nodes, makers)
+    _check_arguments(nodes, makers, filters)
     corpus: dict[str, str] = {}
     sources: dict[str, str] = {}
     skipped: Counter[str] = Counter()
@@ -139,8 +139,7 @@ def dataset_from_nodes(
             "at least one",
             "Pass other makers, or nodes with a title or with two sentences or more.",
         )
-    reports = {maker.name: getattr(maker, "report", None) for maker in makers}
-    asked = {name: report for name, report in reports.items() if isinstance(report, AskReport)}
+    asked = _asked(makers)
     filtered = None
     if filters is not None:
         dataset, filtered = filter_questions(dataset, filters, embed_model=embed_model)
@@ -153,6 +152,19 @@ def dataset_from_nodes(
             )
         made = Counter(dataset.origins())
     return dataset, BuildReport(len(nodes), len(corpus), dict(made), dict(skipped), asked, filtered)
+
+
+def _asked(makers: Iterable[Any]) -> dict[str, AskReport]:
+    """What LLMs were asked, by the name of the maker; a number is added where a name comes again."""
+    asked: dict[str, AskReport] = {}
+    for maker in makers:
+        found = _asked(getattr(maker, "makers", ()))
+        if isinstance(report := getattr(maker, "report", None), AskReport):
+            found[maker.name] = report
+        for name, report in found.items():
+            again = sum(other.split(" #")[0] == name for other in asked)
+            asked[f"{name} #{again + 1}" if again else name] = report
+    return asked
 
 
 def _add_questions(
@@ -195,7 +207,7 @@ def _add_questions(
     return made
 
 
-def _check_arguments(nodes: Any, makers: list[Any]) -> None:
+def _check_arguments(nodes: Any, makers: list[Any], filters: Any) -> None:
     problems: list[str] = []
     if isinstance(nodes, (str, bytes)) or not isinstance(nodes, Sequence):
         problems.append(f"nodes of type {type(nodes).__name__}: expected a list of LlamaIndex nodes")
@@ -207,8 +219,12 @@ def _check_arguments(nodes: Any, makers: list[Any]) -> None:
     problems += [
         f"makers[{i}] of type {type(maker).__name__}: expected an object with .name and .make(nodes, seed=...)"
         for i, maker in enumerate(makers)
-        if not isinstance(maker, QuestionMaker)
+        if isinstance(maker, type) or not isinstance(maker, QuestionMaker)
     ]
+    if isinstance(filters, FilterSettings):
+        problems += filters.problems()
+    elif filters is not None:
+        problems.append(f"filters of type {type(filters).__name__}: expected FilterSettings or None")
     if problems:
         raise ConfigError(
             f"{len(problems)} unusable argument(s)",

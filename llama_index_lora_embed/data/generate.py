@@ -110,8 +110,9 @@ def generate_qa_embedding_pairs(
     What differs: requests run side by side; each answer is at once in a journal (`<output_path>.journal.jsonl`),
     so that an interrupted call goes on where it was; the default prompt asks for search queries
     (`prompts.EXAM_PROMPT` for exam questions); the passages are the texts that indexing embeds; query ids are
-    made from the content. An unfinished file of the old package is taken up: nodes that it has questions for are
-    not asked about again. A file about other nodes is kept as `<output_path>.previous`.
+    made from the content. An unfinished file of the old package is taken up and kept aside (as
+    `<output_path>.llama-index-finetuning`): nodes that it has questions for are not asked about. A file about other
+    nodes is kept as `<output_path>.previous`.
 
     Args:
         nodes: Nodes with text.
@@ -149,12 +150,16 @@ def generate_qa_embedding_pairs(
 
 
 def _from_the_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[Question]:
-    """Questions of a file that llama-index-finetuning wrote, about nodes whose text is still the same."""
-    if not os.path.exists(output_path):
+    """Questions of a file that llama-index-finetuning wrote, about nodes whose text is still the same.
+
+    The file is kept aside before it is replaced: its answers are in no journal, and a later start wants them again.
+    """
+    kept = f"{output_path}.llama-index-finetuning"
+    if os.path.exists(output_path) and EmbeddingQAFinetuneDataset.from_json(output_path).query_origins is None:
+        shutil.copyfile(output_path, kept)
+    if not os.path.exists(kept):
         return []
-    old = EmbeddingQAFinetuneDataset.from_json(output_path)
-    if old.query_origins is not None:
-        return []  # ours: the journal has the answers, and knows of which LLM and prompt
+    old = EmbeddingQAFinetuneDataset.from_json(kept)
     unchanged = {
         node.node_id
         for node in nodes

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from llama_index_lora_embed.errors import JournalError
+from llama_index_lora_embed.errors import JournalError, JournalInUseError
 
 logger = logging.getLogger(__name__)
 _FORMAT = "llama-index-lora-embed journal"
@@ -39,27 +39,27 @@ class Journal:
     Args:
         path: The file; made with its folder if it is not there. A last line that a killed run left unfinished is
             moved to `<path>.torn`; other lines that are no records are passed over and counted.
-        wait: Wait for another process that has it open.
 
     Attributes:
         unreadable: Lines passed over.
 
     Raises:
-        JournalError: The file is of another format or version, cannot be written, or another process has it open.
+        JournalInUseError: Another run has it open.
+        JournalError: The file is of another format or version, or cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], wait: bool = False) -> None:
-        self.path = Path(os.path.abspath(os.path.expanduser(path)))
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.realpath(os.path.expanduser(path)))  # one lock for one file, also through a link
         self.unreadable = 0
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()  # of its own, so that looking up does not wait for the disk
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # not bound to one thread: it may be closed by another than opened it
-            self._lock = FileLock(f"{self.path}.lock", timeout=-1 if wait else 0, thread_local=False)
+            self._lock = FileLock(f"{self.path}.lock", timeout=0, thread_local=False)
             self._lock.acquire()
-        except Timeout as error:
-            raise JournalError(
+        except (Timeout, RuntimeError) as error:  # RuntimeError: another journal of this very thread has it
+            raise JournalInUseError(
                 f"journal {str(self.path)!r}, which another run has open",
                 "one run at a time on one journal",
                 "Wait for the other run, or give this one a journal of its own.",
@@ -172,10 +172,14 @@ class Journal:
             except OSError as error:
                 self._take_back()
                 raise self._unwritable(error) from error
-            for record, line in zip(records, lines, strict=True):
+            places = [self._end + sum(map(len, lines[:number])) for number in range(len(lines))]
+            self._end += sum(map(len, lines))
+            try:
                 with self._read_lock:
-                    self._note(record, self._end)
-                self._end += len(line)
+                    for record, place in zip(records, places, strict=True):
+                        self._note(record, place)
+            except sqlite3.Error as error:
+                raise self._unwritable(error) from error
 
     def _take_back(self) -> None:
         """Drop what a failed write left, in the file and in Python's buffer of it."""
@@ -210,7 +214,7 @@ class Journal:
             row = self._index.execute(question, (key,)).fetchone()
         return int(row[0]) if row else None
 
-    def _unwritable(self, error: OSError) -> JournalError:
+    def _unwritable(self, error: Exception) -> JournalError:
         return JournalError(
             f"journal {str(self.path)!r}, which cannot be written: {error}",
             "a file that can be written, and room on its disk",
@@ -222,7 +226,7 @@ def _record(line: bytes, key: str | None = "key") -> dict[str, Any] | None:
     """The object in a line, or None where it holds none (with that key, if one is asked for)."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(value, dict) or (key is not None and not isinstance(value.get(key), str)):
         return None

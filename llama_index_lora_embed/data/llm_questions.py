@@ -8,23 +8,34 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr, SerializeAsAny, field_validator
+from llama_index.core.bridge.pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+)
 from llama_index.core.llms import LLM
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from llama_index_lora_embed.config import JOURNAL_NAME, AskingSettings
-from llama_index_lora_embed.data.answers import parse_questions
-from llama_index_lora_embed.data.asking import Asker, AskReport, Request, digest, run_sync
+from llama_index_lora_embed.data.answers import parse_questions, strip_thoughts
+from llama_index_lora_embed.data.asking import Asker, AskReport, Request, run_sync
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.journal import Journal
 from llama_index_lora_embed.data.language import detect
+from llama_index_lora_embed.data.llm_facts import digest
 from llama_index_lora_embed.data.prompts import JUDGE_PROMPT, STYLES, search_prompt, style_variables
 from llama_index_lora_embed.data.questions import NodeQuestionMaker, Question, attach_questions, embed_text
-from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.errors import ConfigError, JournalInUseError
 
 # What providers refuse in a request: control characters, and the halves of characters that broken readers leave.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+_POLL_SECONDS = 0.1
 
 
 class SearchQuery(BaseModel):
@@ -57,8 +68,8 @@ class LLMQuestionMaker(NodeQuestionMaker):
         styles: Kinds of query: "question", "keywords", "paraphrase" (without the text's words), "conversational".
         prompt: A template of your own with {context_str} and {num_questions_per_chunk}; None for the search
             prompt. `prompts.EXAM_PROMPT` asks for exam questions.
-        structured: Ask for structured output; None where the LLM calls functions. After half the attempts failed,
-            plain lines are asked for.
+        structured: Ask for structured output; None where the LLM calls functions and no `max_tokens` is set. After
+            half the attempts failed, plain lines are asked for.
         journal: Where answers are kept. The same file may serve several runs, one after the other.
         settings: How the LLM is asked.
 
@@ -82,26 +93,38 @@ class LLMQuestionMaker(NodeQuestionMaker):
     _report: AskReport = PrivateAttr(default_factory=AskReport)
 
     def __init__(self, **kwargs: Any) -> None:
-        problems = (
-            [] if isinstance(kwargs.get("llm"), LLM) else [f"llm={kwargs.get('llm')!r:.60}: expected a LlamaIndex LLM"]
-        )
-        template = kwargs.get("prompt")
-        if isinstance(template, str):
-            kwargs["prompt"] = template = PromptTemplate(template)
-        if isinstance(template, BasePromptTemplate) and "context_str" not in template.template_vars:
-            problems.append("prompt without {context_str}: expected a template that shows the node's text")
-        if unknown := sorted(set(kwargs.get("styles") or ()) - set(STYLES["en"])):
-            problems.append(f"styles {unknown}: expected some of {sorted(STYLES['en'])}")
-        if isinstance(settings := kwargs.get("settings"), AskingSettings):
-            problems += settings.problems()
+        if isinstance(kwargs.get("prompt"), str):
+            kwargs["prompt"] = PromptTemplate(kwargs["prompt"])
+        problems = [f"{name}: no such argument" for name in sorted(kwargs.keys() - type(self).model_fields.keys())]
+        if not isinstance(kwargs.get("llm"), LLM):
+            problems.append(f"llm={kwargs.get('llm')!r:.60}: expected a LlamaIndex LLM")
+        try:
+            if not problems:
+                super().__init__(**kwargs)
+                problems = self._problems()
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         if problems:
             raise ConfigError(f"{len(problems)} unusable argument(s)", "the values below", "Correct them:", problems)
-        super().__init__(**kwargs)
+
+    def _problems(self) -> list[str]:
+        problems = self.settings.problems()
+        if self.prompt is not None and "context_str" not in self.prompt.template_vars:
+            problems.append("prompt without {context_str}: expected a template that shows the node's text")
+        if not self.styles or not set(self.styles) <= STYLES["en"].keys():
+            problems.append(f"styles={self.styles!r}: expected some of {sorted(STYLES['en'])}")
+        if self.structured and self.settings.max_tokens is not None:
+            problems.append(
+                "structured=True with max_tokens: expected one of them, as structured answers tell no tokens"
+            )
+        return problems
 
     @field_validator("journal", mode="before")
     @classmethod
-    def _absolute(cls, path: str | os.PathLike[str]) -> str:
-        return os.path.abspath(os.path.expanduser(path))  # another working directory finds the same file
+    def _absolute(cls, path: Any) -> str:
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"expected a path, got {path!r}")
+        return os.path.abspath(os.path.expanduser(os.fspath(path)))  # another working directory finds the same file
 
     @classmethod
     def class_name(cls) -> str:
@@ -130,8 +153,10 @@ class LLMQuestionMaker(NodeQuestionMaker):
             seed: Changes nothing: an LLM's chance is its own.
             wait: Wait for another run that has the journal open instead of raising.
         """
-        structured = self.llm.metadata.is_function_calling_model if self.structured is None else self.structured
-        with await asyncio.to_thread(Journal, self.journal, wait) as journal:
+        structured = self.structured
+        if structured is None:
+            structured = self.llm.metadata.is_function_calling_model and self.settings.max_tokens is None
+        with await _opened(self.journal, wait) as journal:
             asker = Asker(self.llm, journal, self.settings, lambda text: bool(parse_questions(text)))
             try:
                 await asker.ask_all((self._request(n, structured) for n in nodes if _has_text(n)), total=len(nodes))
@@ -224,8 +249,23 @@ def judge_questions(
 
 
 def _verdict(answer: str) -> bool | None:
-    words = re.findall(r"\b(yes|no)\b", answer.lower())
-    return None if not words else words[0] == "yes"
+    """Yes or no: the first word of an answer, or the only one of its kind in it; None where it is neither."""
+    words = re.findall(r"\w+", strip_thoughts(answer).lower())
+    said = [word for word in words if word in ("yes", "no")]
+    if words[:1] == said[:1] and not (len(words) > 1 and {*words[:2]} == {"yes", "no"}):
+        return said[0] == "yes" if said else None
+    return said[0] == "yes" if len(said) == 1 and words[-1:] == said else None
+
+
+async def _opened(path: str, wait: bool) -> Journal:
+    """The journal; where another run has it open, polled for until that is done, or refused."""
+    while True:
+        try:
+            return Journal(path)
+        except JournalInUseError:
+            if not wait:
+                raise
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 def _has_text(node: BaseNode) -> bool:

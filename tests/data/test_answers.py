@@ -30,6 +30,19 @@ def texts(answer, **kwargs):
         "What is\x00 LoRA?\n\x07How big is an adapter?\x1b",
         "1.What is LoRA?\n2.How big is an adapter?",
         "## Queries:\nWhat is LoRA?\nHow big is an adapter?\nNote: these are short.",
+        "Here are two search queries this text answers\nquestion: What is LoRA?\nkeywords: How big is an adapter?",
+        'Here are the queries:\n```json\n["What is LoRA?", "How big is an adapter?"]\n```',
+        '["What is LoRA?", "How big is an adapter?"]\n\nLet me know!',
+        '{"query": "What is LoRA?"}\n{"query": "How big is an adapter?"}',
+        '[{"type": "question", "text": "What is LoRA?"}, {"question": "How big is an adapter?", "answer": "Small."}]',
+        '{"question": "What is LoRA?", "keywords": "How big is an adapter?"}',
+        '["What is LoRA?", "How big is an adapter?", "cut of',
+        '{"queries": [{"style": "question", "query": "What is LoRA?"}, {"query": "How big is an adapter?"}, {"q',
+        "[question] What is LoRA?\n(keywords) How big is an adapter?",
+        "<question>What is LoRA?</question>\n<keywords>How big is an adapter?</keywords>",
+        "Frage: What is LoRA?\nStichwörter: How big is an adapter?",
+        "问题：What is LoRA?\n关键词：How big is an adapter?",
+        '["What is LoRA? \\ud83d", "How big is an adapter?"]',
     ],
 )
 def test_every_dress_of_the_same_two_questions_is_taken_off(answer):
@@ -53,6 +66,20 @@ def test_every_dress_of_the_same_two_questions_is_taken_off(answer):
         "{}",
         "[]",
         "x" * 5000,
+        "[" * 100_000,
+        "None",
+        "N/A",
+        "No queries.",
+        "Unable to generate queries.",
+        "I'm not able to help.",
+        "The text does not contain enough information to generate search queries.",
+        "Please provide the text you would like me to generate queries for.",
+        "Error code: 429 - rate limit exceeded",
+        '{"error": {"message": "Rate limit reached for gpt-4", "type": "requests"}}',
+        "| Style | Query |\n|---|---|\n| question | how do I reset? |",
+        "A: Click the button.",
+        "Извините, я не могу.",
+        "无法生成查询。",
         None,
         ValueError("an exception object"),
         42,
@@ -74,6 +101,12 @@ def test_what_holds_no_question_gives_none(answer):
         "什么是适配器？",
         "как настроить адаптер",
         "how do I 🚀 deploy",
+        "C: drive full",
+        "no questions asked return policy",
+        "No refund after 30 days?",
+        "What does error 404 mean?",
+        "Error handling in Python",
+        "Keywords for SEO",
     ],
 )
 def test_a_query_that_looks_like_a_list_or_a_refusal_stays(query):
@@ -91,6 +124,13 @@ def test_styles_are_read_from_tags_and_json():
     ]
     structured = json.dumps({"queries": [{"style": "Keyword search", "query": "lora rank"}]})
     assert [(q.style, q.text) for q in parse_questions(structured)] == [("keywords", "lora rank")]
+
+
+@pytest.mark.parametrize(
+    "query", ["I can't access my account, what do I do?", "note 7 battery recall", "Sorry! board game rules"]
+)
+def test_what_a_tag_calls_a_query_is_one(query):
+    assert texts(f"conversational: {query}") == [query]
 
 
 def test_no_more_than_the_limit():

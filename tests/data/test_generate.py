@@ -109,6 +109,8 @@ def test_an_unfinished_file_of_the_old_package_is_taken_up(output):
     assert llm.calls == 3
     assert "Old question zero?" in dataset.queries.values()
     assert "Old question one?" not in dataset.queries.values()
+    assert generate(nodes, llm, output) == dataset
+    assert llm.calls == 3, "its answers are in no journal, so that the old file has to stay"
 
 
 def test_a_prompt_of_ones_own_in_the_old_form_is_used(output):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from llama_index_lora_embed.data.journal import Journal
-from llama_index_lora_embed.errors import JournalError
+from llama_index_lora_embed.errors import JournalError, JournalInUseError
 
 
 def record(key, answer="an answer", ok=True):
@@ -117,7 +117,7 @@ def test_a_full_disk_takes_back_the_half_line_and_says_so(path):
     code = f"""
 import resource, signal
 from llama_index_lora_embed.data.journal import Journal
-from llama_index_lora_embed.errors import JournalError
+from llama_index_lora_embed.errors import JournalError, JournalInUseError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal = Journal({str(path)!r})
 journal.append([{{"key": "a", "ok": True, "answer": "kept"}}])
@@ -153,3 +153,24 @@ with Journal({str(path)!r}) as journal:
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     unit = 1 if sys.platform == "darwin" else 1024
     assert grown * unit < 8e6, "an index in memory would take 10 MB and more"
+
+
+def test_a_link_to_the_file_is_the_same_journal(path, tmp_path):
+    Journal(path).close()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    with Journal(path), pytest.raises(JournalInUseError):
+        Journal(link)
+
+
+def test_a_broken_index_overwrites_no_answer(path):
+    with Journal(path) as journal:
+        journal._index.execute("DROP TABLE answered")
+        with pytest.raises(JournalError):
+            journal.append([record("a")])
+        with pytest.raises(JournalError):
+            journal.append([record("b")])
+    with Journal(path) as journal:
+        assert "a" in journal
+        assert "b" in journal
+        assert journal.unreadable == 0

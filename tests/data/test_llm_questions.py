@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 
 import pytest
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
+from llama_index.core.llms import ChatMessage, ChatResponse, CompletionResponse, CustomLLM, LLMMetadata
 from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.rate_limiter import BaseRateLimiter
@@ -19,8 +20,9 @@ from llama_index.core.schema import ImageNode, TextNode
 from llama_index_lora_embed import QuestionMaker
 from llama_index_lora_embed.config import AskingSettings
 from llama_index_lora_embed.data import CarriedQuestionsMaker, LLMQuestionMaker, dataset_from_nodes, judge_questions
-from llama_index_lora_embed.data.asking import llm_identity
 from llama_index_lora_embed.data.journal import Journal
+from llama_index_lora_embed.data.llm_facts import llm_identity
+from llama_index_lora_embed.data.llm_questions import _verdict
 from llama_index_lora_embed.data.prompts import EXAM_PROMPT
 from llama_index_lora_embed.errors import ConfigError, JournalError, LLMError
 from tests.data.llms import FakeLLM, calm_answer
@@ -101,9 +103,14 @@ def test_an_llms_identity_holds_no_key_and_no_address():
         api_key: str = "secret"
         api_base: str = "http://a"
         temperature: float = 0.1
+        max_retries: int = 3
+        additional_kwargs: dict = {}  # noqa: RUF012
 
     assert llm_identity(Keyed(api_key="one")) == llm_identity(Keyed(api_key="two", api_base="http://b"))
     assert llm_identity(Keyed()) != llm_identity(Keyed(temperature=0.9))
+    headers = [Keyed(additional_kwargs={"extra_headers": {"Authorization": who}, "n": 1}) for who in "ab"]
+    assert llm_identity(headers[0]) == llm_identity(headers[1])
+    assert llm_identity(headers[0]) != llm_identity(Keyed(additional_kwargs={"n": 2}))
 
 
 def test_the_same_text_twice_is_asked_about_once(journal):
@@ -176,6 +183,123 @@ def test_an_llm_that_never_answers_is_not_asked_about_the_whole_corpus(journal):
     with pytest.raises(LLMError, match="wrong key"):
         list(maker(llm, journal, settings=AskingSettings(attempts=2, in_flight=4, backoff=0.001)).make(some_nodes(200)))
     assert llm.calls < 40
+
+
+def test_nodes_that_were_refused_before_do_not_end_the_next_run(journal):
+    class RefusesSome(FakeLLM):
+        def answer(self, prompt):
+            self.calls += 1
+            refused = int(re.search(r"number (\d+) ", prompt)[1]) % 2
+            return "I'm sorry, I can't help with that." if refused else calm_answer(prompt)
+
+    llm = RefusesSome()
+    settings = AskingSettings(attempts=2, in_flight=4, backoff=0.001, show_progress=False)
+    first = list(maker(llm, journal, settings=settings).make(some_nodes(20)))
+    assert len(first) == 20
+    calls = llm.calls
+    assert list(maker(llm, journal, settings=settings).make(some_nodes(20))) == first
+    assert llm.calls == calls
+
+
+def test_a_wait_for_the_rate_limiter_is_no_timeout(journal):
+    class Slow(BaseRateLimiter):
+        def acquire(self, num_tokens=0):
+            raise NotImplementedError
+
+        async def async_acquire(self, num_tokens=0):
+            await asyncio.sleep(0.3)
+
+    class Patient(FakeLLM):
+        async def acomplete(self, prompt, formatted=False, **kwargs):
+            return CompletionResponse(text=calm_answer(prompt))
+
+    settings = AskingSettings(timeout=0.1, attempts=1, show_progress=False)
+    made = maker(Patient(rate_limiter=Slow()), journal, settings=settings)
+    assert len(list(made.make(some_nodes(2)))) == 4
+    assert made.report.errors == 0
+
+
+def test_a_thread_that_outlives_its_run_brings_its_answer_home(journal):
+    async def stopped():
+        asking = asyncio.create_task(maker(Blocking(), journal).amake(some_nodes(3)))
+        await asyncio.sleep(0.15)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    list(maker(FakeLLM(), f"{journal}.other").make(some_nodes(1)))  # what loads slowly is loaded
+    asyncio.run(stopped())
+    assert len([r for r in Journal(journal) if r["ok"]]) == 1
+
+
+def test_stopping_a_notebooks_cell_stops_the_asking_and_frees_the_journal(tmp_path, journal):
+    code = f"""
+import asyncio, os, signal, threading, time
+from tests.data.test_llm_questions import FakeLLM, maker, some_nodes, AskingSettings
+from llama_index_lora_embed.data.journal import Journal
+from llama_index_lora_embed.data.llm_facts import llm_identity
+from llama_index_lora_embed.data.llm_questions import _verdict
+llm = FakeLLM(latency=0.2)
+made = maker(llm, {journal!r}, settings=AskingSettings(in_flight=1, show_progress=False))
+async def cell():
+    try:
+        list(made.make(some_nodes(50)))
+    except KeyboardInterrupt:
+        calls = llm.calls
+        Journal({journal!r}).close()
+        time.sleep(0.6)
+        print("stopped after", calls, llm.calls)
+def press():
+    while not llm.calls:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=press).start()
+loop = asyncio.new_event_loop()
+loop.run_until_complete(cell())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    said = run.stdout.split()
+    assert said[:2] == ["stopped", "after"], run.stderr
+    assert said[2] == said[3]
+    assert int(said[2]) < 10
+
+
+def test_many_pipelines_at_once_in_one_loop_take_turns(journal):
+    async def all_at_once():
+        made = maker(FakeLLM(latency=0.01), journal)
+        pipelines = [IngestionPipeline(transformations=[made]).arun(nodes=some_nodes(3)) for _ in range(10)]
+        return await asyncio.gather(*pipelines)
+
+    for nodes in asyncio.run(all_at_once()):
+        assert len(list(CarriedQuestionsMaker().make(nodes))) == 6
+    assert len(list(Journal(journal))) == 3
+
+
+def test_a_system_prompt_reaches_llms_of_both_kinds(journal):
+    class Chat(FakeLLM):
+        @property
+        def metadata(self):
+            return super().metadata.model_copy(update={"is_chat_model": True})
+
+        async def achat(self, messages, **kwargs):
+            self.prompts += [f"{m.role.value}: {m.content}" for m in messages]
+            return ChatResponse(message=ChatMessage(content=calm_answer("x")))
+
+    chat, completion = Chat(system_prompt="Be brief."), FakeLLM(system_prompt="Be brief.")
+    list(maker(chat, journal).make(some_nodes(1)))
+    assert [prompt.split(":")[0] for prompt in chat.prompts] == ["system", "user"]
+    list(maker(completion, f"{journal}.2").make(some_nodes(1)))
+    assert completion.prompts[0].startswith("Be brief.")
+
+
+def test_with_a_bound_in_tokens_plain_text_is_asked_for(journal):
+    llm = Structured()
+    settings = AskingSettings(max_tokens=300, in_flight=1, show_progress=False)
+    made = maker(llm, journal, settings=settings)
+    list(made.make(some_nodes(10)))
+    assert "max_tokens=300" in made.report.stopped
+    with pytest.raises(ConfigError, match="structured"):
+        maker(llm, journal, settings=settings, structured=True)
 
 
 def test_bounds_stop_cleanly_and_the_next_run_goes_on(journal):
@@ -339,6 +463,12 @@ def test_odd_nodes_are_asked_about_or_passed_over_never_a_crash(journal):
         ({"styles": ("question", "rhymes")}, "rhymes"),
         ({"prompt": "Ask me anything"}, "context_str"),
         ({"settings": AskingSettings(attempts=0, timeout=-1)}, "attempts=0"),
+        ({"settings": {"attempts": 0}}, "attempts=0"),
+        ({"styles": ()}, "styles"),
+        ({"styles": "question"}, "styles"),
+        ({"num_questions": 0}, "num_questions"),
+        ({"num_question": 7}, "num_question: no such argument"),
+        ({"journal": None}, "journal"),
     ],
 )
 def test_wrong_arguments_are_all_named_before_anything_is_asked(journal, wrong, told):
@@ -397,6 +527,25 @@ def test_a_judge_drops_questions_that_their_passage_does_not_answer(journal):
         assert judged.corpus == dataset.corpus
     assert llm.calls == 8
     assert report.from_journal == 8
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ("Yes", True),
+        ("no.", False),
+        ("**Yes**, it does, no doubt", True),
+        ("<think>No obvious mismatch. The text covers it.</think>\nYes", True),
+        ("The answer is no", False),
+        ("Yes/No: No", None),
+        ("There is no doubt: yes.", None),
+        ("I cannot answer yes or no.", None),
+        ("maybe", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_read_or_left_open(answer, verdict):
+    assert _verdict(answer) is verdict
 
 
 CHAOS = """
