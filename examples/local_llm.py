@@ -22,9 +22,11 @@ from llama_index_lora_embed import AskingSettings, FilterSettings, LLMQuestionMa
 from llama_index_lora_embed.data import dataset_from_nodes
 from llama_index_lora_embed.extras import require
 
-
 # So small a model understands a short prompt better than the one that comes along.
-PROMPT = "{context_str}\n\nWrite {num_questions_per_chunk} short questions about Python that are answered above, a line each."
+PROMPT = """\
+{context_str}
+
+Write {num_questions_per_chunk} short questions about Python that are answered above, a line each."""
 
 
 def smollm2() -> LLM:
