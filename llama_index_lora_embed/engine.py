@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +23,7 @@ from llama_index_lora_embed.data import (
     split_report,
 )
 from llama_index_lora_embed.data.dataset import normalise
-from llama_index_lora_embed.errors import MissingExtraError, OutputDirectoryError, SplitError
+from llama_index_lora_embed.errors import MissingExtraError, OutputDirectoryError, SplitError, warn_user
 from llama_index_lora_embed.extras import require
 from llama_index_lora_embed.result import FinetuneResult, Run, plain, summarise
 
@@ -334,7 +333,7 @@ class LoraFinetuneEngine:
                 max_passages=self.settings.max_eval_passages,
             )
         except SplitError as error:
-            warnings.warn(f"Nothing is held out to judge by: {error}", UserWarning, stacklevel=3)
+            warn_user(f"Nothing is held out to judge by: {error}")
             return
         self._hold_out_note = "The questions were held out of the training set by source document."
         if not self.dataset.source_documents:
@@ -375,7 +374,7 @@ class LoraFinetuneEngine:
     def _warn(self, result: FinetuneResult) -> None:
         """Tell what a user must not overlook, once, where they called `finetune`."""
         if result.verdict.value != "BETTER" or result.best_step == 0:
-            warnings.warn(result.summary, UserWarning, stacklevel=3)
+            warn_user(result.summary)
 
 
 def _rehearsal(name: str = "t") -> EmbeddingQAFinetuneDataset:

@@ -1,7 +1,10 @@
-"""One class for each thing that a user can mend; every message says got, expected and the mend."""
+"""One class for each thing that a user can mend, every message with got, expected and the mend; and warnings."""
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = [
@@ -22,6 +25,21 @@ __all__ = [
 ]
 
 _SHOWN = 20
+_HERE = os.path.dirname(__file__) + os.sep
+
+
+def warn_user(message: str) -> None:
+    """Warn with a `UserWarning` that points at the line of the user's own code, however deep in this package it is."""
+    level = 2
+    while level < 50:
+        try:
+            frame = sys._getframe(level - 1)
+        except ValueError:
+            break
+        if not frame.f_code.co_filename.startswith(_HERE):
+            break
+        level += 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 class LoraEmbedError(Exception):

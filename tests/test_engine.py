@@ -120,6 +120,15 @@ def test_from_nodes_may_be_judged_by_peoples_questions_about_the_same_nodes(tiny
     assert "n3" in engine.dataset.answer_ids()
 
 
+def test_warnings_point_at_the_users_own_line(tiny_model, nodes, out):
+    with pytest.warns(UserWarning) as caught:
+        engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, batch_size=4, epochs=1, **QUIET)
+        engine.finetune()
+    assert any("6 documents" in str(warning.message) for warning in caught)
+    assert any("Made-up questions" in str(warning.message) for warning in caught)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_from_nodes_with_one_document_says_so(tiny_model, nodes, out):
     with pytest.raises(SplitError, match="one source document"):
         LoraFinetuneEngine.from_nodes(nodes[:2], tiny_model, out)

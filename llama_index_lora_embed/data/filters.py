@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from llama_index_lora_embed.config import FilterSettings
 from llama_index_lora_embed.data.dataset import PEOPLE, EmbeddingQAFinetuneDataset, normalise
 from llama_index_lora_embed.data.language import detect, may_be_same
 from llama_index_lora_embed.data.near_duplicates import is_unspaced, near_duplicate_groups, tokens_of
-from llama_index_lora_embed.errors import NonFiniteLossError
+from llama_index_lora_embed.errors import NonFiniteLossError, warn_user
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -345,7 +344,7 @@ def _round_trip(
         f"({len(lost) / len(judged):.0%}, more than {settings.round_trip_max_dropped:.0%}), which says more about the "
         "embedding model than about the questions"
     )
-    warnings.warn(note[0].upper() + note[1:] + ".", UserWarning, stacklevel=3)
+    warn_user(note[0].upper() + note[1:] + ".")
     return [], [note]
 
 

@@ -11,7 +11,6 @@ import contextlib
 import math
 import os
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_index_lora_embed.data.pair_files import PLACES, Entry, PairsReport, path_entries
-from llama_index_lora_embed.errors import ConfigError, DatasetError
+from llama_index_lora_embed.errors import ConfigError, DatasetError, warn_user
 
 # the first name that a source has is taken; upper case and signs between words do not matter
 _NAMES = {
@@ -86,7 +85,7 @@ def read_pairs(source: Any, *, columns: Mapping[str, str | None] | None = None, 
         yield from (pair for _, pair in found)
         if report.skipped:
             left_out = f"{report.skipped.total()} row(s) were left out ({report.counts})"
-            warnings.warn(f"{left_out}, first: {'; '.join(report.places[:3])}", UserWarning, stacklevel=2)
+            warn_user(f"{left_out}, first: {'; '.join(report.places[:3])}")
 
     return pairs()
 

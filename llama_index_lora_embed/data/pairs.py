@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from llama_index_lora_embed.data.dataset import PEOPLE, EmbeddingQAFinetuneDatas
 from llama_index_lora_embed.data.pair_files import PairsReport
 from llama_index_lora_embed.data.pair_sources import Pair, nothing_usable, open_pairs, read_pairs
 from llama_index_lora_embed.data.questions import NodeQuestionMaker, Question, embed_text
+from llama_index_lora_embed.errors import warn_user
 
 __all__ = ["Pair", "PairsMaker", "PairsReport", "dataset_from_pairs", "read_pairs"]
 
@@ -147,12 +147,10 @@ class PairsMaker(NodeQuestionMaker):
                 report.skip("passage that fits several nodes" if fitting else "passage that fits no node", where)
         self._report = report
         if unmatched:
-            warnings.warn(
+            warn_user(
                 f"{unmatched} of {report.pairs + unmatched} pair(s) fit no node, or several, and were left out. "
                 "Pass the nodes that the pairs were made from, or train on the pairs' own passages with "
-                "dataset_from_pairs(source).",
-                UserWarning,
-                stacklevel=2,
+                "dataset_from_pairs(source)."
             )
 
 

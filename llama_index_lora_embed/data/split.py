@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-import warnings
 from dataclasses import dataclass, field
 
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
 from llama_index_lora_embed.data.near_duplicates import near_duplicate_groups
-from llama_index_lora_embed.errors import ConfigError, SplitError
+from llama_index_lora_embed.errors import ConfigError, SplitError, warn_user
 
 FEWEST_DOCUMENTS = 10
 """Documents with questions, below which `split_by_source` warns. Questions about one document succeed or fail together,
@@ -141,11 +140,9 @@ def split_by_source(
 def _warn_of_few_documents(dataset: EmbeddingQAFinetuneDataset) -> None:
     documents = len({dataset.source_of(i) for i in dataset.answer_ids()})
     if documents < FEWEST_DOCUMENTS:
-        warnings.warn(
+        warn_user(
             f"The questions are about {documents} documents, fewer than {FEWEST_DOCUMENTS}: a verdict on the few that "
-            "are held out says little about others. Add documents, or pass a val_dataset of your own.",
-            UserWarning,
-            stacklevel=3,
+            "are held out says little about others. Add documents, or pass a val_dataset of your own."
         )
 
 
@@ -159,11 +156,9 @@ def _tied_groups(dataset: EmbeddingQAFinetuneDataset) -> list[list[str]]:
     most = max(map(len, groups), default=0)
     if len(groups) == len(exact) or most <= max(_MOST_TIED * len(dataset.queries), max(map(len, exact), default=0)):
         return groups
-    warnings.warn(
+    warn_user(
         f"Nearly equal passages tie {most} of {len(dataset.queries)} questions together, so that the split lets them "
-        "be on both sides; validation will flatter the model. split_report(train, val) counts them.",
-        UserWarning,
-        stacklevel=3,
+        "be on both sides; validation will flatter the model. split_report(train, val) counts them."
     )
     return exact
 

@@ -8,7 +8,6 @@ import logging
 import os
 import tempfile
 import time
-import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import set_seed
 
 from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.errors import ConfigError, warn_user
 from llama_index_lora_embed.presets import lora_target_modules
 from llama_index_lora_embed.training.batches import (
     GroupBatchSampler,
@@ -155,7 +154,7 @@ def set_length(
         settings.max_seq_length,
     )
     if truncation.cut_before or truncation.cut_after:
-        warnings.warn(str(truncation), UserWarning, stacklevel=5)  # shown where finetune() was called
+        warn_user(str(truncation))
     return truncation
 
 
