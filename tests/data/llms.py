@@ -6,10 +6,16 @@ import asyncio
 import hashlib
 import os
 import random
+import time
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
+from llama_index.core.llms.callbacks import llm_completion_callback
+from llama_index.core.schema import TextNode
+
+from llama_index_lora_embed.config import AskingSettings
+from llama_index_lora_embed.data import LLMQuestionMaker
 
 
 def calm_answer(prompt: str) -> str:
@@ -79,3 +85,49 @@ class ChaosLLM(FakeLLM):
             file.flush()
             os.fsync(file.fileno())
         return CompletionResponse(text=calm_answer(prompt))
+
+
+FAST = AskingSettings(backoff=0.001, max_backoff=0.01, timeout=5, show_progress=False)
+
+
+def some_nodes(count=12, start=0):
+    return [
+        TextNode(text=f"Chapter {i} of the handbook says how the machine number {i} is cleaned.", id_=f"n{i}")
+        for i in range(start, start + count)
+    ]
+
+
+def maker(llm, journal, **kwargs):
+    return LLMQuestionMaker(llm=llm, journal=journal, **{"settings": FAST, **kwargs})
+
+
+class Blocking(CustomLLM):
+    """One of those that have no asynchronous methods of their own."""
+
+    @property
+    def metadata(self):
+        return LLMMetadata(model_name="blocking")
+
+    @llm_completion_callback()
+    def complete(self, prompt, formatted=False, **kwargs):
+        time.sleep(0.3)
+        return CompletionResponse(text=calm_answer(prompt))
+
+    def stream_complete(self, prompt, formatted=False, **kwargs):
+        raise NotImplementedError
+
+
+class Structured(FakeLLM):
+    """Calls functions: answers with the pydantic class it is asked for, or fails at it."""
+
+    broken: bool = False
+
+    @property
+    def metadata(self):
+        return super().metadata.model_copy(update={"is_function_calling_model": True})
+
+    async def astructured_predict(self, output_cls, prompt, llm_kwargs=None, **prompt_args):
+        self.calls += 1
+        if self.broken:
+            raise ValueError("no tool call")
+        return output_cls(queries=[{"style": "keywords", "query": "machine cleaning"}])

@@ -8,8 +8,7 @@ from llama_index.core.schema import TextNode
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data import agenerate_qa_embedding_pairs, generate_qa_embedding_pairs
 from llama_index_lora_embed.errors import ConfigError, LLMError
-from tests.data.llms import FakeLLM, calm_answer
-from tests.data.test_llm_questions import some_nodes
+from tests.data.llms import FakeLLM, calm_answer, some_nodes
 
 
 @pytest.fixture
