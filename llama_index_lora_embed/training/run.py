@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers
@@ -23,15 +21,10 @@ from transformers import set_seed
 from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.errors import ConfigError, warn_user
-from llama_index_lora_embed.presets import lora_target_modules
-from llama_index_lora_embed.training.batches import (
-    GroupBatchSampler,
-    GroupCollator,
-    TrainingGroup,
-    make_groups,
-)
+from llama_index_lora_embed.training.batches import GroupBatchSampler, make_groups
 from llama_index_lora_embed.training.lengths import Truncation, choose_length
-from llama_index_lora_embed.training.loss import MaskedInfoNCELoss
+from llama_index_lora_embed.training.lora import add_lora
+from llama_index_lora_embed.training.objectives import column_prompts, training_inputs
 from llama_index_lora_embed.training.trainer import (
     BestSoFar,
     Evaluate,
@@ -108,7 +101,7 @@ def train(
     best = best or BestSoFar(evaluate)
     set_seed(settings.seed)  # before the adapter's random initialisation
     if not getattr(model.transformers_model, "peft_config", None):
-        _add_adapter(model, lora_config, settings)
+        add_lora(model, lora_config, settings)
     precision = resolve_precision(settings.precision, model.device)
     with ExitStack() as stack:
         run_dir = checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -119,7 +112,7 @@ def train(
             autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
             warmup_ratio=None if "warmup_steps" in (train_kwargs or {}) else settings.warmup_ratio,
             model=model,
-            **_inputs(model, dataset, groups, loss, use_all_docs, settings),
+            **training_inputs(model, dataset, groups, loss, settings),
             args=_arguments(settings, run_dir, len(groups), None if loss is None else model, train_kwargs or {}),
         )
         if isinstance(loss, torch.nn.Module):
@@ -187,81 +180,6 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def _add_adapter(model: SentenceTransformer, lora_config: LoraConfig | None, settings: TrainingSettings) -> None:
-    if lora_config is None:
-        lora_config = LoraConfig(
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=lora_target_modules(model),
-        )
-    else:
-        lora_config = copy.deepcopy(lora_config)  # add_adapter writes the base's place into it
-        if lora_config.target_modules is None:
-            lora_config.target_modules = lora_target_modules(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)  # peft freezes the transformer only; a Dense head is not in the adapter
-    try:
-        model.add_adapter(lora_config)
-    except ValueError as error:
-        raise ConfigError(
-            f"a lora_config that does not fit the base ({error})",
-            "target_modules that exist in it",
-            f"This base has: {', '.join(lora_target_modules(model))}.",
-        ) from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def _inputs(
-    model: SentenceTransformer,
-    dataset: EmbeddingQAFinetuneDataset,
-    groups: list[TrainingGroup],
-    loss: Any,
-    use_all_docs: bool,
-    settings: TrainingSettings,
-) -> dict[str, Any]:
-    """train_dataset, data_collator and loss for the trainer."""
-    if loss is None:
-        return {
-            "train_dataset": Dataset.from_dict({"group": list(range(len(groups)))}),
-            "data_collator": GroupCollator(model, dataset, groups),
-            "loss": MaskedInfoNCELoss(model, settings.temperature),
-        }
-    if isinstance(loss, torch.nn.Module) and not hasattr(loss, "model"):
-        raise ConfigError(
-            f"loss of type {type(loss).__name__} without .model",
-            "a sentence-transformers loss, or a callable that makes one from the model",
-            "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
-        )
-    rows = [{"anchor": dataset.queries[q], "positive": g.passage} for g in groups for q in g.query_ids]
-    for column, texts in enumerate(_negative_columns(dataset, groups), 1):
-        for row, text in zip(rows, texts, strict=True):
-            row[f"negative_{column}"] = text
-    return {"train_dataset": Dataset.from_list(rows), "loss": loss}
-
-
-def _negative_columns(dataset: EmbeddingQAFinetuneDataset, groups: list[TrainingGroup]) -> list[list[str]]:
-    """Hard negatives as columns, as sentence-transformers' losses want them: as many for each question.
-
-    A question that has fewer gets passages of other groups, in turn, that stand in no document with its answers.
-    """
-    curated = dataset.hard_negatives or {}
-    ids = [q for group in groups for q in group.query_ids]
-    width = max((len(curated.get(q, ())) for q in ids), default=0)
-    rows: list[list[str]] = []
-    for number, query_id in enumerate(ids):
-        row = [dataset.corpus[i] for i in curated.get(query_id, ())]
-        documents = {dataset.source_of(i) for i in dataset.relevant_docs[query_id]}
-        others = (groups[(number + step) % len(groups)] for step in range(1, len(groups)))
-        easy = (g.passage for g in others if dataset.source_of(g.passage_id) not in documents and g.passage not in row)
-        while len(row) < width and (text := next(easy, None)) is not None:
-            row.append(text)
-        rows.append(row)
-    return [list(column) for column in zip(*rows, strict=False)]
-
-
 def _arguments(
     settings: TrainingSettings, run_dir: Path, groups: int, paired: SentenceTransformer | None, extra: dict[str, Any]
 ) -> SentenceTransformerTrainingArguments:
@@ -275,7 +193,7 @@ def _arguments(
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "batch_sampler": GroupBatchSampler if paired is None else BatchSamplers.NO_DUPLICATES,
-        "prompts": None if paired is None else _column_prompts(paired),
+        "prompts": None if paired is None else column_prompts(paired),
         "eval_strategy": "no",
         "save_strategy": "steps" if settings.save_checkpoints else "no",
         "save_steps": settings.checkpoint_save_steps,
@@ -295,12 +213,6 @@ def _arguments(
             "names and values of SentenceTransformerTrainingArguments",
             "Correct what was passed to finetune(...).",
         ) from error
-
-
-def _column_prompts(model: SentenceTransformer) -> dict[str, str]:
-    """The prompts of serving for the columns that `_inputs` makes for a loss of the user's own."""
-    query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
-    return {"anchor": query, "positive": passage, **{f"negative_{n}": passage for n in range(1, 100)}}
 
 
 def _prepare_run(run_dir: Path, identity: dict[str, Any], resume: bool) -> str | None:
