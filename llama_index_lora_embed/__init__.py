@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         EmbeddingQAFinetuneDataset,
         FirstOf,
         InverseClozeMaker,
+        LabelledPairs,
         LLMQuestionMaker,
         Question,
         QuestionMaker,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.embedding import LoraEmbedding
     from llama_index_lora_embed.engine import LoraFinetuneEngine
     from llama_index_lora_embed.errors import LoraEmbedError
-    from llama_index_lora_embed.evaluation import Verdict, evaluate_retrieval
+    from llama_index_lora_embed.evaluation import Verdict, evaluate_pairs, evaluate_retrieval
     from llama_index_lora_embed.result import FinetuneResult
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOME = {
     "FirstOf": "data",
     "InverseClozeMaker": "data",
     "LLMQuestionMaker": "data",
+    "LabelledPairs": "data",
     "LoraEmbedError": "errors",
     "LoraEmbedding": "embedding",
     "LoraFinetuneEngine": "engine",
@@ -44,6 +46,7 @@ _HOME = {
     "QuestionMaker": "data",
     "TitleMaker": "data",
     "Verdict": "evaluation",
+    "evaluate_pairs": "evaluation",
     "evaluate_retrieval": "evaluation",
     "generate_qa_embedding_pairs": "data",
     "mine_hard_negatives": "data",
@@ -58,6 +61,7 @@ __all__ = [
     "FirstOf",
     "InverseClozeMaker",
     "LLMQuestionMaker",
+    "LabelledPairs",
     "LoraEmbedError",
     "LoraEmbedding",
     "LoraFinetuneEngine",
@@ -66,6 +70,7 @@ __all__ = [
     "QuestionMaker",
     "TitleMaker",
     "Verdict",
+    "evaluate_pairs",
     "evaluate_retrieval",
     "generate_qa_embedding_pairs",
     "mine_hard_negatives",

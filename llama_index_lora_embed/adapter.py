@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_index_lora_embed.card import model_card
 from llama_index_lora_embed.config import MANIFEST_NAME
 from llama_index_lora_embed.errors import AdapterError, OutputDirectoryError, UnsafeCheckpointError
 
@@ -46,6 +47,7 @@ class Manifest:
         normalise: Whether vectors have length 1.
         similarity: Name of the similarity function.
         lora: Rank, alpha and target modules.
+        parent: Path and fingerprint of the adapter that was trained further; None if training started from the base.
         dataset: Digest and size of the training set, and how its questions were made.
         settings: `TrainingSettings` of the run.
         metrics: Measures of "base" and "tuned" on the validation set, if there was one.
@@ -64,6 +66,7 @@ class Manifest:
     normalise: bool
     similarity: str
     lora: dict[str, Any] = field(default_factory=dict)
+    parent: dict[str, Any] | None = None
     dataset: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -116,7 +119,7 @@ def fingerprint(
     """Digest of all that decides a model's vectors.
 
     It covers the base's weights, the adapter's weights and scale, the tokenizer, prompts, pooling and the other
-    modules after the transformer, `max_seq_length` and precision; not where the files lie.
+    modules after the transformer, `max_seq_length`, `truncate_dim` and precision; not where the files lie.
 
     Args:
         model: The loaded model, for its prompts, modules and length.
@@ -132,7 +135,8 @@ def fingerprint(
         config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
         placing = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
         adapter = {key: value for key, value in config.items() if key not in placing}
-        adapter["target_modules"] = sorted(adapter.get("target_modules") or [])
+        targets = adapter.get("target_modules")
+        adapter["target_modules"] = targets if isinstance(targets, str) else sorted(targets or [])
         adapter["weights"] = file_digest(directory / WEIGHTS_NAME)
     decides = {
         "base": base_sha256,
@@ -143,6 +147,11 @@ def fingerprint(
         "tokenizer": _tokenizer_digest(model.tokenizer),
         "precision": precision,
     }
+    # absent unless they say something, so that vectors that they do not change keep their fingerprint
+    if model.truncate_dim is not None:
+        decides["truncate_dim"] = model.truncate_dim
+    if "message" in getattr(model[0], "modalities", ()):
+        decides["chat_template"] = model.tokenizer.chat_template
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
@@ -245,7 +254,8 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
         with staging_beside(target) as staging:
             model.save_pretrained(str(staging), create_model_card=False)
             _tidy_config(staging / CONFIG_NAME, manifest.base)
-            (staging / "README.md").write_text(_readme(manifest), encoding="utf-8")
+            rename_magnitudes(staging / WEIGHTS_NAME)
+            (staging / "README.md").write_text(model_card(manifest), encoding="utf-8")
             written = Manifest(
                 **{
                     **asdict(manifest),
@@ -288,13 +298,7 @@ def replace_directory(staging: Path, target: Path) -> None:
     for path in [*staging.rglob("*"), staging]:
         # mkdtemp's 0700 and safetensors' 0600 would lock out whoever serves the model
         os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
-        if os.name == "nt":  # Windows syncs neither directories nor files opened for reading
-            continue
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
     previous = target.with_name(target.name + ".previous")
     if target.exists() and any(target.iterdir()):
         shutil.rmtree(previous, ignore_errors=True)
@@ -305,6 +309,18 @@ def replace_directory(staging: Path, target: Path) -> None:
         if previous.exists() and not target.exists():
             os.rename(previous, target)
         raise
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file's content, or a directory's names, before going on."""
+    if os.name == "nt":  # Windows syncs neither directories nor files opened for reading
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_files(directory: Path) -> Manifest | None:
@@ -368,38 +384,28 @@ def _digests(directory: Path) -> dict[str, str]:
     return {p.relative_to(directory).as_posix(): file_digest(p) for p in paths}
 
 
+def rename_magnitudes(weights: Path) -> None:
+    """Name DoRA's magnitudes in a weight file as transformers' loader finds them; other files stay as they are.
+
+    peft writes "lora_magnitude_vector". transformers 5 looks for "lora_magnitude_vector.weight" and leaves a magnitude
+    that it does not find at the base's, which only its log tells. peft's own loader takes either name.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    old = "lora_magnitude_vector"
+    with safe_open(weights, framework="np") as file:
+        if not any(name.endswith(old) for name in file.keys()):  # noqa: SIM118  # a safetensors file is no dict
+            return
+    tensors = {f"{name}.weight" if name.endswith(old) else name: t for name, t in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
 def _tidy_config(path: Path, base: dict[str, Any]) -> None:
     """Name the base as the user did, and make the file the same in every run."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.update(base_model_name_or_path=base["model_id"], revision=base["revision"], inference_mode=True)
-    if isinstance(config.get("target_modules"), list):
-        config["target_modules"].sort()
+    for name in ("target_modules", "exclude_modules"):  # sets, which come in any order
+        if isinstance(config.get(name), list):
+            config[name].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _readme(manifest: Manifest) -> str:
-    base = manifest.base["model_id"]
-    metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
-    lines = ["---", *(f"{key}: {value}" for key, value in metadata.items())]
-    if manifest.base["revision"] is not None:
-        lines.append(f"base_model: {base}")
-    lines += [
-        *(
-            "tags: [sentence-transformers, lora, llama-index]",
-            "---",
-            f"# LoRA adapter for {Path(base).name}",
-            "",
-        ),
-        f"Trained on {manifest.dataset.get('queries', 0)} questions about {manifest.dataset.get('passages', 0)} "
-        f"passages. {manifest.verdict}".strip(),
-    ]
-    if manifest.metrics:
-        names = list(manifest.metrics["base"])
-        lines += ["", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for row, values in manifest.metrics.items():
-            lines.append(f"| {row} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
-    lines += [
-        *("", "```python", "from llama_index_lora_embed import LoraEmbedding", ""),
-        *('embed_model = LoraEmbedding("path/of/this/folder")', "```", ""),
-    ]
-    return "\n".join(lines)

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from llama_index_lora_embed import adapter, models
-from llama_index_lora_embed.config import MiningSettings, TrainingSettings
-from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset, LabelledPairs
+from llama_index_lora_embed.data.holding_out import Trainable
 from llama_index_lora_embed.errors import ConfigError, DatasetError, LoraEmbedError
+from llama_index_lora_embed.presets import POOLING_MODES
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -26,22 +28,29 @@ def check_arguments(
     model_output_path: Any,
     loss: Any,
     lora_config: Any,
+    objective: Any,
+    continuing: dict[str, Any],
     mining: Any,
     on_overlap: Any,
+    allow_changes: Any,
     flags: dict[str, Any],
-) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset | None]:
+) -> tuple[Trainable, Trainable | None]:
     """The training and validation set, if they and everything else can be used.
 
     Args:
         settings: Whose problems are listed too.
-        dataset: Anything that `EmbeddingQAFinetuneDataset.coerce` takes.
+        dataset: LabelledPairs, or anything that `EmbeddingQAFinetuneDataset.coerce` takes.
         val_dataset: The same, or None.
         model_id: Base model.
         model_output_path: Adapter directory.
         loss: None, a loss, or a callable.
         lora_config: None or a peft.LoraConfig.
+        objective: None or ObjectiveSettings, whose problems are listed too.
+        continuing: continue_from (None, or an adapter directory other than model_output_path), and what goes with
+            None only: pooling, quantized.
         mining: None or MiningSettings, whose problems are listed too.
         on_overlap: "error", "drop" or "allow".
+        allow_changes: A collection of names.
         flags: Arguments that have to be True or False.
 
     Raises:
@@ -64,12 +73,26 @@ def check_arguments(
         problems.append("batch_size=1: expected at least 2, because a passage's negatives are the others of its batch")
     if on_overlap not in ("error", "drop", "allow"):
         problems.append(f"on_overlap={on_overlap!r}: expected 'error', 'drop' or 'allow'")
-    if lora_config is not None and not _is_lora_config(lora_config):
-        problems.append(f"lora_config of type {type(lora_config).__name__}: expected peft.LoraConfig")
-    if isinstance(mining, MiningSettings):
-        problems += mining.problems()
-    elif mining is not None:
-        problems.append(f"mining of type {type(mining).__name__}: expected MiningSettings")
+    problems += _problems_of_lora(lora_config)
+    for name, value, kind in (("mining", mining, MiningSettings), ("objective", objective, ObjectiveSettings)):
+        if isinstance(value, kind):
+            problems += value.problems()
+        elif value is not None:
+            problems.append(f"{name} of type {type(value).__name__}: expected {kind.__name__}")
+    if not isinstance(allow_changes, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) for name in allow_changes
+    ):
+        problems.append(f"allow_changes={allow_changes!r}: expected names in a list or tuple")
+    if loss is not None and objective is not None:
+        problems.append("loss and objective together: expected one of them")
+    problems += _problems_of_continuing(**continuing, lora_config=lora_config, output_path=model_output_path)
+    if isinstance(place := continuing["continue_from"], (str, os.PathLike)):
+        attempt(lambda: models.check_local(os.fspath(place)))
+    if isinstance(dataset, LabelledPairs):
+        if mining is not None:
+            problems.append("mining with labelled pairs: expected None, because pairs bring their own negatives")
+        if flags.get("use_all_docs"):
+            problems.append("use_all_docs=True with labelled pairs: expected False, because they have no documents")
     if loss is not None and not callable(loss):
         problems.append(f"loss of type {type(loss).__name__}: expected a sentence-transformers loss")
     for name, value, check in (
@@ -82,10 +105,8 @@ def check_arguments(
             problems.append(f"{name}={value!r}: expected text")
     if problems:
         errors.append(ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems))
-    train = attempt(lambda: EmbeddingQAFinetuneDataset.coerce(dataset, "dataset").check("dataset"))
-    val = None
-    if val_dataset is not None:
-        val = attempt(lambda: EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset").check("val_dataset"))
+    train = attempt(lambda: _coerce(dataset, "dataset"))
+    val = None if val_dataset is None else attempt(lambda: _coerce(val_dataset, "val_dataset"))
     if train is not None and val is not None and on_overlap != "allow":
         both = (train, val)
         train = attempt(lambda: without_overlap(*both, drop=on_overlap == "drop"))
@@ -98,14 +119,52 @@ def check_arguments(
     return train, val
 
 
-def without_overlap(
-    train: EmbeddingQAFinetuneDataset, val: EmbeddingQAFinetuneDataset, *, drop: bool
-) -> EmbeddingQAFinetuneDataset:
-    """The training set, if it trains on nothing that `val` asks for.
+def _coerce(value: Any, name: str) -> Trainable:
+    if isinstance(value, LabelledPairs):
+        return value.check(name)
+    return EmbeddingQAFinetuneDataset.coerce(value, name).check(name)
+
+
+def _problems_of_continuing(
+    continue_from: Any, pooling: Any, quantized: Any, lora_config: Any, output_path: Any
+) -> list[str]:
+    """What speaks against training an adapter further."""
+    problems = []
+    if pooling is not None and pooling not in POOLING_MODES:
+        problems.append(f"pooling={pooling!r}: expected None or one of {', '.join(POOLING_MODES)}")
+    if continue_from is None:
+        return problems
+    if not isinstance(continue_from, (str, os.PathLike)) or not str(continue_from):
+        return [*problems, f"continue_from={continue_from!r}: expected the path or Hub id of an adapter"]
+    path = os.path.abspath(os.path.expanduser(output_path)) if isinstance(output_path, (str, os.PathLike)) else None
+    if absolute(continue_from) == path:
+        problems.append(
+            f"continue_from={str(continue_from)!r}, the same as model_output_path: expected a new directory"
+        )
+    owned = {"lora_config": lora_config, "pooling": pooling, "quantized": quantized or None}
+    return problems + [
+        f"{name} with continue_from: expected none, because the adapter was made with its own"
+        for name, value in owned.items()
+        if value is not None
+    ]
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A folder's absolute path, so that a changed working directory changes nothing; a Hub id as it is."""
+    text = os.path.expanduser(os.fspath(path))
+    return os.path.abspath(text) if os.path.exists(text) else text
+
+
+def without_overlap(train: Trainable, val: Trainable, *, drop: bool) -> Trainable:
+    """The training set, if it trains on nothing that `val` asks for; datasets of two kinds are not compared.
 
     Raises:
         DatasetError: It does, and `drop` is off or would leave nothing.
     """
+    if isinstance(train, LabelledPairs):
+        return _pairs_without_overlap(train, val, drop) if isinstance(val, LabelledPairs) else train
+    if isinstance(val, LabelledPairs):
+        return train
     shared = train.overlap(val)
     if not shared:
         return train
@@ -122,7 +181,30 @@ def without_overlap(
     return train.subset((i for i in train.queries if i not in left), train.corpus)
 
 
-def _is_lora_config(value: Any) -> bool:
-    """Without importing peft: who holds a LoraConfig has imported it."""
+def _pairs_without_overlap(train: LabelledPairs, val: LabelledPairs, drop: bool) -> LabelledPairs:
+    shared = train.overlap(val)
+    if not shared:
+        return train
+    if not drop or len(shared) == len(train):
+        raise DatasetError(
+            f"{len(shared)} of {len(train)} training pairs that are in val_dataset too",
+            "a val_dataset of other pairs: a score on known pairs says nothing",
+            "Split with dataset.split(), drop them from training with on_overlap='drop', or accept it with "
+            "on_overlap='allow'. The pairs:",
+            [f"pair {i}: {train.texts1[i]!r:.60} and {train.texts2[i]!r:.60}" for i in shared],
+        )
+    logger.warning("%d training pairs of val_dataset were dropped", len(shared))
+    left = set(shared)
+    return train.subset(i for i in range(len(train)) if i not in left).check("dataset")
+
+
+def _problems_of_lora(value: Any) -> list[str]:
+    """Without importing peft, unless a LoraConfig is there: who holds one has imported it."""
+    if value is None:
+        return []
     peft = sys.modules.get("peft")
-    return peft is not None and isinstance(value, peft.LoraConfig)
+    if peft is None or not isinstance(value, peft.LoraConfig):
+        return [f"lora_config of type {type(value).__name__}: expected peft.LoraConfig"]
+    from llama_index_lora_embed.training.lora import lora_problems
+
+    return lora_problems(value)

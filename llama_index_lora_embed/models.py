@@ -20,6 +20,7 @@ from llama_index_lora_embed.adapter import (
     check_files,
     file_digest,
     fingerprint,
+    rename_magnitudes,
 )
 from llama_index_lora_embed.errors import (
     AdapterError,
@@ -28,7 +29,9 @@ from llama_index_lora_embed.errors import (
     ModelNotFoundError,
     UnsafeCheckpointError,
 )
-from llama_index_lora_embed.presets import set_prompts
+from llama_index_lora_embed.extras import require
+from llama_index_lora_embed.merging import check_effect, check_keys, merge_lora
+from llama_index_lora_embed.presets import append_end_token, longest_input, set_pooling, set_prompts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -48,7 +51,6 @@ _IGNORED_ON_HUB = [
     "*.gguf",
 ]
 _FIND = "Check the path or the id, and the network if it is on the Hub."
-_MERGE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ def _weights_digest(stats: tuple[tuple[str, int, int], ...], root: str) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def _sentence_transformer(path: str, device: str | None, trust_remote_code: bool) -> SentenceTransformer:
+def _sentence_transformer(
+    path: str, device: str | None, trust_remote_code: bool, **model_kwargs: Any
+) -> SentenceTransformer:
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -166,7 +170,7 @@ def _sentence_transformer(path: str, device: str | None, trust_remote_code: bool
         device=device,
         trust_remote_code=trust_remote_code,
         # transformers 5 would take the stored precision; LoRA weights and merging need float32
-        model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+        model_kwargs={"dtype": torch.float32, "use_safetensors": True, **model_kwargs},
     )
 
 
@@ -177,24 +181,96 @@ def load_base(
     trust_remote_code: bool = False,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
+    pooling: str | None = None,
+    truncate_dim: int | None = None,
+    quantized: bool = False,
 ) -> SentenceTransformer:
     """Load a base model in float32, with its prompts in `model.prompts["query"]` and `["document"]`.
 
+    Args:
+        base: What `describe_base` found.
+        device: torch device; None lets sentence-transformers choose.
+        trust_remote_code: Run Python code that the base brings along.
+        query_prompt: Overrides the query prompt.
+        passage_prompt: Overrides the passage prompt.
+        pooling: Overrides the pooling; one of `presets.POOLING_MODES`.
+        truncate_dim: Cuts vectors to so many dimensions.
+        quantized: Hold the linear layers in 4 bits (NF4 with double quantisation; Dettmers et al., 2023, QLoRA,
+            section 3) and compute with them in bfloat16. Needs a CUDA device and the extra "quantized".
+
     Raises:
         ModelNotFoundError: The folder does not hold what transformers can load.
+        ConfigError: `pooling` or `truncate_dim` does not fit, or there is no CUDA device to quantise on.
+        MissingExtraError: bitsandbytes is not installed.
     """
     from safetensors import SafetensorError
 
+    quantization = _four_bits(device) if quantized else {}
     try:
-        model = _sentence_transformer(str(base.path), device, trust_remote_code)
+        model = _sentence_transformer(str(base.path), device, trust_remote_code, **quantization)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelNotFoundError(
             f"model {base.model_id!r}, which does not load ({type(error).__name__}: {error})",
             "a sentence-transformers or transformers model",
             "Try SentenceTransformer(model_id) by itself.",
         ) from error
+    set_pooling(model, pooling)
+    append_end_token(model, base.path)
+    set_truncation(model, truncate_dim)
     set_prompts(model, base.model_id, query_prompt, passage_prompt)
+    if model.transformers_model is not None:
+        # a plain RoBERTa would be given all 514 rows of its position table and fail at the 513th token
+        limit = longest_input(model)
+        model.max_seq_length = min(model.max_seq_length or limit, limit)
     return model
+
+
+def set_truncation(model: SentenceTransformer, truncate_dim: int | None) -> None:
+    """Cut a model's vectors to their first dimensions; None leaves what its files say.
+
+    Raises:
+        ConfigError: More dimensions than the model has, or less than 1.
+    """
+    if truncate_dim is None:
+        return
+    with model.truncate_embeddings(None):
+        whole = model.get_embedding_dimension()
+    if not isinstance(truncate_dim, int) or isinstance(truncate_dim, bool) or not 1 <= truncate_dim <= (whole or 1):
+        raise ConfigError(
+            f"truncate_dim={truncate_dim!r}",
+            f"a whole number from 1 to {whole}, which is what the model gives",
+            "None keeps all dimensions.",
+        )
+    model.truncate_dim = truncate_dim
+
+
+def _four_bits(device: str | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a base in 4 bits.
+
+    Raises:
+        ConfigError: The device is no CUDA device.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    import torch
+
+    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if wanted.type != "cuda" or not torch.cuda.is_available():
+        there = torch.cuda.device_count()
+        raise ConfigError(
+            f"quantized=True with device={device!r}, on a machine with {there} CUDA device(s)",
+            "a CUDA device: bitsandbytes computes 4-bit layers there",
+            "Train without quantisation: precision='bf16' and a smaller batch_size need less memory too.",
+        )
+    require("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": settings, "device_map": {"": wanted}}
 
 
 @dataclass(frozen=True)
@@ -224,6 +300,7 @@ def load_adapter(
     trust_remote_code: bool = False,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
+    truncate_dim: int | None = None,
     merge: bool = True,
 ) -> LoadedAdapter:
     """Load an adapter directory of ours or of sentence-transformers, checking all that can be checked.
@@ -237,11 +314,13 @@ def load_adapter(
         trust_remote_code: Run Python code that the base brings along.
         query_prompt: Overrides the recorded query prompt.
         passage_prompt: Overrides the recorded passage prompt.
+        truncate_dim: Cuts vectors to so many dimensions.
         merge: Add the LoRA to the base's weights (float32), so that inference costs what the base costs.
 
     Raises:
         ModelNotFoundError: The adapter or its base is not there.
         AdapterError: The adapter is damaged, or its weights do not fit the base key by key.
+        ConfigError: `truncate_dim` does not fit.
         BaseModelMismatchError: The base's weights are others than those trained on.
         UnsafeCheckpointError: Adapter or base is stored as a pickle.
     """
@@ -250,13 +329,14 @@ def load_adapter(
     config = _read_config(directory / CONFIG_NAME)
     base = _find_base(base_model, config, manifest, cache_folder, directory)
     with tempfile.TemporaryDirectory() as copy:
-        # sentence-transformers reads the base's place from the adapter's config alone
+        # sentence-transformers reads the base's place from the adapter's config alone, and passes over some names
         staged = Path(copy) / "adapter"
         shutil.copytree(directory, staged)
         (staged / CONFIG_NAME).write_text(
             json.dumps({**config, "base_model_name_or_path": str(base.path), "revision": None}),
             encoding="utf-8",
         )
+        rename_magnitudes(staged / WEIGHTS_NAME)
         try:
             model = _sentence_transformer(str(staged), device, trust_remote_code)
         except Exception as error:  # shapes and names that do not fit surface as many kinds of error
@@ -266,49 +346,16 @@ def load_adapter(
                 "an adapter for this base model",
                 "Pass the base that it was trained on as base_model=, or train again.",
             ) from error
-    _check_keys(model, directory)
-    _check_effect(directory, manifest)
+    check_keys(model, directory)
+    check_effect(directory, manifest)
     # the adapter's own config holds the prompts it was trained with; presets would guess again
     overrides = {"query": query_prompt, "document": passage_prompt}
     model.prompts.update({name: prompt for name, prompt in overrides.items() if prompt is not None})
+    set_truncation(model, truncate_dim)
     digest = fingerprint(model, base.weights_sha256, directory)
     if merge:
         merge_lora(model)
     return LoadedAdapter(model, base, digest, manifest)
-
-
-def merge_lora(model: SentenceTransformer) -> None:
-    """Add the active LoRA to the base's weights, in place and in float32, and check that nothing else changed.
-
-    peft's `merge_and_unload` belongs to `PeftModel` and is missing from models that got their adapter through
-    `add_adapter`, as sentence-transformers does it.
-
-    Raises:
-        AdapterError: Merged and unmerged vectors of a probe text differ by more than 1e-5.
-    """
-    import numpy as np
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    transformer = model.transformers_model
-    if transformer is None or not any(isinstance(m, BaseTunerLayer) for m in transformer.modules()):
-        return
-    probe = ["How is an adapter merged?", "The weights of the adapter are added to those of the base model."]
-    before = model.encode(probe, show_progress_bar=False, normalize_embeddings=True)
-    for name, layer in list(transformer.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True)
-            parent_name, _, child = name.rpartition(".")
-            setattr(transformer.get_submodule(parent_name), child, layer.get_base_layer())
-    transformer._hf_peft_config_loaded = False
-    transformer.peft_config = {}
-    after = model.encode(probe, show_progress_bar=False, normalize_embeddings=True)
-    difference = float(np.abs(before - after).max())
-    if not difference <= _MERGE_TOLERANCE:
-        raise AdapterError(
-            f"merged vectors that differ from unmerged ones by {difference:.1e}",
-            f"at most {_MERGE_TOLERANCE:.0e}",
-            "Load it with merge=False.",
-        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -352,41 +399,3 @@ def _find_base(
             "Pass the right base as base_model=, or train again on this one.",
         )
     return base
-
-
-def _check_keys(model: SentenceTransformer, directory: Path) -> None:
-    """Every weight of the file is in the model, and the model lacks none; the loaders only log it."""
-    import torch
-    from safetensors.torch import load_file
-
-    stored = {key.removeprefix("base_model.model."): t for key, t in load_file(directory / WEIGHTS_NAME).items()}
-    loaded = model.get_adapter_state_dict()
-    left_over, missing = sorted(stored.keys() - loaded.keys()), sorted(loaded.keys() - stored.keys())
-    changed = sorted(
-        key for key in stored.keys() & loaded.keys() if not torch.equal(stored[key].float(), loaded[key].cpu().float())
-    )
-    if left_over or missing or changed:
-        parts = [
-            f"{len(keys)} {what} (e.g. {keys[0]})"
-            for what, keys in (("left over", left_over), ("missing", missing), ("not taken over", changed))
-            if keys
-        ]
-        raise AdapterError(
-            f"adapter weights in {str(directory)!r} that do not fit the base: {', '.join(parts)}",
-            "exactly one weight for each adapted module",
-            "Check that the base is the right one, or train again.",
-        )
-
-
-def _check_effect(directory: Path, manifest: Manifest | None) -> None:
-    """An adapter whose lora_B are all zero gives exactly the base's vectors; only step 0 may do so."""
-    from safetensors.torch import load_file
-
-    ups = [tensor for key, tensor in load_file(directory / WEIGHTS_NAME).items() if "lora_B" in key]
-    untrained = bool(ups) and not any(bool(tensor.any()) for tensor in ups)
-    if untrained and not (manifest is not None and manifest.best_step == 0):
-        raise AdapterError(
-            f"an adapter in {str(directory)!r} whose lora_B weights are all zero, so that it changes nothing",
-            "trained weights",
-            "Train again; use LoraEmbedding(base_model=...) if the base is what you want.",
-        )

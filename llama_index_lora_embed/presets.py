@@ -5,16 +5,20 @@ Tables hold only what a model's own files do not say.
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from llama_index_lora_embed.errors import ConfigError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules.pooling import PoolingMode
 
+_WEB_SEARCH = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: "
 # (pattern of the model's name, query prompt, passage prompt), from the model cards. Models whose own
-# config_sentence_transformers.json carries prompts (Qwen3-Embedding, snowflake-arctic) need no row.
+# config_sentence_transformers.json carries prompts (Qwen3-Embedding, EmbeddingGemma, snowflake-arctic) need no row.
 _PROMPTS: list[tuple[str, str, str]] = [
     (r"^(multilingual-)?e5-(small|base|large)(-v2)?(-unsupervised)?$", "query: ", "passage: "),
     (
@@ -23,7 +27,20 @@ _PROMPTS: list[tuple[str, str, str]] = [
         "",
     ),
     (r"^bge-(small|base|large)-zh(-v1\.5)?$", "为这个句子生成表示以用于检索相关文章：", ""),
+    (r"^(multilingual-e5-large|e5-mistral-7b)-instruct$", _WEB_SEARCH, ""),
+    # mteb's nomic_models.py has the same for all of these
+    (
+        r"^(nomic-embed-text-v(1|1\.5|2-moe)(-ablated|-unsupervised)?|modernbert-embed-base)$",
+        "search_query: ",
+        "search_document: ",
+    ),
 ]
+# names under which models record them; e5-mistral-7b-instruct has one for each of its tasks
+_QUERY_NAMES = ("query", "web_search_query")
+_PASSAGE_NAMES = ("document", "passage")
+
+POOLING_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
+"""How sentence-transformers' Pooling makes one vector of a text's token vectors."""
 
 
 def set_prompts(
@@ -45,8 +62,10 @@ def set_prompts(
     name = re.split(r"[/\\]", model_id.rstrip("/\\"))[-1]
     row = next((r for r in _PROMPTS if re.match(r[0], name)), ("", "", ""))
     fallback = model.prompts.get(model.default_prompt_name or "") or ""
-    own_query = model.prompts.get("query") or fallback
-    own_passage = model.prompts.get("document") or model.prompts.get("passage") or fallback
+    own_query, own_passage = (
+        next((prompt for name in names if (prompt := model.prompts.get(name))), fallback)
+        for names in (_QUERY_NAMES, _PASSAGE_NAMES)
+    )
     says_something = bool(own_query or own_passage)
     model.prompts["query"] = _first(query_prompt, own_query if says_something else row[1])
     model.prompts["document"] = _first(passage_prompt, own_passage if says_something else row[2])
@@ -56,14 +75,88 @@ def _first(override: str | None, otherwise: str) -> str:
     return otherwise if override is None else override
 
 
+def set_pooling(model: SentenceTransformer, pooling: str | None) -> None:
+    """Change how token vectors become one vector; None leaves it as the model's files say.
+
+    A plain transformers checkpoint, which says nothing, gets sentence-transformers' own choice: the last token for a
+    causal language model, the mean for everything else.
+
+    Args:
+        model: Loaded base; its Pooling module is changed in place, so that it is saved with an adapter.
+        pooling: One of `POOLING_MODES`.
+
+    Raises:
+        ConfigError: No such mode, no Pooling module, or a head that wants vectors of another size.
+    """
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    if pooling is None:
+        return
+    if pooling not in POOLING_MODES:
+        modes = ", ".join(repr(mode) for mode in POOLING_MODES)
+        raise ConfigError(f"pooling={pooling!r}", f"one of {modes}, or None", "None keeps the model's own pooling.")
+    found = next((module for module in model if isinstance(module, Pooling)), None)
+    heads = [type(module).__name__ for module in list(model)[2:] if hasattr(module, "in_features")]
+    if found is None or (heads and found.get_embedding_dimension() != found.embedding_dimension):
+        kind = "no Pooling module" if found is None else f"a concatenated pooling that its {heads[0]} head is made for"
+        raise ConfigError(
+            f"pooling={pooling!r} for a model with {kind}", "a model with one pooling mode", "Leave pooling=None."
+        )
+    found.pooling_mode = cast("PoolingMode", pooling)
+    found.pooling_output_dimension = found.embedding_dimension
+
+
+def pooling_of(model: SentenceTransformer) -> str | None:
+    """The pooling mode, several joined with "+"; None for a model without a Pooling module."""
+    for module in model:
+        mode = getattr(module, "pooling_mode", None)
+        if mode is not None:
+            return mode if isinstance(mode, str) else "+".join(mode)
+    return None
+
+
+def append_end_token(model: SentenceTransformer, folder: Path) -> None:
+    """Put the end token back that a last-token model's tokenizer is configured to append.
+
+    transformers 5 takes the post-processor of tokenizer.json and passes over `add_eos_token` in tokenizer_config.json,
+    on which e5-mistral-7b-instruct relies: its vector would be that of the last word instead of </s> (see mteb's
+    e5_instruct.py). Nothing is appended where the files do not ask for it.
+
+    Args:
+        model: Loaded base; its tokenizer is changed in place, so that it is saved with an adapter.
+        folder: Where its files are.
+    """
+    tokenizer: Any = model.tokenizer
+    path = folder / "tokenizer_config.json"
+    if pooling_of(model) != "lasttoken" or not path.is_file() or getattr(tokenizer, "backend_tokenizer", None) is None:
+        return
+    asked = json.loads(path.read_text(encoding="utf-8")).get("add_eos_token") is True
+    end = tokenizer.eos_token
+    if not asked or end is None or tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        return
+    from tokenizers.processors import Sequence, TemplateProcessing
+
+    backend = tokenizer.backend_tokenizer
+    own = json.loads(backend.to_str())["post_processor"] or {"type": None}
+    pieces, special = ["$A"], {end: tokenizer.eos_token_id}
+    if own["type"] == "TemplateProcessing":  # of two in a row, the second does nothing
+        pieces = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else "$A" for piece in own["single"]]
+        special |= {name: token["ids"][0] for name, token in own["special_tokens"].items()}
+    template = TemplateProcessing(single=[*pieces, end], special_tokens=list(special.items()))
+    keeps_own = own["type"] not in (None, "TemplateProcessing")
+    backend.post_processor = Sequence([backend.post_processor, template]) if keeps_own else template
+
+
 def lora_target_modules(model: SentenceTransformer) -> list[str]:
     """Names of the linear layers that the default LoRA adapts: all those inside the transformer's layers.
 
-    Looked up in the model instead of assumed, so that fused projections are found; what stands outside the
-    layers (BERT's unused pooler, an output head) is left alone.
+    Looked up in the model instead of assumed, so that fused projections are found. What stands outside the layers
+    (BERT's unused pooler, an output head) is left alone, and so are the routers of a mixture of experts, whose
+    choice of experts is not what retrieval has to learn.
 
     Returns:
-        Module suffixes as peft's `target_modules` takes them, e.g. "attention.self.query".
+        Module suffixes as peft's `target_modules` takes them, e.g. "attention.self.query"; whole names where a
+        suffix would also mean a module outside the layers.
 
     Raises:
         ConfigError: The model has no transformer layers with linear modules.
@@ -71,29 +164,48 @@ def lora_target_modules(model: SentenceTransformer) -> list[str]:
     import torch
 
     transformer = model.transformers_model
-    names: set[str] = set()
+    linear: dict[str, Any] = {}
     if transformer is not None:
-        for name, module in transformer.named_modules():
-            match = re.match(r"^.*?\.?\d+\.(.+)$", name)  # the part after the layer's number
-            if match and isinstance(module, torch.nn.Linear):
-                names.add(match[1])
-    if not names:
+        linear = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    routers = _router_widths(transformer)
+    targets: dict[str, list[str]] = {}
+    outside: list[str] = []
+    for name, module in linear.items():
+        match = re.match(r"^.*?\.?\d+\.(.+)$", name)  # the part after the layer's number
+        if match and module.out_features not in routers:
+            targets.setdefault(match[1], []).append(name)
+        else:
+            outside.append(name)
+    if not targets:
         raise ConfigError(
             f"a model of type {type(transformer).__name__} without linear modules in numbered layers",
             "a transformer encoder or decoder",
             "Name the modules yourself: lora_config=peft.LoraConfig(target_modules=[...]).",
         )
+    names: list[str] = []
+    for suffix, whole in targets.items():
+        ambiguous = any(name == suffix or name.endswith(f".{suffix}") for name in outside)
+        names += whole if ambiguous else [suffix]
     return sorted(names)
+
+
+def _router_widths(transformer: Any) -> set[int]:
+    """Output sizes that only routers have: one score for each expert, or a single gate."""
+    config = getattr(transformer, "config", None)
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    experts = {count for count in counts if isinstance(count, int) and count > 0}
+    return experts | {1} if experts else set()
 
 
 def longest_input(model: SentenceTransformer) -> int:
     """Tokens that the model's positions allow, special tokens included.
 
-    RoBERTa and its kin count positions from `padding_idx + 1`, so their table of 514 holds 512 tokens.
+    RoBERTa and its kin (XLM-R, MPNet) count positions from `padding_idx + 1`, so their table of 514 holds 512 tokens.
     A model without a limit of its own is given 8192.
     """
     config = model.config
-    limit = getattr(config, "max_position_embeddings", None)
+    text_config = getattr(config, "get_text_config", None)  # multimodal models keep it a level deeper
+    limit = getattr(config if text_config is None else text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return 8192
     transformer = model.transformers_model

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from llama_index_lora_embed.adapter import Manifest
     from llama_index_lora_embed.config import MiningSettings, TrainingSettings
-    from llama_index_lora_embed.data import BuildReport, EmbeddingQAFinetuneDataset
+    from llama_index_lora_embed.data import BuildReport, EmbeddingQAFinetuneDataset, LabelledPairs
     from llama_index_lora_embed.data.negatives import MiningReport
     from llama_index_lora_embed.evaluation import Comparison, Verdict
     from llama_index_lora_embed.models import BaseInfo
@@ -69,15 +69,19 @@ class FinetuneResult:
     def __str__(self) -> str:
         lines = [self.summary]
         if self.base_metrics:
-            lines.append(f"{'':8}" + "".join(f"{name:>11}" for name in self.base_metrics))
+            widths = [max(11, len(name) + 2) for name in self.base_metrics]
+            lines.append(f"{'':8}" + "".join(f"{n:>{w}}" for n, w in zip(self.base_metrics, widths, strict=True)))
             for row, values in (("base", self.base_metrics), ("tuned", self.tuned_metrics)):
-                lines.append(f"{row:8}" + "".join(f"{value:11.3f}" for value in values.values()))
+                cells = zip(values.values(), widths, strict=True)
+                lines.append(f"{row:8}" + "".join(f"{value:{width}.3f}" for value, width in cells))
         lines.append(f"{self.truncation}")
         lines.append(f"adapter of step {self.best_step} of {self.steps} in {self.adapter_path}")
         return "\n".join(lines)
 
 
-def summarise(comparison: Comparison | None, best_step: int, evaluations: int, note: str = "") -> str:
+def summarise(
+    comparison: Comparison | None, best_step: int, evaluations: int, note: str = "", continued: bool = False
+) -> str:
     """The verdict in words.
 
     Args:
@@ -85,12 +89,16 @@ def summarise(comparison: Comparison | None, best_step: int, evaluations: int, n
         best_step: 0 if no step beat the base.
         evaluations: How many there were to choose the best from, the base's included.
         note: Where the validation questions come from.
+        continued: Whether the run started from an adapter instead of the base.
     """
+    start = "the adapter that it continues" if continued else "the base"
     if comparison is None:
         return "NOT EVALUATED: there was no validation set, so nobody knows whether this model is better."
     if best_step == 0:
-        gained_nothing = "training gained nothing; what was written gives the base's own vectors."
+        gained_nothing = f"training gained nothing; what was written gives the vectors of {start}."
         return f"{comparison.verdict.value}: {gained_nothing} {comparison.basis} {note}".strip()
+    if continued:
+        note = f"Compared with the adapter that it continues, not with the base. {note}".strip()
     if evaluations > 2:
         # a maximum over several looks at the same questions is a little too high
         note = f"{note} The best of {evaluations - 1} evaluations was chosen on these same questions.".strip()
@@ -103,7 +111,8 @@ class Run:
 
     Attributes:
         model: With the weights that are written.
-        base: What the run started from.
+        base: The base model.
+        parent: Path and fingerprint of the adapter that the run continues; None if it started from the base.
         dataset: Training set, before mining.
         settings: Of the training.
         outcome: What came of it.
@@ -115,7 +124,8 @@ class Run:
 
     model: SentenceTransformer
     base: BaseInfo
-    dataset: EmbeddingQAFinetuneDataset
+    parent: dict[str, Any] | None
+    dataset: EmbeddingQAFinetuneDataset | LabelledPairs
     settings: TrainingSettings
     outcome: TrainingOutcome
     summary: str
@@ -129,6 +139,7 @@ class Run:
 
         model, best = self.model, self.outcome.best
         lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
+        targets = lora.target_modules
         return adapter.Manifest(
             fingerprint="",
             base=self.base.to_dict(),
@@ -137,14 +148,13 @@ class Run:
             max_seq_length=int(model.max_seq_length or 0),
             normalise=adapter.normalises(model),
             similarity=str(model.similarity_fn_name),
-            lora={"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules)},
-            dataset={
-                "digest": self.dataset.digest(),
-                "queries": len(self.dataset.queries),
-                "passages": len(self.dataset.answer_ids()),
-                "origins": self.dataset.origins(),
-                "mined_negatives": [report.mean_negatives for report in self.mined],
+            lora={
+                "r": lora.r,
+                "lora_alpha": lora.lora_alpha,
+                "target_modules": targets if isinstance(targets, str) else sorted(targets),
             },
+            parent=self.parent,
+            dataset=self._dataset(),
             settings={
                 **self.settings.to_dict(),
                 "precision": self.outcome.precision,
@@ -162,6 +172,20 @@ class Run:
             },
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
+
+    def _dataset(self) -> dict[str, Any]:
+        from llama_index_lora_embed.data import LabelledPairs
+
+        data = self.dataset
+        if isinstance(data, LabelledPairs):
+            return {"digest": data.digest(), "pairs": len(data), "binary": data.binary, "symmetric": data.symmetric}
+        return {
+            "digest": data.digest(),
+            "queries": len(data.queries),
+            "passages": len(data.answer_ids()),
+            "origins": data.origins(),
+            "mined_negatives": [report.mean_negatives for report in self.mined],
+        }
 
     def result(self, path: str, fingerprint: str, data_report: BuildReport | None) -> FinetuneResult:
         """The run as `finetune()` gives it back.
@@ -202,3 +226,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def lasting(train_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a user's own training arguments that decide what is learnt, as plain values."""
+    passing = ("report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers", "dataloader_pin_memory")
+    kept = {name: value for name, value in train_kwargs.items() if name not in passing}
+    return {name: plain(value) for name, value in kept.items() if not name.startswith(("logging_", "hub_"))}

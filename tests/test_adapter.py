@@ -49,7 +49,7 @@ def test_the_directory_holds_what_sentence_transformers_and_peft_expect(adapter)
 
 
 def test_nothing_but_the_directory_is_left_behind(adapter):
-    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "adapter.run"]
 
 
 def test_the_manifest_says_how_the_adapter_was_made(adapter, tiny_model):
@@ -279,7 +279,7 @@ engine.finetune()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert load(out).fingerprint == load(adapter).fingerprint
-    (left,) = [path for path in tmp_path.iterdir() if path != out]
+    (left,) = [path for path in tmp_path.iterdir() if path.name not in (out.name, f"{out.name}.run")]
     with staging_beside(out):
         assert left.exists(), "a young one may be another process's"
     os.utime(left, (0, 0))

@@ -174,7 +174,7 @@ def test_a_second_run_replaces_the_adapter_and_keeps_the_first(tiny_model, datas
     _, second = finetune(dataset, tiny_model, out, val_dataset=val_dataset, seed=2)
     assert LoraEmbedding(out).fingerprint == second.fingerprint
     assert LoraEmbedding(out + ".previous").fingerprint == first.fingerprint
-    assert sorted(os.listdir(os.path.dirname(out))) == ["adapter", "adapter.previous"]
+    assert sorted(os.listdir(os.path.dirname(out))) == ["adapter", "adapter.previous", "adapter.run"]
 
 
 def test_another_working_directory_changes_nothing(tiny_model, dataset, val_dataset, tmp_path, monkeypatch):

@@ -38,14 +38,15 @@ def finetune(dataset, model, out, **kwargs):
     return engine, engine.finetune()
 
 
-def test_a_nan_loss_stops_the_run_and_leaves_nothing(tiny_model, dataset, val_dataset, out):
+def test_a_nan_loss_stops_the_run_and_leaves_its_log_alone(tiny_model, dataset, val_dataset, out):
     class Broken(losses.MultipleNegativesRankingLoss):
         def forward(self, features, labels):
             return super().forward(features, labels) * float("nan")
 
     with pytest.raises(NonFiniteLossError, match="nan at step 1"):
         finetune(dataset, tiny_model, out, val_dataset=val_dataset, loss=Broken)
-    assert not os.path.exists(os.path.dirname(out))
+    assert os.listdir(os.path.dirname(out)) == ["adapter.run"], "the log alone"
+    assert os.listdir(f"{out}.run") == ["log.jsonl"]
 
 
 def test_weights_that_became_nan_are_not_written(tiny_model, dataset, val_dataset, out):
@@ -65,7 +66,7 @@ def test_a_failed_run_leaves_the_old_adapter(tiny_model, dataset, val_dataset, a
     with pytest.raises(RuntimeError, match="power cut"):
         finetune(dataset, tiny_model, str(out), val_dataset=val_dataset, loss=Broken)
     assert LoraEmbedding(out).fingerprint == before
-    assert os.listdir(tmp_path) == ["adapter"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "adapter.run"]
 
 
 def test_a_full_disk_leaves_the_old_adapter(tiny_model, dataset, val_dataset, adapter, tmp_path, monkeypatch):
@@ -80,7 +81,7 @@ def test_a_full_disk_leaves_the_old_adapter(tiny_model, dataset, val_dataset, ad
         finetune(dataset, tiny_model, str(out), val_dataset=val_dataset)
     monkeypatch.undo()
     assert LoraEmbedding(out).fingerprint == before
-    assert os.listdir(tmp_path) == ["adapter"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "adapter.run"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")

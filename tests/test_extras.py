@@ -9,6 +9,8 @@ from llama_index_lora_embed.extras import _EXTRA_OF, require
 
 @pytest.mark.parametrize("module", sorted(_EXTRA_OF))
 def test_what_an_extra_installs_is_imported(module):
+    if module == "bitsandbytes":  # for GPUs only, and large
+        pytest.importorskip(module)
     assert require(module).__name__ == module
 
 

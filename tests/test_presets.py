@@ -7,6 +7,7 @@ from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.presets import lora_target_modules, set_prompts
 from tests.conftest import make_dataset, make_tiny_model
 
+WEB_SEARCH = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: "
 BGE = "Represent this sentence for searching relevant passages: "
 
 
@@ -21,6 +22,12 @@ def load(path, **prompts):
         ("/models/multilingual-e5-base/", "query: ", "passage: "),
         ("BAAI/bge-small-en-v1.5", BGE, ""),
         ("BAAI/bge-m3", "", ""),
+        ("intfloat/multilingual-e5-large-instruct", WEB_SEARCH, ""),
+        ("intfloat/e5-mistral-7b-instruct", WEB_SEARCH, ""),
+        ("nomic-ai/nomic-embed-text-v1", "search_query: ", "search_document: "),
+        ("nomic-ai/nomic-embed-text-v1.5", "search_query: ", "search_document: "),
+        ("nomic-ai/modernbert-embed-base", "search_query: ", "search_document: "),
+        ("Qwen/Qwen3-Embedding-0.6B", "", ""),
         ("somebody/e5-small-v2-tuned", "", ""),
     ],
 )
@@ -36,6 +43,15 @@ def test_what_the_model_says_goes_before_the_table_and_the_user_before_both(tiny
     assert model.prompts["query"] == "own: "
     set_prompts(model, "BAAI/bge-small-en", query_prompt="", passage_prompt="mine: ")
     assert (model.prompts["query"], model.prompts["document"]) == ("", "mine: ")
+
+
+def test_a_query_prompt_under_the_name_of_its_task_is_found(tmp_path):
+    model = SentenceTransformer(str(make_tiny_model(tmp_path)), device="cpu")
+    model.prompts = {"sts_query": "other: ", "web_search_query": "search: ", "passage": "given: "}
+    model.save_pretrained(str(tmp_path / "tasks"), create_model_card=False)
+    again = load(str(tmp_path / "tasks"))
+    set_prompts(again, "somebody/model")
+    assert (again.prompts["query"], again.prompts["document"]) == ("search: ", "given: ")
 
 
 def test_a_prompt_that_was_switched_off_stays_off_when_the_adapter_is_loaded(tmp_path):

@@ -7,6 +7,7 @@ from llama_index_lora_embed.data.build import BuildReport, dataset_from_nodes
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters import FilterReport, filter_questions
 from llama_index_lora_embed.data.generate import agenerate_qa_embedding_pairs, generate_qa_embedding_pairs
+from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.data.llm_questions import LLMQuestionMaker, judge_questions
 from llama_index_lora_embed.data.makers import CarriedQuestionsMaker, InverseClozeMaker, NeighbourMaker, TitleMaker
 from llama_index_lora_embed.data.negatives import MiningReport, mine_hard_negatives
@@ -22,6 +23,7 @@ __all__ = [
     "FirstOf",
     "InverseClozeMaker",
     "LLMQuestionMaker",
+    "LabelledPairs",
     "MiningReport",
     "NeighbourMaker",
     "NodeQuestionMaker",

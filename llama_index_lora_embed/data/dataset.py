@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from llama_index.core.bridge.pydantic import BaseModel, Field, ValidationError
 
+from llama_index_lora_embed.data.files import write_json
 from llama_index_lora_embed.errors import DatasetError
 
 PEOPLE = "people"
@@ -113,21 +113,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write the dataset; a reader sees the old file or the new one, never half of it."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, staging = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(self.model_dump(exclude_none=True), file, indent=4)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(staging, 0o666 & ~umask)  # mkstemp's 0600 would surprise whoever shares the file
-            os.replace(staging, target)
-        except BaseException:
-            Path(staging).unlink(missing_ok=True)
-            raise
+        write_json(path, self.model_dump(exclude_none=True))
 
     def digest(self) -> str:
         """SHA-256 (hex) over all fields; the same content gives the same digest in any order of keys."""

@@ -1,9 +1,10 @@
-"""What may not become a hard negative, and why."""
+"""What may not become a negative, mined or met in a batch, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from llama_index_lora_embed.config import MiningSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
@@ -21,6 +22,9 @@ REPEATED = "same text as a closer passage"
 
 # Chunks that overlap share whole sentences; this many characters are no coincidence.
 _OVERLAP_CHARACTERS = 50
+_GUARDS_KEPT = 4096
+# one batch compares each of its passages with each of its questions
+_normalised = lru_cache(maxsize=1 << 13)(normalise)
 
 
 @dataclass(frozen=True)
@@ -124,11 +128,121 @@ class Guard:
         shared = self.corpus.homes[self.corpus.alike[passage_id]] & self.by_document.keys()
         if not shared:
             return False
-        text = normalise(self.corpus.dataset.corpus[passage_id])
-        others = (normalise(self.corpus.dataset.corpus[i]) for document in shared for i in self.by_document[document])
+        text = _normalised(self.corpus.dataset.corpus[passage_id])
+        others = (_normalised(self.corpus.dataset.corpus[i]) for document in shared for i in self.by_document[document])
         return self.question in text or any(
             text[-_OVERLAP_CHARACTERS:] in other or other[-_OVERLAP_CHARACTERS:] in text for other in others
         )
+
+
+@dataclass
+class Places:
+    """Where the passages of a batch can be met: positions by what they share with others.
+
+    Attributes:
+        passage_ids: The passages; several positions can hold one node.
+        near: `Corpus.near` to positions.
+        alike: `Corpus.alike` to positions.
+        documents: Document id to positions.
+    """
+
+    passage_ids: Sequence[str]
+    near: dict[str, list[int]] = field(default_factory=dict)
+    alike: dict[str, list[int]] = field(default_factory=dict)
+    documents: dict[str, list[int]] = field(default_factory=dict)
+
+
+class FalseNegatives:
+    """Says which passages are no negatives of a question although nobody judged them.
+
+    These are what `Guard` says: passages that answer the question or one of the same wording, with the same or nearly
+    the same text, neighbours in the same document, and chunks that overlap an answer or hold the question.
+
+    Args:
+        dataset: Checked dataset.
+        window: `ObjectiveSettings.sibling_window`.
+        near_duplicates: Passage id to the id that all passages with nearly its text share; None compares equal texts
+            (but for case and spaces) only.
+
+    Raises:
+        ConfigError: `near_duplicates` names passages that are not in the corpus.
+    """
+
+    def __init__(
+        self,
+        dataset: EmbeddingQAFinetuneDataset,
+        window: int | None,
+        near_duplicates: Mapping[str, str] | None = None,
+    ) -> None:
+        self.corpus = Corpus.of(dataset, near_duplicates or {})
+        self.window = window
+        self._answers: dict[str, set[str]] = {}  # by wording, because one title can be several nodes'
+        for query_id, text in dataset.queries.items():
+            self._answers.setdefault(normalise(text), set()).update(dataset.relevant_docs[query_id])
+        self._guards: dict[str, Guard] = {}
+
+    def guard(self, query_id: str) -> Guard:
+        """Of the question's wording. A whole document as window is left to the caller, who need not list it."""
+        wording = _normalised(self.corpus.dataset.queries[query_id])
+        found = self._guards.get(wording)
+        if found is None:
+            if len(self._guards) >= _GUARDS_KEPT:
+                self._guards.clear()
+            found = self._guards[wording] = Guard(self.corpus, wording, self._answers[wording], self.window or 0)
+        return found
+
+    def places(self, passage_ids: Sequence[str]) -> Places:
+        """Look the passages of a batch up, once for all of its questions."""
+        places = Places(passage_ids)
+        for at, passage_id in enumerate(passage_ids):
+            alike = self.corpus.alike[passage_id]
+            places.alike.setdefault(alike, []).append(at)
+            places.near.setdefault(self.corpus.near[passage_id], []).append(at)
+            for document in self.corpus.homes[alike]:
+                places.documents.setdefault(document, []).append(at)
+        return places
+
+    def among(self, query_id: str, places: Places) -> set[int]:
+        """Positions of the passages that are no negatives of the question, its own answers included."""
+        guard = self.guard(query_id)
+        found = {at for key in places.near.keys() & guard.near for at in places.near[key]}
+        found.update(at for key in places.alike.keys() & guard.siblings for at in places.alike[key])
+        for document in places.documents.keys() & guard.by_document.keys():
+            # usually none or two of the batch, so that texts are hardly ever compared
+            for at in places.documents[document]:
+                if at not in found and (self.window is None or guard.overlaps(places.passage_ids[at])):
+                    found.add(at)
+        return found
+
+    def excludes(self, query_id: str, passage_id: str) -> bool:
+        """Whether this passage is no negative of the question."""
+        return bool(self.among(query_id, self.places([passage_id])))
+
+    def blocked(self, query_id: str) -> Iterable[tuple[str, str]]:
+        """What a passage must not share with the question's answers, as keys that `traits` also makes.
+
+        Overlaps are looked for within two places of an answer, not in the whole document.
+        """
+        guard = self.guard(query_id)
+        yield from (("near", key) for key in guard.near)
+        if self.window is None:
+            yield from (("document", key) for key in guard.by_document)
+            return
+        yield from (("alike", key) for key in guard.siblings)
+        if self.window < 2:
+            for document, ids in guard.by_document.items():
+                passages, places = self.corpus.documents[document], (self.corpus.place[i] for i in ids)
+                for passage_id in dict.fromkeys(i for at in places for i in passages[max(0, at - 2) : at + 3]):
+                    if guard.overlaps(passage_id):
+                        yield "alike", self.corpus.alike[passage_id]
+
+    def traits(self, passage_id: str) -> Iterable[tuple[str, str]]:
+        """What `blocked` may name of a passage."""
+        alike = self.corpus.alike[passage_id]
+        yield "near", self.corpus.near[passage_id]
+        yield "alike", alike
+        if self.window is None:
+            yield from (("document", key) for key in self.corpus.homes[alike])
 
 
 def too_close(score: float, positive: float, settings: MiningSettings) -> str | None:

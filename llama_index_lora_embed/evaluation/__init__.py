@@ -1,6 +1,17 @@
 """Is it better now? Measures, and a comparison with a verdict. Knows LlamaIndex's BaseEmbedding, not training."""
 
-from llama_index_lora_embed.evaluation.compare import Comparison, Verdict, compare
+from llama_index_lora_embed.evaluation.compare import Comparison, Verdict, compare, compare_pairs
+from llama_index_lora_embed.evaluation.pairs import PairEvaluation, evaluate_pair_encoders, evaluate_pairs
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval
 
-__all__ = ["Comparison", "RetrievalEvaluation", "Verdict", "compare", "evaluate_retrieval"]
+__all__ = [
+    "Comparison",
+    "PairEvaluation",
+    "RetrievalEvaluation",
+    "Verdict",
+    "compare",
+    "compare_pairs",
+    "evaluate_pair_encoders",
+    "evaluate_pairs",
+    "evaluate_retrieval",
+]

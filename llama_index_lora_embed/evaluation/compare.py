@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama_index_lora_embed.data.dataset import PEOPLE
 from llama_index_lora_embed.errors import DatasetError
+from llama_index_lora_embed.evaluation.pairs import Numbers, PairEvaluation
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation
 
 _RESAMPLES = 2000
+_PAIR_RESAMPLES = 1000
 _METRIC = "ndcg@10"
+_WRITTEN = {_METRIC: "nDCG@10", "roc_auc": "ROC-AUC", "spearman": "Spearman"}
+_FEWEST = 5  # pairs of each label, or twice as many graded ones; resamples of fewer hardly differ
+_ROUNDING = 1e-9  # ranks are counts and their halves; what is smaller than this is no difference
 # origins that say nothing of who asked; everything else but PEOPLE was made up
 _UNKNOWN = "unknown"
+
+Flags = NDArray[np.bool_]
 
 
 class Verdict(str, Enum):
@@ -28,16 +37,17 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations of the same queries, compared.
+    """Two evaluations of the same queries, or of the same labelled pairs, compared.
 
     Attributes:
         verdict: BETTER or WORSE if the whole interval is on one side of 0.
-        difference: Mean difference of nDCG@10, tuned minus base.
+        difference: Difference of the metric, tuned minus base; of queries, its mean.
         interval: Its 95 % interval.
-        queries: Number of queries compared.
-        won: Queries with a higher nDCG@10.
-        lost: Queries with a lower one.
-        basis: Which questions it rests on, in words.
+        queries: Number of queries, or of pairs, compared.
+        won: Queries with a higher nDCG@10; pairs that are ranked better (see `compare_pairs`).
+        lost: Queries with a lower one; pairs that are ranked worse.
+        basis: Which questions or pairs it rests on, in words.
+        metric: "ndcg@10" of queries; "roc_auc" of pairs labelled 0 and 1, "spearman" of graded ones.
     """
 
     verdict: Verdict
@@ -47,17 +57,23 @@ class Comparison:
     won: int
     lost: int
     basis: str
+    metric: str = _METRIC
 
     def __str__(self) -> str:
         low, high = self.interval
+        counts = f"{self.won} queries won, {self.lost} lost of {self.queries}"
+        if self.metric != _METRIC:
+            counts = f"{self.won} pairs ranked better, {self.lost} worse of {self.queries}"
         return (
-            f"{self.verdict.value}: nDCG@10 {self.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}), "
-            f"{self.won} queries won, {self.lost} lost of {self.queries}. {self.basis}"
+            f"{self.verdict.value}: {_WRITTEN.get(self.metric, self.metric)} {self.difference:+.3f} "
+            f"(95 % interval {low:+.3f} to {high:+.3f}), {counts}. {self.basis}"
         )
 
 
-def compare(base: RetrievalEvaluation, tuned: RetrievalEvaluation, *, seed: int = 0) -> Comparison:
-    """Compare two models on the same queries.
+def compare(
+    base: RetrievalEvaluation | PairEvaluation, tuned: RetrievalEvaluation | PairEvaluation, *, seed: int = 0
+) -> Comparison:
+    """Compare two models on the same queries, or on the same labelled pairs (see `compare_pairs`).
 
     The interval is a paired bootstrap over the queries (Efron and Tibshirani, 1993, chapter 13: percentiles of
     the mean difference over 2,000 resamples).
@@ -68,8 +84,16 @@ def compare(base: RetrievalEvaluation, tuned: RetrievalEvaluation, *, seed: int 
         seed: Of the resamples.
 
     Raises:
-        DatasetError: The two were evaluated on different queries.
+        DatasetError: The two were evaluated on different queries or pairs, or one on queries and one on pairs.
     """
+    if isinstance(base, PairEvaluation) and isinstance(tuned, PairEvaluation):
+        return compare_pairs(base, tuned, seed=seed)
+    if isinstance(base, PairEvaluation) or isinstance(tuned, PairEvaluation):
+        raise DatasetError(
+            "an evaluation of queries and one of labelled pairs",
+            "two of one kind",
+            "Evaluate both models on one dataset, with the same function.",
+        )
     if base.per_query.keys() != tuned.per_query.keys():
         raise DatasetError(
             "two evaluations of different queries",
@@ -79,22 +103,165 @@ def compare(base: RetrievalEvaluation, tuned: RetrievalEvaluation, *, seed: int 
     differences = np.array([tuned.per_query[i][_METRIC] - base.per_query[i][_METRIC] for i in base.per_query])
     rng = np.random.default_rng(seed)
     means = [float(rng.choice(differences, len(differences)).mean()) for _ in range(_RESAMPLES)]
-    low, high = (float(np.percentile(means, q)) for q in (2.5, 97.5))
-    if low > 0:
-        verdict = Verdict.BETTER
-    elif high < 0:
-        verdict = Verdict.WORSE
-    else:
-        verdict = Verdict.NO_CLEAR_DIFFERENCE
+    interval = _interval(means)
     return Comparison(
-        verdict,
+        _verdict(interval),
         float(differences.mean()),
-        (low, high),
+        interval,
         len(differences),
         int((differences > 0).sum()),
         int((differences < 0).sum()),
         describe_basis(base.origins),
     )
+
+
+def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0) -> Comparison:
+    """Compare two models on the same labelled pairs: by ROC-AUC if the labels are 0 and 1, by Spearman if graded.
+
+    The interval is a paired bootstrap over the pairs (percentiles of the difference over 1,000 resamples; pairs
+    labelled 1 and 0 are drawn apart, so that each resample has as many of both). With fewer than five pairs of
+    either label, or ten graded ones, the verdict is NO CLEAR DIFFERENCE whatever the interval.
+
+    A pair is won if the tuned model ranks it better, and lost if worse. Of labels 0 and 1: its placement, the share
+    of the pairs with the other label that it is on the right side of (DeLong et al., 1988; their mean is the ROC
+    AUC), rose. Of graded ones: its rank by similarity came nearer to its rank by label, as Spearman counts it.
+
+    Args:
+        base: Evaluation of the base.
+        tuned: Evaluation of the tuned model on the same pairs.
+        seed: Of the resamples.
+
+    Raises:
+        DatasetError: The two were evaluated on different pairs.
+    """
+    if base.digest != tuned.digest or len(base.labels) != len(tuned.labels):
+        raise DatasetError(
+            f"two evaluations of different pairs ({len(base.labels)} and {len(tuned.labels)})",
+            "the same pairs in the same order for both",
+            "Evaluate both models on one LabelledPairs.",
+        )
+    both, rng = (base.similarities, tuned.similarities), np.random.default_rng(seed)
+    if base.binary:
+        differences = _auc_differences(*both, base.labels == 1, rng)
+        gains = _placements(tuned.similarities, base.labels == 1) - _placements(base.similarities, base.labels == 1)
+    else:
+        differences = _spearman_differences(*both, base.labels, rng)
+        everyone, wanted = np.ones(len(base.labels)), _Ranks(base.labels)
+        off = [abs(_Ranks(values).weighted(everyone) - wanted.weighted(everyone)) for values in both]
+        gains = off[0] - off[1]
+    interval = _interval(differences)
+    counts = ", ".join(f"{count} {kind}" for kind, count in base.origins.items())
+    basis = f"It rests on {len(base.labels)} labelled pairs, {counts}."
+    few = min(base.origins.values()) < _FEWEST * (1 if base.binary else 2)
+    if few:
+        basis += " Those are too few to tell."
+    return Comparison(
+        Verdict.NO_CLEAR_DIFFERENCE if few else _verdict(interval),
+        tuned.metrics[base.metric] - base.metrics[base.metric],
+        interval,
+        len(base.labels),
+        int((gains > _ROUNDING).sum()),
+        int((gains < -_ROUNDING).sum()),
+        basis,
+        base.metric,
+    )
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float]:
+    low, high = (float(np.percentile(differences, q)) for q in (2.5, 97.5))
+    return low, high
+
+
+def _verdict(interval: tuple[float, float]) -> Verdict:
+    if interval[0] > 0:
+        return Verdict.BETTER
+    return Verdict.WORSE if interval[1] < 0 else Verdict.NO_CLEAR_DIFFERENCE
+
+
+def _auc_differences(base: Numbers, tuned: Numbers, positive: Flags, rng: np.random.Generator) -> list[float]:
+    """Difference of the ROC-AUC in each resample.
+
+    A resample is a number of draws for each pair. Against sorted negatives the AUC is then one cumulative sum and one
+    look-up, and nothing is sorted again.
+    """
+    sides = [_Below(values, positive) for values in (base, tuned)]
+    ones, zeros = int(positive.sum()), int((~positive).sum())
+    found = []
+    for _ in range(_PAIR_RESAMPLES):
+        drawn_ones, drawn_zeros = rng.integers(ones, size=ones), _draws(zeros, rng)
+        before, after = (float(side.shares(drawn_zeros)[drawn_ones].mean()) for side in sides)
+        found.append(after - before)
+    return found
+
+
+class _Below:
+    """Which share of resampled negatives lies below each positive; a tie counts half.
+
+    Args:
+        values: Similarities, [pairs].
+        positive: Whether the label is 1, [pairs].
+    """
+
+    def __init__(self, values: Numbers, positive: Flags) -> None:
+        self.order = np.argsort(values[~positive], kind="stable")
+        ordered = values[~positive][self.order]
+        self.low = np.searchsorted(ordered, values[positive], side="left")
+        self.high = np.searchsorted(ordered, values[positive], side="right")
+
+    def shares(self, draws: NDArray[np.int64]) -> Numbers:
+        """[positives], from how often each negative was drawn, [negatives]."""
+        total = np.concatenate(([0], np.cumsum(draws[self.order])))
+        return np.asarray((total[self.low] + total[self.high]) / (2 * total[-1]))
+
+
+def _placements(values: Numbers, positive: Flags) -> Numbers:
+    """Share of the pairs with the other label that each pair is on the right side of; [pairs], 0 to 1."""
+    found = np.empty(len(values))
+    found[positive] = _Below(values, positive).shares(np.ones((~positive).sum(), dtype=np.int64))
+    # of the negatives: with signs turned around, they are to lie above
+    found[~positive] = _Below(-values, ~positive).shares(np.ones(positive.sum(), dtype=np.int64))
+    return found
+
+
+def _spearman_differences(base: Numbers, tuned: Numbers, labels: Numbers, rng: np.random.Generator) -> list[float]:
+    """Difference of Spearman's correlation in each resample; a correlation with equal values is 0."""
+    wanted, sides = _Ranks(labels), [_Ranks(values) for values in (base, tuned)]
+    found = []
+    for _ in range(_PAIR_RESAMPLES):
+        draws = _draws(len(labels), rng).astype(np.float64)
+        target = wanted.weighted(draws)
+        before, after = (_correlation(side.weighted(draws), target, draws) for side in sides)
+        found.append(after - before)
+    return found
+
+
+class _Ranks:
+    """Ranks in a resample, where each pair counts as often as it was drawn; ties have their mean rank.
+
+    Args:
+        values: [pairs].
+    """
+
+    def __init__(self, values: Numbers) -> None:
+        self.group = np.unique(values, return_inverse=True)[1]
+
+    def weighted(self, draws: Numbers) -> Numbers:
+        """[pairs], from how often each pair was drawn, [pairs]."""
+        sizes = np.bincount(self.group, weights=draws)
+        return np.asarray((np.cumsum(sizes) - (sizes - 1) / 2)[self.group])
+
+
+def _correlation(left: Numbers, right: Numbers, weights: Numbers) -> float:
+    """Pearson's correlation with weights; 0 where one side is constant."""
+    total = weights.sum()
+    left, right = left - weights @ left / total, right - weights @ right / total
+    spread = np.sqrt((weights @ left**2) * (weights @ right**2))
+    return float(weights @ (left * right) / spread) if spread > _ROUNDING else 0.0
+
+
+def _draws(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """How often each of `count` pairs is in a resample of as many."""
+    return np.bincount(rng.integers(count, size=count), minlength=count)
 
 
 def describe_basis(origins: dict[str, int]) -> str:

@@ -98,13 +98,19 @@ def count_tokens(model: SentenceTransformer, texts: Iterable[str], prompt: str =
     """Tokens of each text with its prompt and the special tokens, nothing cut off."""
     # a copy of the tokenizer's backend would be costly; verbose=False keeps it from warning about long texts
     tokenizer = model.tokenizer
+    # sentence-transformers puts the texts of a plain chat model into its chat template, which counts too
+    chat = "message" in getattr(model[0], "modalities", ())
     counts: list[int] = []
     chunk: list[str] = []
 
     def flush() -> None:
         if chunk:
-            encoded = tokenizer(chunk, truncation=False, padding=False, verbose=False)
-            counts.extend(len(ids) for ids in encoded["input_ids"])
+            if chat:
+                features = model.preprocess(chunk, processing_kwargs={"text": {"truncation": False}})
+                counts.extend(features["attention_mask"].sum(dim=1).tolist())
+            else:
+                encoded = tokenizer(chunk, truncation=False, padding=False, verbose=False)
+                counts.extend(len(ids) for ids in encoded["input_ids"])
             chunk.clear()
 
     for text in texts:

@@ -2,64 +2,297 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.losses.triplet import TripletDistanceMetric
+from sentence_transformers.util import pairwise_cos_sim
+from torch import Tensor
 
-from llama_index_lora_embed.config import TrainingSettings
+from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.training.batches import GroupCollator, TrainingGroup
+from llama_index_lora_embed.data.exclusions import FalseNegatives
+from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
+from llama_index_lora_embed.errors import ConfigError, DatasetError
+from llama_index_lora_embed.training import processes
+from llama_index_lora_embed.training.batches import (
+    GroupBatchSampler,
+    GroupCollator,
+    RowBatchSampler,
+    RowTraits,
+    TrainingGroup,
+)
+from llama_index_lora_embed.training.gradcache import refuse_checkpointing
 from llama_index_lora_embed.training.loss import MaskedInfoNCELoss
+from llama_index_lora_embed.training.rows import (
+    graded_pairs,
+    make_rows,
+    need_negatives,
+    teacher_scores,
+    with_negatives,
+)
+
+_FOR_PAIRS = ("cosent", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What an objective needs.
+
+    Attributes:
+        inputs: train_dataset, loss and perhaps data_collator, for the trainer.
+        arguments: batch_sampler and prompts, for its `SentenceTransformerTrainingArguments`.
+    """
+
+    inputs: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def training_inputs(
     model: SentenceTransformer,
-    dataset: EmbeddingQAFinetuneDataset,
+    dataset: EmbeddingQAFinetuneDataset | LabelledPairs,
     groups: list[TrainingGroup],
     loss: Any,
     settings: TrainingSettings,
+    objective: ObjectiveSettings | None = None,
 ) -> dict[str, Any]:
-    """train_dataset, data_collator and loss for the trainer."""
-    if loss is None:
-        return {
-            "train_dataset": Dataset.from_dict({"group": list(range(len(groups)))}),
-            "data_collator": GroupCollator(model, dataset, groups),
-            "loss": MaskedInfoNCELoss(model, settings.temperature),
-        }
+    """train_dataset, data_collator and loss for the trainer; see `training_plan`."""
+    return training_plan(model, dataset, groups, loss, settings, objective).inputs
+
+
+def training_plan(
+    model: SentenceTransformer,
+    dataset: EmbeddingQAFinetuneDataset | LabelledPairs,
+    groups: list[TrainingGroup],
+    loss: Any,
+    settings: TrainingSettings,
+    objective: ObjectiveSettings | None = None,
+    *,
+    near_duplicates: Mapping[str, str] | None = None,
+    gradient_checkpointing: bool = False,
+) -> TrainingPlan:
+    """Rows, collator, loss, prompts and order of an objective.
+
+    Args:
+        model: Has its LoRA.
+        dataset: Checked.
+        groups: `make_groups(dataset, ...)`; none for labelled pairs.
+        loss: None for the objective's; else a sentence-transformers loss, or a callable that makes one from the model,
+            which gets columns of texts. Then only the masks of `objective` count.
+        settings: Checked.
+        objective: None for the default.
+        near_duplicates: Passage id to the id that passages with nearly its text share; None finds them where the
+            objective needs them.
+        gradient_checkpointing: Whether the trainer will be told to.
+
+    Raises:
+        ConfigError: Settings that cannot be used, with each other or with this model or data.
+        DatasetError: There is nothing to be told from an answer.
+        ModelNotFoundError: The teacher is not there.
+        UnsafeCheckpointError: The teacher's weights are a pickle only.
+    """
+    objective = (objective or ObjectiveSettings()).checked()
+    refuse_checkpointing(gradient_checkpointing and objective.mini_batch_size is not None)
+    if loss is not None:
+        _check_own_loss(loss, objective)
+    if isinstance(dataset, LabelledPairs):
+        return _pairs_plan(model, dataset, loss, settings, objective)
+    false_negatives = _false_negatives(dataset, groups, objective, near_duplicates)
+    if loss is not None:
+        rows = make_rows(dataset, groups, false_negatives)
+        texts = with_negatives(dataset, rows)
+        width = len(texts[0]) - 2
+        in_batch = [(row.query_id, [row.passage_id, *(i for i, _ in row.negatives[:width])]) for row in rows]
+        return _rows_plan(model, texts, loss, RowTraits.of(in_batch, false_negatives))
+    name = objective.name or "in_batch"
+    if name in ("in_batch", "soft_labels"):
+        return _groups_plan(model, dataset, groups, settings, objective, false_negatives)
+    if name in _FOR_PAIRS:
+        rows = make_rows(dataset, groups, false_negatives, least=1, even=False)
+        need_negatives(rows)
+        return _rows_plan(model, graded_pairs(dataset, rows), _pair_loss(name, settings))
+    # distillation compares a list of passages; as many as mining would find
+    rows = make_rows(dataset, groups, false_negatives, least=MiningSettings().num_negatives if name != "triplet" else 1)
+    need_negatives(rows)
+    if name == "triplet":
+        texts = with_negatives(dataset, rows, most=1)  # the first hard negative is the hardest
+        margin = objective.triplet_margin
+        return _rows_plan(model, texts, partial(losses.TripletLoss, distance_metric=TripletDistanceMetric.COSINE,
+                                                triplet_margin=margin))  # fmt: skip
+    texts = with_negatives(dataset, rows)
+    assert objective.teacher is not None, "checked above"
+    scores = teacher_scores(objective.teacher, texts, model.device, settings.trust_remote_code)
+    texts = [{**row, "label": of_row} for row, of_row in zip(texts, scores, strict=True)]
+    return _rows_plan(model, texts, partial(losses.DistillKLDivLoss, similarity_fct=_Similarity(settings.temperature)))
+
+
+class _Similarity:
+    """Cosine similarity over a temperature, so that the softmax of the student is that of the other objectives.
+
+    Margins (MarginMSELoss) would ask cosines to differ by as much as a teacher's scores, which have no bounds.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        return pairwise_cos_sim(left.float(), right.float()) / self.temperature
+
+
+def _groups_plan(
+    model: SentenceTransformer,
+    dataset: EmbeddingQAFinetuneDataset,
+    groups: list[TrainingGroup],
+    settings: TrainingSettings,
+    objective: ObjectiveSettings,
+    false_negatives: FalseNegatives,
+) -> TrainingPlan:
+    width = model.get_embedding_dimension()
+    if width is not None and (wide := [d for d in objective.matryoshka_dims or () if d > width]):
+        raise ConfigError(
+            f"matryoshka_dims with {', '.join(map(str, wide))}",
+            f"at most {width}, which is how many dimensions this model's vectors have",
+            "Leave larger ones out.",
+        )
+    _need_any_negative(dataset, groups, false_negatives)
+    collator = GroupCollator(
+        model,
+        dataset,
+        groups,
+        false_negatives,
+        soft=objective.name == "soft_labels",
+        mini_batch_size=objective.mini_batch_size,
+        rank=processes.rank(),
+        world=processes.world_size(),
+    )
+    loss = MaskedInfoNCELoss(
+        model,
+        settings.temperature,
+        cached=objective.mini_batch_size is not None,
+        guide_margin=objective.guide_margin if objective.guide else None,
+        dims=objective.matryoshka_dims or (),
+    )
+    rows = Dataset.from_dict({"group": list(range(len(groups)))})
+    return TrainingPlan(
+        {"train_dataset": rows, "data_collator": collator, "loss": loss},
+        {"batch_sampler": GroupBatchSampler, "prompts": None},
+    )
+
+
+def _rows_plan(
+    model: SentenceTransformer, rows: list[dict[str, Any]], loss: Any, traits: RowTraits | None = None
+) -> TrainingPlan:
+    sampler = partial(RowBatchSampler, traits=traits)
+    prompts = column_prompts(model)
+    return TrainingPlan(
+        {"train_dataset": Dataset.from_list(rows), "loss": loss},
+        {"batch_sampler": sampler, "prompts": {name: prompts[name] for name in rows[0] if name in prompts}},
+    )
+
+
+def _pairs_plan(
+    model: SentenceTransformer,
+    pairs: LabelledPairs,
+    loss: Any,
+    settings: TrainingSettings,
+    objective: ObjectiveSettings,
+) -> TrainingPlan:
+    name = objective.name or "cosent"
+    others = [n for n in ("mini_batch_size", "guide", "matryoshka_dims") if getattr(objective, n)]
+    if loss is None and (name not in _FOR_PAIRS or others):
+        raise ConfigError(
+            f"labelled pairs with {', '.join([f'name={name!r}', *others])}",
+            "one of " + ", ".join(map(repr, _FOR_PAIRS)),
+            "Leave the objective out for 'cosent'. Pairs that only say what belongs together can become questions and "
+            "passages instead, which the other objectives train.",
+        )
+    rows = Dataset.from_dict({"text1": pairs.texts1, "text2": pairs.texts2, "label": [float(s) for s in pairs.scores]})
+    query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
+    return TrainingPlan(
+        {"train_dataset": rows, "loss": _pair_loss(name, settings) if loss is None else loss},
+        {
+            "batch_sampler": RowBatchSampler,
+            "prompts": {"text1": passage if pairs.symmetric else query, "text2": passage},
+        },
+    )
+
+
+def _pair_loss(name: str, settings: TrainingSettings) -> Callable[[SentenceTransformer], torch.nn.Module]:
+    if name == "cosent":
+        return partial(losses.CoSENTLoss, scale=1 / settings.temperature)
+    return losses.CosineSimilarityLoss
+
+
+def _check_own_loss(loss: Any, objective: ObjectiveSettings) -> None:
     if isinstance(loss, torch.nn.Module) and not hasattr(loss, "model"):
         raise ConfigError(
             f"loss of type {type(loss).__name__} without .model",
             "a sentence-transformers loss, or a callable that makes one from the model",
             "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
         )
-    rows = [{"anchor": dataset.queries[q], "positive": g.passage} for g in groups for q in g.query_ids]
-    for column, texts in enumerate(_negative_columns(dataset, groups), 1):
-        for row, text in zip(rows, texts, strict=True):
-            row[f"negative_{column}"] = text
-    return {"train_dataset": Dataset.from_list(rows), "loss": loss}
+    plain = ObjectiveSettings(
+        sibling_window=objective.sibling_window, mask_near_duplicates=objective.mask_near_duplicates
+    )
+    if objective != plain:
+        raise ConfigError(
+            f"a loss together with {objective}",
+            "one of the two; of the objective, only sibling_window and mask_near_duplicates go with a loss",
+            "Leave one of them out.",
+        )
+
+
+def _false_negatives(
+    dataset: EmbeddingQAFinetuneDataset,
+    groups: list[TrainingGroup],
+    objective: ObjectiveSettings,
+    near_duplicates: Mapping[str, str] | None,
+) -> FalseNegatives:
+    if objective.mask_near_duplicates and near_duplicates is None:
+        from llama_index_lora_embed.data.near_duplicates import near_duplicate_groups
+
+        # the rest of the corpus comes into no batch
+        used = dataset.answer_ids() | {i for ids in (dataset.hard_negatives or {}).values() for i in ids}
+        used |= {group.passage_id for group in groups}
+        near_duplicates = near_duplicate_groups({i: text for i, text in dataset.corpus.items() if i in used})
+    return FalseNegatives(
+        dataset, objective.sibling_window, near_duplicates if objective.mask_near_duplicates else None
+    )
+
+
+def _need_any_negative(
+    dataset: EmbeddingQAFinetuneDataset, groups: list[TrainingGroup], false_negatives: FalseNegatives
+) -> None:
+    """One question with a negative is enough: others may be told from nothing now and then, but not all of them.
+
+    Raises:
+        DatasetError: No question has any.
+    """
+    places = false_negatives.places([group.passage_id for group in groups])
+    for group in groups:
+        for query_id in group.query_ids:
+            if (dataset.hard_negatives or {}).get(query_id):
+                return
+            if len(false_negatives.among(query_id, places)) < len(groups):
+                return
+    raise DatasetError(
+        "training passages that are all false negatives of each other (copies, neighbours in one document, or "
+        "answers to the same questions)",
+        "at least one passage that a question can be told from",
+        "Add documents, or set sibling_window=0 in ObjectiveSettings, if neighbours do not answer each other's "
+        "questions.",
+    )
 
 
 def _negative_columns(dataset: EmbeddingQAFinetuneDataset, groups: list[TrainingGroup]) -> list[list[str]]:
-    """Hard negatives as columns, as sentence-transformers' losses want them: as many for each question.
-
-    A question that has fewer gets passages of other groups, in turn, that stand in no document with its answers.
-    """
-    curated = dataset.hard_negatives or {}
-    ids = [q for group in groups for q in group.query_ids]
-    width = max((len(curated.get(q, ())) for q in ids), default=0)
-    rows: list[list[str]] = []
-    for number, query_id in enumerate(ids):
-        row = [dataset.corpus[i] for i in curated.get(query_id, ())]
-        documents = {dataset.source_of(i) for i in dataset.relevant_docs[query_id]}
-        others = (groups[(number + step) % len(groups)] for step in range(1, len(groups)))
-        easy = (g.passage for g in others if dataset.source_of(g.passage_id) not in documents and g.passage not in row)
-        while len(row) < width and (text := next(easy, None)) is not None:
-            row.append(text)
-        rows.append(row)
-    return [list(column) for column in zip(*rows, strict=False)]
+    """Hard negatives as columns, as sentence-transformers' losses want them: as many for each question."""
+    rows = make_rows(dataset, groups, FalseNegatives(dataset, ObjectiveSettings().sibling_window))
+    return [list(column) for column in zip(*([text for _, text in row.negatives] for row in rows), strict=False)]
 
 
 def column_prompts(model: SentenceTransformer) -> dict[str, str]:

@@ -10,20 +10,22 @@ from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed.config import MiningSettings, TrainingSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.holding_out import Trainable
 from llama_index_lora_embed.data.negatives import MiningReport, mine_hard_negatives
+from llama_index_lora_embed.training.best import BestSoFar
 from llama_index_lora_embed.training.run import TrainingOutcome, set_length, train
-from llama_index_lora_embed.training.trainer import PRIMARY_METRIC, BestSoFar
 
 
 def train_in_rounds(
     model: SentenceTransformer,
-    dataset: EmbeddingQAFinetuneDataset,
+    dataset: Trainable,
     settings: TrainingSettings,
+    run_dir: Path,
     mining: MiningSettings | None,
     *,
+    best: BestSoFar,
     use_all_docs: bool = False,
-    checkpoint_dir: Path | None = None,
-    identity: dict[str, Any] | None = None,
+    recorded: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[TrainingOutcome, tuple[MiningReport, ...]]:
     """Train, where asked for on mined hard negatives; later rounds mine with what came before and train it on.
@@ -37,10 +39,11 @@ def train_in_rounds(
         model: Loaded base.
         dataset: Checked training set.
         settings: Of each round.
+        run_dir: Of the first round; later ones write beside it, with `-round2` and so on at the end.
         mining: How to mine, and how many rounds; None trains once, on the hard negatives that the dataset has.
         use_all_docs: As for `train`.
-        checkpoint_dir: Of the first round; later ones write beside it, with `-round2` and so on at the end.
-        identity: As for `train`; the number of the round is added.
+        best: As for `train`.
+        recorded: As for `train`; the number of the round is added.
         **kwargs: As for `train`.
 
     Returns:
@@ -52,24 +55,22 @@ def train_in_rounds(
     """
     common = {"use_all_docs": use_all_docs, **kwargs}
     if mining is None:
-        return train(model, dataset, settings, checkpoint_dir=checkpoint_dir, identity=identity, **common), ()
+        return train(model, dataset, settings, run_dir, best=best, recorded=recorded, **common), ()
+    assert isinstance(dataset, EmbeddingQAFinetuneDataset)
     truncation = set_length(model, dataset, settings, use_all_docs)
     reports: list[MiningReport] = []
     total: TrainingOutcome | None = None
     for number in range(1, mining.rounds + 1):
         mined, report = mine_hard_negatives(dataset, model, mining)
         reports.append(report)
-        directory = checkpoint_dir
-        if directory is not None and number > 1:
-            directory = directory.with_name(f"{directory.name}-round{number}")
         outcome = train(
             model,
             mined,
             settings,
-            checkpoint_dir=directory,
-            identity={**(identity or {}), "round": number},
+            run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}-round{number}"),
+            best=best if total is None else _candidate(total.best),
+            recorded={**(recorded or {}), "round": number},
             truncation=truncation,
-            best=None if total is None else _candidate(total.best),
             **common,
         )
         total = outcome if total is None else _joined(total, outcome)
@@ -80,10 +81,10 @@ def train_in_rounds(
 def _candidate(best: BestSoFar) -> BestSoFar:
     """What the rounds before gave, as step 0 of the next one."""
     if best.evaluate is None or best.best is None:
-        return BestSoFar(best.evaluate)
+        return BestSoFar(best.evaluate, best.metric)
     start = {"step": 0, "metrics": dict(best.best.metrics)}
-    top = best.best.scores(PRIMARY_METRIC)
-    return BestSoFar(best.evaluate, [start], base=best.best, best=best.best, top=top, weights=best.weights)
+    top = best.best.scores(best.metric)
+    return BestSoFar(best.evaluate, best.metric, [start], base=best.best, best=best.best, top=top, weights=best.weights)
 
 
 def _joined(before: TrainingOutcome, after: TrainingOutcome) -> TrainingOutcome:

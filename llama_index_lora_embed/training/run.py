@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.sampler import BatchSamplers
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
-from llama_index_lora_embed.config import TrainingSettings
+from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.holding_out import Trainable
+from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.errors import ConfigError, warn_user
-from llama_index_lora_embed.training.batches import GroupBatchSampler, make_groups
+from llama_index_lora_embed.training import processes
+from llama_index_lora_embed.training.batches import make_groups
+from llama_index_lora_embed.training.best import BestSoFar, adapter_weights, restore_weights
+from llama_index_lora_embed.training.callbacks import Evaluator, RunLog
+from llama_index_lora_embed.training.checkpoints import LOG_NAME, open_run
 from llama_index_lora_embed.training.lengths import Truncation, choose_length
-from llama_index_lora_embed.training.lora import add_lora
-from llama_index_lora_embed.training.objectives import column_prompts, training_inputs
-from llama_index_lora_embed.training.trainer import (
-    BestSoFar,
-    Evaluate,
-    LoraTrainer,
-    latest_checkpoint,
-    restore_weights,
-)
+from llama_index_lora_embed.training.lora import add_lora, train_further
+from llama_index_lora_embed.training.memory import StepSize, largest_that_fits
+from llama_index_lora_embed.training.objectives import training_plan
+from llama_index_lora_embed.training.stopping import StopRequest
+from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
-_RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -58,80 +56,120 @@ class TrainingOutcome:
 
 def train(
     model: SentenceTransformer,
-    dataset: EmbeddingQAFinetuneDataset,
+    dataset: Trainable,
     settings: TrainingSettings,
+    run_dir: Path,
     *,
+    best: BestSoFar,
     lora_config: LoraConfig | None = None,
     loss: Any = None,
+    objective: ObjectiveSettings | None = None,
     use_all_docs: bool = False,
-    evaluate: Evaluate | None = None,
-    checkpoint_dir: Path | None = None,
     resume: bool = False,
-    identity: dict[str, Any] | None = None,
+    allow_changes: Collection[str] = (),
+    recorded: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     train_kwargs: dict[str, Any] | None = None,
     truncation: Truncation | None = None,
-    best: BestSoFar | None = None,
 ) -> TrainingOutcome:
     """Train a LoRA on a model and leave the best weights in it.
+
+    Ctrl-C and SIGTERM finish the step, save a checkpoint (whether or not the settings ask for checkpoints) and then
+    do what they always do.
 
     Args:
         model: Loaded base; gets an adapter named "default", unless it has one, which is trained on. Its
             `max_seq_length` is set.
         dataset: Checked training set.
         settings: Checked settings.
+        run_dir: Where the log and the checkpoints go.
+        best: Evaluates; with earlier evaluations in it where the model was trained before.
         lora_config: peft's own; None adapts all linear layers at the default rank.
-        loss: None for masked in-batch negatives, else a sentence-transformers loss, or a callable that makes one
-            from the model.
+        loss: None for the objective's, else a sentence-transformers loss, or a callable that makes one from the model.
+        objective: What is trained where `loss` is None; None for the default.
         use_all_docs: Train a question with all its relevant passages.
-        evaluate: Judges the model; None keeps the last weights.
-        checkpoint_dir: Where checkpoints go; None writes none.
         resume: Continue from the newest checkpoint, if there is one.
-        identity: What a checkpoint must have in common with this run to be resumed from.
+        allow_changes: What may differ from the checkpoint's `recorded`.
+        recorded: What a checkpoint must have in common with this run to be resumed from.
+        callbacks: More of transformers' callbacks.
         train_kwargs: More `SentenceTransformerTrainingArguments`.
         truncation: What `set_length` returned, where it was called before.
-        best: Evaluations to go on from, where the model was trained before; None starts with none.
 
     Raises:
         ConfigError: The length, the loss or the LoRA does not fit; or a checkpoint belongs to another run.
         DatasetError: Too few passages.
         NonFiniteLossError: The loss became NaN or infinite.
+        DeviceMemoryError: The device's memory does not hold a step.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
-    groups = make_groups(dataset, use_all_docs)
+    groups = make_groups(dataset, use_all_docs) if isinstance(dataset, EmbeddingQAFinetuneDataset) else []
     truncation = truncation or set_length(model, dataset, settings, use_all_docs)
-    best = best or BestSoFar(evaluate)
     set_seed(settings.seed)  # before the adapter's random initialisation
-    if not getattr(model.transformers_model, "peft_config", None):
+    if getattr(model.transformers_model, "peft_config", None):
+        train_further(model)
+    else:
         add_lora(model, lora_config, settings)
+    start = adapter_weights(model)
     precision = resolve_precision(settings.precision, model.device)
-    with ExitStack() as stack:
-        run_dir = checkpoint_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        checkpoint = _prepare_run(run_dir, identity or {}, resume) if checkpoint_dir is not None else None
-        trainer = LoraTrainer(
-            best_so_far=best,
-            evaluation_steps=settings.evaluation_steps,
-            autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
-            warmup_ratio=None if "warmup_steps" in (train_kwargs or {}) else settings.warmup_ratio,
-            model=model,
-            **training_inputs(model, dataset, groups, loss, settings),
-            args=_arguments(settings, run_dir, len(groups), None if loss is None else model, train_kwargs or {}),
+    checkpoint, changed = processes.on_main(lambda: open_run(run_dir, recorded or {}, resume, allow_changes))
+    others = bool(changed & {"val_dataset", "best_metric"})  # evaluations that cannot be compared with this run's
+    extra = train_kwargs or {}
+
+    def trainer_for(step: StepSize) -> LoraTrainer:
+        plan = training_plan(
+            model,
+            dataset,
+            groups,
+            loss,
+            settings,
+            step.of(objective),
+            gradient_checkpointing=bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing")),
         )
-        if isinstance(loss, torch.nn.Module):
-            # the user built it, and losses inside it, on a model of their own, before this one existed
-            trainer.override_model_in_loss(loss, model)
-        if checkpoint is None:
-            best(model, 0)
+        return LoraTrainer(
+            best_so_far=best,
+            autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
+            warmup_ratio=None if "warmup_steps" in extra else settings.warmup_ratio,
+            recorded=recorded or {},
+            evaluations_forgotten=others,
+            model=model,
+            **plan.inputs,
+            args=_arguments(settings, run_dir, step.rows, len(plan.inputs["train_dataset"]), plan.arguments, extra),
+        )
+
+    if settings.batch_size == "auto":
+        trainer = largest_that_fits(trainer_for, pieces=bool(groups) and loss is None and _in_batch(objective))
+    else:
+        trainer = trainer_for(StepSize(settings.batch_size))
+    if isinstance(loss, torch.nn.Module):
+        # the user built it, and losses inside it, on a model of their own, before this one existed
+        trainer.override_model_in_loss(loss, model)
+    stop = StopRequest()
+    for callback in (
+        Evaluator(trainer, settings.evaluation_steps, settings.early_stopping_patience, stop),
+        RunLog(run_dir / LOG_NAME),
+        *callbacks,
+    ):
+        trainer.add_callback(callback)
+    if checkpoint is None or others:
+        best(model, 0)
+    with stop:
         started, judged = time.perf_counter(), best.seconds
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         elapsed = time.perf_counter() - started - (best.seconds - judged)
-    if best.weights is not None:
-        restore_weights(model, best.weights)
+        if stop.signal is not None and trainer.save_now():
+            logger.warning(
+                "stopped at step %d; its checkpoint is in %s, and finetune() goes on from there with "
+                "resume_from_checkpoint=True", trainer.state.global_step, run_dir,
+            )  # fmt: skip
+    stop.act()
+    steps = int(trainer.state.global_step)
+    _fill_in(best, model, start)
     model.eval()
-    _fill_in(best, model)
-    return TrainingOutcome(best, truncation, int(trainer.state.global_step), elapsed, precision)
+    return TrainingOutcome(best, truncation, steps, elapsed, precision)
 
 
 def set_length(
-    model: SentenceTransformer, dataset: EmbeddingQAFinetuneDataset, settings: TrainingSettings, use_all_docs: bool
+    model: SentenceTransformer, dataset: Trainable, settings: TrainingSettings, use_all_docs: bool
 ) -> Truncation:
     """Set the model's `max_seq_length` for the texts that it will be trained on; warn if some are cut.
 
@@ -139,28 +177,38 @@ def set_length(
         ConfigError: A length was asked for that the model's positions do not allow.
         DatasetError: Too few passages.
     """
-    truncation = choose_length(
-        model,
-        dataset.queries.values(),
-        (group.passage for group in make_groups(dataset, use_all_docs)),
-        settings.length_coverage,
-        settings.max_seq_length,
-    )
+    if isinstance(dataset, LabelledPairs):
+        queries, passages = dataset.texts1, dataset.texts2
+        if dataset.symmetric:  # both stand under the passages' prompt
+            queries, passages = [], [*dataset.texts1, *dataset.texts2]
+    else:
+        queries = list(dataset.queries.values())
+        passages = [group.passage for group in make_groups(dataset, use_all_docs)]
+    truncation = choose_length(model, queries, passages, settings.length_coverage, settings.max_seq_length)
     if truncation.cut_before or truncation.cut_after:
         warn_user(str(truncation))
     return truncation
 
 
-def _fill_in(best: BestSoFar, model: SentenceTransformer) -> None:
-    """Evaluate again what was evaluated before a resume: checkpoints keep the means, not each query's result."""
+def _in_batch(objective: ObjectiveSettings | None) -> bool:
+    """Whether a step can be computed in pieces (GradCache)."""
+    return objective is None or objective.name in (None, "in_batch", "soft_labels")
+
+
+def _fill_in(best: BestSoFar, model: SentenceTransformer, start: dict[str, torch.Tensor]) -> None:
+    """Leave the best weights in the model.
+
+    What was evaluated before a resume is evaluated again: checkpoints keep the means, not each query's result.
+    """
     if best.evaluate is None:
         return
     if best.base is None:
-        model.disable_adapters()
-        best.base = best.evaluate(model)
-        model.enable_adapters()
+        restore_weights(model, start)
+        best.base = best.judge(model)
+    if best.weights is not None:
+        restore_weights(model, best.weights)
     if best.best is None:
-        best.best = best.evaluate(model)
+        best.best = best.base if best.best_step == 0 else best.judge(model)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
@@ -180,71 +228,58 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
+@dataclass
+class LoraTrainingArguments(SentenceTransformerTrainingArguments):
+    """The arguments, with one device: transformers would take all GPUs that it sees (DataParallel), or the first."""
+
+    lora_device: str | None = None
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        device: torch.device = super()._setup_devices
+        if processes.world_size() == 1 and device.type == "cuda":
+            self._n_gpu = 1
+            wanted = torch.device(self.lora_device or device)
+            if wanted.index is not None:
+                torch.cuda.set_device(wanted)
+                return wanted
+        return device
+
+
 def _arguments(
-    settings: TrainingSettings, run_dir: Path, groups: int, paired: SentenceTransformer | None, extra: dict[str, Any]
-) -> SentenceTransformerTrainingArguments:
+    settings: TrainingSettings,
+    run_dir: Path,
+    batch_size: int,
+    rows: int,
+    planned: dict[str, Any],
+    extra: dict[str, Any],
+) -> LoraTrainingArguments:
     values: dict[str, Any] = {
         "output_dir": str(run_dir),
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": batch_size,
         "num_train_epochs": settings.epochs,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "linear",
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
-        "batch_sampler": GroupBatchSampler if paired is None else BatchSamplers.NO_DUPLICATES,
-        "prompts": None if paired is None else column_prompts(paired),
+        **planned,
         "eval_strategy": "no",
         "save_strategy": "steps" if settings.save_checkpoints else "no",
         "save_steps": settings.checkpoint_save_steps,
         "save_total_limit": settings.checkpoint_save_total_limit or None,
-        "logging_steps": max(1, min(10, groups * settings.epochs // settings.batch_size // 10)),
-        "disable_tqdm": not settings.show_progress_bar,
+        "logging_steps": max(1, min(10, rows * settings.epochs // batch_size // 10)),
+        "disable_tqdm": not settings.show_progress_bar or not processes.is_main(),
         "report_to": "none",
         "remove_unused_columns": False,
         "dataloader_pin_memory": settings.device not in (None, "cpu"),
         "use_cpu": settings.device == "cpu",
     }
     try:
-        return SentenceTransformerTrainingArguments(**{**values, **extra})
+        return LoraTrainingArguments(lora_device=settings.device, **{**values, **extra})
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"training arguments that sentence-transformers refuses ({error})",
             "names and values of SentenceTransformerTrainingArguments",
             "Correct what was passed to finetune(...).",
         ) from error
-
-
-def _prepare_run(run_dir: Path, identity: dict[str, Any], resume: bool) -> str | None:
-    """The checkpoint to resume from, or None; an older run's checkpoints are put aside, not mixed in.
-
-    Raises:
-        ConfigError: The checkpoints belong to a run with other data or settings.
-    """
-    checkpoint = latest_checkpoint(run_dir) if resume else None
-    run_file = run_dir / _RUN_FILE
-    if checkpoint is not None:
-        recorded = json.loads(run_file.read_text(encoding="utf-8")) if run_file.exists() else {}
-        differences = [
-            f"{name}: {recorded.get(name)!r} then, {identity.get(name)!r} now"
-            for name in sorted(recorded.keys() | identity.keys())
-            if recorded.get(name) != identity.get(name)
-        ]
-        if differences:
-            raise ConfigError(
-                f"a checkpoint of another run in {str(run_dir)!r}",
-                "the same data and settings",
-                "Restore them, or start without resume_from_checkpoint. Differences:",
-                differences,
-            )
-        logger.info("resuming from %s", checkpoint)
-        return checkpoint
-    if resume:
-        logger.warning("no checkpoint in %s to resume from; starting at step 0", run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-        os.rename(run_dir, aside)
-        logger.warning("checkpoints of an earlier run were moved to %s", aside)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    run_file.write_text(json.dumps(identity, indent=2), encoding="utf-8")
-    return None

@@ -3,16 +3,19 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.errors import DatasetError
+from llama_index_lora_embed.data.exclusions import FalseNegatives
+from llama_index_lora_embed.errors import ConfigError, DatasetError
 from llama_index_lora_embed.training.batches import (
+    CURATED,
     IGNORED,
     NEGATIVE,
     GroupBatchSampler,
     GroupCollator,
+    RowBatchSampler,
+    RowTraits,
     make_groups,
 )
-from llama_index_lora_embed.training.loss import MaskedInfoNCELoss
-from tests.conftest import make_dataset
+from tests.conftest import WORDS, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +25,9 @@ def model(tiny_model):
     return model
 
 
-def collate(model, dataset, use_all_docs=False):
+def collate(model, dataset, use_all_docs=False, false_negatives=None, **kwargs):
     groups = make_groups(dataset, use_all_docs)
-    return GroupCollator(model, dataset, groups)([{"group": i} for i in range(len(groups))])
+    return GroupCollator(model, dataset, groups, false_negatives, **kwargs)([{"group": i} for i in range(len(groups))])
 
 
 def texts_of(model, batch, letter):
@@ -54,7 +57,7 @@ def test_labels_point_at_the_right_passages_after_sorting_by_length(model):
 def labels_by_text(model, dataset, **kwargs):
     batch = collate(model, dataset, **kwargs)
     questions, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
-    return {(q, p): int(batch["label"][i, j]) for i, q in enumerate(questions) for j, p in enumerate(passages)}
+    return {(q, p): batch["label"][i, j].item() for i, q in enumerate(questions) for j, p in enumerate(passages)}
 
 
 def test_other_relevant_passages_and_equal_texts_are_no_negatives(model):
@@ -99,18 +102,55 @@ def test_questions_of_one_wording_share_their_answers(model):
         assert negatives == ({"w12"} if question == "w1 w2" else {"w10", "w11"})
 
 
-def test_an_overlapping_chunk_that_holds_the_question_is_no_negative(model):
-    dataset = EmbeddingQAFinetuneDataset(
-        queries={"a": "w1 w2", "b": "w3"},
-        corpus={"p": "w1 w2 w10", "next": "w1 w2 w11", "elsewhere": "w1 w2 w12"},
-        relevant_docs={"a": ["p"], "b": ["next"], "c": ["elsewhere"]},
-        source_documents={"p": "d", "next": "d", "elsewhere": "e"},
-    )
-    dataset.queries["c"] = "w4"
-    labels = labels_by_text(model, dataset)
-    assert labels["w1 w2", "w1 w2 w11"] == IGNORED
-    assert labels["w1 w2", "w1 w2 w12"] == NEGATIVE
-    assert labels["w3", "w1 w2 w10"] == NEGATIVE
+# Ten chunks of one document, each of other words; the fourth and the eighth are then made alike in one way each.
+def one_document(**changes):
+    corpus = {f"p{n}": " ".join(WORDS[10 * n : 10 * n + 10]) for n in range(10)} | changes
+    return EmbeddingQAFinetuneDataset(
+        queries={"a": "w30 w39", "b": "w0"},
+        corpus=corpus,
+        relevant_docs={"a": ["p3"], "b": ["p0"]},
+        source_documents=dict.fromkeys(corpus, "d"),
+        hard_negatives={"b": [i for i in corpus if i not in ("p0", "p3")]},  # brings all of them into the batch
+    ).check()
+
+
+def of_question_a(model, dataset, window, near_duplicates=None):
+    """Label of each passage for question a."""
+    batch = collate(model, dataset, false_negatives=FalseNegatives(dataset, window, near_duplicates))
+    row = texts_of(model, batch, "q").index(dataset.queries["a"])
+    passages = list(zip(texts_of(model, batch, "p"), batch["label"][row].tolist(), strict=True))
+    # the tiny model cuts long texts
+    return {i: next(label for cut, label in passages if text.startswith(cut)) for i, text in dataset.corpus.items()}
+
+
+@pytest.mark.parametrize(
+    ("window", "ignored"), [(0, ""), (1, "24"), (2, "1245"), (None, "012456789")], ids=["0", "1", "2", "all"]
+)
+def test_siblings_within_the_window_are_no_negatives(model, window, ignored):
+    labels = of_question_a(model, one_document(), window)
+    assert labels == {"p3": 1.0} | {f"p{n}": IGNORED if str(n) in ignored else NEGATIVE for n in range(10) if n != 3}
+
+
+def test_a_chunk_that_overlaps_an_answer_is_no_negative_however_far_off(model):
+    answer = " ".join(WORDS[30:50])
+    dataset = one_document(p3=answer, p7=" ".join(WORDS[35:50]) + " w70 w71 w72")
+    assert of_question_a(model, dataset, 0)["p7"] == IGNORED
+    dataset.source_documents = {**dataset.source_documents, "p7": "elsewhere"}
+    assert of_question_a(model, dataset, 0)["p7"] == NEGATIVE
+
+
+def test_a_chunk_of_the_document_that_holds_the_question_is_no_negative(model):
+    dataset = one_document(p7="w70 w30 w39 w71 w72 w73")
+    assert of_question_a(model, dataset, 0)["p7"] == IGNORED
+    dataset.source_documents = {**dataset.source_documents, "p7": "elsewhere"}
+    assert of_question_a(model, dataset, 0)["p7"] == NEGATIVE
+
+
+def test_a_near_duplicate_of_the_answer_is_no_negative(model):
+    dataset = one_document(p7="w30 w31 w32 w33 w34 w35 w36 w37 w38 w170")
+    dataset.source_documents = None
+    assert of_question_a(model, dataset, 2, {"p3": "p3", "p7": "p3"})["p7"] == IGNORED
+    assert of_question_a(model, dataset, 2)["p7"] == NEGATIVE
 
 
 def test_hard_negatives_join_the_batch_as_n_tuples_without_repeating_the_positive(model):
@@ -122,19 +162,71 @@ def test_hard_negatives_join_the_batch_as_n_tuples_without_repeating_the_positiv
     )
     labels = labels_by_text(model, dataset)
     assert {p for _, p in labels} == {"w10", "w11", "w12", "w13"}
-    assert labels["w1", "w12"] == labels["w1", "w13"] == labels["w2", "w12"] == NEGATIVE
+    assert labels["w1", "w12"] == labels["w1", "w13"] == labels["w2", "w12"] == CURATED
+    assert labels["w2", "w13"] == NEGATIVE
 
 
 def test_a_curated_negative_is_never_masked(model):
     dataset = EmbeddingQAFinetuneDataset(
-        queries={"a": "w1", "b": "w2"},
-        corpus={"p": "w10", "r": "w11", "copy": "W10"},
-        relevant_docs={"a": ["p"], "b": ["r"]},
-        hard_negatives={"a": ["copy"]},
+        queries={"a": "w1", "b": "w2", "c": "w3"},
+        corpus={"p": "w10", "next": "w11", "r": "w12", "copy": "W10"},
+        relevant_docs={"a": ["p"], "b": ["r"], "c": ["r"]},
+        source_documents={"p": "d", "next": "d", "r": "e", "copy": "f"},
+        hard_negatives={"a": ["copy", "next"], "b": ["next"]},
     )
     batch = collate(model, dataset)
     row = texts_of(model, batch, "q").index("w1")
-    assert sorted(batch["label"][row].tolist()) == [NEGATIVE, NEGATIVE, 1]
+    assert sorted(batch["label"][row].tolist()) == [CURATED, CURATED, NEGATIVE, 1]
+    dataset.hard_negatives = {"b": ["next", "copy"]}
+    batch = collate(model, dataset)
+    row = texts_of(model, batch, "q").index("w1")
+    assert sorted(batch["label"][row].tolist()) == [IGNORED, IGNORED, NEGATIVE, 1]
+
+
+def test_soft_labels_make_all_passages_of_a_question_its_targets_by_their_grade(model):
+    dataset = EmbeddingQAFinetuneDataset(
+        queries={"a": "w1", "b": "w2", "c": "w3"},
+        corpus={"p": "w10", "r": "w11", "s": "w12", "twin": "w11 ."},
+        relevant_docs={"a": ["p", "r"], "b": ["r"], "c": ["s"]},
+        relevance_scores={"a": {"p": 0.5, "r": 0.25}},
+        hard_negatives={"c": ["twin"]},
+    ).check()
+    for all_docs in (False, True):
+        labels = labels_by_text(model, dataset, soft=True, use_all_docs=all_docs)
+        assert [labels["w1", p] for p in ("w10", "w11", "w12")] == [0.5, 0.25, NEGATIVE]
+        assert [labels["w2", p] for p in ("w10", "w11", "w12")] == [NEGATIVE, 1.0, NEGATIVE]
+        assert collate(model, dataset, soft=True, use_all_docs=all_docs)["label"].shape == (3, 4)
+    assert labels_by_text(model, dataset)["w1", "w11"] == IGNORED
+
+
+def test_another_cut_of_the_same_node_is_no_soft_target(model):
+    dataset = EmbeddingQAFinetuneDataset(
+        queries={"a": "w1", "b": "w2", "c": "w3"},
+        corpus={"p": "w10 w11 w12", "r": "w20"},
+        relevant_docs={"a": ["p"], "b": ["p"], "c": ["r"]},
+        training_passages={"a": "w11 w12", "b": "w10 w11"},
+    )
+    labels = labels_by_text(model, dataset, soft=True)
+    assert labels["w1", "w11 w12"] == labels["w2", "w10 w11"] == 1
+    assert labels["w1", "w10 w11"] == labels["w2", "w11 w12"] == IGNORED
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_texts_of_one_label_without_losing_any(model, world):
+    dataset = make_dataset(passages=9)
+    whole = collate(model, dataset, mini_batch_size=2)
+    shares = [collate(model, dataset, mini_batch_size=2, rank=rank, world=world) for rank in range(world)]
+    assert all(share["label"].equal(whole["label"]) for share in shares)
+    for letter in "qp":
+        texts = texts_of(model, whole, letter)
+        for rank, share in enumerate(shares):
+            assert texts_of(model, share, letter) == texts[rank::world]
+            assert all(v.shape[0] <= 2 for key, v in share.items() if key.endswith("input_ids"))
+
+
+def test_fewer_passages_than_processes_are_refused(model):
+    with pytest.raises(ConfigError, match="3 processes"):
+        collate(model, make_dataset(passages=2), world=3)
 
 
 def test_use_all_docs_trains_every_relevant_passage():
@@ -171,31 +263,96 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(1, 2) != order(2, 2)
 
 
-def features(model, batch):
-    names = [key.removesuffix("_input_ids") for key in batch if key.endswith("_input_ids")]
-    return [{key[len(n) + 1 :]: value for key, value in batch.items() if key.startswith(n + "_")} for n in names]
+def test_no_batch_has_fewer_groups_than_there_are_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    batches = list(GroupBatchSampler(range(17), batch_size=4, drop_last=False))
+    assert sorted(len(batch) for batch in batches) == [4, 4, 4, 5]
+    with pytest.raises(ConfigError, match="4 processes"):
+        GroupBatchSampler(range(3), batch_size=4, drop_last=False)
 
 
-def test_the_loss_is_sentence_transformers_own_where_nothing_is_masked(model):
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-
-    dataset = make_dataset(passages=6, questions=1)
-    batch = collate(model, dataset)
-    ours = MaskedInfoNCELoss(model, temperature=0.05)(features(model, batch), batch["label"])
-    pairs = [(dataset.queries[q], dataset.corpus[ids[0]]) for q, ids in dataset.relevant_docs.items()]
-    columns = [model.preprocess([pair[side] for pair in pairs]) for side in (0, 1)]
-    theirs = MultipleNegativesRankingLoss(model, scale=20)(columns, None)
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+def rows_of(dataset):
+    return [(q, [ids[0], *(dataset.hard_negatives or {}).get(q, ())]) for q, ids in dataset.relevant_docs.items()]
 
 
-def test_a_masked_passage_has_no_part_in_the_loss(model):
-    dataset = make_dataset(passages=3, questions=1)
-    batch = collate(model, dataset)
-    masked = batch["label"].clone()
-    masked[masked == NEGATIVE] = IGNORED
-    loss = MaskedInfoNCELoss(model, temperature=0.05)
-    assert loss(features(model, batch), masked).item() == pytest.approx(0.0, abs=1e-6)
-    assert loss(features(model, batch), batch["label"]).item() > 0.01
+def row_sampler(dataset, size, window=2, seed=3, near_duplicates=None, **kwargs):
+    rows = rows_of(dataset)
+    traits = RowTraits.of(rows, FalseNegatives(dataset, window, near_duplicates))
+    return RowBatchSampler(range(len(rows)), size, False, seed=seed, traits=traits, **kwargs)
+
+
+def clashes(dataset, batches, window, near_duplicates=None):
+    """Pairs of rows of one batch of which one's passage is a false negative of the other's question."""
+    rows, false_negatives = rows_of(dataset), FalseNegatives(dataset, window, near_duplicates)
+    return [
+        (rows[i], rows[j])
+        for batch in batches
+        for i in batch
+        for j in batch
+        if i != j and any(false_negatives.excludes(rows[i][0], p) for p in rows[j][1])
+    ]
+
+
+@pytest.mark.parametrize("window", [0, 2, None])
+def test_no_row_meets_a_false_negative_and_none_is_left_out(window):
+    dataset = make_dataset(passages=60, questions=3)
+    documents = dict.fromkeys(dataset.corpus, "one") if window == 2 else {i: f"d{i[:2]}" for i in dataset.corpus}
+    dataset.source_documents = documents
+    dataset.queries["q7-0"] = dataset.queries["q40-1"]  # one wording, two answers
+    dataset.hard_negatives = {f"q{n}-0": [f"p{(n + 20) % 60}"] for n in range(0, 60, 7)}
+    alike = {"p5": "p5", "p50": "p5"}
+    plain = RowBatchSampler(range(180), 16, False, seed=3)
+    assert clashes(dataset, plain, window, alike), "the data would not test anything"
+    sampler = row_sampler(dataset, 16, window, near_duplicates=alike)
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert sorted(i for batch in batches for i in batch) == list(range(180))
+        assert len(batches) == len(sampler)
+        assert all(0 < len(batch) <= 16 for batch in batches)
+        assert clashes(dataset, batches, window, alike) == []
+
+
+def test_rows_that_do_not_clash_fill_their_batches():
+    sampler = row_sampler(make_dataset(passages=100, questions=1, sources=False), 16)
+    assert [len(batch) for batch in sampler] == [16] * 6 + [4]
+
+
+def test_an_own_hard_negative_beside_the_answer_keeps_its_row():
+    dataset = make_dataset(passages=20, questions=1)
+    dataset.hard_negatives = {f"q{n}-0": [f"p{n ^ 1}"] for n in range(20)}  # the other passage of the document
+    batches = list(row_sampler(dataset, 5))
+    assert sorted(i for batch in batches for i in batch) == list(range(20))
+    assert clashes(dataset, batches, 2) == []
+
+
+def test_rows_of_one_passage_alone_end_in_batches_of_one():
+    dataset = make_dataset(passages=2, questions=30)
+    sampler = row_sampler(dataset, 8)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 60
+    assert sorted(i for batch in batches for i in batch) == list(range(60))
+
+
+def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
+    dataset = make_dataset(passages=40)
+
+    def order(seed, epoch):
+        sampler = row_sampler(dataset, 8, seed=seed)
+        sampler.set_epoch(epoch)
+        torch.rand(3)
+        return list(sampler)
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(1, 3)
+    assert order(1, 2) != order(2, 2)
+
+
+def test_processes_get_different_rows_and_equally_many_batches():
+    dataset = make_dataset(passages=45, questions=1, sources=False)
+    shares = [row_sampler(dataset, 8, rank=rank, world=4) for rank in range(4)]
+    assert [len(list(share)) for share in shares] == [len(share) for share in shares] == [2] * 4
+    assert {i for share in shares for batch in share for i in batch} == set(range(45))
 
 
 def test_prompts_are_in_the_batch(tiny_model):

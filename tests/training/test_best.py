@@ -3,8 +3,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from llama_index_lora_embed.training import trainer
-from llama_index_lora_embed.training.trainer import BestSoFar
+from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.training import best
+from llama_index_lora_embed.training.best import BestSoFar
 
 
 @dataclass
@@ -21,18 +22,18 @@ class Evaluation:
 
 @pytest.fixture(autouse=True)
 def _weights_say_their_step(monkeypatch):
-    monkeypatch.setattr(trainer, "adapter_weights", lambda step: {"step": torch.tensor(step)})
+    monkeypatch.setattr(best, "adapter_weights", lambda step: {"step": torch.tensor(step)})
 
 
 def kept(*evaluations):
     """The step that is kept of these evaluations, at steps 0, 1, ..."""
     waiting = iter(evaluations)
-    best = BestSoFar(lambda step: Evaluation(next(waiting)))
+    so_far = BestSoFar(lambda step: Evaluation(next(waiting)))
     for step in range(len(evaluations)):
-        best(step, step)
-    assert int(best.weights["step"]) == best.best_step
-    assert best.best.values == evaluations[best.best_step]
-    return best.best_step
+        so_far(step, step)
+    assert int(so_far.weights["step"]) == so_far.best_step
+    assert so_far.best.values == evaluations[so_far.best_step]
+    return so_far.best_step
 
 
 BASE = [0.5, 0.5, 0.5, 0.5]
@@ -72,3 +73,21 @@ def test_a_later_step_within_a_standard_error_is_still_not_kept_if_it_is_no_bett
 def test_one_query_has_no_standard_error():
     assert kept([0.5], [0.7], [0.6]) == 1
     assert kept([0.5], [0.7], [0.7]) == 2
+
+
+def test_a_measure_without_parts_by_query_keeps_the_highest():
+    class Whole(Evaluation):
+        def scores(self, measure):
+            return []
+
+    values = iter([0.5, 0.8, 0.79, 0.7])
+    so_far = BestSoFar(lambda step: Whole([next(values)]))
+    for step in range(4):
+        so_far(step, step)
+    assert so_far.best_step == 1
+    assert so_far.without_gain() == 2
+
+
+def test_a_measure_that_is_not_reported_is_refused_with_those_that_are():
+    with pytest.raises(ConfigError, match=r"best_metric='mrr'.*one of ndcg@10"):
+        BestSoFar(lambda step: Evaluation(BASE), "mrr")(0, 0)

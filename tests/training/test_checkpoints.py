@@ -2,21 +2,27 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer import losses
 from transformers import TrainerCallback
 
 from llama_index_lora_embed import LoraFinetuneEngine
+from llama_index_lora_embed.adapter import file_digest
 from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.training.trainer import LoraTrainer, latest_checkpoint
+from llama_index_lora_embed.training import checkpoints
+from llama_index_lora_embed.training.checkpoints import latest_checkpoint, read_record
+from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.conftest import make_dataset
+from tests.training.stops import signal_in
 
 
-def engine(model, path, **kwargs):
+def engine(model, path, data=None, **kwargs):
     settings = {
         "batch_size": 8,
         "epochs": 4,
@@ -27,7 +33,7 @@ def engine(model, path, **kwargs):
         "save_checkpoints": True,
         "checkpoint_save_steps": 5,
     }
-    return LoraFinetuneEngine(make_dataset(), model, str(path), **{**settings, **kwargs})
+    return LoraFinetuneEngine(data or make_dataset(), model, str(path), **{**settings, **kwargs})
 
 
 class PullThePlug(TrainerCallback):
@@ -71,7 +77,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_model, interrupted, t
 @pytest.mark.parametrize("resumes", [1, 2])
 def test_a_checkpoint_of_an_epochs_last_step_is_evaluated_after_the_resume(tiny_model, tmp_path, resumes):
     whole = engine(tiny_model, tmp_path / "run", evaluation_steps=0, checkpoint_save_steps=12).finetune()
-    checkpoint = tmp_path / "run.checkpoints" / "checkpoint-12"
+    checkpoint = tmp_path / "run.run" / "checkpoint-12"
     state = json.loads((checkpoint / "evaluations.json").read_text())
     assert [entry["step"] for entry in state["history"]] == [0, 3, 6, 9], "written before the epoch was evaluated"
     for _ in range(resumes):
@@ -106,13 +112,13 @@ def test_a_resume_with_another_loss_is_refused(tiny_model, interrupted):
 
 def test_an_interrupted_run_leaves_checkpoints_and_no_adapter(interrupted):
     assert not interrupted.exists()
-    assert [path.name for path in interrupted.with_name("run.checkpoints").glob("*[!n]")] == ["checkpoint-5"]
+    assert sorted(os.listdir(interrupted.with_name("run.run"))) == ["checkpoint-5", "log.jsonl"]
 
 
 def test_checkpoints_hold_nothing_that_would_need_unpickling_of_code(interrupted):
     import torch
 
-    checkpoint = interrupted.with_name("run.checkpoints") / "checkpoint-5"
+    checkpoint = interrupted.with_name("run.run") / "checkpoint-5"
     assert not (checkpoint / "training_args.bin").exists()
     for name in ("optimizer.pt", "scheduler.pt"):
         torch.load(checkpoint / name, weights_only=True)  # raises if anything but plain data is inside
@@ -129,10 +135,10 @@ def test_a_fresh_run_puts_old_checkpoints_aside(tiny_model, interrupted):
     with pytest.warns(UserWarning, match="gained nothing"):
         engine(tiny_model, interrupted, epochs=1, checkpoint_save_steps=2, learning_rate=1e-9).finetune()
     folders = sorted(os.listdir(interrupted.parent))
-    aside = [name for name in folders if name.startswith("run.checkpoints.")]
+    aside = [name for name in folders if name.startswith("run.run.")]
     assert len(aside) == 1
     assert (interrupted.parent / aside[0] / "checkpoint-5").exists()
-    assert not (interrupted.with_name("run.checkpoints") / "checkpoint-5").exists()
+    assert not (interrupted.with_name("run.run") / "checkpoint-5").exists()
 
 
 def test_resume_without_a_checkpoint_starts_afresh(tiny_model, tmp_path):
@@ -141,20 +147,31 @@ def test_resume_without_a_checkpoint_starts_afresh(tiny_model, tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tiny_model, tmp_path):
     engine(tiny_model, tmp_path / "run", checkpoint_save_steps=2, checkpoint_save_total_limit=2).finetune()
-    kept = sorted(path.name for path in (tmp_path / "run.checkpoints").glob("checkpoint-*"))
+    kept = sorted(path.name for path in (tmp_path / "run.run").glob("checkpoint-*"))
     assert kept == ["checkpoint-10", "checkpoint-12"]
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "optimizer.pt", "evaluations.json", "trainer_state.json"]
+    "name",
+    ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "evaluations.json", "checkpoint.json"],
 )
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(interrupted, name, caplog):
-    run = interrupted.with_name("run.checkpoints")
+@pytest.mark.parametrize("damage", ["cut", "missing", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(interrupted, name, damage):
+    run = interrupted.with_name("run.run")
     shutil.copytree(run / "checkpoint-5", run / "checkpoint-6")
     path = run / "checkpoint-6" / name
-    path.write_bytes(path.read_bytes()[:50])
-    assert latest_checkpoint(run) == str(run / "checkpoint-5")
-    assert "checkpoint-6 is damaged" in caplog.text
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-50])
+    else:
+        content[len(content) // 2] ^= 0x10
+        path.write_bytes(content)
+    if (name, damage) == ("checkpoint.json", "flipped"):
+        return  # one letter of the account of the files may still name them rightly
+    with pytest.warns(UserWarning, match="checkpoint-6' is damaged and passed over"):
+        assert latest_checkpoint(run) == run / "checkpoint-5"
 
 
 class Evil:
@@ -164,24 +181,158 @@ class Evil:
 
 def test_a_checkpoint_that_would_run_code_is_not_loaded(interrupted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = interrupted.with_name("run.checkpoints")
-    with open(run / "checkpoint-5" / "optimizer.pt", "wb") as file:
+    run = interrupted.with_name("run.run")
+    path = run / "checkpoint-5" / "optimizer.pt"
+    with open(path, "wb") as file:
         pickle.dump(Evil(), file)
-    assert latest_checkpoint(run) is None
+    record = json.loads((run / "checkpoint-5" / "checkpoint.json").read_text())
+    record["files"]["optimizer.pt"] = file_digest(path)  # whoever puts it there can do that, too
+    (run / "checkpoint-5" / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="UnpicklingError"):
+        assert latest_checkpoint(run) is None
     assert not (tmp_path / "pwned").exists()
 
 
 def test_a_checkpoint_that_is_not_whole_is_no_checkpoint(interrupted):
-    run = interrupted.with_name("run.checkpoints")
-    assert latest_checkpoint(run) == str(run / "checkpoint-5")
+    run = interrupted.with_name("run.run")
+    assert latest_checkpoint(run) == run / "checkpoint-5"
     (run / "checkpoint-5" / "adapter_model.safetensors").unlink()
-    assert latest_checkpoint(run) is None
+    with pytest.warns(UserWarning, match="adapter_model.safetensors is missing"):
+        assert latest_checkpoint(run) is None
     shutil.rmtree(run)
     assert latest_checkpoint(run) is None
 
 
 def test_the_best_weights_survive_a_resume(interrupted):
-    checkpoint = interrupted.with_name("run.checkpoints") / "checkpoint-5"
+    checkpoint = interrupted.with_name("run.run") / "checkpoint-5"
     state = json.loads((checkpoint / "evaluations.json").read_text())
     assert [entry["step"] for entry in state["history"]] == [0, 3]
     assert load_file(checkpoint / "best_adapter.safetensors").keys()
+
+
+def test_every_checkpoint_says_what_it_belongs_to(interrupted):
+    record = read_record(interrupted.with_name("run.run") / "checkpoint-5")
+    assert record["step"] == 5
+    assert record["settings"]["seed"] == 42
+    assert record["settings"]["dataset"] == make_dataset().digest()
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "evaluations.json",
+            "best_adapter.safetensors", "trainer_state.json"} <= record["files"].keys()  # fmt: skip
+
+
+def test_an_old_checkpoint_stays_until_the_new_one_is_verified(tiny_model, tmp_path, monkeypatch):
+    def fails(staging, target):
+        replace_directory(staging, target)
+        (target / "optimizer.pt").write_bytes(b"not what was written")
+
+    replace_directory = checkpoints.replace_directory
+    monkeypatch.setattr(checkpoints, "replace_directory", fails)
+    with pytest.warns(UserWarning, match=r"step 12 .*does not read back: optimizer.pt is changed or cut short"):
+        engine(tiny_model, tmp_path / "run", checkpoint_save_steps=4, checkpoint_save_total_limit=1).finetune()
+    monkeypatch.undo()
+    kept = [p.name for p in checkpoints.checkpoints(tmp_path / "run.run")]
+    assert kept == ["checkpoint-4", "checkpoint-8", "checkpoint-12"], "none of them made room for a broken one"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("learning_rate", 1e-3), ("epochs", 6), ("weight_decay", 0.1), ("dataset", None)]
+)
+def test_what_may_change_is_allowed_field_by_field_and_takes_effect(tiny_model, interrupted, name, value, monkeypatch):
+    rates = []
+    step = LoraTrainer.training_step
+
+    def watched(self, *args, **kwargs):
+        rates.append((self.state.global_step, self.optimizer.param_groups[0]["lr"]))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraTrainer, "training_step", watched)
+    changed = {"train_kwargs": value} if name == "weight_decay" else {name: value}
+    more = {"weight_decay": 0.1} if name == "weight_decay" else {}
+    if name == "weight_decay":
+        name, changed = "train_kwargs", {}
+    data = make_dataset(passages=30) if name == "dataset" else make_dataset()
+    changed.pop("dataset", None)
+
+    def again(**kwargs):
+        return engine(tiny_model, interrupted, data=data, resume_from_checkpoint=True, **changed, **kwargs)
+
+    with pytest.raises(ConfigError, match=f"allow_changes=.'{name}'") as caught:
+        again().finetune(**more)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(name)
+    result = again(allow_changes=[name]).finetune(**more)
+    assert rates[0][0] == 5, "it goes on where the checkpoint was"
+    assert result.steps == {"epochs": 18, "dataset": 16}.get(name, 12)
+    if name == "learning_rate":
+        assert rates[0][1] == pytest.approx(1e-3 * (12 - 5) / 11), "the new rate, at the old place of the schedule"
+
+
+def test_another_validation_set_is_judged_by_from_the_base_on(tiny_model, interrupted):
+    other = make_dataset(passages=12, seed=9, prefix="o")
+    again = engine(
+        tiny_model, interrupted, val_dataset=other, resume_from_checkpoint=True, allow_changes=["val_dataset"]
+    ).finetune()
+    assert [entry["step"] for entry in again.history] == [0, 6, 9, 12]
+    assert again.comparison.queries == len(other.queries)
+
+
+def test_an_unknown_name_in_allow_changes_is_refused(tiny_model, interrupted):
+    with pytest.raises(ConfigError, match=r"'lerning_rate'.*learning_rate"):
+        engine(tiny_model, interrupted, resume_from_checkpoint=True, allow_changes=["lerning_rate"]).finetune()
+    with pytest.raises(ConfigError, match="allow_changes='epochs'"):
+        engine(tiny_model, interrupted, allow_changes="epochs")
+
+
+def test_a_loss_with_weights_of_its_own_resumes_with_them(tiny_model, tmp_path, monkeypatch):
+    class Scaled(losses.MultipleNegativesRankingLoss):
+        def __init__(self, model):
+            super().__init__(model)
+            self.log_scale = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, *args):
+            return super().forward(*args) * self.log_scale.exp()
+
+    calm = engine(tiny_model, tmp_path / "calm", loss=Scaled).finetune()
+    signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 7)
+    with pytest.raises(KeyboardInterrupt):
+        engine(tiny_model, tmp_path / "run", loss=Scaled).finetune()
+    monkeypatch.undo()
+    stored = load_file(tmp_path / "run.run" / "checkpoint-7" / "loss.safetensors")
+    assert float(stored["log_scale"]) != 0
+    resumed = engine(tiny_model, tmp_path / "run", loss=Scaled, resume_from_checkpoint=True).finetune()
+    assert resumed.fingerprint == calm.fingerprint
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny_model, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    write = LoraTrainer._save_checkpoint
+
+    def on_a_full_disk(self, *args):
+        full = self.state.global_step == 8
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the optimiser's file is larger
+        try:
+            write(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+        if full:
+            assert [p.name for p in checkpoints.checkpoints(tmp_path / "run.run")] == ["checkpoint-4"]
+            assert checkpoints.find_damage(tmp_path / "run.run" / "checkpoint-4") is None
+
+    monkeypatch.setattr(LoraTrainer, "_save_checkpoint", on_a_full_disk)
+    with pytest.warns(UserWarning, match=r"step 8 could not be written.*Training goes on.*free some space"):
+        full = engine(tiny_model, tmp_path / "run", checkpoint_save_steps=4, checkpoint_save_total_limit=1).finetune()
+    monkeypatch.undo()
+    assert not [p for p in (tmp_path / "run.run").iterdir() if "staging" in p.name], "nothing half-written stays"
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run.run")] == ["checkpoint-12"]
+    assert full.fingerprint == engine(tiny_model, tmp_path / "calm").finetune().fingerprint
+
+
+def test_the_log_of_a_resumed_run_has_every_step_once(tiny_model, interrupted):
+    engine(tiny_model, interrupted, resume_from_checkpoint=True).finetune()
+    lines = [json.loads(line) for line in (interrupted.with_name("run.run") / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "eval_ndcg@10" in line] == [3, 6, 9, 12]
+    assert all(line["learning_rate"] >= 0 for line in lines if "loss" in line)

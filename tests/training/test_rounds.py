@@ -6,7 +6,7 @@ from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, Lo
 from llama_index_lora_embed.adapter import Manifest
 from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.training.batches import make_groups
-from llama_index_lora_embed.training.run import _negative_columns
+from llama_index_lora_embed.training.objectives import _negative_columns
 from tests.conftest import make_dataset
 
 QUIET = {"show_progress_bar": False, "device": "cpu", "batch_size": 8, "learning_rate": 5e-3}

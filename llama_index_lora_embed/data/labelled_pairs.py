@@ -1,0 +1,359 @@
+"""Labelled pairs: two texts, and how much they mean the same or whether the second answers the first.
+
+Labels are 0 or 1, or graded between them. Unlike in query logs (`pair_sources`), a row that cannot be used is an error
+and not left out: a measure over fewer pairs than the file has would pass for one over all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
+from llama_index_lora_embed.data.files import write_json
+from llama_index_lora_embed.data.labelled_sources import (
+    Columns,
+    Scale,
+    choose_columns,
+    faults,
+    number,
+    numbered,
+    read_rows,
+    scale_hint,
+)
+from llama_index_lora_embed.data.pair_files import Entry, PairsReport, path_entries
+from llama_index_lora_embed.data.split import draw_groups, groups_sharing
+from llama_index_lora_embed.errors import ConfigError, DatasetError, SplitError, warn_user
+
+_PARTS = 5  # of graded labels in a split
+_CONTRADICTION = 0.5  # half of the scale; people who grade differ by less than that
+
+
+@dataclass(frozen=True)
+class LabelledPairs:
+    """Pairs of texts with labels.
+
+    Attributes:
+        texts1: First text of each pair.
+        texts2: Second text of each pair.
+        scores: Label of each pair, from 0 to 1. Numbers in other clothes (True, "1", "yes", NumPy's) become floats;
+            what is no number stays as it is, and `check` names it.
+        source: Where they were read from; None if not known. `digest` and == ignore it.
+        symmetric: True embeds both texts as passages (`get_text_embedding`), False the first as a query.
+
+    Raises:
+        DatasetError: A field is no list, or `symmetric` is neither True nor False.
+    """
+
+    texts1: list[str] = field(repr=False)
+    texts2: list[str] = field(repr=False)
+    scores: list[float] = field(repr=False)
+    source: str | None = field(default=None, compare=False)
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("texts1", "texts2", "scores"):
+            values = getattr(self, name)
+            if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+                raise DatasetError(f"{name}={values!r:.80}", "a list", "Pass one value for each pair.")
+            object.__setattr__(self, name, [number(value) if name == "scores" else value for value in values])
+        if self.symmetric not in (True, False):
+            mend = "False if the first texts are queries."
+            raise DatasetError(f"symmetric={self.symmetric!r:.80}", "True or False", mend)
+        object.__setattr__(self, "symmetric", bool(self.symmetric))
+
+    def __len__(self) -> int:
+        return len(self.texts1)
+
+    def __str__(self) -> str:
+        kinds = f"{self.positives} labelled 1, {len(self) - self.positives} labelled 0" if self.binary else "graded"
+        roles = "both texts passages" if self.symmetric else "a query and a passage"
+        return f"{len(self)} pairs ({kinds}; {roles})" + (f" from {self.source}" if self.source else "")
+
+    @property
+    def binary(self) -> bool:
+        """Whether every label is exactly 0 or 1."""
+        return all(score in (0, 1) for score in self.scores)
+
+    @property
+    def positives(self) -> int:
+        """Number of pairs labelled exactly 1."""
+        return sum(score == 1 for score in self.scores)
+
+    @classmethod
+    def coerce(cls, value: Any, name: str = "pairs") -> LabelledPairs:
+        """This class from itself, its fields, a path, a `datasets.Dataset`, a DataFrame or rows.
+
+        Args:
+            value: The pairs.
+            name: What to call them in messages.
+
+        Raises:
+            ConfigError: A column is missing, or the file has another ending.
+            DatasetError: It is none of these, or has a row that is no labelled pair.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, (str, os.PathLike)):
+            saved = _saved(value)
+            return cls.from_file(value) if saved is None else cls(**saved)
+        if isinstance(value, Mapping) and (saved := _own_fields(value)) is not None:
+            return cls(**saved)
+        if hasattr(value, "column_names") and not isinstance(value, Mapping):
+            return cls.from_hf(value)
+        if isinstance(value, (bytes, Mapping, EmbeddingQAFinetuneDataset)) or not isinstance(value, Iterable):
+            keys = f" with the keys {', '.join(map(repr, value))}" if isinstance(value, Mapping) else ""
+            raise DatasetError(
+                f"{name} of type {type(value).__name__}{keys}",
+                "LabelledPairs, a list of (text, text, label), a datasets.Dataset or the path of a file",
+                "Of a dict of datasets by split, pass one: dataset['train'].",
+            )
+        return replace(cls.from_rows(value, source=name), source=None)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Any,
+        *,
+        columns: Columns = None,
+        scale: Scale = None,
+        symmetric: bool | None = None,
+        source: str | None = None,
+    ) -> LabelledPairs:
+        """Take pairs from (text, text, label) tuples, from mappings, or from a pandas DataFrame.
+
+        Args:
+            rows: Iterable of tuples or mappings; sentence-transformers' InputExamples are taken too.
+            columns: Where mappings have unusual keys: {"text1": ..., "text2": ..., "score": ...}, as far as needed.
+            scale: (lowest, highest) label that there can be, such as (0, 5) for STS; None is (0, 1).
+            symmetric: See the class. None means False where the columns are named as a query and a passage
+                (question and answer, ...), True otherwise.
+            source: Where they come from, for messages.
+
+        Raises:
+            ConfigError: A column is missing, or `scale` is none.
+            DatasetError: There is no row, or one that is no labelled pair; every one is named.
+        """
+        if hasattr(rows, "itertuples"):  # a DataFrame would be iterated by column
+            rows = rows.to_dict("records")
+        if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+            raise DatasetError(f"rows={rows!r:.80}", "a list of (text, text, label)", "Pass the pairs in a list.")
+        return cls._read(numbered(rows), columns, scale, symmetric, source)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        columns: Columns = None,
+        scale: Scale = None,
+        symmetric: bool | None = None,
+    ) -> LabelledPairs:
+        """Read pairs from a .csv, .tsv, .jsonl or .json file (UTF-8; also with .gz after it).
+
+        The first line of a table names its columns. The arguments, and what is raised, are those of `from_rows`.
+
+        Raises:
+            ConfigError: Also if the file has another ending.
+            DatasetError: Also if the file is missing or has a line that cannot be read; all are named by line.
+        """
+        if not os.path.isfile(path) or _saved(path) is not None:
+            got = f"{os.fspath(path)!r}, which is {'what save_json wrote' if os.path.isfile(path) else 'no file'}"
+            mend = "Check the path; what save_json wrote is read with LabelledPairs.from_json(path)."
+            raise DatasetError(got, "a table, or JSON with one pair in each line", mend)
+        report = PairsReport()
+        entries = list(path_entries(Path(path), "", report))
+        if report.skipped:
+            got = f"{os.fspath(path)!r} with places that cannot be read"
+            raise DatasetError(got, "a file that is whole", "Correct these:", report.places)
+        return cls._read(entries, columns, scale, symmetric, Path(path).name)
+
+    @classmethod
+    def from_hf(
+        cls, dataset: Any, *, columns: Columns = None, scale: Scale = None, symmetric: bool | None = None
+    ) -> LabelledPairs:
+        """Take pairs from one split of a Hugging Face dataset; the arguments are those of `from_rows`.
+
+        Raises:
+            ConfigError: See `from_rows`.
+            DatasetError: Also if it is a dict of splits, or if its labels stand for entailment and the like: their
+                numbers are no degrees of likeness (RTE and QNLI give 0 to the pairs that belong together).
+        """
+        if isinstance(dataset, Mapping) or not hasattr(dataset, "column_names"):
+            keys = f" with the splits {', '.join(map(repr, dataset))}" if isinstance(dataset, Mapping) else ""
+            mend = "Pass one split, as in dataset['train']."
+            raise DatasetError(f"a {type(dataset).__name__}{keys}", "a datasets.Dataset", mend)
+        label = choose_columns(list(dataset.column_names or ()), columns)[2] if dataset.column_names else ""
+        classes = getattr((getattr(dataset, "features", None) or {}).get(label), "names", None) or []
+        if entailed := [number for number, name in enumerate(classes) if name.lower().startswith("entail")]:
+            mend = (
+                f'dataset.map(lambda row: {{"score": float(row[{label!r}] == {entailed[0]})}}) adds a column of them.'
+            )
+            raise DatasetError(f"labels that stand for {', '.join(classes)}", "labels that grow with likeness", mend)
+        return cls._read(numbered(dataset), columns, scale, symmetric, None)
+
+    @classmethod
+    def _read(
+        cls, entries: Iterable[Entry], columns: Columns, scale: Scale, symmetric: bool | None, source: str | None
+    ) -> LabelledPairs:
+        texts1, texts2, scores, roles = read_rows(entries, columns, scale, source)
+        return cls(texts1, texts2, scores, source, not roles if symmetric is None else symmetric)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> LabelledPairs:
+        """Read what `save_json` wrote.
+
+        Raises:
+            DatasetError: The file is missing, is not JSON, or holds something else.
+        """
+        if (saved := _saved(path)) is None:
+            raise DatasetError(
+                f"{os.fspath(path)!r}, which is not there or holds something else",
+                "the JSON of labelled pairs",
+                "Write one with pairs.save_json(path); LabelledPairs.from_file(path) reads tables and lines.",
+            )
+        return cls(**saved)
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the pairs; a reader sees the old file or the new one, never half of it.
+
+        Raises:
+            DatasetError: A text or a label is none, and JSON could not give it back.
+        """
+        if problems := faults(self.texts1, self.texts2, self.scores, (0.0, 1.0), "pair {}".format):
+            raise DatasetError(f"pairs with {len(problems)} problem(s)", "texts and labels", "Correct these:", problems)
+        write_json(path, vars(self))
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over texts, labels, their order and `symmetric`; `source` is left out."""
+        text = json.dumps([self.texts1, self.texts2, self.scores, self.symmetric], ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def problems(self) -> list[str]:
+        """One line for each thing that would crash or spoil training or evaluation; pairs are counted from 0."""
+        lengths = {name: len(getattr(self, name)) for name in ("texts1", "texts2", "scores")}
+        found = faults(self.texts1, self.texts2, self.scores, (0.0, 1.0), "pair {}".format)
+        if len(set(lengths.values())) > 1:
+            found.insert(0, f"lengths differ: {', '.join(f'{count} {name}' for name, count in lengths.items())}")
+        if found:
+            return found
+        if len(set(self.scores)) == 1:
+            found.append(f"every label is {self.scores[0]:g}, so that there is nothing to tell apart")
+        # of exact texts, spaces aside: "polish" and "Polish" may well differ
+        alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        for index, pair in enumerate(zip(self.texts1, self.texts2, strict=True)):
+            key = [" ".join(text.split()) for text in pair]
+            alike[tuple(sorted(key) if self.symmetric else key)].append(index)
+        for places in alike.values():
+            labels = [self.scores[i] for i in places]
+            if max(labels) - min(labels) > _CONTRADICTION:
+                shown = ", ".join(f"{i} ({self.scores[i]:g})" for i in places)
+                text = self.texts1[places[0]]
+                found.append(f"pairs {shown} are the same, but their labels contradict each other: {text!r:.80}")
+        return found
+
+    def check(self, name: str = "pairs") -> LabelledPairs:
+        """These pairs, if nothing is wrong with them.
+
+        Args:
+            name: What to call them in the message.
+
+        Raises:
+            DatasetError: There are none; a text is empty or none; a label is none or outside 0 to 1; all labels are
+                one; or a pair occurs with labels more than half of the scale apart. All of it is in `.problems`.
+        """
+        if not (self.texts1 or self.texts2 or self.scores):
+            raise DatasetError(f"{name} without a single pair", "pairs with different labels", "Check their source.")
+        if problems := self.problems():
+            raise DatasetError(
+                f"{name} with {len(problems)} problem(s)",
+                "pairs of two texts with labels from 0 to 1, not all of them the same",
+                f"{scale_hint(self.scores, (0.0, 1.0))}Correct or remove these:",
+                problems,
+            )
+        return self
+
+    def overlap(self, other: LabelledPairs) -> list[int]:
+        """Indices of the pairs that `other` has too, in either order and without regard to case and spaces."""
+        known = {frozenset(map(normalise, pair)) for pair in zip(other.texts1, other.texts2, strict=True)}
+        pairs = zip(self.texts1, self.texts2, strict=True)
+        return [index for index, pair in enumerate(pairs) if frozenset(map(normalise, pair)) in known]
+
+    def subset(self, indices: Iterable[int]) -> LabelledPairs:
+        """The pairs at these indices, in this order."""
+        kept = list(indices)
+        texts1, texts2 = [self.texts1[i] for i in kept], [self.texts2[i] for i in kept]
+        return LabelledPairs(texts1, texts2, [self.scores[i] for i in kept], self.source, self.symmetric)
+
+    def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[LabelledPairs, LabelledPairs]:
+        """Split into training and validation so that no text (case and spaces aside) is on both sides.
+
+        Pairs that share a text, directly or through others, stay together. Groups are drawn in a random order, and
+        one is held out if that brings the number of held-out pairs of each label (of each fifth of them, if they
+        are graded) nearer to its share, so that labels keep their proportions as far as the groups let them. Warns
+        (UserWarning) where the share comes out at less than half or more than twice of what was asked.
+
+        Args:
+            fraction: Share of the pairs to hold out, above 0 and below 1.
+            seed: Order in which groups are drawn.
+
+        Returns:
+            (training, validation), each in the order that the pairs had.
+
+        Raises:
+            ConfigError: `fraction` is not between 0 and 1.
+            DatasetError: See `check`.
+            SplitError: All pairs hang together, or a side would have one label only.
+        """
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+            mend = "0.1 holds out a tenth of the pairs."
+            raise ConfigError(f"fraction={fraction!r}", "a number above 0 and below 1", mend)
+        self.check("pairs to split")
+        groups = groups_sharing(self.texts1, self.texts2)
+        random.Random(seed).shuffle(groups)
+        strata = [int(score) for score in self.scores]
+        if not self.binary:
+            parts = min(_PARTS, max(2, int(fraction * len(self) / 2)))  # so that two of each can be held out
+            for rank, index in enumerate(sorted(range(len(self)), key=self.scores.__getitem__)):
+                strata[index] = rank * parts // len(self)
+        held = draw_groups(groups, strata, fraction) if len(groups) > 1 else set()
+        train, val = (self.subset(i for i in range(len(self)) if (i in held) is side) for side in (False, True))
+        if min(len(set(train.scores)), len(set(val.scores))) < 2:
+            pairs = zip(self.texts1, self.texts2, strict=True)
+            text, count = Counter(text for pair in pairs for text in {*map(normalise, pair)}).most_common(1)[0]
+            raise SplitError(
+                f"{len(self)} pairs in {len(groups)} group(s) that share no text, too few to have every label twice",
+                "groups of pairs without a common text, with different labels to train and to validate on",
+                "Add pairs of other texts, pass validation pairs of your own, or leave out pairs that tie others "
+                f"together: {text!r:.60} stands in {count} of them.",
+            )
+        if not 0.5 <= len(val) / max(2, fraction * len(self)) <= 2:
+            warn_user(
+                f"{len(val)} of {len(self)} pairs are held out for a fraction of {fraction:g}, because pairs that "
+                f"share a text stay together, up to {max(map(len, groups))}. You may pass validation pairs of your own."
+            )
+        return train, val
+
+
+def _saved(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `save_json` wrote there; None if it is something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            if file.read(1) == "{":  # a table is not read twice
+                return _own_fields(json.loads("{" + file.read()))
+    except (OSError, ValueError, RecursionError):
+        pass
+    return None
+
+
+def _own_fields(value: Any) -> dict[str, Any] | None:
+    if not isinstance(value, Mapping) or not {"texts1", "texts2", "scores"} <= value.keys():
+        return None
+    return {item.name: value[item.name] for item in fields(LabelledPairs) if item.name in value}

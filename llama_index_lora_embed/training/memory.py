@@ -1,0 +1,98 @@
+"""How large a step the device's memory holds: `batch_size="auto"`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.errors import DeviceMemoryError
+
+if TYPE_CHECKING:
+    from llama_index_lora_embed.training.trainer import LoraTrainer
+
+logger = logging.getLogger(__name__)
+_FULL = TrainingSettings().batch_size
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How many rows a step has, and how it is computed.
+
+    Attributes:
+        rows: Passages with their questions, or rows of texts.
+        pieces: Texts encoded at once (GradCache); None leaves it to the objective.
+    """
+
+    rows: int
+    pieces: int | None = None
+
+    def of(self, objective: ObjectiveSettings | None) -> ObjectiveSettings | None:
+        """The objective, computed in such pieces."""
+        if self.pieces is None:
+            return objective
+        return replace(objective or ObjectiveSettings(), mini_batch_size=self.pieces)
+
+
+def largest_that_fits(trainer_for: Callable[[StepSize], LoraTrainer], pieces: bool) -> LoraTrainer:
+    """A trainer whose largest step the device's memory holds.
+
+    It tries a forward and a backward pass over the longest texts. A batch that does not fit is computed in pieces
+    where the objective can be, because fewer passages in a batch are fewer negatives, and halved elsewhere. The
+    processor's memory is not tried: it ends in the operating system's killing somebody, not in an error.
+
+    Args:
+        trainer_for: Makes a trainer for a size.
+        pieces: Whether the objective can be computed in pieces.
+
+    Raises:
+        DeviceMemoryError: Not even the smallest step fits.
+    """
+    assert isinstance(_FULL, int)
+    sizes = [StepSize(_FULL), *_smaller(_FULL, pieces)]
+    for size in sizes:
+        trainer = trainer_for(size)
+        if not _can_run_out(trainer.args.device) or _fits(trainer):
+            logger.info("batch_size='auto' takes %s", size)
+            return trainer
+    raise DeviceMemoryError(
+        f"too little memory on {trainer.args.device} for a step of {sizes[-1]}",
+        "a step that fits",
+        "Shorten the texts with max_seq_length, take a smaller base, or free memory that other programs hold.",
+    )
+
+
+def _smaller(full: int, pieces: bool) -> Iterator[StepSize]:
+    size = full // 2
+    while size >= (1 if pieces else 2):
+        yield StepSize(full, size) if pieces else StepSize(size)
+        size //= 2
+
+
+def _can_run_out(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _fits(trainer: LoraTrainer) -> bool:
+    """Whether a step over the longest texts can be computed; weights and random state stay as they are."""
+    rows: Any = trainer.train_dataset
+    lengths = trainer.text_lengths()
+    longest = sorted(range(len(rows)), key=lambda i: -lengths[i])[: trainer.args.per_device_train_batch_size]
+    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in longest]))
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+        if trainer.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True

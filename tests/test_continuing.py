@@ -1,0 +1,101 @@
+"""Training an adapter further."""
+
+import json
+import shutil
+
+import pytest
+from peft import LoraConfig
+
+from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
+from llama_index_lora_embed.errors import AdapterError, BaseModelMismatchError, ConfigError, ModelNotFoundError
+from tests.conftest import make_dataset
+from tests.training.test_checkpoints import weights
+
+NEW = make_dataset(passages=20, seed=5, prefix="n")
+VAL = make_dataset(passages=10, seed=7, prefix="v")
+
+
+def engine(parent, path, data=NEW, **kwargs):
+    settings = {"batch_size": 8, "epochs": 3, "learning_rate": 5e-3, "val_dataset": VAL, "show_progress_bar": False}
+    return LoraFinetuneEngine(
+        data, model_output_path=str(path), continue_from=parent, device="cpu", **{**settings, **kwargs}
+    )
+
+
+def test_an_adapter_is_trained_further_in_a_new_directory_that_names_its_parent(adapter, tmp_path):
+    before = {p.name: p.read_bytes() for p in adapter.iterdir() if p.is_file()}
+    result = engine(adapter, tmp_path / "child").finetune()
+    parent, child = (json.loads((path / "finetune.json").read_text()) for path in (adapter, tmp_path / "child"))
+    assert parent["parent"] is None
+    assert child["parent"] == {"path": str(adapter), "fingerprint": parent["fingerprint"]}
+    assert child["base"] == parent["base"]
+    assert child["max_seq_length"] >= parent["max_seq_length"]
+    assert "adapter that it continues" in result.summary
+    assert {p.name: p.read_bytes() for p in adapter.iterdir() if p.is_file()} == before
+    old, new = weights(adapter), weights(tmp_path / "child")
+    assert old.keys() == new.keys()
+    assert any(not old[name].equal(new[name]) for name in old)
+
+
+def test_step_0_is_the_adapter_that_is_continued(adapter, tmp_path):
+    result = engine(adapter, tmp_path / "child").finetune()
+    of_parent = evaluate_retrieval(LoraEmbedding(adapter, device="cpu"), VAL).metrics
+    assert result.base_metrics == pytest.approx(of_parent, abs=1e-6)
+    of_child = evaluate_retrieval(LoraEmbedding(tmp_path / "child", device="cpu"), VAL).metrics
+    assert result.tuned_metrics == pytest.approx(of_child, abs=1e-6)
+
+
+def test_if_nothing_is_gained_the_parents_vectors_are_written(adapter, tmp_path):
+    with pytest.warns(UserWarning, match="gives the vectors of the adapter that it continues"):
+        result = engine(adapter, tmp_path / "child", learning_rate=1e-10, epochs=1).finetune()
+    assert result.best_step == 0
+    old, new = weights(adapter), weights(tmp_path / "child")
+    assert all(old[name].equal(new[name]) for name in old)
+
+
+def test_it_resumes_like_any_other_run(adapter, tmp_path, monkeypatch):
+    import signal
+
+    from llama_index_lora_embed.training.trainer import LoraTrainer
+    from tests.training.stops import signal_in
+
+    calm = engine(adapter, tmp_path / "calm").finetune()
+    signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 4)
+    with pytest.raises(KeyboardInterrupt):
+        engine(adapter, tmp_path / "run").finetune()
+    monkeypatch.undo()
+    resumed = engine(adapter, tmp_path / "run", resume_from_checkpoint=True).finetune()
+    assert resumed.fingerprint == calm.fingerprint
+    assert resumed.base_metrics == calm.base_metrics
+
+
+def test_it_cannot_be_trained_into_its_own_directory(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "own")
+    with pytest.raises(ConfigError, match="the same as model_output_path"):
+        engine(tmp_path / "own", tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    "more", [{"lora_config": LoraConfig(r=4)}, {"pooling": "cls"}, {"quantized": True}, {"continue_from": 3}]
+)
+def test_what_the_adapter_was_made_with_is_not_chosen_again(adapter, tmp_path, more):
+    with pytest.raises(ConfigError, match=next(iter(more))):
+        LoraFinetuneEngine(
+            NEW, model_output_path=str(tmp_path / "x"), val_dataset=VAL, **{"continue_from": adapter, **more}
+        )
+
+
+def test_a_parent_that_is_missing_or_damaged_or_of_another_base_is_refused(
+    adapter, tmp_path, tiny_model, other_tiny_model
+):
+    with pytest.raises(ModelNotFoundError):
+        engine(tmp_path / "nowhere", tmp_path / "x")
+    with pytest.raises(BaseModelMismatchError):
+        engine(adapter, tmp_path / "x", model_id=other_tiny_model).finetune()
+    shutil.copytree(adapter, tmp_path / "cut")
+    content = (tmp_path / "cut" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(content[:-9])
+    with pytest.raises(AdapterError, match="changed or cut short"):
+        engine(tmp_path / "cut", tmp_path / "x").finetune()
+    assert not (tmp_path / "x").exists()
+    assert engine(adapter, tmp_path / "y", model_id=tiny_model).finetune().adapter_path == str(tmp_path / "y")
