@@ -83,8 +83,6 @@ def check_arguments(
         isinstance(name, str) for name in allow_changes
     ):
         problems.append(f"allow_changes={allow_changes!r}: expected names in a list or tuple")
-    if loss is not None and objective is not None:
-        problems.append("loss and objective together: expected one of them")
     problems += _problems_of_continuing(**continuing, lora_config=lora_config, output_path=model_output_path)
     if isinstance(place := continuing["continue_from"], (str, os.PathLike)):
         attempt(lambda: models.check_local(os.fspath(place)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.errors import DeviceMemoryError
 
 if TYPE_CHECKING:
@@ -30,12 +30,6 @@ class StepSize:
 
     rows: int
     pieces: int | None = None
-
-    def of(self, objective: ObjectiveSettings | None) -> ObjectiveSettings | None:
-        """The objective, computed in such pieces."""
-        if self.pieces is None:
-            return objective
-        return replace(objective or ObjectiveSettings(), mini_batch_size=self.pieces)
 
 
 def largest_that_fits(trainer_for: Callable[[StepSize], LoraTrainer], pieces: bool) -> LoraTrainer:

@@ -53,17 +53,10 @@ class TrainingPlan:
     inputs: dict[str, Any]
     arguments: dict[str, Any] = field(default_factory=dict)
 
-
-def training_inputs(
-    model: SentenceTransformer,
-    dataset: EmbeddingQAFinetuneDataset | LabelledPairs,
-    groups: list[TrainingGroup],
-    loss: Any,
-    settings: TrainingSettings,
-    objective: ObjectiveSettings | None = None,
-) -> dict[str, Any]:
-    """train_dataset, data_collator and loss for the trainer; see `training_plan`."""
-    return training_plan(model, dataset, groups, loss, settings, objective).inputs
+    def in_pieces(self, size: int) -> None:
+        """Compute steps in pieces of so many texts (GradCache); of "in_batch" and "soft_labels" only."""
+        self.inputs["data_collator"].mini_batch_size = size
+        self.inputs["loss"].cached = True
 
 
 def training_plan(
@@ -289,13 +282,7 @@ def _need_any_negative(
     )
 
 
-def _negative_columns(dataset: EmbeddingQAFinetuneDataset, groups: list[TrainingGroup]) -> list[list[str]]:
-    """Hard negatives as columns, as sentence-transformers' losses want them: as many for each question."""
-    rows = make_rows(dataset, groups, FalseNegatives(dataset, ObjectiveSettings().sibling_window))
-    return [list(column) for column in zip(*([text for _, text in row.negatives] for row in rows), strict=False)]
-
-
 def column_prompts(model: SentenceTransformer) -> dict[str, str]:
-    """The prompts of serving for the columns that `training_inputs` makes for a loss of the user's own."""
+    """The prompts of serving for the columns that `training_plan` makes for a loss of the user's own."""
     query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
     return {"anchor": query, "positive": passage, **{f"negative_{n}": passage for n in range(1, 100)}}

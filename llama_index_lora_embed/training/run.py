@@ -115,16 +115,19 @@ def train(
     others = bool(changed & {"val_dataset", "best_metric"})  # evaluations that cannot be compared with this run's
     extra = train_kwargs or {}
 
+    plan = training_plan(
+        model,
+        dataset,
+        groups,
+        loss,
+        settings,
+        objective,
+        gradient_checkpointing=bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing")),
+    )
+
     def trainer_for(step: StepSize) -> LoraTrainer:
-        plan = training_plan(
-            model,
-            dataset,
-            groups,
-            loss,
-            settings,
-            step.of(objective),
-            gradient_checkpointing=bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing")),
-        )
+        if step.pieces is not None:
+            plan.in_pieces(step.pieces)
         return LoraTrainer(
             best_so_far=best,
             autocast_dtype=torch.bfloat16 if precision == "bf16" else None,

@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from llama_index_lora_embed.adapter import WEIGHTS_NAME
 from llama_index_lora_embed.errors import DeviceMemoryError, NonFiniteLossError, warn_user
 from llama_index_lora_embed.training import processes
-from llama_index_lora_embed.training.batches import GroupBatchSampler, GroupCollator
+from llama_index_lora_embed.training.batches import GroupBatchSampler, GroupCollator, RowBatchSampler
 from llama_index_lora_embed.training.best import BestSoFar, restore_weights
 from llama_index_lora_embed.training.checkpoints import write_checkpoint
 
@@ -77,16 +77,20 @@ class LoraTrainer(SentenceTransformerTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of groups are dealt to all processes whole, because each one's negatives are all the others'.
 
-        The collator then tokenises this process's share only. Rows for other losses are dealt as
-        sentence-transformers deals them.
+        The collator then tokenises this process's share only. Batches of rows for other losses are dealt to the
+        processes in turn; accelerate would pass over those that are not full.
         """
         collator: Any = self.data_collator
-        if not isinstance(collator, GroupCollator):
-            return super().get_train_dataloader()
         rows: Any = self.train_dataset
-        sampler = GroupBatchSampler(
-            rows, self.args.train_batch_size * processes.world_size(), False, seed=self.args.seed
-        )
+        world, size = processes.world_size(), self.args.train_batch_size
+        sampler: GroupBatchSampler | RowBatchSampler
+        if isinstance(collator, GroupCollator):
+            sampler = GroupBatchSampler(rows, size * world, False, seed=self.args.seed)
+        else:
+            make: Any = self.args.batch_sampler
+            if getattr(make, "func", make) is not RowBatchSampler:  # the user's own choice
+                return super().get_train_dataloader()
+            sampler = make(rows, size, False, seed=self.args.seed, rank=processes.rank(), world=world)
         loader: DataLoader[Any] = DataLoader(
             rows,
             batch_sampler=sampler,

@@ -18,7 +18,7 @@ from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.errors import ConfigError, DatasetError, ModelNotFoundError, UnsafeCheckpointError
 from llama_index_lora_embed.training.batches import IGNORED, GroupCollator, RowBatchSampler, make_groups
 from llama_index_lora_embed.training.loss import MaskedInfoNCELoss
-from llama_index_lora_embed.training.objectives import training_inputs, training_plan
+from llama_index_lora_embed.training.objectives import training_plan
 from llama_index_lora_embed.training.rows import make_rows
 from tests.conftest import WORDS, make_dataset
 from tests.training.test_losses import model_with_lora
@@ -101,7 +101,7 @@ def test_settings_that_cannot_be_used_are_all_named(wrong, named):
 def test_by_default_groups_are_trained_with_masked_in_batch_negatives(model):
     dataset = make_dataset()
     groups = make_groups(dataset, False)
-    inputs = training_inputs(model, dataset, groups, None, TrainingSettings(temperature=0.1))
+    inputs = training_plan(model, dataset, groups, None, TrainingSettings(temperature=0.1)).inputs
     assert isinstance(inputs["data_collator"], GroupCollator)
     assert isinstance(inputs["loss"], MaskedInfoNCELoss)
     assert inputs["loss"].temperature == 0.1

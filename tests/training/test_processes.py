@@ -50,17 +50,13 @@ def alone(tiny_model, tmp_path_factory):
         (TORCHRUN, {}),
         (ACCELERATE, {}),
         (TORCHRUN, {"objective": {"mini_batch_size": 4}}),
-        (TORCHRUN, {"arguments": {"batch_size": 8}, "finetune": {"gradient_accumulation_steps": 1}}),
     ],
-    ids=["torchrun", "accelerate", "gradcache", "more_steps"],
+    ids=["torchrun", "accelerate", "gradcache"],
 )
 def test_two_processes_learn_what_one_does_with_the_same_batch(tiny_model, tmp_path, alone, launcher, orders):
     path = tmp_path / "run"
     done = run(launcher, tiny_model, path, **{"arguments": {"batch_size": 16}, **orders})
     assert done.returncode == 0, done.stderr
-    if "finetune" in orders:
-        alone = tmp_path / "small"
-        assert run([sys.executable], tiny_model, alone, arguments={"batch_size": 16}).returncode == 0
     expected = gradient(alone)
     for rank in (0, 1):
         ours = gradient(path, rank)
@@ -78,6 +74,17 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(tiny_model, tmp_p
     first, expected_first = (next(x["loss"] for x in log if "loss" in x) for log in (lines, of_one))
     assert first == pytest.approx(expected_first, rel=1e-4), "the loss that is logged is not multiplied"
     assert not [p for p in tmp_path.iterdir() if "staging" in p.name]
+
+
+def test_rows_are_dealt_to_the_processes_in_turn(tiny_model, tmp_path):
+    path, one = tmp_path / "run", tmp_path / "one"
+    orders = {"pairs": True, "arguments": {"batch_size": 25, "objective": "cosine"}}
+    assert (done := run(TORCHRUN, tiny_model, path, **orders)).returncode == 0, done.stderr
+    orders["arguments"]["batch_size"] = 50
+    assert run([sys.executable], tiny_model, one, **orders).returncode == 0
+    assert said(path)["steps"] == said(one)["steps"] == 4, "a hundred rows in two epochs"
+    expected = gradient(one)
+    assert all(torch.allclose(g, expected[n], atol=1e-5, rtol=1e-5) for n, g in gradient(path).items())
 
 
 def test_two_processes_stop_together_and_resume(tiny_model, tmp_path):

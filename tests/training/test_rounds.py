@@ -6,7 +6,6 @@ from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, Lo
 from llama_index_lora_embed.adapter import Manifest
 from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.training.batches import make_groups
-from llama_index_lora_embed.training.objectives import _negative_columns
 from tests.conftest import make_dataset
 
 QUIET = {"show_progress_bar": False, "device": "cpu", "batch_size": 8, "learning_rate": 5e-3}
@@ -67,22 +66,6 @@ def test_a_run_in_rounds_resumes(tiny_model, tmp_path):
 def test_wrong_mining_settings_are_named_at_once(tiny_model, tmp_path, mining):
     with pytest.raises(ConfigError, match=r"mining|num_negatives"):
         LoraFinetuneEngine(make_dataset(), tiny_model, str(tmp_path / "a"), mining=mining)
-
-
-def test_questions_short_of_negatives_get_passages_that_cannot_be_answers():
-    dataset = make_dataset(passages=6)
-    dataset.hard_negatives = {"q0-0": ["p4", "p5"], "q1-0": ["p5"]}
-    groups = make_groups(dataset, use_all_docs=False)
-    columns = _negative_columns(dataset, groups)
-    rows = dict(zip((q for g in groups for q in g.query_ids), zip(*columns, strict=True), strict=True))
-    text = dataset.corpus
-    assert rows["q0-0"] == (text["p4"], text["p5"])
-    assert rows["q1-0"][0] == text["p5"]
-    for query_id, row in rows.items():
-        number = int(query_id[1])
-        assert not {text[f"p{number // 2 * 2}"], text[f"p{number // 2 * 2 + 1}"]} & set(row)
-        assert len(set(row)) == 2
-    assert _negative_columns(make_dataset(passages=6), groups) == []
 
 
 def test_a_graded_question_pulls_with_its_grade(tiny_model):

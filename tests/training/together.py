@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from llama_index_lora_embed import LoraFinetuneEngine
 from llama_index_lora_embed.config import ObjectiveSettings
 from tests.conftest import make_dataset
+from tests.test_pairs_engine import make_pairs
 
 
 class FirstGradient(TrainerCallback):
@@ -47,6 +48,8 @@ def main() -> None:
     if objective := orders.get("objective"):
         arguments["objective"] = ObjectiveSettings(**objective)
     engine = LoraFinetuneEngine(make_dataset(passages=70), orders["model"], orders["path"], **arguments)
+    if orders.get("pairs"):
+        engine = LoraFinetuneEngine(make_pairs(), orders["model"], orders["path"], **arguments)
     callback = FirstGradient(orders["path"], orders.get("stop_at", -1))
     result = engine.finetune(callbacks=[callback], max_grad_norm=1e9, **orders.get("finetune", {}))
     rank = dist.get_rank() if dist.is_initialized() else 0
