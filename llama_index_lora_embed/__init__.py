@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_index_lora_embed.config import AskingSettings, FilterSettings, MiningSettings
+    from llama_index_lora_embed.config import AskingSettings, FilterSettings, MiningSettings, ObjectiveSettings
     from llama_index_lora_embed.data import (
         EmbeddingQAFinetuneDataset,
         FirstOf,
@@ -42,6 +42,7 @@ _HOME = {
     "LoraEmbedding": "embedding",
     "LoraFinetuneEngine": "engine",
     "MiningSettings": "config",
+    "ObjectiveSettings": "config",
     "Question": "data",
     "QuestionMaker": "data",
     "TitleMaker": "data",
@@ -66,6 +67,7 @@ __all__ = [
     "LoraEmbedding",
     "LoraFinetuneEngine",
     "MiningSettings",
+    "ObjectiveSettings",
     "Question",
     "QuestionMaker",
     "TitleMaker",

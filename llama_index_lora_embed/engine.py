@@ -330,6 +330,7 @@ class LoraFinetuneEngine:
         from llama_index_lora_embed.evaluation.encoders import default_metric
         from llama_index_lora_embed.training import processes
         from llama_index_lora_embed.training.best import BestSoFar
+        from llama_index_lora_embed.training.quantised import onto_full_precision
         from llama_index_lora_embed.training.rounds import train_in_rounds
 
         processes.join(self.settings.device)
@@ -356,6 +357,8 @@ class LoraFinetuneEngine:
             train_kwargs=train_kwargs,
         )
         best = outcome.best
+        if self.quantized:
+            model = onto_full_precision(model, best, lambda: self._load(base, quantized=False))
         comparison = None
         if self.val_dataset is not None:
             comparison = compare(best.base, best.best)  # type: ignore[arg-type]  # what _evaluate returned
@@ -370,31 +373,29 @@ class LoraFinetuneEngine:
     def _start(self) -> tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]:
         """The model that training starts from, its base, and the adapter that it continues, if any."""
         from llama_index_lora_embed import models
-        from llama_index_lora_embed.training import processes
 
-        device = processes.own_device(self.settings.device)
-        trust = self.settings.trust_remote_code
         if self.continue_from is None:
             base = models.describe_base(self.model_id, self.revision, self.cache_folder)
-            model = models.load_base(
-                base,
-                device=device,
-                trust_remote_code=trust,
-                pooling=self.pooling,
-                quantized=self.quantized,
-                **self.prompts,
-            )
-            return model, base, None
+            return self._load(base, self.quantized), base, None
         loaded = models.load_adapter(
             self.continue_from,
             base_model=None if self.model_id == _DEFAULT_BASE else self.model_id,
             cache_folder=self.cache_folder,
-            device=device,
-            trust_remote_code=trust,
             merge=False,
-            **self.prompts,
+            **self._loading(),
         )
         return loaded.model, loaded.base, {"path": self.continue_from, "fingerprint": loaded.fingerprint}
+
+    def _load(self, base: BaseInfo, quantized: bool) -> SentenceTransformer:
+        from llama_index_lora_embed import models
+
+        return models.load_base(base, pooling=self.pooling, quantized=quantized, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        from llama_index_lora_embed.training import processes
+
+        device = processes.own_device(self.settings.device)
+        return {"device": device, "trust_remote_code": self.settings.trust_remote_code, **self.prompts}
 
     def get_finetuned_model(self, **model_kwargs: Any) -> BaseEmbedding:
         """The tuned model, read back from the adapter directory.

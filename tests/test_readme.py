@@ -1,5 +1,6 @@
 """The README's Python is run as it stands; only the model's name is another."""
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -29,7 +30,7 @@ def run(snippet, namespace, tiny_model):
 
 
 def test_the_snippets_are_the_ones_that_are_tested_here():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
 
 
 def test_the_ten_lines(namespace, tiny_model, capsys):
@@ -50,9 +51,16 @@ def test_questions_by_an_llm(namespace, tiny_model, capsys):
     assert "12 answered with 12 calls" in capsys.readouterr().out
 
 
+def test_training_further(namespace, tiny_model):
+    run(SNIPPETS[0], namespace, tiny_model)
+    run(SNIPPETS[3], namespace, tiny_model)
+    assert namespace["result"].steps == 4
+    assert json.loads(Path("runs/handbook-2/finetune.json").read_text())["parent"]["path"].endswith("runs/handbook")
+
+
 def test_coming_from_the_old_package(namespace, tiny_model):
     """The old documentation's calls, with only the import changed."""
-    run(SNIPPETS[3], namespace, tiny_model)
+    run(SNIPPETS[4], namespace, tiny_model)
     train_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("train.json")
     val_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("val.json")
     finetune_engine = namespace["SentenceTransformersFinetuneEngine"](

@@ -90,3 +90,22 @@ def _fits(trainer: LoraTrainer) -> bool:
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
     return True
+
+
+def out_of_memory(batch_size: int, tokens: int, error: BaseException) -> DeviceMemoryError:
+    """What to do about a device whose memory does not hold a step.
+
+    Args:
+        batch_size: Passages (or rows) in the step.
+        tokens: Of its longest text.
+        error: What torch raised.
+    """
+    smaller, chunk = max(2, batch_size // 2), max(1, min(8, batch_size // 4))
+    return DeviceMemoryError(
+        f"too little device memory for a step of batch_size={batch_size} with texts of up to {tokens} tokens "
+        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+        "a step that fits",
+        f"Keep the batch and compute it piece by piece (GradCache): objective=ObjectiveSettings(mini_batch_size="
+        f"{chunk}), smaller if need be; or batch_size={smaller}; or max_seq_length={max(64, tokens // 2)}; or let "
+        "batch_size='auto' find what fits. Other programs on the device count too.",
+    )

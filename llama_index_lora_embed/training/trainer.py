@@ -22,11 +22,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from llama_index_lora_embed.adapter import WEIGHTS_NAME
-from llama_index_lora_embed.errors import DeviceMemoryError, NonFiniteLossError, warn_user
+from llama_index_lora_embed.errors import NonFiniteLossError, warn_user
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.batches import GroupBatchSampler, GroupCollator, RowBatchSampler
 from llama_index_lora_embed.training.best import BestSoFar, restore_weights
 from llama_index_lora_embed.training.checkpoints import write_checkpoint
+from llama_index_lora_embed.training.memory import out_of_memory
 
 _LOSS_WEIGHTS = "loss.safetensors"
 
@@ -245,22 +246,3 @@ class LoraTrainer(SentenceTransformerTrainer):
             group["initial_lr"], group["lr"] = rate, now
             group["weight_decay"] = self.args.weight_decay if group["weight_decay"] else 0.0
         scheduler._last_lr = rates
-
-
-def out_of_memory(batch_size: int, tokens: int, error: BaseException) -> DeviceMemoryError:
-    """What to do about a device whose memory does not hold a step.
-
-    Args:
-        batch_size: Passages (or rows) in the step.
-        tokens: Of its longest text.
-        error: What torch raised.
-    """
-    smaller, chunk = max(2, batch_size // 2), max(1, min(8, batch_size // 4))
-    return DeviceMemoryError(
-        f"too little device memory for a step of batch_size={batch_size} with texts of up to {tokens} tokens "
-        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-        "a step that fits",
-        f"Keep the batch and compute it piece by piece (GradCache): objective=ObjectiveSettings(mini_batch_size="
-        f"{chunk}), smaller if need be; or batch_size={smaller}; or max_seq_length={max(64, tokens // 2)}; or let "
-        "batch_size='auto' find what fits. Other programs on the device count too.",
-    )

@@ -1,0 +1,34 @@
+"""The machine that a figure was taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, instructions that matter here, memory, operating system, Python."""
+    entries: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set(entries.get("flags", "").split())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "processor": entries.get("model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "memory_gb": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def load() -> float:
+    """How many processes waited for a core in the last minute; above 0 before a run, something else was running."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else -1.0

@@ -1,0 +1,222 @@
+"""The clock, the judge and the count of tokens: the same code for all contenders.
+
+The clock starts before a contender loads its model, with libraries imported and data read, and ends when the model is
+on disk. It stands still during every evaluation: those on the test set, which draw the curve, and a contender's own.
+So what remains is what a user waits for to get the model: preparation, steps, writing.
+
+Tokens are those of the texts that are trained on in an epoch, prompts and special tokens included, each text cut at
+the model's `max_seq_length`; padding does not count. A text that stands in two rows counts twice, because a trainer
+that encodes rows computes it twice. Tokens per second are these over the time from the first step to the last.
+`tokens_embedded` is a second count, taken at the embedding table between these; it is lower where vectors of frozen
+layers are cached, higher where a step is computed twice, and should equal the first count elsewhere.
+
+Memory is the process's peak (`ru_maxrss`). Evaluations run in batches of 16 texts, so that training, not they, should
+set it; `peak_in_evaluation` says where that was not so.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from transformers import TrainerCallback
+
+LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "accelerate", "llama-index-core",
+             "llama-index-finetuning", "mistralai", "khoji", "llama-index-lora-embed")  # fmt: skip
+MEASURES = {"ndcg@10": "cosine_ndcg@10", "hit@5": "cosine_accuracy@5"}
+
+
+def peak_mb() -> float:
+    """Peak memory of this process so far; kilobytes on Linux, bytes on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def has_bf16() -> bool:
+    """Whether the processor computes bfloat16 itself; emulated, it is slower than float32."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def read_dataset(path: str) -> dict[str, Any]:
+    """`queries`, `corpus` and `relevant_docs` of an `EmbeddingQAFinetuneDataset` file."""
+    data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return data
+
+
+def pairs(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """(question, passage) of every question, with its first relevant passage."""
+    return [(text, data["corpus"][data["relevant_docs"][i][0]]) for i, text in data["queries"].items()]
+
+
+def one_question_each(data: dict[str, Any]) -> dict[str, Any]:
+    """The dataset with the first question of every passage only.
+
+    Then rows and passages are the same: who encodes each passage once, and who encodes each row, do the same work.
+    """
+    first: dict[str, str] = {}
+    for query_id in data["queries"]:
+        first.setdefault(data["relevant_docs"][query_id][0], query_id)
+    kept = {query_id: passage_id for passage_id, query_id in first.items()}
+    return {
+        "queries": {i: data["queries"][i] for i in kept},
+        "corpus": {i: data["corpus"][i] for i in kept.values()},
+        "relevant_docs": {i: [passage_id] for i, passage_id in kept.items()},
+        "mode": "text",
+    }
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Names of all linear layers inside the transformer's numbered layers, for a LoRA that is the same everywhere."""
+    named = model.transformers_model.named_modules()
+    return [n for n, m in named if isinstance(m, torch.nn.Linear) and any(part.isdigit() for part in n.split("."))]
+
+
+def count_tokens(tokenizer: Any, texts: Iterable[str], limit: int, prompt: str = "") -> int:
+    """Tokens of these texts, prompt and special tokens included, each text cut at `limit`."""
+    encoded = tokenizer([prompt + text for text in texts], truncation=False, padding=False, verbose=False)
+    return sum(min(len(ids), limit) for ids in encoded["input_ids"])
+
+
+class Recorder:
+    """Writes what happens in a run as JSON lines, each with the seconds on the clock.
+
+    Args:
+        events: File to write to.
+        test: Test questions of the curve.
+    """
+
+    def __init__(self, events: str, test: dict[str, Any]) -> None:
+        self._path = Path(events)
+        relevant = {query_id: set(ids) for query_id, ids in test["relevant_docs"].items()}
+        self._evaluator = InformationRetrievalEvaluator(
+            test["queries"], test["corpus"], relevant, batch_size=16, write_csv=False, show_progress_bar=False
+        )
+        self._started: float | None = None
+        self._apart = 0.0
+        self._depth = 0
+        self._seen: dict[tuple[int, int], dict[str, float]] = {}
+        self._round = 0
+        self._embedded = 0
+        self._counting = False
+        self._raised_to = 0.0
+        self.facts: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """On the clock; to be read while it runs."""
+        assert self._started is not None, "begin() comes first"
+        return time.perf_counter() - self._started - self._apart
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock and the count at the embedding table."""
+        started, before = time.perf_counter(), peak_mb()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._apart += time.perf_counter() - started
+                if peak_mb() > before:
+                    self._raised_to = peak_mb()
+
+    def event(self, name: str, **values: Any) -> None:
+        """Write a line, which outlives a process that is stopped."""
+        line = {"event": name, "seconds": round(self.seconds, 3), **values}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def train_begin(self, model: Any) -> None:
+        """The first step comes next; count at this model's embedding table from here."""
+        self._round += 1
+        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        if table is not None:
+            table.register_forward_pre_hook(self._count)
+        self._counting = True
+        self.event("train_begin")
+
+    def train_end(self) -> None:
+        """The last step was done."""
+        self._counting = False
+        self.event("train_end")
+
+    def judge(self, model: Any, step: int, epoch: float, name: str = "evaluated") -> dict[str, float]:
+        """Evaluate a sentence-transformers model on the test set; a step that was evaluated is not evaluated again."""
+        seconds, key = self.seconds, (self._round, step)
+        if name != "evaluated" or key not in self._seen:
+            with self.paused(), torch.autocast("cpu", enabled=False):
+                training = [module for module in model.modules() if module.training]
+                self._seen[key] = self._evaluator(model)
+                for module in training:  # encoding leaves the model in eval mode
+                    module.training = True
+            values = {ours: round(float(self._seen[key][theirs]), 4) for ours, theirs in MEASURES.items()}
+            self.event(name, **{"step": step, "epoch": round(epoch, 3), **values, "seconds": round(seconds, 3)})
+        return self._seen[key]
+
+    @property
+    def primary_metric(self) -> str:
+        """The evaluator's, by which sentence-transformers' own callbacks go."""
+        return "cosine_ndcg@10"
+
+    def done(self) -> None:
+        """The model is on disk; write what there is to say of the run."""
+        seconds = self.seconds
+        versions = {}
+        for library in LIBRARIES:
+            try:
+                versions[library] = importlib.metadata.version(library)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        self.event("done", seconds=round(seconds, 3), evaluation_seconds=round(self._apart, 3),
+                   peak_mb=round(peak_mb()), peak_in_evaluation=peak_mb() <= self._raised_to,
+                   tokens_embedded=self._embedded, threads=torch.get_num_threads(),
+                   python=".".join(map(str, sys.version_info[:3])), versions=versions, **self.facts)  # fmt: skip
+
+    def _count(self, table: Any, inputs: tuple[Any, ...]) -> None:
+        if self._counting and not self._depth:
+            padding = table.padding_idx
+            self._embedded += int((inputs[0] != padding).sum()) if padding is not None else inputs[0].numel()
+
+
+class Curve(TrainerCallback):
+    """transformers' callback: evaluates on the test set at the end of each epoch, and at points within.
+
+    Args:
+        recorder: The run's.
+        points: Evaluations in an epoch.
+    """
+
+    def __init__(self, recorder: Recorder, points: int) -> None:
+        self.recorder = recorder
+        self.points = points
+        self.every = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        steps = state.max_steps / args.num_train_epochs
+        self.every = max(1, round(steps / self.points)) if self.points > 1 else 0
+        self.recorder.train_begin(model.transformers_model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.every and state.global_step % self.every == 0:
+            self.recorder.judge(model, state.global_step, state.epoch)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.recorder.judge(model, state.global_step, state.epoch)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.recorder.facts |= {"steps": state.global_step, "epochs": round(state.epoch, 3)}
+        self.recorder.train_end()

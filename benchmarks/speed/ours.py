@@ -1,0 +1,95 @@
+"""(d) this package: the engine at its defaults, and at settings by name.
+
+The engine holds out its own validation set from the training questions and chooses by that which weights it writes; its
+evaluations are off the clock, like all others. The curve is of the test set, which the engine never sees; `kept` is
+the test set's word on the directory that was written.
+
+(d2) is the counterpart of (b2) in `plain_trainer.py`: same texts, length, batch and LoRA, nothing held out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback
+
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine
+from speed.contenders import Job
+from speed.measure import Curve, Recorder, count_tokens, linear_layers, one_question_each, read_dataset
+from speed.plain_trainer import BATCH_SIZE, LEARNING_RATE, LIKE_FOR_LIKE_EPOCHS, like_for_like_length
+
+# One line for each setting: arguments of LoraFinetuneEngine.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fp32": {"precision": "fp32"},
+    "short": {"epochs": 2},
+    "large-batch": {"batch_size": 64},
+    "attention": {"lora_config": LoraConfig(r=16, lora_alpha=32, target_modules=["query", "key", "value"])},
+}
+
+
+class Facts(TrainerCallback):
+    """Counts the tokens of an epoch, with the model's prompts and length, before the first step."""
+
+    def __init__(self, recorder: Recorder, dataset: EmbeddingQAFinetuneDataset) -> None:
+        self.recorder = recorder
+        self.dataset = dataset
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with self.recorder.paused():
+            trained_on = {ids[0] for ids in self.dataset.relevant_docs.values()}  # each passage once an epoch
+            parts = {
+                "query": list(self.dataset.queries.values()),
+                "document": [self.dataset.corpus[i] for i in trained_on],
+            }
+            limit = model.max_seq_length
+            self.recorder.facts["max_seq_length"] = limit
+            self.recorder.facts["tokens_per_epoch"] = sum(
+                count_tokens(model.tokenizer, texts, limit, model.prompts.get(task) or "")
+                for task, texts in parts.items()
+            )
+
+
+def off_the_clock(recorder: Recorder) -> None:
+    """Stop the clock during the engine's own evaluations; nothing public says when they start."""
+    encoders = importlib.import_module("llama_index_lora_embed.evaluation.encoders")
+    evaluate_model = encoders.evaluate_model
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with recorder.paused():
+            return evaluate_model(*args, **kwargs)
+
+    encoders.evaluate_model = timed
+
+
+def run(job: Job, recorder: Recorder) -> None:
+    settings: dict[str, Any] = dict(SETTINGS[job.setting])
+    dataset = EmbeddingQAFinetuneDataset.from_json(job.train)
+    like_for_like = job.contender == "d2"
+    if like_for_like:
+        base = SentenceTransformer(job.model, device="cpu")
+        dataset = EmbeddingQAFinetuneDataset.coerce(one_question_each(read_dataset(job.train)), "dataset")
+        settings |= {
+            "lora_config": LoraConfig(r=16, lora_alpha=32, target_modules=linear_layers(base)),
+            "max_seq_length": like_for_like_length(base),
+            "batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE,
+            "epochs": LIKE_FOR_LIKE_EPOCHS,
+            "val_fraction": 0.0,
+        }
+    off_the_clock(recorder)
+    recorder.begin()
+    engine = LoraFinetuneEngine(dataset, job.model, f"{job.folder}/adapter", device="cpu", seed=job.seed, **settings)
+    curve = Curve(recorder, 1 if like_for_like else job.points)
+    result = engine.finetune(callbacks=[Facts(recorder, engine.dataset), curve])
+    recorder.facts |= {
+        "precision": result.precision,
+        "best_step": result.best_step,
+        "verdict": result.verdict.value,
+    }
+    recorder.done()
+    # after the last figure was taken: this loads a second model
+    recorder.judge(SentenceTransformer(result.adapter_path, device="cpu"), result.best_step, 0.0, name="kept")

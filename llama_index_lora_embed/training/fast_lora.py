@@ -1,0 +1,135 @@
+"""A LoRA layer's step in few, large operations: what peft computes, in less time and memory.
+
+peft computes W x + s B A x from parts. Each keeps an input for the backward pass, and under autocast casts of x are made
+and kept for the base and for A. With W frozen, one copy of x and the small A x are enough.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+_NAME = "default"
+
+
+class _FrozenLinearWithLora(torch.autograd.Function):
+    """y = W x + b + s B (A x), with gradients for x, A and B, in the dtype of x.
+
+    With g = dy: dB = s gᵀ(A x), dA = s (g B)ᵀ x, dx = g W + s (g B) A.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        small = flat @ down.T.to(x.dtype)
+        y = F.linear(flat, weight, bias)
+        y.addmm_(small, up.T.to(x.dtype), alpha=scale)
+        ctx.save_for_backward(flat, small, weight, down, up)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        flat, small, weight, down, up = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        back = (g @ up.to(g.dtype)).mul_(ctx.scale)
+        d_up = (g.T @ small).to(up.dtype).mul_(ctx.scale)
+        d_down = (back.T @ flat).to(down.dtype)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = g @ weight
+            d_x.addmm_(back, down.to(g.dtype))
+            d_x = d_x.view(*grad.shape[:-1], d_x.shape[-1])
+        return d_x, None, None, d_down, d_up, None
+
+
+class _Casts:
+    """The last tensor that was cast, and its cast: query, key and value projections share their input."""
+
+    def __init__(self) -> None:
+        self.source: Tensor | None = None
+        self.cast: Tensor | None = None
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype == dtype:
+            return x
+        if self.source is not x or self.cast is None or self.cast.dtype != dtype:
+            self.source, self.cast = x, x.to(dtype)
+        return self.cast
+
+    def forget(self) -> None:
+        self.source = self.cast = None
+
+
+@contextmanager
+def fast_lora(model: nn.Module) -> Iterator[int]:
+    """Within it, a model's plain LoRA layers compute their training steps in few operations.
+
+    Layers with something special (DoRA, dropout, a bias of their own, quantised or otherwise not a plain linear base,
+    several adapters) keep peft's forward, and so does every forward without gradients. Frozen weights are held in the
+    autocast dtype besides, instead of being cast in every forward pass.
+
+    Args:
+        model: With an adapter named "default"; changed in place, and back at the end.
+
+    Yields:
+        How many layers were changed.
+    """
+    casts = _Casts()
+    changed = [m for m in model.modules() if type(m) is LoraLinear and _is_plain(m)]
+    for layer in changed:
+        layer.forward = types.MethodType(_forward_of(layer, casts), layer)
+    try:
+        yield len(changed)
+    finally:
+        for layer in changed:
+            del layer.forward
+        casts.forget()
+
+
+def _is_plain(layer: LoraLinear) -> bool:
+    base = layer.get_base_layer()
+    dropout = layer.lora_dropout[_NAME] if _NAME in layer.lora_dropout else None
+    return (
+        type(base) is nn.Linear
+        and list(layer.active_adapters) == [_NAME]
+        and not layer.lora_variant
+        and not layer.merged_adapters
+        and isinstance(dropout, nn.Identity)
+        and layer.lora_B[_NAME].bias is None
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
+
+
+def _forward_of(layer: LoraLinear, casts: _Casts) -> Any:
+    original = type(layer).forward
+    base = layer.get_base_layer()
+    held: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        down, up = self.lora_A[_NAME].weight, self.lora_B[_NAME].weight
+        if not torch.is_grad_enabled() or not down.requires_grad or self.disable_adapters or args or kwargs:
+            result: Tensor = original(self, x, *args, **kwargs)
+            return result
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if dtype not in held:
+            bias = base.bias
+            held[dtype] = (base.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
+        weight, bias = held[dtype]
+        y: Tensor = _FrozenLinearWithLora.apply(casts(x, dtype), weight, bias, down, up, self.scaling[_NAME])  # type: ignore[no-untyped-call]
+        return y
+
+    return forward

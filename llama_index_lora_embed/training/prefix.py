@@ -1,0 +1,155 @@
+"""The frozen layers below the first adapted one: their outputs are the same in every epoch, so they are kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+TEXT_IDS = "text_ids"
+"""Key in a chunk of token tensors: which text each row is, int [rows]."""
+
+
+class _CapturedError(Exception):
+    """Leaves a forward pass as soon as what is wanted is there."""
+
+
+class HiddenStates:
+    """Rows of vectors by number, in memory up to a bound and in a temporary file beyond it.
+
+    Args:
+        memory: Bytes to hold in memory.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self.left = memory
+        self.held: dict[int, Tensor] = {}
+        self.places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
+        self.file: Any = None
+
+    def __contains__(self, number: int) -> bool:
+        return number in self.held or number in self.places
+
+    def put(self, number: int, rows: Tensor) -> None:
+        """Keep [tokens, width] under a number."""
+        size = rows.numel() * rows.element_size()
+        if size <= self.left:
+            self.left -= size
+            self.held[number] = rows.clone()
+            return
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(prefix="hidden-states-")  # noqa: SIM115  # closed with the object
+        place = self.file.seek(0, os.SEEK_END)
+        self.file.write(rows.contiguous().view(torch.uint8).numpy().tobytes())
+        self.places[number] = (place, rows.shape, rows.dtype)
+
+    def get(self, number: int) -> Tensor:
+        """What was put there."""
+        if number in self.held:
+            return self.held[number]
+        place, shape, dtype = self.places[number]
+        size = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
+        self.file.flush()
+        self.file.seek(place)
+        return torch.frombuffer(bytearray(self.file.read(size)), dtype=dtype).view(shape)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.held, self.places = {}, {}
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+class FrozenPrefix:
+    """Runs a model from its first adapted layer on, with the outputs of the layers below from the time before.
+
+    Args:
+        layers: The transformer's layers.
+        first: Index of the first layer with something to train; above 0.
+        memory: Bytes of hidden states to hold in memory; more go into a temporary file.
+    """
+
+    def __init__(self, layers: nn.ModuleList, first: int, memory: int) -> None:
+        self.layers = layers
+        self.first = first
+        self.states = HiddenStates(memory)
+
+    @classmethod
+    def of(cls, model: nn.Module, memory: int) -> FrozenPrefix | None:
+        """Of a model; None where training begins in the first layer, or where something else is trained, too."""
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList):
+                numbers = [re.match(rf"{re.escape(name)}\.(\d+)\.", path) for path in trained]
+                if numbers and all(numbers):
+                    first = min(int(found[1]) for found in numbers if found)
+                    return cls(module, first, memory) if first else None
+        return None
+
+    def __call__(self, model: nn.Module, chunk: dict[str, Any]) -> Any:
+        """The model's output for a chunk, whose rows are named under `TEXT_IDS`."""
+        features = dict(chunk)
+        numbers = features.pop(TEXT_IDS).tolist()
+        mask = features["attention_mask"].bool()
+        if not all(number in self.states for number in numbers):
+            hidden = self._below(model, features)
+            for number, row, kept in zip(numbers, hidden, mask, strict=True):
+                if number not in self.states:
+                    self.states.put(number, row[kept].cpu())
+        rows = torch.cat([self.states.get(number) for number in numbers])
+        padded = torch.zeros(*mask.shape, rows.shape[-1], dtype=torch.float32, device=mask.device)
+        padded[mask] = rows.to(mask.device, torch.float32)
+        with self._skipping(padded):
+            return model(features)
+
+    def _below(self, model: nn.Module, features: dict[str, Any]) -> Tensor:
+        """What comes into the first adapted layer, [rows, tokens, width], in the dtype to keep."""
+        found: list[Tensor] = []
+
+        def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _CapturedError
+
+        handle = self.layers[self.first].register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                model(dict(features))
+        except _CapturedError:
+            pass
+        finally:
+            handle.remove()
+        kind = found[0].device.type
+        # what the layers above read is rounded to the autocast dtype anyway
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else found[0].dtype
+        return found[0].to(dtype)
+
+    @contextmanager
+    def _skipping(self, hidden: Tensor) -> Iterator[None]:
+        """Within it the lower layers do nothing, and the first adapted one gets `hidden`."""
+
+        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            return args[0] if args else kwargs["hidden_states"]
+
+        handle = self.layers[self.first].register_forward_pre_hook(replace, with_kwargs=True)
+        lower = [self.layers[i] for i in range(self.first)]
+        for layer in lower:
+            layer.forward = nothing  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            handle.remove()
+            for layer in lower:
+                del layer.forward
