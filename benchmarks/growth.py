@@ -143,7 +143,7 @@ def main() -> None:
         args.out.write_text(json.dumps(results, indent=2), encoding="utf-8")
     if ratio and ratio > ALLOWED and not args.smoke:
         raise SystemExit(
-            f"peak memory of {sizes[-1]} passages is {ratio:.0%} of the size before, allowed {ALLOWED:.0%}"
+            f"peak memory of {runs[-1]['passages']} passages is {ratio:.0%} of the size before, allowed {ALLOWED:.0%}"
         )
 
 

@@ -13,9 +13,10 @@ own, on the same machine, model and data:
     d   this package; `--settings` names rows of the table in speed/ours.py
     b2, d2   both like for like: the same texts, length, batch and LoRA, for tokens per second
 
-The docstrings in speed/ say what each one is given, and speed/measure.py what is measured: seconds with every evaluation
-taken out, training tokens per second, peak memory, and nDCG@10 and hit@5 on the test set after each epoch and at
-points within. From these comes the time to (a)'s final nDCG@10. The test set draws the curve; nothing is chosen by it.
+The docstrings in speed/ say what each one is given, and speed/measure.py what is measured: seconds with every
+evaluation taken out, training tokens per second, peak memory, and nDCG@10 and hit@5 on the test set after each epoch
+and at points within. From these comes the time to (a)'s final nDCG@10. The test set draws the curve; nothing is
+chosen by it.
 
 (a) and (c) have environments of their own, made on the first run below `--envs`: 3.6 GB with a CPU build of torch (see
 speed/environments.py). `--reuse` takes runs of contenders that are not run now from an earlier results file of the

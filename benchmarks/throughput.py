@@ -33,11 +33,11 @@ import torch
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from peft import PeftModel
+from speed import toy
+from speed.machine import load, machine
 from transformers import AutoModel
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine
-from speed import toy
-from speed.machine import load, machine
 
 EVEN_WORDS = 120
 SHORTEST, LONGEST = 8, 320

@@ -6,7 +6,8 @@ Importing this module imports nothing heavy.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +20,8 @@ JOURNAL_NAME = "finetune_questions.journal.jsonl"
 """File in the working directory in which an LLM's answers are kept, where no other is named."""
 
 S = TypeVar("S", bound="Settings")
+# what torch and its extensions call their kinds of device
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu|mlu|musa|xla|mtia|privateuseone)(:\d+)?")
 
 
 class Settings:
@@ -69,6 +72,11 @@ class TrainingSettings(Settings):
         length_coverage: Share of texts that the chosen length holds whole.
         lora_r: Rank of the default LoRA.
         lora_alpha: Scale numerator of the default LoRA (scale = alpha / r).
+        lora_layers: Share of the layers that the default LoRA adapts, counted from the last one.
+        fused_lora: Compute a LoRA layer's training step in few large operations (`training.fast_lora`).
+        frozen_cache_mb: Megabytes of memory for the outputs of the frozen layers below the first adapted one, which
+            are then computed once for all epochs (`training.prefix`); more of them go into a temporary file. 0 computes
+            them in every step.
         precision: "bf16" computes training steps under bfloat16 autocast, "fp32" does not, "auto" takes
             bf16 where the processor or GPU has instructions for it. Weights stay float32 either way.
         evaluation_steps: Evaluate every so many steps, besides step 0 and the end of each epoch; 0 for epochs only.
@@ -98,6 +106,9 @@ class TrainingSettings(Settings):
     length_coverage: float = 0.95
     lora_r: int = 16
     lora_alpha: int = 32
+    lora_layers: float = 1.0
+    fused_lora: bool = True
+    frozen_cache_mb: float = 1024.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     evaluation_steps: int = 50
     early_stopping_patience: int = 0
@@ -118,7 +129,9 @@ class TrainingSettings(Settings):
         need = partial(self._need, found)
         need("batch_size", self.batch_size == "auto" or _is_int(self.batch_size, 1),
              "'auto' or a whole number of at least 1")  # fmt: skip
-        need("best_metric", self.best_metric is None or isinstance(self.best_metric, str), "None or a measure's name")
+        metric = self.best_metric
+        need("best_metric", metric is None or (isinstance(metric, str) and bool(metric.strip())),
+             "None or a measure's name")  # fmt: skip
         for name in (
             "epochs",
             "checkpoint_save_steps",
@@ -127,8 +140,12 @@ class TrainingSettings(Settings):
             "max_eval_passages",
         ):
             need(name, _is_int(getattr(self, name), 1), "a whole number of at least 1")
-        for name in ("evaluation_steps", "early_stopping_patience", "checkpoint_save_total_limit", "seed"):
+        for name in ("evaluation_steps", "early_stopping_patience", "checkpoint_save_total_limit"):
             need(name, _is_int(getattr(self, name), 0), "a whole number of at least 0")
+        need("seed", _is_int(self.seed, 0) and self.seed < 2**32, "a whole number from 0 to below 2**32")
+        device = self.device
+        need("device", device is None or (isinstance(device, str) and bool(_DEVICE.fullmatch(device))),
+             "None or a torch device: 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu', ...")  # fmt: skip
         for name in ("learning_rate", "max_grad_norm", "temperature"):
             need(name, _is_number(getattr(self, name), above=0.0), "a number above 0")
         need("weight_decay", _is_number(self.weight_decay, above=-1e-12), "a number of at least 0")
@@ -140,7 +157,10 @@ class TrainingSettings(Settings):
         need("max_seq_length", self.max_seq_length is None or _is_int(self.max_seq_length, 3),
              "None or a whole number of at least 3 tokens")  # fmt: skip
         need("precision", self.precision in ("auto", "bf16", "fp32"), "'auto', 'bf16' or 'fp32'")
-        for name in ("save_checkpoints", "show_progress_bar", "trust_remote_code"):
+        need("lora_layers", _is_number(self.lora_layers, above=0.0) and self.lora_layers <= 1,
+             "a number above 0, at most 1")  # fmt: skip
+        need("frozen_cache_mb", _is_number(self.frozen_cache_mb, above=-1e-12), "a number of at least 0")
+        for name in ("fused_lora", "save_checkpoints", "show_progress_bar", "trust_remote_code"):
             need(name, isinstance(getattr(self, name), bool), "True or False")
         return found
 
@@ -149,9 +169,9 @@ class TrainingSettings(Settings):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def lasting(self) -> dict[str, Any]:
-        """Those that decide what is learnt; a resumed run may have others of the rest."""
+        """Those that decide which weights are written; a resumed run may have others of the rest."""
         passing = ("show_progress_bar", "device", "save_checkpoints", "checkpoint_save_steps",
-                   "checkpoint_save_total_limit", "evaluation_steps", "trust_remote_code")  # fmt: skip
+                   "checkpoint_save_total_limit", "trust_remote_code")  # fmt: skip
         return {name: value for name, value in self.to_dict().items() if name not in passing}
 
 
@@ -221,9 +241,19 @@ class MiningSettings(Settings):
         need("show_progress_bar", isinstance(self.show_progress_bar, bool), "True or False")
         return found
 
+    def lasting(self) -> dict[str, Any]:
+        """Those that decide which negatives are found; a resumed run may have others of the rest."""
+        passing = ("show_progress_bar", "audit", "batch_size", "memory_mb", "use_faiss")
+        return {name: value for name, value in asdict(self).items() if name not in passing}
+
 
 OBJECTIVES = ("in_batch", "soft_labels", "triplet", "cosent", "cosine", "distillation")
 """What `ObjectiveSettings.name` can be."""
+IN_BATCH = ("in_batch", "soft_labels")
+"""Those whose negatives are the other passages of the batch, and whose steps can be computed in pieces (GradCache)."""
+FOR_PAIRS = ("cosent", "cosine")
+"""Those that labelled pairs can be trained with."""
+_FOR_IN_BATCH = ("mini_batch_size", "guide", "matryoshka_dims")
 
 
 @dataclass(frozen=True)
@@ -297,15 +327,46 @@ class ObjectiveSettings(Settings):
             found.append("teacher=None: expected a cross-encoder, which name='distillation' learns from")
         elif teacher is not None and self.name != "distillation":
             found.append(f"teacher={teacher!r} with name={self.name!r}: only name='distillation' has a teacher")
-        if self.name not in (None, "in_batch", "soft_labels"):
+        if self.name is not None and self.name not in IN_BATCH:
             found += [
                 f"{name}={getattr(self, name)!r} with name={self.name!r}: only for 'in_batch' and 'soft_labels'"
-                for name in ("mini_batch_size", "guide", "matryoshka_dims")
+                for name in _FOR_IN_BATCH
                 if getattr(self, name)
             ]
         if margin and self.guide is False:
             found.append(f"guide_margin={margin!r} with guide=False: set guide=True, or leave the margin out")
         return found
+
+    def name_for(self, pairs: bool) -> str:
+        """The objective's name; for None the default of labelled pairs, or of questions and passages."""
+        return self.name or ("cosent" if pairs else "in_batch")
+
+    def misfits(self, *, pairs: bool, own_loss: bool) -> list[str]:
+        """One line for each thing that does not go with labelled pairs, or with a loss of the user's own."""
+        if own_loss:
+            masks = {"sibling_window": self.sibling_window, "mask_near_duplicates": self.mask_near_duplicates}
+            if self == ObjectiveSettings(**masks):  # type: ignore[arg-type]
+                return []
+            return [
+                f"a loss together with {self}: expected one of the two; of the objective, only sibling_window and "
+                "mask_near_duplicates go with a loss"
+            ]
+        if not pairs:
+            return []
+        names = [] if self.name_for(pairs) in FOR_PAIRS else ["name"]
+        names += [name for name in _FOR_IN_BATCH if getattr(self, name)]
+        if not names:
+            return []
+        given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return [
+            f"labelled pairs with {given}: expected one of {', '.join(map(repr, FOR_PAIRS))}, or no objective for "
+            "'cosent'; pairs that only say what belongs together can become questions and passages, which the other "
+            "objectives train"
+        ]
+
+    def lasting(self, pairs: bool) -> dict[str, Any]:
+        """What decides what is learnt, the default's name written out."""
+        return {**asdict(self), "name": self.name_for(pairs)}
 
 
 @dataclass(frozen=True)

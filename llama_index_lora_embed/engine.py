@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode
 
-from llama_index_lora_embed.arguments import absolute, check_arguments
+from llama_index_lora_embed.arguments import absolute, check_arguments, check_device, rehearsal_set
 from llama_index_lora_embed.config import (
     MANIFEST_NAME,
     FilterSettings,
@@ -32,16 +33,17 @@ from llama_index_lora_embed.data.dataset import normalise
 from llama_index_lora_embed.data.holding_out import hold_out
 from llama_index_lora_embed.errors import OutputDirectoryError, warn_user
 from llama_index_lora_embed.legacy import join_the_old_family
-from llama_index_lora_embed.result import FinetuneResult, Run, lasting, plain, summarise
+from llama_index_lora_embed.recorded import Recorded
+from llama_index_lora_embed.result import FinetuneResult, Run, summarise
+from llama_index_lora_embed.start import Start
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import LoraConfig
-    from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
-    from llama_index_lora_embed.evaluation import RetrievalEvaluation
-    from llama_index_lora_embed.evaluation.pairs import PairEvaluation
-    from llama_index_lora_embed.models import BaseInfo
+    from llama_index_lora_embed.training.user_arguments import UserArguments
 
 logger = logging.getLogger(__name__)
 _D = TrainingSettings()
@@ -94,6 +96,10 @@ class LoraFinetuneEngine:
         max_seq_length: Tokens per text; None covers 95 % of the training texts.
         precision: "auto", "bf16" or "fp32" for training steps.
         temperature: Of the default loss.
+        lora_layers: Share of the layers that the default LoRA adapts, from the last one down; below 1, what the frozen
+            ones below put out is computed once for all epochs.
+        fused_lora: Compute a LoRA layer's training step in few large operations.
+        frozen_cache_mb: Memory for the outputs of frozen layers, see `TrainingSettings`; 0 computes them in every step.
         val_fraction: Share of the questions to hold out without a `val_dataset`; 0 for none.
         on_overlap: What to do if answers of `val_dataset` are also trained on: "error", "drop" their questions
             from training, or "allow".
@@ -145,6 +151,9 @@ class LoraFinetuneEngine:
         max_seq_length: int | None = _D.max_seq_length,
         precision: Literal["auto", "bf16", "fp32"] = _D.precision,
         temperature: float = _D.temperature,
+        lora_layers: float = _D.lora_layers,
+        fused_lora: bool = _D.fused_lora,
+        frozen_cache_mb: float = _D.frozen_cache_mb,
         val_fraction: float = _D.val_fraction,
         on_overlap: Literal["error", "drop", "allow"] = "error",
         query_prompt: str | None = None,
@@ -164,6 +173,9 @@ class LoraFinetuneEngine:
             epochs=epochs,
             learning_rate=learning_rate,
             temperature=temperature,
+            lora_layers=lora_layers,
+            fused_lora=fused_lora,
+            frozen_cache_mb=frozen_cache_mb,
             max_seq_length=max_seq_length,
             precision=precision,
             evaluation_steps=evaluation_steps,
@@ -183,13 +195,10 @@ class LoraFinetuneEngine:
         self.resume_from_checkpoint = resume_from_checkpoint
         self.lora_config = lora_config
         self.objective = ObjectiveSettings(name=objective) if isinstance(objective, str) else objective
-        self.prompts: dict[str, Any] = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
-        self.pooling = pooling
+        prompts = {"query_prompt": query_prompt, "passage_prompt": passage_prompt}
         self.quantized = quantized
         self.allow_changes = allow_changes
         self.mining = mining
-        self.revision = revision
-        self.cache_folder = cache_folder
         self.data_report: BuildReport | None = None
         self.dataset, self.val_dataset = check_arguments(
             self.settings,
@@ -200,24 +209,40 @@ class LoraFinetuneEngine:
             loss=loss,
             lora_config=lora_config,
             objective=self.objective,
-            continuing={"continue_from": continue_from, "pooling": pooling, "quantized": quantized},
-            on_overlap=on_overlap,
+            continue_from=continue_from,
+            pooling=pooling,
             mining=mining,
+            on_overlap=on_overlap,
             allow_changes=allow_changes,
             flags={
                 "use_all_docs": use_all_docs,
                 "resume_from_checkpoint": resume_from_checkpoint,
                 "quantized": quantized,
             },
+            texts={**prompts, "revision": revision, "cache_folder": cache_folder},
         )
         # absolute, so that a changed working directory changes nothing
-        self.model_id = str(model_id)
+        self.model_id = absolute(model_id)
         self.continue_from = None if continue_from is None else absolute(continue_from)
         self.model_output_path = os.path.abspath(os.path.expanduser(model_output_path))
+        self._start = Start(
+            # an adapter knows its base, unless another place is named
+            base_model=None if continue_from is not None and model_id == _DEFAULT_BASE else self.model_id,
+            adapter=self.continue_from,
+            revision=revision,
+            cache_folder=None if cache_folder is None else os.path.abspath(os.path.expanduser(cache_folder)),
+            device=self.settings.device,
+            trust_remote_code=trust_remote_code,
+            pooling=pooling,
+            prompts=prompts,
+        )
+        if self.objective is not None and self.objective.teacher is not None:
+            self.objective = replace(self.objective, teacher=absolute(self.objective.teacher))
         self._hold_out_note = ""
         if self.val_dataset is None and val_fraction > 0:
+            wanted = {"best_metric": best_metric, "early_stopping_patience": early_stopping_patience}
             self.dataset, self.val_dataset, self._hold_out_note = hold_out(
-                self.dataset, val_fraction, seed, self.settings.max_eval_passages
+                self.dataset, val_fraction, seed, self.settings.max_eval_passages, [n for n, v in wanted.items() if v]
             )
 
     @classmethod
@@ -269,22 +294,12 @@ class LoraFinetuneEngine:
             val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
             kwargs.setdefault("on_overlap", "allow")
         # everything that can be wrong is found before an LLM is paid
-        cls(_rehearsal(), model_id, model_output_path, val_dataset=val_dataset or _rehearsal("v"), **kwargs)
-        loading = (
-            "device",
-            "revision",
-            "cache_folder",
-            "trust_remote_code",
-            "query_prompt",
-            "passage_prompt",
-            "pooling",
-        )
+        judge = rehearsal_set("v") if val_dataset is None and val_fraction else val_dataset
+        rehearsal = cls(rehearsal_set("t"), model_id, model_output_path, val_dataset=judge, **kwargs)
+        if rehearsal.quantized:
+            check_device(rehearsal.settings.device, quantized=True)
         dataset, report = dataset_from_nodes(
-            nodes,
-            makers,
-            seed=seed,
-            filters=filters,
-            embed_model=lambda: _base_embedding(model_id, {k: v for k, v in kwargs.items() if k in loading}),
+            nodes, makers, seed=seed, filters=filters, embed_model=rehearsal._start.embedding
         )
         if val_dataset is not None:
             known = {normalise(text) for text in val_dataset.queries.values()}
@@ -308,10 +323,10 @@ class LoraFinetuneEngine:
         it. Under torchrun or accelerate launch all processes train together and the first one writes.
 
         Args:
-            callbacks: More of transformers' callbacks.
+            callbacks: More of transformers' callbacks, in a list.
             **train_kwargs: More of sentence-transformers' training arguments, by their own names: e.g.
                 `gradient_accumulation_steps`, `gradient_checkpointing`, `lr_scheduler_type="cosine"`,
-                `max_grad_norm`, `report_to="tensorboard"`.
+                `max_grad_norm`, `report_to="tensorboard"`. Those that the engine has an argument for are refused.
 
         Returns:
             Measures of base and tuned, verdict, path.
@@ -319,32 +334,55 @@ class LoraFinetuneEngine:
         Raises:
             ModelNotFoundError: The base cannot be had.
             UnsafeCheckpointError: The base is stored as a pickle only.
-            ConfigError: Length, LoRA, loss or training arguments do not fit the base.
+            ConfigError: Callbacks or training arguments are wrong, which is found out before anything is loaded; or
+                length, LoRA or loss do not fit the base.
             DeviceMemoryError: The device's memory does not hold a step.
             NonFiniteLossError: The loss became NaN or infinite; no adapter was written.
             OutputDirectoryError: The adapter could not be written; what was there before is unchanged.
             KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
         """
         from llama_index_lora_embed import adapter
+        from llama_index_lora_embed.training import checkpoints, processes
+        from llama_index_lora_embed.training.user_arguments import check_user_arguments
+
+        check_device(self.settings.device, self.quantized)
+        pairs = isinstance(self.dataset, LabelledPairs)
+        asked = check_user_arguments(self.settings, callbacks, train_kwargs, self.objective, self.loss, pairs)
+        processes.join(self.settings.device)
+        target = adapter.check_output(self.model_output_path)
+        run_dir = target.with_name(target.name + ".run")
+        with checkpoints.only_run(run_dir):
+            result = self._train_and_write(target, run_dir, asked)
+        # what a user must not overlook
+        if processes.is_main() and (result.verdict.value != "BETTER" or result.best_step == 0):
+            warn_user(result.summary)
+        return result
+
+    def _train_and_write(self, target: Path, run_dir: Path, asked: UserArguments) -> FinetuneResult:
         from llama_index_lora_embed.evaluation import compare
-        from llama_index_lora_embed.evaluation.encoders import default_metric
+        from llama_index_lora_embed.evaluation.encoders import default_metric, evaluate_model
         from llama_index_lora_embed.training import processes
         from llama_index_lora_embed.training.best import BestSoFar
         from llama_index_lora_embed.training.quantised import onto_full_precision
         from llama_index_lora_embed.training.rounds import train_in_rounds
 
-        processes.join(self.settings.device)
-        target = adapter.check_output(self.model_output_path)
-        model, base, parent = self._start()
+        settings, start, judge = asked.settings, self._start, self.val_dataset
+        model, base, parent = start.load(self.quantized)
+        more = {"use_all_docs": self.use_all_docs, "quantized": self.quantized, **start.recorded()}
+        recorded = Recorded(
+            settings, self.dataset, judge, self.lora_config, self.loss, self.objective, self.mining, more
+        )
         outcome, mined = train_in_rounds(
             model,
             self.dataset,
-            self.settings,
-            target.with_name(target.name + ".run"),
+            settings,
+            run_dir,
             self.mining,
             best=BestSoFar(
-                None if self.val_dataset is None else self._evaluate,
-                self.settings.best_metric or default_metric(self.val_dataset),
+                None
+                if judge is None
+                else partial(evaluate_model, dataset=judge, show_progress=settings.show_progress_bar),
+                settings.best_metric or default_metric(judge),
             ),
             lora_config=self.lora_config,
             loss=self.loss,
@@ -352,50 +390,20 @@ class LoraFinetuneEngine:
             use_all_docs=self.use_all_docs,
             resume=self.resume_from_checkpoint,
             allow_changes=self.allow_changes,
-            recorded=self._recorded(base, parent, train_kwargs),
-            callbacks=callbacks,
-            train_kwargs=train_kwargs,
+            recorded=recorded.as_values(base, parent, asked.train_kwargs),
+            callbacks=asked.callbacks,
+            train_kwargs=asked.train_kwargs,
         )
         best = outcome.best
         if self.quantized:
-            model = onto_full_precision(model, best, lambda: self._load(base, quantized=False))
+            model = onto_full_precision(model, best, lambda: start.load_base(base, quantized=False))
         comparison = None
-        if self.val_dataset is not None:
-            comparison = compare(best.base, best.best)  # type: ignore[arg-type]  # what _evaluate returned
+        if judge is not None:
+            comparison = compare(best.base, best.best)  # type: ignore[arg-type]  # what evaluate_model returned
         summary = summarise(comparison, best.best_step, len(best.history), self._hold_out_note, parent is not None)
-        run = Run(model, base, parent, self.dataset, self.settings, outcome, summary, comparison, self.mining, mined)
-        written = processes.on_main(lambda: adapter.write_adapter(model, target, run.manifest(), base.weights_sha256))
-        result = run.result(str(target), written.fingerprint, self.data_report)
-        if processes.is_main():
-            self._warn(result)
-        return result
-
-    def _start(self) -> tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]:
-        """The model that training starts from, its base, and the adapter that it continues, if any."""
-        from llama_index_lora_embed import models
-
-        if self.continue_from is None:
-            base = models.describe_base(self.model_id, self.revision, self.cache_folder)
-            return self._load(base, self.quantized), base, None
-        loaded = models.load_adapter(
-            self.continue_from,
-            base_model=None if self.model_id == _DEFAULT_BASE else self.model_id,
-            cache_folder=self.cache_folder,
-            merge=False,
-            **self._loading(),
-        )
-        return loaded.model, loaded.base, {"path": self.continue_from, "fingerprint": loaded.fingerprint}
-
-    def _load(self, base: BaseInfo, quantized: bool) -> SentenceTransformer:
-        from llama_index_lora_embed import models
-
-        return models.load_base(base, pooling=self.pooling, quantized=quantized, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        from llama_index_lora_embed.training import processes
-
-        device = processes.own_device(self.settings.device)
-        return {"device": device, "trust_remote_code": self.settings.trust_remote_code, **self.prompts}
+        run = Run(model, base, parent, self.dataset, settings, outcome, summary, comparison, self.mining, mined)
+        fingerprint = processes.on_main(lambda: run.write(target, run_dir))
+        return run.result(str(target), fingerprint, self.data_report)
 
     def get_finetuned_model(self, **model_kwargs: Any) -> BaseEmbedding:
         """The tuned model, read back from the adapter directory.
@@ -418,57 +426,9 @@ class LoraFinetuneEngine:
         defaults = {
             "device": self.settings.device,
             "trust_remote_code": self.settings.trust_remote_code,
-            "cache_folder": self.cache_folder,
+            "cache_folder": self._start.cache_folder,
         }
         return LoraEmbedding(self.model_output_path, **{**defaults, **model_kwargs})
-
-    def _evaluate(self, model: SentenceTransformer) -> RetrievalEvaluation | PairEvaluation:
-        from llama_index_lora_embed.evaluation.encoders import evaluate_model
-
-        assert self.val_dataset is not None
-        return evaluate_model(model, self.val_dataset, show_progress=self.settings.show_progress_bar)
-
-    def _recorded(self, base: BaseInfo, parent: dict[str, Any] | None, train_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint and a run that resumes from it have in common."""
-        lora: Any = self.lora_config
-        return {
-            "base": base.weights_sha256,
-            "continue_from": None if parent is None else parent["fingerprint"],
-            "dataset": self.dataset.digest(),
-            "val_dataset": None if self.val_dataset is None else self.val_dataset.digest(),
-            "lora_config": plain(lora.to_dict()) if lora is not None else None,
-            "loss": None if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__),
-            "objective": None if self.objective is None else plain(asdict(self.objective)),
-            "use_all_docs": self.use_all_docs,
-            "mining": None if self.mining is None else plain(asdict(self.mining)),
-            "pooling": self.pooling,
-            "quantized": self.quantized,
-            **self.prompts,
-            **plain(self.settings.lasting()),
-            "train_kwargs": lasting(train_kwargs),
-        }
-
-    def _warn(self, result: FinetuneResult) -> None:
-        """Tell what a user must not overlook, once, where they called `finetune`."""
-        if result.verdict.value != "BETTER" or result.best_step == 0:
-            warn_user(result.summary)
-
-
-def _rehearsal(name: str = "t") -> EmbeddingQAFinetuneDataset:
-    """A dataset to check the other arguments with."""
-    ids = [f"{name}{number}" for number in range(2)]
-    return EmbeddingQAFinetuneDataset(
-        queries={i: f"query {i}" for i in ids},
-        corpus={i: f"text {i}" for i in ids},
-        relevant_docs={i: [i] for i in ids},
-    )
-
-
-def _base_embedding(model_id: str, options: dict[str, Any]) -> BaseEmbedding:
-    """The untuned base as an embedding model, loaded when a filter asks for it."""
-    from llama_index_lora_embed.embedding import LoraEmbedding
-
-    return LoraEmbedding(base_model=model_id, **options)
 
 
 join_the_old_family(LoraFinetuneEngine)

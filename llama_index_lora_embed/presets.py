@@ -6,6 +6,7 @@ Tables hold only what a model's own files do not say.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -187,6 +188,31 @@ def lora_target_modules(model: SentenceTransformer) -> list[str]:
         ambiguous = any(name == suffix or name.endswith(f".{suffix}") for name in outside)
         names += whole if ambiguous else [suffix]
     return sorted(names)
+
+
+def upper_modules(model: SentenceTransformer, share: float) -> list[str]:
+    """Names of the linear layers that the default LoRA adapts, in the upper layers only.
+
+    Args:
+        model: Loaded base.
+        share: Of the layers, from the last one down; 1 gives `lora_target_modules`.
+
+    Raises:
+        ConfigError: The model has no transformer layers with linear modules.
+    """
+    import torch
+
+    targets = lora_target_modules(model)
+    if share >= 1:
+        return targets
+    found: list[tuple[int, str]] = []
+    for name, module in model.transformers_model.named_modules():  # type: ignore[union-attr]
+        match = re.match(r"^(?:.*?\.)?(\d+)\.(.+)$", name)
+        if match and isinstance(module, torch.nn.Linear) and (match[2] in targets or name in targets):
+            found.append((int(match[1]), name))
+    layers = 1 + max(number for number, _ in found)
+    first = layers - max(1, math.ceil(share * layers))
+    return [name for number, name in found if number >= first]
 
 
 def _router_widths(transformer: Any) -> set[int]:

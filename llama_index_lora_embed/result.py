@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from llama_index_lora_embed.errors import OutputDirectoryError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sentence_transformers import SentenceTransformer
 
     from llama_index_lora_embed.adapter import Manifest
@@ -187,6 +191,31 @@ class Run:
             "mined_negatives": [report.mean_negatives for report in self.mined],
         }
 
+    def write(self, target: Path, run_dir: Path) -> str:
+        """Write the adapter directory; checkpoints that nobody asked for have served their purpose then.
+
+        Args:
+            target: What `adapter.check_output` has passed.
+            run_dir: Where the checkpoints are.
+
+        Returns:
+            The fingerprint of the model in it.
+
+        Raises:
+            OutputDirectoryError: It could not be written; what was trained is in the checkpoints.
+        """
+        from llama_index_lora_embed import adapter
+        from llama_index_lora_embed.training import checkpoints
+
+        try:
+            written = adapter.write_adapter(self.model, target, self.manifest(), self.base.weights_sha256)
+        except OutputDirectoryError as error:
+            error.mend += f" What was trained is kept in {str(run_dir)!r}: resume_from_checkpoint=True only writes it."
+            raise
+        if not self.settings.save_checkpoints:
+            checkpoints.clear_checkpoints(run_dir)
+        return written.fingerprint
+
     def result(self, path: str, fingerprint: str, data_report: BuildReport | None) -> FinetuneResult:
         """The run as `finetune()` gives it back.
 
@@ -215,21 +244,3 @@ class Run:
             data_report=data_report,
             mined=self.mined,
         )
-
-
-def plain(value: Any) -> Any:
-    """Sets as sorted lists, enums as text, so that JSON gives back what it was given."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
-
-
-def lasting(train_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of a user's own training arguments that decide what is learnt, as plain values."""
-    passing = ("report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers", "dataloader_pin_memory")
-    kept = {name: value for name, value in train_kwargs.items() if name not in passing}
-    return {name: plain(value) for name, value in kept.items() if not name.startswith(("logging_", "hub_"))}

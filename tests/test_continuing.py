@@ -1,14 +1,16 @@
 """Training an adapter further."""
 
 import json
+import re
 import shutil
 
 import pytest
 from peft import LoraConfig
 
-from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
+from llama_index_lora_embed import LLMQuestionMaker, LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
 from llama_index_lora_embed.errors import AdapterError, BaseModelMismatchError, ConfigError, ModelNotFoundError
 from tests.conftest import make_dataset
+from tests.data.llms import FakeLLM
 from tests.training.test_checkpoints import weights
 
 NEW = make_dataset(passages=20, seed=5, prefix="n")
@@ -73,6 +75,64 @@ def test_it_cannot_be_trained_into_its_own_directory(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "own")
     with pytest.raises(ConfigError, match="the same as model_output_path"):
         engine(tmp_path / "own", tmp_path / "own")
+
+
+@pytest.mark.parametrize("place", ["own.previous", "own.run/kept", "link", "out"])
+def test_what_writing_would_destroy_is_no_parent(adapter, tmp_path, place):
+    shutil.copytree(adapter, tmp_path / "own")
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    if place == "out":  # the other way round: the link is written to, and so what it leads to
+        shutil.copytree(adapter, tmp_path / "real")
+        (tmp_path / "out").symlink_to(tmp_path / "real")
+        with pytest.raises(ConfigError, match="the same as model_output_path"):
+            engine(tmp_path / "real", tmp_path / "out")
+        return
+    if not (tmp_path / place).exists():
+        shutil.copytree(adapter, tmp_path / place)
+    with pytest.raises(ConfigError, match="expected a new directory to write to"):
+        engine(tmp_path / place, tmp_path / "own")
+
+
+@pytest.mark.parametrize("place", ["own2", "own.running", "own.run.20260101-000000-1", "own-previous"])
+def test_a_parent_beside_the_output_is_one(adapter, tmp_path, place):
+    shutil.copytree(adapter, tmp_path / place)
+    engine(tmp_path / place, tmp_path / "own")
+
+
+def test_a_base_is_no_parent(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match=r"without adapter_config\.json: expected an adapter"):
+        engine(tiny_model, tmp_path / "x")
+
+
+def test_the_revision_is_the_adapters(adapter, tmp_path):
+    """Two commits of an adapter in a cache of the Hub; the first is older."""
+    repository = tmp_path / "hub" / "models--me--adapter"
+    old, new = "a" * 40, "b" * 40
+    shutil.copytree(adapter, repository / "snapshots" / old)
+    newer = engine(adapter, repository / "snapshots" / new).finetune()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(new)
+    parents = {}
+    for revision in (None, old):
+        out = tmp_path / f"of-{revision}"
+        made = engine("me/adapter", out, revision=revision, cache_folder=str(tmp_path / "hub"), epochs=1)
+        made.finetune()
+        parents[revision] = json.loads((out / "finetune.json").read_text())["parent"]["fingerprint"]
+    assert parents == {None: newer.fingerprint, old: LoraEmbedding(adapter, device="cpu").fingerprint}
+
+
+def test_questions_about_nodes_are_filtered_by_the_adapter_that_is_continued(adapter, nodes, tmp_path):
+    class Llm(FakeLLM):
+        def answer(self, prompt):
+            return "question: " + " ".join(re.findall(r"w[0-9]+", prompt)[:5])
+
+    maker = LLMQuestionMaker(llm=Llm(), journal=str(tmp_path / "journal.jsonl"))
+    made = LoraFinetuneEngine.from_nodes(
+        nodes, model_output_path=str(tmp_path / "child"), continue_from=adapter, question_makers=[maker], device="cpu"
+    )
+    assert made.data_report.filtered.given == 12
+    judge = made._start.embedding()
+    assert judge.fingerprint == LoraEmbedding(adapter, device="cpu").fingerprint
 
 
 @pytest.mark.parametrize(

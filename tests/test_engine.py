@@ -21,6 +21,7 @@ from llama_index_lora_embed import (
     LoraEmbedding,
     LoraEmbedError,
     LoraFinetuneEngine,
+    ObjectiveSettings,
     TitleMaker,
     Verdict,
     evaluate_retrieval,
@@ -339,7 +340,9 @@ def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval
 @pytest.mark.parametrize(
     "wrong",
     [{"epoch": 3}, {"batch_size": 0}, {"val_dataset": "/nowhere.json"}, {"val_fraction": 5}, {"filters": True},
-     {"learning_rate": "x"}, {"model_id": "/nowhere"}],
+     {"learning_rate": "x"}, {"model_id": "/nowhere"}, {"best_metric": "ndgc"}, {"quantized": True, "device": "cpu"},
+     {"objective": ObjectiveSettings("distillation", teacher="./nowhere")}, {"query_prompt": 5}, {"seed": 2**33},
+     {"allow_changes": ["nope"]}, {"val_fraction": 0, "early_stopping_patience": 2}, {"loss": lambda: 1}],
     ids=str,
 )  # fmt: skip
 def test_from_nodes_finds_what_is_wrong_before_it_pays_an_llm(tiny_model, nodes, out, tmp_path, wrong):

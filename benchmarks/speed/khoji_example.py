@@ -1,9 +1,9 @@
 """(c) khoji 0.4.0, with the configuration for MiniLM that it ships (`khoji init` writes `minilm_scifact_full.yaml`).
 
 Three triplets for each question (one mined negative, two random ones), LoRA of rank 16 on query, key and value,
-512 tokens, batches of 16, 5 epochs, float32. The steps of `khoji.run` are made one by one, as its README shows for Python, so
-that the clock can stop; mining is on the clock, as preparation. There is no hook in its loop; epochs are noticed by
-counting batches. With tenk_train an epoch has 2,004 triplets: give `--timeout` if that is too long.
+512 tokens, batches of 16, 5 epochs, float32. The steps of `khoji.run` are made one by one, as its README shows for
+Python, so that the clock can stop; mining is on the clock, as preparation. There is no hook in its loop; epochs are
+noticed by counting batches. With tenk_train an epoch has 2,004 triplets: give `--timeout` if that is too long.
 
 khoji reads a model's pooling from the Hub and takes the first token's vector for a folder; here the folder's own file
 says which pooling it is, as the Hub's would.

@@ -147,7 +147,7 @@ class Recorder:
         if table is not None:
             table.register_forward_pre_hook(self._count)
         self._counting = True
-        self.event("train_begin")
+        self.event("train_begin", **self.facts)
 
     def train_end(self) -> None:
         """The last step was done."""
@@ -156,7 +156,7 @@ class Recorder:
 
     def judge(self, model: Any, step: int, epoch: float, name: str = "evaluated") -> dict[str, float]:
         """Evaluate a sentence-transformers model on the test set; a step that was evaluated is not evaluated again."""
-        seconds, key = self.seconds, (self._round, step)
+        seconds, peak, key = self.seconds, peak_mb(), (self._round, step)
         if name != "evaluated" or key not in self._seen:
             with self.paused(), torch.autocast("cpu", enabled=False):
                 training = [module for module in model.modules() if module.training]
@@ -164,7 +164,16 @@ class Recorder:
                 for module in training:  # encoding leaves the model in eval mode
                     module.training = True
             values = {ours: round(float(self._seen[key][theirs]), 4) for ours, theirs in MEASURES.items()}
-            self.event(name, **{"step": step, "epoch": round(epoch, 3), **values, "seconds": round(seconds, 3)})
+            self.event(
+                name,
+                **{
+                    "step": step,
+                    "epoch": round(epoch, 3),
+                    **values,
+                    "peak_mb": round(peak),
+                    "seconds": round(seconds, 3),
+                },
+            )
         return self._seen[key]
 
     @property

@@ -53,16 +53,23 @@ class Facts(TrainerCallback):
             )
 
 
-def off_the_clock(recorder: Recorder) -> None:
-    """Stop the clock during the engine's own evaluations; nothing public says when they start."""
+def off_the_clock(recorder: Recorder) -> list[int]:
+    """Stop the clock during the engine's own evaluations; nothing public says when they start.
+
+    Returns:
+        How many there were, in a list of one.
+    """
+    calls = [0]
     encoders = importlib.import_module("llama_index_lora_embed.evaluation.encoders")
     evaluate_model = encoders.evaluate_model
 
     def timed(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
         with recorder.paused():
             return evaluate_model(*args, **kwargs)
 
     encoders.evaluate_model = timed
+    return calls
 
 
 def run(job: Job, recorder: Recorder) -> None:
@@ -80,11 +87,12 @@ def run(job: Job, recorder: Recorder) -> None:
             "epochs": LIKE_FOR_LIKE_EPOCHS,
             "val_fraction": 0.0,
         }
-    off_the_clock(recorder)
+    evaluations = off_the_clock(recorder)
     recorder.begin()
     engine = LoraFinetuneEngine(dataset, job.model, f"{job.folder}/adapter", device="cpu", seed=job.seed, **settings)
     curve = Curve(recorder, 1 if like_for_like else job.points)
     result = engine.finetune(callbacks=[Facts(recorder, engine.dataset), curve])
+    assert evaluations[0] >= len(result.history), "the engine evaluates elsewhere now, and the clock ran on"
     recorder.facts |= {
         "precision": result.precision,
         "best_step": result.best_step,

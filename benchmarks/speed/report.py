@@ -34,19 +34,25 @@ def figures(run: Run, target: float | None) -> dict[str, float | None]:
     """What is compared, of one run; None for what a run that was stopped did not reach.
 
     "to target" are the seconds on the clock at the first evaluation that is not below the target; the clock
-    includes preparation. "training" are the seconds from the first step to the last.
+    includes preparation. "training" are the seconds from the first step to the last. Tokens per second and peak memory
+    of a stopped run are those up to its last evaluation.
     """
     points, begin, end, done = curve(run), at(run, "train_begin"), at(run, "train_end"), at(run, "done")
     training = end["seconds"] - begin["seconds"] if begin and end else None
     reached = next((p["seconds"] for p in points if target is not None and p["ndcg@10"] >= target), None)
     kept = at(run, "kept")
-    tokens = done["tokens_per_epoch"] * done["epochs"] if done else None
+    last = end if done else points[-1] if points else None
+    epochs = done["epochs"] if done else points[-1]["epoch"] if points else 0
+    tokens = (done or begin or {}).get("tokens_per_epoch")
+    rate = None
+    if tokens and begin and last and last["seconds"] > begin["seconds"]:
+        rate = tokens * epochs / (last["seconds"] - begin["seconds"])
     return {
         "preparation s": begin["seconds"] if begin else None,
         "training s": training,
         "all s": done["seconds"] if done else None,
-        "tokens/s": tokens / training if tokens and training else None,
-        "peak MB": done["peak_mb"] if done else None,
+        "tokens/s": rate,
+        "peak MB": done["peak_mb"] if done else points[-1].get("peak_mb") if points else None,
         "nDCG@10": points[-1]["ndcg@10"] if points and done else None,
         "hit@5": points[-1]["hit@5"] if points and done else None,
         "kept nDCG@10": kept["ndcg@10"] if kept else None,

@@ -120,6 +120,11 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         text = json.dumps(self.model_dump(exclude_none=True), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def order_digest(self) -> str:
+        """SHA-256 (hex) over all fields and the order of questions and passages, which decides what batches hold."""
+        text = json.dumps([self.digest(), list(self.queries), list(self.corpus)], ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def origins(self) -> dict[str, int]:
         """How many questions were made in which way; "unknown" where the dataset does not say."""
         counts: dict[str, int] = defaultdict(int)

@@ -16,6 +16,7 @@ from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, norm
 from llama_index_lora_embed.data.exclusions import FalseNegatives
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 from llama_index_lora_embed.training import processes
+from llama_index_lora_embed.training.prefix import TEXT_IDS, text_id
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -185,9 +186,11 @@ class GroupCollator:
         size = self.mini_batch_size or size
         prompt = self.model.prompts.get(task) or None
         for number, start in enumerate(range(0, len(texts), size)):
-            features = self.model.preprocess(texts[start : start + size], prompt=prompt, task=task)
+            chunk = texts[start : start + size]
+            features = self.model.preprocess(chunk, prompt=prompt, task=task)
             for key, value in features.items():
                 batch[f"{letter}{number}_{key}"] = value
+            batch[f"{letter}{number}_{TEXT_IDS}"] = torch.tensor([text_id(task, text) for text in chunk])
 
 
 class GroupBatchSampler(DefaultBatchSampler):

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from llama_index_lora_embed.errors import AdapterError, ConfigError
+from llama_index_lora_embed.errors import AdapterError, ConfigError, NonFiniteLossError
 from llama_index_lora_embed.training import processes
 
 BEST_WEIGHTS = "best_adapter.safetensors"
@@ -62,6 +63,7 @@ class BestSoFar:
         top: The measure of each query at the evaluation with the highest mean.
         weights: Adapter weights that are kept, on the CPU.
         seconds: Wall time of the evaluations of this process.
+        interruptible: Context in which an evaluation runs, and what may end it; what was measured by then is dropped.
     """
 
     evaluate: Evaluate | None
@@ -73,6 +75,7 @@ class BestSoFar:
     top: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] | None = None
     seconds: float = 0.0
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(self, model: SentenceTransformer, step: int) -> dict[str, float]:
         """Evaluate the model at this step, unless that was done already.
@@ -85,7 +88,8 @@ class BestSoFar:
         for entry in self.history:
             if entry["step"] == step:
                 return dict(entry["metrics"])
-        evaluation = self.judge(model)
+        with self.interruptible():
+            evaluation = self.judge(model)
         metrics = dict(evaluation.metrics)
         if self.metric not in metrics:
             raise ConfigError(
@@ -157,12 +161,27 @@ def restore_weights(model: SentenceTransformer, weights: dict[str, Tensor]) -> N
     Raises:
         AdapterError: Names do not fit one to one.
     """
-    names = adapter_weights(model).keys()
-    if names != weights.keys():
-        odd = sorted(names ^ weights.keys())
+    shapes, stored = ({name: w.shape for name, w in of.items()} for of in (adapter_weights(model), weights))
+    if odd := sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name)):
         raise AdapterError(
-            f"adapter weights with {len(odd)} name(s) that do not fit (e.g. {odd[0]})",
+            f"adapter weights with {len(odd)} name(s) that do not fit (e.g. {odd[0]}: "
+            f"{stored.get(odd[0], 'none')} stored, {shapes.get(odd[0], 'none')} in the model)",
             "the weights of the same LoRA on the same base",
             "Start without resume_from_checkpoint, or restore lora_config.",
         )
     set_peft_model_state_dict(model.transformers_model, dict(weights), adapter_name="default")
+
+
+def check_finite(model: SentenceTransformer, where: str) -> None:
+    """Refuse weights that are NaN or infinite, before anything is overwritten with them.
+
+    Raises:
+        NonFiniteLossError: There are some.
+    """
+    bad = [name for name, tensor in adapter_weights(model).items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise NonFiniteLossError(
+            f"{len(bad)} adapter weight(s) with NaN or infinity {where} (e.g. {bad[0]})",
+            "numbers",
+            "Lower learning_rate or set precision='fp32'; nothing was written, and earlier checkpoints are intact.",
+        )

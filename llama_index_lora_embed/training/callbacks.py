@@ -33,15 +33,27 @@ class Evaluator(TrainerCallback):
         self.patience = patience
         self.stop = stop
         self.stopping = False
+        if processes.world_size() == 1:  # else one process would leave while the others wait for it
+            trainer.best_so_far.interruptible = stop.interruptible
+
+    def make_up(self, state: TrainerState) -> bool:
+        """Do what the checkpoint's own run did not come to any more, before the first step.
+
+        Returns:
+            Whether there is nothing left to train, or a stop was asked for.
+        """
+        epoch_ends = state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-6
+        if state.global_step and (epoch_ends or self._due(state) or state.global_step == state.max_steps):
+            self._evaluate(state, self.trainer.control)
+        return self.stopping or self._gains_nothing()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make up for an evaluation that the run before did not reach."""
-        # a checkpoint can be of a step whose evaluation was not reached before the run ended
-        epoch_ends = state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-6
-        if state.global_step and (epoch_ends or self._due(state)):
-            self._evaluate(state, control)
+        """Log the base, which was evaluated before the other callbacks were ready to hear of it."""
+        history = self.trainer.best_so_far.history
+        if state.global_step == 0 and history:
+            self.trainer.report(history[0]["metrics"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop if asked to; else evaluate if it is due."""
@@ -65,6 +77,9 @@ class Evaluator(TrainerCallback):
     def _due(self, state: TrainerState) -> bool:
         return bool(self.every and state.global_step % self.every == 0)
 
+    def _gains_nothing(self) -> bool:
+        return bool(self.patience) and self.trainer.best_so_far.without_gain() >= self.patience
+
     def _leave(self, control: TrainerControl) -> None:
         self.stopping = True
         control.should_training_stop = True
@@ -74,17 +89,13 @@ class Evaluator(TrainerCallback):
         best = self.trainer.best_so_far
         seen = len(best.history)
         try:
-            if processes.world_size() > 1:  # one process must not leave while the others wait for it
-                metrics = best(self.trainer.model, state.global_step)
-            else:
-                with self.stop.interruptible():
-                    metrics = best(self.trainer.model, state.global_step)
+            metrics = best(self.trainer.model, state.global_step)
         except EvaluationStoppedError:
             self._leave(control)
             return
         if metrics and len(best.history) > seen:
-            self.trainer.log({f"eval_{name}": round(value, 4) for name, value in metrics.items()})
-        if self.patience and best.without_gain() >= self.patience:
+            self.trainer.report(metrics)
+        if self._gains_nothing():
             control.should_training_stop = True
 
 

@@ -1,7 +1,7 @@
 """A LoRA layer's step in few, large operations: what peft computes, in less time and memory.
 
-peft computes W x + s B A x from parts. Each keeps an input for the backward pass, and under autocast casts of x are made
-and kept for the base and for A. With W frozen, one copy of x and the small A x are enough.
+peft computes W x + s B A x from parts. Each keeps an input for the backward pass, and under autocast casts of x are
+made and kept for the base and for A. With W frozen, one copy of x and the small A x are enough.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 _NAME = "default"
 
@@ -26,7 +26,7 @@ class _FrozenLinearWithLora(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -38,7 +38,7 @@ class _FrozenLinearWithLora(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, small, weight, down, up = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         back = (g @ up.to(g.dtype)).mul_(ctx.scale)
@@ -87,7 +87,7 @@ def fast_lora(model: nn.Module) -> Iterator[int]:
     casts = _Casts()
     changed = [m for m in model.modules() if type(m) is LoraLinear and _is_plain(m)]
     for layer in changed:
-        layer.forward = types.MethodType(_forward_of(layer, casts), layer)
+        layer.forward = types.MethodType(_forward_of(layer, casts), layer)  # type: ignore[method-assign]
     try:
         yield len(changed)
     finally:
@@ -98,13 +98,12 @@ def fast_lora(model: nn.Module) -> Iterator[int]:
 
 def _is_plain(layer: LoraLinear) -> bool:
     base = layer.get_base_layer()
-    dropout = layer.lora_dropout[_NAME] if _NAME in layer.lora_dropout else None
     return (
         type(base) is nn.Linear
         and list(layer.active_adapters) == [_NAME]
         and not layer.lora_variant
         and not layer.merged_adapters
-        and isinstance(dropout, nn.Identity)
+        and isinstance(layer.lora_dropout[_NAME], nn.Identity)
         and layer.lora_B[_NAME].bias is None
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
@@ -115,11 +114,12 @@ def _is_plain(layer: LoraLinear) -> bool:
 
 def _forward_of(layer: LoraLinear, casts: _Casts) -> Any:
     original = type(layer).forward
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     held: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     def forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        down, up = self.lora_A[_NAME].weight, self.lora_B[_NAME].weight
+        down: Any = self.lora_A[_NAME].weight
+        up: Any = self.lora_B[_NAME].weight
         if not torch.is_grad_enabled() or not down.requires_grad or self.disable_adapters or args or kwargs:
             result: Tensor = original(self, x, *args, **kwargs)
             return result

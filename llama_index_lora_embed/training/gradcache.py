@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.training.prefix import TEXT_IDS, FrozenPrefix
 
 Chunk = dict[str, Any]
 
@@ -22,23 +23,33 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
-def embed(model: nn.Module, chunk: Chunk) -> Tensor:
-    """Vectors [texts, dimension] of a chunk, in float32; a copy is passed on, because modules write into it."""
-    vectors: Tensor = model(dict(chunk))["sentence_embedding"]
+def embed(model: nn.Module, chunk: Chunk, prefix: FrozenPrefix | None = None) -> Tensor:
+    """Vectors [texts, dimension] of a chunk, in float32; with `prefix`, frozen layers are run once for each text."""
+    if prefix is not None:
+        output = prefix(model, unwrapped(model), chunk)
+    else:  # a copy is passed on, because modules write into it
+        output = model({name: value for name, value in chunk.items() if name != TEXT_IDS})
+    vectors: Tensor = output["sentence_embedding"]
     return vectors.float()
 
 
-def embed_all(model: nn.Module, chunks: Sequence[Chunk]) -> Tensor:
+def embed_all(model: nn.Module, chunks: Sequence[Chunk], prefix: FrozenPrefix | None = None) -> Tensor:
     """Vectors [texts of all chunks, dimension], with gradients.
 
     Processes can have different numbers of chunks. Only the last one goes through `DistributedDataParallel`, whose
     forward waits for the others; its hooks reduce the gradients of all chunks together.
     """
     inner = unwrapped(model)
-    return torch.cat([*(embed(inner, chunk) for chunk in chunks[:-1]), embed(model, chunks[-1])])
+    parts = [embed(inner, chunk, prefix) for chunk in chunks[:-1]]
+    return torch.cat([*parts, embed(model, chunks[-1], prefix)])
 
 
-def cached_loss(model: nn.Module, chunks: Sequence[Chunk], loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+def cached_loss(
+    model: nn.Module,
+    chunks: Sequence[Chunk],
+    loss_of: Callable[[Tensor], Tensor],
+    prefix: FrozenPrefix | None = None,
+) -> Tensor:
     """A loss over all chunks whose backward pass holds the activations of one chunk at a time.
 
     With f the model, θ its weights, E = (f_θ(x_1), ..., f_θ(x_n)) the vectors of n chunks and L the loss,
@@ -54,6 +65,7 @@ def cached_loss(model: nn.Module, chunks: Sequence[Chunk], loss_of: Callable[[Te
         model: Takes a chunk; can be wrapped in `DistributedDataParallel`, which then reduces the gradients once.
         chunks: Token tensors, as many texts in each as are to be encoded at once.
         loss_of: The loss of the vectors, float32 [texts, dimension].
+        prefix: Runs the frozen layers once for each text.
 
     Returns:
         A scalar.
@@ -69,7 +81,7 @@ def cached_loss(model: nn.Module, chunks: Sequence[Chunk], loss_of: Callable[[Te
     with torch.no_grad(), autocast():
         for chunk in chunks:
             states.append(_RandomState(chunk))
-            first.append(embed(inner, chunk))
+            first.append(embed(inner, chunk, prefix))
     vectors = torch.cat(first)
     if not torch.is_grad_enabled():
         return loss_of(vectors)
@@ -83,7 +95,7 @@ def cached_loss(model: nn.Module, chunks: Sequence[Chunk], loss_of: Callable[[Te
         for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True), 1):
             # as in `embed_all`: backward passes that DistributedDataParallel did not prepare for only accumulate
             with state.again(), torch.enable_grad(), autocast():
-                again = embed(model if number == len(chunks) else inner, chunk)
+                again = embed(model if number == len(chunks) else inner, chunk, prefix)
             again.backward(gradient * incoming)  # type: ignore[no-untyped-call]
 
     result = loss.detach().requires_grad_()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.presets import lora_target_modules
+from llama_index_lora_embed.presets import lora_target_modules, upper_modules
 
 # initialisations that leave the base's vectors as they are, and those that would change its weights
 _UNCHANGED = re.compile(r"gaussian|orthogonal", re.IGNORECASE)
@@ -89,7 +89,7 @@ def add_lora(model: SentenceTransformer, lora_config: LoraConfig | None, setting
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=0.0,
-            target_modules=lora_target_modules(model),
+            target_modules=upper_modules(model, settings.lora_layers),
         )
     else:
         if problems := lora_problems(lora_config):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.training.batches import IGNORED, NEGATIVE
 from llama_index_lora_embed.training.gradcache import cached_loss, embed, embed_all, unwrapped
+from llama_index_lora_embed.training.prefix import FrozenPrefix
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -50,6 +51,9 @@ class MaskedInfoNCELoss(nn.Module):
             (GISTEmbed; Solatorio 2024, arXiv 2402.16829, here with the model's own base for a guide.)
         dims: Add the loss of the first so many dimensions, for each of these (Kusupati et al. 2022, arXiv 2205.13147,
             equation 1; every summand weighs 1, as in the paper and in sentence-transformers' MatryoshkaLoss).
+
+    Attributes:
+        prefix: Runs the frozen layers below the first adapted one once for each text; None runs them each time.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class MaskedInfoNCELoss(nn.Module):
         self.cached = cached
         self.guide_margin = guide_margin
         self.dims = tuple(dims)
+        self.prefix: FrozenPrefix | None = None
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
         """Compute the loss.
@@ -90,7 +95,9 @@ class MaskedInfoNCELoss(nn.Module):
         def loss_of(vectors: Tensor) -> Tensor:
             return self._loss(*of_all(vectors, *labels.shape), labels)
 
-        return cached_loss(self.model, chunks, loss_of) if self.cached else loss_of(embed_all(self.model, chunks))
+        if self.cached:
+            return cached_loss(self.model, chunks, loss_of, self.prefix)
+        return loss_of(embed_all(self.model, chunks, self.prefix))
 
     def _loss(self, queries: Tensor, passages: Tensor, labels: Tensor) -> Tensor:
         """The loss of vectors [questions, dimension] and [passages, dimension], summed over `dims`."""
@@ -111,7 +118,7 @@ class MaskedInfoNCELoss(nn.Module):
     def _without_false(self, chunks: Sequence[dict[str, Any]], labels: Tensor, margin: float) -> Tensor:
         """The label with those negatives ignored that the guide takes for answers."""
         with torch.no_grad(), base_alone(unwrapped(self.model)) as base:
-            queries, passages = of_all(torch.cat([embed(base, chunk) for chunk in chunks]), *labels.shape)
+            queries, passages = of_all(torch.cat([embed(base, chunk, self.prefix) for chunk in chunks]), *labels.shape)
         with torch.autocast(labels.device.type, enabled=False):
             similar = _unit(queries) @ _unit(passages).T
         lowest = similar.masked_fill(labels <= 0, float("inf")).amin(dim=1, keepdim=True)

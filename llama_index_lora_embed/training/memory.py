@@ -1,4 +1,4 @@
-"""How large a step the device's memory holds: `batch_size="auto"`."""
+"""How large a step the device's memory holds, and what to do where it does not: `batch_size="auto"`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.errors import DeviceMemoryError
+from llama_index_lora_embed.training import processes
+from llama_index_lora_embed.training.batches import GroupCollator
+from llama_index_lora_embed.training.gradcache import cached_loss, embed_all
+from llama_index_lora_embed.training.loss import MaskedInfoNCELoss
 
 if TYPE_CHECKING:
     from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
 _FULL = TrainingSettings().batch_size
+_SHORT = 64  # tokens below which texts are not worth cutting further
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class StepSize:
     """How many rows a step has, and how it is computed.
 
     Attributes:
-        rows: Passages with their questions, or rows of texts.
+        rows: Passages with their questions, or rows of texts; of each process.
         pieces: Texts encoded at once (GradCache); None leaves it to the objective.
     """
 
@@ -33,7 +39,7 @@ class StepSize:
 
 
 def largest_that_fits(trainer_for: Callable[[StepSize], LoraTrainer], pieces: bool) -> LoraTrainer:
-    """A trainer whose largest step the device's memory holds.
+    """A trainer whose largest step the memory of every process's device holds.
 
     It tries a forward and a backward pass over the longest texts. A batch that does not fit is computed in pieces
     where the objective can be, because fewer passages in a batch are fewer negatives, and halved elsewhere. The
@@ -50,7 +56,8 @@ def largest_that_fits(trainer_for: Callable[[StepSize], LoraTrainer], pieces: bo
     sizes = [StepSize(_FULL), *_smaller(_FULL, pieces)]
     for size in sizes:
         trainer = trainer_for(size)
-        if not _can_run_out(trainer.args.device) or _fits(trainer):
+        # all processes take the same size, or they would wait for each other's steps
+        if not _can_run_out(trainer.args.device) or not processes.highest(int(not _fits(trainer))):
             logger.info("batch_size='auto' takes %s", size)
             return trainer
     raise DeviceMemoryError(
@@ -71,41 +78,114 @@ def _can_run_out(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def text_lengths(trainer: LoraTrainer) -> list[int]:
+    """Characters in each row of the training set."""
+    collator: Any = trainer.data_collator
+    if isinstance(collator, GroupCollator):
+        return [len(group.passage) for group in collator.groups]
+    rows: Any = trainer.train_dataset
+    return [sum(len(value) for value in row.values() if isinstance(value, str)) for row in rows]
+
+
 def _fits(trainer: LoraTrainer) -> bool:
     """Whether a step over the longest texts can be computed; weights and random state stay as they are."""
     rows: Any = trainer.train_dataset
-    lengths = trainer.text_lengths()
-    longest = sorted(range(len(rows)), key=lambda i: -lengths[i])[: trainer.args.per_device_train_batch_size]
+    count = trainer.args.per_device_train_batch_size
+    whole: Any = trainer.loss
+    collator: Any = trainer.data_collator
+    if isinstance(collator, GroupCollator) and processes.world_size() > 1:
+        count *= processes.world_size()  # of which the collator takes this process's share
+        trainer.loss = _OwnShare(whole)  # type: ignore[assignment]  # it may also be a dict of losses
+    lengths = text_lengths(trainer)
+    longest = sorted(range(len(rows)), key=lambda i: -lengths[i])[:count]
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in longest]))
+            batch = trainer._prepare_inputs(collator([rows[i] for i in longest]))
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model, batch)
             loss.backward()
     except torch.OutOfMemoryError:
         return False
     finally:
+        trainer.loss = whole
         trainer.model.zero_grad(set_to_none=True)
+        if isinstance(whole, nn.Module):  # it can have weights of its own
+            whole.zero_grad(set_to_none=True)
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
     return True
 
 
-def out_of_memory(batch_size: int, tokens: int, error: BaseException) -> DeviceMemoryError:
-    """What to do about a device whose memory does not hold a step.
+class _OwnShare(nn.Module):
+    """The loss of a batch of all processes, with this one's vectors in the place of the others'.
+
+    It takes the memory of the real one. That one waits for the others' vectors, for ever where one of them has run out
+    of memory.
+
+    Args:
+        whole: The real one.
+    """
+
+    def __init__(self, whole: MaskedInfoNCELoss) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def forward(self, features: Any, labels: Tensor) -> Tensor:
+        """As of the loss itself."""
+        chunks, (questions, passages) = list(features), labels.shape
+        world = processes.world_size()
+        own = len(range(processes.rank(), questions, world))
+
+        def loss_of(vectors: Tensor) -> Tensor:
+            queries, documents = (part.repeat(world, 1) for part in (vectors[:own], vectors[own:]))
+            missing = passages - len(documents)  # a process can have one fewer than its share
+            documents = torch.cat([documents, documents[: max(0, missing)]])
+            queries = torch.cat([queries, queries[: max(0, questions - len(queries))]])
+            return self.whole._loss(queries[:questions], documents[:passages], labels)
+
+        model = self.whole.model
+        return cached_loss(model, chunks, loss_of) if self.whole.cached else loss_of(embed_all(model, chunks))
+
+
+def out_of_memory(
+    batch_size: int,
+    tokens: int,
+    error: BaseException,
+    *,
+    pieces: int | None = None,
+    can_piece: bool = True,
+) -> DeviceMemoryError:
+    """What to do about a device whose memory does not hold a step; nothing is advised that cannot be done.
 
     Args:
         batch_size: Passages (or rows) in the step.
         tokens: Of its longest text.
         error: What torch raised.
+        pieces: Texts that were encoded at once (GradCache); None if the batch was encoded as a whole.
+        can_piece: Whether the objective can be computed in pieces.
     """
-    smaller, chunk = max(2, batch_size // 2), max(1, min(8, batch_size // 4))
+    advice = []
+    if can_piece and pieces is None:
+        chunk = max(1, min(8, batch_size // 4))
+        advice.append(
+            f"keep the batch and compute it piece by piece (GradCache), objective=ObjectiveSettings(mini_batch_size="
+            f"{chunk}), smaller if need be"
+        )
+    elif can_piece and pieces is not None and pieces > 1:
+        advice.append(f"lower mini_batch_size from {pieces} to {pieces // 2}, smaller if need be")
+    if batch_size >= 4:  # a batch of one has no negatives
+        advice.append(f"batch_size={batch_size // 2}")
+    if tokens > _SHORT:
+        advice.append(f"max_seq_length={max(_SHORT, tokens // 2)}")
+    advice += [
+        "batch_size='auto', if it is not that already",
+        "a smaller base",
+        "or free what other programs hold of the device",
+    ]
     return DeviceMemoryError(
         f"too little device memory for a step of batch_size={batch_size} with texts of up to {tokens} tokens "
         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
         "a step that fits",
-        f"Keep the batch and compute it piece by piece (GradCache): objective=ObjectiveSettings(mini_batch_size="
-        f"{chunk}), smaller if need be; or batch_size={smaller}; or max_seq_length={max(64, tokens // 2)}; or let "
-        "batch_size='auto' find what fits. Other programs on the device count too.",
+        f"One of these helps: {'; '.join(advice)}.",
     )

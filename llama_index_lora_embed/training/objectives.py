@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.losses.triplet import TripletDis
 from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor
 
-from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.config import FOR_PAIRS, IN_BATCH, MiningSettings, ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.exclusions import FalseNegatives
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
@@ -38,7 +38,10 @@ from llama_index_lora_embed.training.rows import (
     with_negatives,
 )
 
-_FOR_PAIRS = ("cosent", "cosine")
+_LOSS_EXPECTED = (
+    "a sentence-transformers loss, or a callable that makes one from the model",
+    "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,15 @@ class TrainingPlan:
     Attributes:
         inputs: train_dataset, loss and perhaps data_collator, for the trainer.
         arguments: batch_sampler and prompts, for its `SentenceTransformerTrainingArguments`.
+        divisible: Whether steps can be computed in pieces.
     """
 
     inputs: dict[str, Any]
     arguments: dict[str, Any] = field(default_factory=dict)
+    divisible: bool = False
 
     def in_pieces(self, size: int) -> None:
-        """Compute steps in pieces of so many texts (GradCache); of "in_batch" and "soft_labels" only."""
+        """Compute steps in pieces of so many texts (GradCache); only where the plan is `divisible`."""
         self.inputs["data_collator"].mini_batch_size = size
         self.inputs["loss"].cached = True
 
@@ -92,10 +97,14 @@ def training_plan(
     """
     objective = (objective or ObjectiveSettings()).checked()
     refuse_checkpointing(gradient_checkpointing and objective.mini_batch_size is not None)
+    pairs = isinstance(dataset, LabelledPairs)
+    if misfits := objective.misfits(pairs=pairs, own_loss=loss is not None):
+        raise ConfigError(f"{len(misfits)} thing(s) that do not go together", "those named", "Correct them:", misfits)
     if loss is not None:
-        _check_own_loss(loss, objective)
+        loss = _checked_loss(loss)
+    name = objective.name_for(pairs)
     if isinstance(dataset, LabelledPairs):
-        return _pairs_plan(model, dataset, loss, settings, objective)
+        return _pairs_plan(model, dataset, _pair_loss(name, settings) if loss is None else loss)
     false_negatives = _false_negatives(dataset, groups, objective, near_duplicates)
     if loss is not None:
         rows = make_rows(dataset, groups, false_negatives)
@@ -103,10 +112,11 @@ def training_plan(
         width = len(texts[0]) - 2
         in_batch = [(row.query_id, [row.passage_id, *(i for i, _ in row.negatives[:width])]) for row in rows]
         return _rows_plan(model, texts, loss, RowTraits.of(in_batch, false_negatives))
-    name = objective.name or "in_batch"
-    if name in ("in_batch", "soft_labels"):
-        return _groups_plan(model, dataset, groups, settings, objective, false_negatives)
-    if name in _FOR_PAIRS:
+    if name in IN_BATCH:
+        return _groups_plan(
+            model, dataset, groups, settings, objective, false_negatives, divisible=not gradient_checkpointing
+        )
+    if name in FOR_PAIRS:
         rows = make_rows(dataset, groups, false_negatives, least=1, even=False)
         need_negatives(rows)
         return _rows_plan(model, graded_pairs(dataset, rows), _pair_loss(name, settings))
@@ -145,6 +155,7 @@ def _groups_plan(
     settings: TrainingSettings,
     objective: ObjectiveSettings,
     false_negatives: FalseNegatives,
+    divisible: bool,
 ) -> TrainingPlan:
     width = model.get_embedding_dimension()
     if width is not None and (wide := [d for d in objective.matryoshka_dims or () if d > width]):
@@ -175,40 +186,24 @@ def _groups_plan(
     return TrainingPlan(
         {"train_dataset": rows, "data_collator": collator, "loss": loss},
         {"batch_sampler": GroupBatchSampler, "prompts": None},
+        divisible,
     )
 
 
 def _rows_plan(
     model: SentenceTransformer, rows: list[dict[str, Any]], loss: Any, traits: RowTraits | None = None
 ) -> TrainingPlan:
-    sampler = partial(RowBatchSampler, traits=traits)
-    prompts = column_prompts(model)
     return TrainingPlan(
         {"train_dataset": Dataset.from_list(rows), "loss": loss},
-        {"batch_sampler": sampler, "prompts": {name: prompts[name] for name in rows[0] if name in prompts}},
+        {"batch_sampler": partial(RowBatchSampler, traits=traits), "prompts": column_prompts(model, rows[0])},
     )
 
 
-def _pairs_plan(
-    model: SentenceTransformer,
-    pairs: LabelledPairs,
-    loss: Any,
-    settings: TrainingSettings,
-    objective: ObjectiveSettings,
-) -> TrainingPlan:
-    name = objective.name or "cosent"
-    others = [n for n in ("mini_batch_size", "guide", "matryoshka_dims") if getattr(objective, n)]
-    if loss is None and (name not in _FOR_PAIRS or others):
-        raise ConfigError(
-            f"labelled pairs with {', '.join([f'name={name!r}', *others])}",
-            "one of " + ", ".join(map(repr, _FOR_PAIRS)),
-            "Leave the objective out for 'cosent'. Pairs that only say what belongs together can become questions and "
-            "passages instead, which the other objectives train.",
-        )
+def _pairs_plan(model: SentenceTransformer, pairs: LabelledPairs, loss: Any) -> TrainingPlan:
     rows = Dataset.from_dict({"text1": pairs.texts1, "text2": pairs.texts2, "label": [float(s) for s in pairs.scores]})
     query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
     return TrainingPlan(
-        {"train_dataset": rows, "loss": _pair_loss(name, settings) if loss is None else loss},
+        {"train_dataset": rows, "loss": loss},
         {
             "batch_sampler": RowBatchSampler,
             "prompts": {"text1": passage if pairs.symmetric else query, "text2": passage},
@@ -222,22 +217,25 @@ def _pair_loss(name: str, settings: TrainingSettings) -> Callable[[SentenceTrans
     return losses.CosineSimilarityLoss
 
 
-def _check_own_loss(loss: Any, objective: ObjectiveSettings) -> None:
-    if isinstance(loss, torch.nn.Module) and not hasattr(loss, "model"):
-        raise ConfigError(
-            f"loss of type {type(loss).__name__} without .model",
-            "a sentence-transformers loss, or a callable that makes one from the model",
-            "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
-        )
-    plain = ObjectiveSettings(
-        sibling_window=objective.sibling_window, mask_near_duplicates=objective.mask_near_duplicates
-    )
-    if objective != plain:
-        raise ConfigError(
-            f"a loss together with {objective}",
-            "one of the two; of the objective, only sibling_window and mask_near_duplicates go with a loss",
-            "Leave one of them out.",
-        )
+def _checked_loss(loss: Any) -> Any:
+    """A loss of the user's own, if it is one; what makes it from the model is watched until it has.
+
+    Raises:
+        ConfigError: It is no loss of sentence-transformers, now or when it is made.
+    """
+    if isinstance(loss, torch.nn.Module):
+        if not hasattr(loss, "model"):
+            raise ConfigError(f"loss of type {type(loss).__name__} without .model", *_LOSS_EXPECTED)
+        return loss
+
+    def make(model: SentenceTransformer) -> torch.nn.Module:
+        made = loss(model)
+        if not isinstance(made, torch.nn.Module):
+            name = getattr(loss, "__qualname__", type(loss).__qualname__)
+            raise ConfigError(f"loss={name}, which makes a {type(made).__name__} from the model", *_LOSS_EXPECTED)
+        return made
+
+    return make
 
 
 def _false_negatives(
@@ -282,7 +280,12 @@ def _need_any_negative(
     )
 
 
-def column_prompts(model: SentenceTransformer) -> dict[str, str]:
-    """The prompts of serving for the columns that `training_plan` makes for a loss of the user's own."""
+def column_prompts(model: SentenceTransformer, columns: Iterable[str]) -> dict[str, str]:
+    """The prompts of serving for the columns that `training_plan` makes; a label has none.
+
+    Args:
+        model: Has the prompts.
+        columns: Names: anchor, positive, negative_1, negative_2, ..., label.
+    """
     query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
-    return {"anchor": query, "positive": passage, **{f"negative_{n}": passage for n in range(1, 100)}}
+    return {name: query if name == "anchor" else passage for name in columns if name != "label"}

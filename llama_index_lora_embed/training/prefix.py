@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -13,8 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
 TEXT_IDS = "text_ids"
 """Key in a chunk of token tensors: which text each row is, int [rows]."""
+
+
+def text_id(task: str, text: str) -> int:
+    """A number for a text under a prompt, the same in every process; 63 bits of a digest."""
+    digest = hashlib.blake2b(f"{task}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 class _CapturedError(Exception):
@@ -94,24 +103,46 @@ class FrozenPrefix:
                     return cls(module, first, memory) if first else None
         return None
 
-    def __call__(self, model: nn.Module, chunk: dict[str, Any]) -> Any:
-        """The model's output for a chunk, whose rows are named under `TEXT_IDS`."""
+    def __call__(self, model: nn.Module, inner: nn.Module, chunk: dict[str, Any]) -> Any:
+        """The model's output for a chunk, whose rows are named under `TEXT_IDS`.
+
+        Args:
+            model: Perhaps wrapped in `DistributedDataParallel`.
+            inner: The same, not wrapped.
+            chunk: Token tensors [rows, tokens] and numbers [rows].
+        """
         features = dict(chunk)
         numbers = features.pop(TEXT_IDS).tolist()
         mask = features["attention_mask"].bool()
-        if not all(number in self.states for number in numbers):
-            hidden = self._below(model, features)
-            for number, row, kept in zip(numbers, hidden, mask, strict=True):
-                if number not in self.states:
-                    self.states.put(number, row[kept].cpu())
+        for row, number in enumerate(numbers):
+            if number not in self.states:
+                # alone and without padding: the same digits whatever else a batch holds, in a resumed run, too
+                own = {
+                    name: value[row : row + 1][:, mask[row]] if value.shape == mask.shape else value[row : row + 1]
+                    for name, value in features.items()
+                }
+                self.states.put(number, self._below(inner, own)[0].cpu())
         rows = torch.cat([self.states.get(number) for number in numbers])
         padded = torch.zeros(*mask.shape, rows.shape[-1], dtype=torch.float32, device=mask.device)
         padded[mask] = rows.to(mask.device, torch.float32)
         with self._skipping(padded):
             return model(features)
 
+    def agrees(self, model: nn.Module, chunk: dict[str, Any], tolerance: float) -> bool:
+        """Whether the vectors of a chunk are those of the whole model, to a tolerance; tried, never assumed."""
+        plain = {name: value for name, value in chunk.items() if name != TEXT_IDS}
+        try:
+            with torch.no_grad():
+                whole = model(dict(plain))["sentence_embedding"].float()
+                twice = [self(model, model, chunk)["sentence_embedding"].float() for _ in range(2)]
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            logger.info("frozen layers are not kept: %s: %s", type(error).__name__, error)
+            return False
+        scale = float(whole.norm(dim=-1).mean())
+        return all(float((whole - other).norm(dim=-1).max()) <= tolerance * scale for other in twice)
+
     def _below(self, model: nn.Module, features: dict[str, Any]) -> Tensor:
-        """What comes into the first adapted layer, [rows, tokens, width], in the dtype to keep."""
+        """What comes into the first adapted layer, [1, tokens, width], in the dtype to keep."""
         found: list[Tensor] = []
 
         def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -146,7 +177,7 @@ class FrozenPrefix:
         handle = self.layers[self.first].register_forward_pre_hook(replace, with_kwargs=True)
         lower = [self.layers[i] for i in range(self.first)]
         for layer in lower:
-            layer.forward = nothing  # type: ignore[method-assign]
+            layer.forward = nothing
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from llama_index_lora_embed.config import MiningSettings, TrainingSettings
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.holding_out import Trainable
 from llama_index_lora_embed.data.negatives import MiningReport, mine_hard_negatives
-from llama_index_lora_embed.training.best import BestSoFar
+from llama_index_lora_embed.training.best import BestSoFar, adapter_weights
 from llama_index_lora_embed.training.run import TrainingOutcome, set_length, train
 
 
@@ -39,11 +40,11 @@ def train_in_rounds(
         model: Loaded base.
         dataset: Checked training set.
         settings: Of each round.
-        run_dir: Of the first round; later ones write beside it, with `-round2` and so on at the end.
+        run_dir: Of the first round; later ones write into `round2` and so on inside it.
         mining: How to mine, and how many rounds; None trains once, on the hard negatives that the dataset has.
         use_all_docs: As for `train`.
         best: As for `train`.
-        recorded: As for `train`; the number of the round is added.
+        recorded: As for `train`; the round's number and what it starts from are added.
         **kwargs: As for `train`.
 
     Returns:
@@ -67,15 +68,22 @@ def train_in_rounds(
             model,
             mined,
             settings,
-            run_dir if number == 1 else run_dir.with_name(f"{run_dir.name}-round{number}"),
+            run_dir if number == 1 else run_dir / f"round{number}",
             best=best if total is None else _candidate(total.best),
-            recorded={**(recorded or {}), "round": number},
+            recorded={**(recorded or {}), "round": number, "start": None if total is None else _weights_digest(model)},
             truncation=truncation,
             **common,
         )
         total = outcome if total is None else _joined(total, outcome)
     assert total is not None
     return total, tuple(reports)
+
+
+def _weights_digest(model: SentenceTransformer) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(adapter_weights(model).items()):
+        digest.update(name.encode() + tensor.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _candidate(best: BestSoFar) -> BestSoFar:

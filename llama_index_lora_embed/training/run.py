@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,26 @@ from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.errors import ConfigError, warn_user
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.batches import make_groups
-from llama_index_lora_embed.training.best import BestSoFar, adapter_weights, restore_weights
+from llama_index_lora_embed.training.best import BestSoFar, adapter_weights, check_finite, restore_weights
 from llama_index_lora_embed.training.callbacks import Evaluator, RunLog
-from llama_index_lora_embed.training.checkpoints import LOG_NAME, open_run
+from llama_index_lora_embed.training.checkpoints import LOG_NAME, open_run, read_record
+from llama_index_lora_embed.training.fast_lora import fast_lora
 from llama_index_lora_embed.training.lengths import Truncation, choose_length
 from llama_index_lora_embed.training.lora import add_lora, train_further
+from llama_index_lora_embed.training.loss import MaskedInfoNCELoss
 from llama_index_lora_embed.training.memory import StepSize, largest_that_fits
-from llama_index_lora_embed.training.objectives import training_plan
+from llama_index_lora_embed.training.objectives import TrainingPlan, training_plan
+from llama_index_lora_embed.training.prefix import FrozenPrefix
 from llama_index_lora_embed.training.stopping import StopRequest
 from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
+_PREFIX_TOLERANCE = 1e-4  # relative, in float32; other lengths of padding change sums in their last digits
+# where one of these differs, evaluations of before cannot be compared with those of now
+_DECIDE_EVALUATIONS = {
+    *("val_dataset", "best_metric", "base", "continue_from", "quantized"),
+    *("query_prompt", "passage_prompt", "pooling", "max_seq_length"),
+}
 
 
 @dataclass(frozen=True)
@@ -111,10 +121,7 @@ def train(
         add_lora(model, lora_config, settings)
     start = adapter_weights(model)
     precision = resolve_precision(settings.precision, model.device)
-    checkpoint, changed = processes.on_main(lambda: open_run(run_dir, recorded or {}, resume, allow_changes))
-    others = bool(changed & {"val_dataset", "best_metric"})  # evaluations that cannot be compared with this run's
     extra = train_kwargs or {}
-
     plan = training_plan(
         model,
         dataset,
@@ -124,6 +131,10 @@ def train(
         objective,
         gradient_checkpointing=bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing")),
     )
+    _arguments(settings, run_dir, StepSize(2), plan, extra)  # what is wrong with them shows before files are moved
+    recorded = {**(recorded or {}), "precision": precision}
+    checkpoint, changed = processes.on_main(lambda: open_run(run_dir, recorded, resume, allow_changes))
+    others = bool(changed & _DECIDE_EVALUATIONS)
 
     def trainer_for(step: StepSize) -> LoraTrainer:
         if step.pieces is not None:
@@ -132,38 +143,49 @@ def train(
             best_so_far=best,
             autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
             warmup_ratio=None if "warmup_steps" in extra else settings.warmup_ratio,
-            recorded=recorded or {},
+            recorded=recorded,
+            found={"step": asdict(step)},
             evaluations_forgotten=others,
             model=model,
             **plan.inputs,
-            args=_arguments(settings, run_dir, step.rows, len(plan.inputs["train_dataset"]), plan.arguments, extra),
+            args=_arguments(settings, run_dir, step, plan, extra),
         )
 
-    if settings.batch_size == "auto":
-        trainer = largest_that_fits(trainer_for, pieces=bool(groups) and loss is None and _in_batch(objective))
-    else:
+    if settings.batch_size != "auto":
         trainer = trainer_for(StepSize(settings.batch_size))
+    elif checkpoint is not None:
+        trainer = trainer_for(StepSize(**read_record(checkpoint)["found"]["step"]))
+    else:
+        trainer = largest_that_fits(trainer_for, pieces=plan.divisible)
     if isinstance(loss, torch.nn.Module):
         # the user built it, and losses inside it, on a model of their own, before this one existed
         trainer.override_model_in_loss(loss, model)
     stop = StopRequest()
-    for callback in (
-        Evaluator(trainer, settings.evaluation_steps, settings.early_stopping_patience, stop),
-        RunLog(run_dir / LOG_NAME),
-        *callbacks,
-    ):
+    evaluator = Evaluator(trainer, settings.evaluation_steps, settings.early_stopping_patience, stop)
+    for callback in (evaluator, RunLog(run_dir / LOG_NAME), *callbacks):
         trainer.add_callback(callback)
     if checkpoint is None or others:
         best(model, 0)
-    with stop:
+    prefix = _frozen_prefix(model, settings, plan)
+    with stop, fast_lora(model) if settings.fused_lora else nullcontext():
+        done = False
         started, judged = time.perf_counter(), best.seconds
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None:
+            trainer.take_up(checkpoint)
+            done = evaluator.make_up(trainer.state) or trainer.state.global_step >= trainer.steps_in_all()
+        if not done:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         elapsed = time.perf_counter() - started - (best.seconds - judged)
-        if stop.signal is not None and trainer.save_now():
-            logger.warning(
-                "stopped at step %d; its checkpoint is in %s, and finetune() goes on from there with "
-                "resume_from_checkpoint=True", trainer.state.global_step, run_dir,
-            )  # fmt: skip
+        check_finite(model, "after the last step")
+        # also where none was asked for: what was trained must outlive whatever comes before the adapter is written
+        saved = trainer.save_now()
+        if stop.asked():
+            where = (
+                f"its checkpoint is in {run_dir}, and finetune() goes on from there with resume_from_checkpoint=True"
+            )
+            logger.warning("stopped at step %d; %s", trainer.state.global_step, where if saved else "it was not saved")
+    if prefix is not None:
+        prefix.states.close()
     stop.act()
     steps = int(trainer.state.global_step)
     _fill_in(best, model, start)
@@ -193,9 +215,20 @@ def set_length(
     return truncation
 
 
-def _in_batch(objective: ObjectiveSettings | None) -> bool:
-    """Whether a step can be computed in pieces (GradCache)."""
-    return objective is None or objective.name in (None, "in_batch", "soft_labels")
+def _frozen_prefix(model: SentenceTransformer, settings: TrainingSettings, plan: TrainingPlan) -> FrozenPrefix | None:
+    """Have the loss keep the outputs of frozen layers, if there are some below and more than one epoch needs them."""
+    loss = plan.inputs["loss"]
+    if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or settings.epochs < 2:
+        return None
+    loss.prefix = FrozenPrefix.of(model, int(settings.frozen_cache_mb * 2**20))
+    if loss.prefix is not None:
+        batch = plan.inputs["data_collator"]([{"group": 0}, {"group": 1}])
+        names = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids")]
+        chunk = {key[len(n) :]: v.to(model.device) for n in names[:1] for key, v in batch.items() if key.startswith(n)}
+        model.eval()
+        if not loss.prefix.agrees(model, chunk, _PREFIX_TOLERANCE):
+            loss.prefix = None
+    return loss.prefix
 
 
 def _fill_in(best: BestSoFar, model: SentenceTransformer, start: dict[str, torch.Tensor]) -> None:
@@ -250,13 +283,9 @@ class LoraTrainingArguments(SentenceTransformerTrainingArguments):
 
 
 def _arguments(
-    settings: TrainingSettings,
-    run_dir: Path,
-    batch_size: int,
-    rows: int,
-    planned: dict[str, Any],
-    extra: dict[str, Any],
+    settings: TrainingSettings, run_dir: Path, step: StepSize, plan: TrainingPlan, extra: dict[str, Any]
 ) -> LoraTrainingArguments:
+    rows, batch_size = len(plan.inputs["train_dataset"]), step.rows
     values: dict[str, Any] = {
         "output_dir": str(run_dir),
         "per_device_train_batch_size": batch_size,
@@ -266,7 +295,7 @@ def _arguments(
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
-        **planned,
+        **plan.arguments,
         "eval_strategy": "no",
         "save_strategy": "steps" if settings.save_checkpoints else "no",
         "save_steps": settings.checkpoint_save_steps,

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GradientCheckpointingLayer, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from llama_index_lora_embed.adapter import WEIGHTS_NAME
 from llama_index_lora_embed.errors import NonFiniteLossError, warn_user
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.batches import GroupBatchSampler, GroupCollator, RowBatchSampler
-from llama_index_lora_embed.training.best import BestSoFar, restore_weights
+from llama_index_lora_embed.training.best import BestSoFar, check_finite, restore_weights
 from llama_index_lora_embed.training.checkpoints import write_checkpoint
 from llama_index_lora_embed.training.memory import out_of_memory
 
@@ -40,6 +40,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         autocast_dtype: Computing precision of the steps; None for float32.
         warmup_ratio: Share of all steps; None leaves warmup to the arguments.
         recorded: The run's data and settings, for checkpoints.
+        found: What was found out by trying, for checkpoints.
         evaluations_forgotten: Do not take the evaluations from the checkpoint, because they were others.
         **kwargs: As for SentenceTransformerTrainer.
     """
@@ -51,6 +52,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         autocast_dtype: torch.dtype | None,
         warmup_ratio: float | None,
         recorded: dict[str, Any],
+        found: dict[str, Any] | None = None,
         evaluations_forgotten: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -58,6 +60,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         self.autocast_dtype = autocast_dtype
         self.warmup_ratio = warmup_ratio
         self.recorded = recorded
+        self.found = found or {}
         self.evaluations_forgotten = evaluations_forgotten
         self.saved_step = -1
         super().__init__(**kwargs)
@@ -103,14 +106,6 @@ class LoraTrainer(SentenceTransformerTrainer):
         loader = prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
         return loader
 
-    def text_lengths(self) -> list[int]:
-        """Characters in each row of the training set."""
-        collator: Any = self.data_collator
-        if isinstance(collator, GroupCollator):
-            return [len(group.passage) for group in collator.groups]
-        rows: Any = self.train_dataset
-        return [sum(len(value) for value in row.values() if isinstance(value, str)) for row in rows]
-
     def compute_loss_context_manager(self) -> ExitStack:
         """Autocast for the loss alone, so that evaluations between steps stay in float32."""
         stack = ExitStack()
@@ -129,7 +124,15 @@ class LoraTrainer(SentenceTransformerTrainer):
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(self.args.per_device_train_batch_size, longest, error) from error
+            collator: Any = self.data_collator
+            again = self.args.gradient_checkpointing or self.args.activation_checkpointing
+            raise out_of_memory(
+                self.args.per_device_train_batch_size,
+                longest,
+                error,
+                pieces=getattr(collator, "mini_batch_size", None),
+                can_piece=isinstance(collator, GroupCollator) and not again,
+            ) from error
         if processes.highest(int(not torch.isfinite(loss))):
             raise NonFiniteLossError(
                 f"a loss of {loss.item()} at step {self.state.global_step + 1}",
@@ -138,6 +141,28 @@ class LoraTrainer(SentenceTransformerTrainer):
                 "and earlier checkpoints are intact.",
             )
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The gradient's norm; a loss can be finite and its gradient not.
+
+        Raises:
+            NonFiniteLossError: It is NaN or infinite, before it can reach the weights.
+        """
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        if not bool(torch.isfinite(torch.as_tensor(norm))):  # in all processes, which share their gradients
+            raise NonFiniteLossError(
+                f"a gradient of norm {float(norm)} at step {self.state.global_step + 1}",
+                "a finite number",
+                f"Lower learning_rate (now {self.args.learning_rate:g}) or set precision='fp32'; nothing was written, "
+                "and earlier checkpoints are intact.",
+            )
+        return norm
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Log an evaluation and tell the callbacks, as transformers does after its own."""
+        named = {f"eval_{name}": value for name, value in metrics.items()}
+        self.log({name: round(value, 4) for name, value in named.items()})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss with the frozen base's dropout off; a dropout of the LoRA's own stays on."""
@@ -162,7 +187,12 @@ class LoraTrainer(SentenceTransformerTrainer):
         self.model.save_pretrained(str(output_dir or self.args.output_dir), create_model_card=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, whole or not at all; a full disk costs the checkpoint, not the run."""
+        """Write a checkpoint, whole or not at all; a full disk costs the checkpoint, not the run.
+
+        Raises:
+            NonFiniteLossError: The weights are NaN or infinite.
+        """
+        check_finite(self.model, f"at step {self.state.global_step}")
         self.store_flos()
         states = self._random_states()
 
@@ -181,14 +211,14 @@ class LoraTrainer(SentenceTransformerTrainer):
         if processes.is_main():
             target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             try:
-                write_checkpoint(target, write, self.recorded, self.args.save_total_limit)
+                write_checkpoint(target, write, self.recorded, self.args.save_total_limit, self.found)
                 self.saved_step = self.state.global_step
             # torch.save turns a full disk into a RuntimeError, safetensors into an error of its own
             except (OSError, RuntimeError, SafetensorError) as error:
                 warn_user(
                     f"The checkpoint of step {self.state.global_step} could not be written to {str(target)!r} "
-                    f"({type(error).__name__}: {error}). Training goes on, earlier checkpoints are intact, and the "
-                    "next one is tried as usual: free some space until then."
+                    f"({type(error).__name__}: {error}). Earlier checkpoints are intact. "
+                    + ("" if self.control.should_training_stop else "Training goes on: free some space until the next.")
                 )
         self.saved_step = processes.share(self.saved_step)
 
@@ -196,7 +226,18 @@ class LoraTrainer(SentenceTransformerTrainer):
         """Save a checkpoint of the present step, unless there is one; whether there is one now."""
         if self.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return self.saved_step == self.state.global_step
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Load weights, evaluations and state of a checkpoint, to look at them before training goes on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.evaluations_forgotten = True  # what is evaluated from here on must survive the loading in train()
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    def steps_in_all(self) -> int:
+        """Optimiser steps that the arguments ask for."""
+        return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def _random_states(self) -> dict[str, bytes]:
         """File name to content, of every process; collected by the main one."""
@@ -233,16 +274,16 @@ class LoraTrainer(SentenceTransformerTrainer):
         self.saved_step = int(path.name.rpartition("-")[2])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them; a rate or decay that was allowed to change is this run's, not the checkpoint's."""
+        """Load them; rates, decay and the like are this run's, which may have been allowed to change them."""
+        optimizer: Any = self.optimizer
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
         scheduler: Any = self.lr_scheduler
-        optimizer: Any = self.optimizer
         if checkpoint is None or not hasattr(scheduler, "lr_lambdas"):
             return
-        rate = self.args.learning_rate
-        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
-        rates = [rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        for group, now in zip(optimizer.param_groups, rates, strict=True):
-            group["initial_lr"], group["lr"] = rate, now
-            group["weight_decay"] = self.args.weight_decay if group["weight_decay"] else 0.0
+        scheduler.base_lrs = [group.get("initial_lr", self.args.learning_rate) for group in fresh]
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, options, rate in zip(optimizer.param_groups, fresh, rates, strict=True):
+            group.update({**options, "lr": rate})
         scheduler._last_lr = rates

@@ -3,6 +3,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,9 @@ from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer import losses
 from transformers import TrainerCallback
 
-from llama_index_lora_embed import LoraFinetuneEngine
+from llama_index_lora_embed import LoraFinetuneEngine, adapter
 from llama_index_lora_embed.adapter import file_digest
-from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.errors import AdapterError, ConfigError, NonFiniteLossError, OutputDirectoryError
 from llama_index_lora_embed.training import checkpoints
 from llama_index_lora_embed.training.checkpoints import latest_checkpoint, read_record
 from llama_index_lora_embed.training.trainer import LoraTrainer
@@ -112,7 +114,7 @@ def test_a_resume_with_another_loss_is_refused(tiny_model, interrupted):
 
 def test_an_interrupted_run_leaves_checkpoints_and_no_adapter(interrupted):
     assert not interrupted.exists()
-    assert sorted(os.listdir(interrupted.with_name("run.run"))) == ["checkpoint-5", "log.jsonl"]
+    assert sorted(os.listdir(interrupted.with_name("run.run"))) == ["checkpoint-5", "lock", "log.jsonl"]
 
 
 def test_checkpoints_hold_nothing_that_would_need_unpickling_of_code(interrupted):
@@ -145,10 +147,25 @@ def test_resume_without_a_checkpoint_starts_afresh(tiny_model, tmp_path):
     assert engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune().steps == 12
 
 
-def test_only_the_newest_checkpoints_are_kept(tiny_model, tmp_path):
-    engine(tiny_model, tmp_path / "run", checkpoint_save_steps=2, checkpoint_save_total_limit=2).finetune()
-    kept = sorted(path.name for path in (tmp_path / "run.run").glob("checkpoint-*"))
-    assert kept == ["checkpoint-10", "checkpoint-12"]
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(1, [12]), (2, [10, 12]), (5, [4, 6, 8, 10, 12]), (9, [2, 4, 6, 8, 10, 12])]
+)
+def test_only_the_newest_checkpoints_are_kept(tiny_model, tmp_path, limit, kept):
+    engine(tiny_model, tmp_path / "run", checkpoint_save_steps=2, checkpoint_save_total_limit=limit).finetune()
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run.run")] == [f"checkpoint-{step}" for step in kept]
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(interrupted):
+    run = interrupted.with_name("run.run")
+    shutil.copytree(run / "checkpoint-5", run / "checkpoint-6")
+    (run / "checkpoint-6" / "optimizer.pt").unlink()
+
+    def write(folder):
+        shutil.copytree(run / "checkpoint-5", folder, dirs_exist_ok=True)
+        (folder / "checkpoint.json").unlink()
+
+    checkpoints.write_checkpoint(run / "checkpoint-7", write, {}, limit=2)
+    assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-5", "checkpoint-7"]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +185,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(interrupted, 
     else:
         content[len(content) // 2] ^= 0x10
         path.write_bytes(content)
-    if (name, damage) == ("checkpoint.json", "flipped"):
-        return  # one letter of the account of the files may still name them rightly
     with pytest.warns(UserWarning, match="checkpoint-6' is damaged and passed over"):
         assert latest_checkpoint(run) == run / "checkpoint-5"
 
@@ -187,6 +202,7 @@ def test_a_checkpoint_that_would_run_code_is_not_loaded(interrupted, tmp_path, m
         pickle.dump(Evil(), file)
     record = json.loads((run / "checkpoint-5" / "checkpoint.json").read_text())
     record["files"]["optimizer.pt"] = file_digest(path)  # whoever puts it there can do that, too
+    record["digest"] = checkpoints._digest(record)
     (run / "checkpoint-5" / "checkpoint.json").write_text(json.dumps(record))
     with pytest.warns(UserWarning, match="UnpicklingError"):
         assert latest_checkpoint(run) is None
@@ -214,7 +230,7 @@ def test_every_checkpoint_says_what_it_belongs_to(interrupted):
     record = read_record(interrupted.with_name("run.run") / "checkpoint-5")
     assert record["step"] == 5
     assert record["settings"]["seed"] == 42
-    assert record["settings"]["dataset"] == make_dataset().digest()
+    assert record["settings"]["dataset"] == make_dataset().order_digest()
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "evaluations.json",
             "best_adapter.safetensors", "trainer_state.json"} <= record["files"].keys()  # fmt: skip
 
@@ -226,7 +242,7 @@ def test_an_old_checkpoint_stays_until_the_new_one_is_verified(tiny_model, tmp_p
 
     replace_directory = checkpoints.replace_directory
     monkeypatch.setattr(checkpoints, "replace_directory", fails)
-    with pytest.warns(UserWarning, match=r"step 12 .*does not read back: optimizer.pt is changed or cut short"):
+    with pytest.warns(UserWarning, match=r"step 8 .*does not read back: optimizer.pt is changed or cut short"):
         engine(tiny_model, tmp_path / "run", checkpoint_save_steps=4, checkpoint_save_total_limit=1).finetune()
     monkeypatch.undo()
     kept = [p.name for p in checkpoints.checkpoints(tmp_path / "run.run")]
@@ -241,7 +257,8 @@ def test_what_may_change_is_allowed_field_by_field_and_takes_effect(tiny_model, 
     step = LoraTrainer.training_step
 
     def watched(self, *args, **kwargs):
-        rates.append((self.state.global_step, self.optimizer.param_groups[0]["lr"]))
+        group = self.optimizer.param_groups[0]
+        rates.append((self.state.global_step, group["lr"], group["weight_decay"]))
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(LoraTrainer, "training_step", watched)
@@ -264,6 +281,8 @@ def test_what_may_change_is_allowed_field_by_field_and_takes_effect(tiny_model, 
     assert result.steps == {"epochs": 18, "dataset": 16}.get(name, 12)
     if name == "learning_rate":
         assert rates[0][1] == pytest.approx(1e-3 * (12 - 5) / 11), "the new rate, at the old place of the schedule"
+    if name == "train_kwargs":
+        assert {decay for _, _, decay in rates} == {0.1}
 
 
 def test_another_validation_set_is_judged_by_from_the_base_on(tiny_model, interrupted):
@@ -322,7 +341,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tiny_model, tmp_path, mo
             assert checkpoints.find_damage(tmp_path / "run.run" / "checkpoint-4") is None
 
     monkeypatch.setattr(LoraTrainer, "_save_checkpoint", on_a_full_disk)
-    with pytest.warns(UserWarning, match=r"step 8 could not be written.*Training goes on.*free some space"):
+    with pytest.warns(UserWarning, match=r"step 8 could not be written.*Training goes on: free some space"):
         full = engine(tiny_model, tmp_path / "run", checkpoint_save_steps=4, checkpoint_save_total_limit=1).finetune()
     monkeypatch.undo()
     assert not [p for p in (tmp_path / "run.run").iterdir() if "staging" in p.name], "nothing half-written stays"
@@ -334,5 +353,133 @@ def test_the_log_of_a_resumed_run_has_every_step_once(tiny_model, interrupted):
     engine(tiny_model, interrupted, resume_from_checkpoint=True).finetune()
     lines = [json.loads(line) for line in (interrupted.with_name("run.run") / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
-    assert [line["step"] for line in lines if "eval_ndcg@10" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if "eval_ndcg@10" in line] == [0, 3, 6, 9, 12]
     assert all(line["learning_rate"] >= 0 for line in lines if "loss" in line)
+
+
+def test_a_run_that_stopped_early_stays_where_it_stopped(tiny_model, tmp_path):
+    settings = {"early_stopping_patience": 1, "evaluation_steps": 1, "learning_rate": 1e-9, "epochs": 10}
+    with pytest.warns(UserWarning, match="gained nothing"):
+        first = engine(tiny_model, tmp_path / "run", **settings).finetune()
+    assert first.steps == 1
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="gained nothing"):
+            again = engine(tiny_model, tmp_path / "run", **settings, resume_from_checkpoint=True).finetune()
+        assert (again.steps, again.history, again.fingerprint) == (first.steps, first.history, first.fingerprint)
+
+
+def test_a_run_of_so_many_steps_stays_at_its_end(tiny_model, tmp_path):
+    first = engine(tiny_model, tmp_path / "run").finetune(max_steps=7)
+    again = engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune(max_steps=7)
+    assert first.steps == again.steps == 7
+    assert [entry["step"] for entry in again.history] == [0, 3, 6, 7]
+    assert again.fingerprint == first.fingerprint
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint_and_no_adapter(tiny_model, tmp_path):
+    class FromStepSix(torch.autograd.Function):
+        steps = 0
+
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            FromStepSix.steps += 1
+            return grad * (float("nan") if FromStepSix.steps >= 6 else 1)
+
+    class Spoilt(losses.MultipleNegativesRankingLoss):
+        def forward(self, *args):
+            return FromStepSix.apply(super().forward(*args))
+
+    settings = {"loss": Spoilt, "checkpoint_save_steps": 2, "checkpoint_save_total_limit": 1, "val_dataset": None}
+    with pytest.raises(NonFiniteLossError, match="gradient of norm nan at step 6"):
+        engine(tiny_model, tmp_path / "run", val_fraction=0, **settings).finetune()
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run.run")] == ["checkpoint-4"]
+    assert all(bool(torch.isfinite(w).all()) for w in weights(tmp_path / "run.run" / "checkpoint-4").values())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_trained_outlives_a_failed_write(tiny_model, tmp_path, monkeypatch):
+    calm = engine(tiny_model, tmp_path / "calm", save_checkpoints=False).finetune()
+    assert not checkpoints.checkpoints(tmp_path / "calm.run"), "none was asked for, and none is needed any more"
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapter, "replace_directory", full)
+    with pytest.raises(OutputDirectoryError, match="resume_from_checkpoint=True"):
+        engine(tiny_model, tmp_path / "run", save_checkpoints=False).finetune()
+    monkeypatch.undo()
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run.run")] == ["checkpoint-12"]
+
+    def no_step(*args, **kwargs):
+        raise AssertionError("nothing is left to train")
+
+    monkeypatch.setattr(LoraTrainer, "training_step", no_step)
+    written = engine(tiny_model, tmp_path / "run", save_checkpoints=False, resume_from_checkpoint=True).finetune()
+    assert written.fingerprint == calm.fingerprint
+    assert not checkpoints.checkpoints(tmp_path / "run.run")
+
+
+def test_two_runs_do_not_train_into_one_directory(tiny_model, tmp_path):
+    with checkpoints.only_run(tmp_path / "run.run"):
+        code = f"""
+from tests.training.test_checkpoints import engine
+engine({tiny_model!r}, {str(tmp_path / "run")!r}).finetune()
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "into which another process is training" in done.stderr
+    assert engine(tiny_model, tmp_path / "run").finetune().steps == 12
+
+
+def test_callbacks_hear_of_evaluations_and_saves(tiny_model, tmp_path):
+    class Heard(TrainerCallback):
+        evaluations, saves = [], 0
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            self.evaluations.append((state.global_step, metrics["eval_ndcg@10"]))
+
+        def on_save(self, args, state, control, **kwargs):
+            self.saves += 1
+
+    heard = Heard()
+    result = engine(tiny_model, tmp_path / "run").finetune(callbacks=[heard])
+    assert heard.evaluations == [(entry["step"], entry["metrics"]["ndcg@10"]) for entry in result.history]
+    assert heard.saves == 3
+
+
+def test_resuming_twice_logs_nothing_twice_and_a_fresh_start_keeps_the_old_log(tiny_model, interrupted):
+    for _ in range(3):
+        engine(tiny_model, interrupted, resume_from_checkpoint=True).finetune()
+    log = interrupted.with_name("run.run") / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "eval_ndcg@10" in line] == [0, 3, 6, 9, 12]
+    engine(tiny_model, interrupted.with_name("new"), save_checkpoints=False).finetune()
+    first = (interrupted.with_name("new.run") / "log.jsonl").read_text()
+    engine(tiny_model, interrupted.with_name("new"), save_checkpoints=False).finetune()
+    assert (interrupted.with_name("new.run") / "previous.log.jsonl").read_text() == first
+
+
+def test_a_wrong_training_argument_leaves_an_old_run_where_it_is(tiny_model, interrupted):
+    with pytest.raises(ConfigError):
+        engine(tiny_model, interrupted).finetune(lr_scheduler_type="kosine")
+    assert latest_checkpoint(interrupted.with_name("run.run")).name == "checkpoint-5"
+
+
+def test_another_rank_of_the_lora_does_not_fit(tiny_model, interrupted):
+    with pytest.raises(AdapterError, match="do not fit"):
+        engine(
+            tiny_model, interrupted, resume_from_checkpoint=True, lora_config=LoraConfig(r=4),
+            allow_changes=["lora_config"],
+        ).finetune()  # fmt: skip
+
+
+def test_other_prompts_are_judged_from_the_base_on(tiny_model, interrupted):
+    again = engine(
+        tiny_model, interrupted, resume_from_checkpoint=True, query_prompt="query : ", allow_changes=["query_prompt"]
+    ).finetune()
+    assert again.history[0]["metrics"] == again.base_metrics
+    assert [entry["step"] for entry in again.history] == [0, 6, 9, 12]

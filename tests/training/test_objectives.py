@@ -215,6 +215,27 @@ def test_questions_become_pairs_with_their_grade_and_with_nought(model, name):
     assert name == "cosine" or loss.scale == 20
 
 
+def test_every_negative_stands_under_the_passages_prompt_however_many_there_are(model):
+    dataset = make_dataset(passages=130, questions=1, sources=False)
+    dataset.hard_negatives = {"q0-0": [f"p{n}" for n in range(10, 120)]}
+    plan = plan_of(model, dataset, losses.MultipleNegativesRankingLoss)
+    prompts = plan.arguments["prompts"]
+    assert prompts["anchor"] == "query : "
+    assert {name for name, prompt in prompts.items() if prompt == "passage : "} == columns(plan).keys() - {"anchor"}
+    assert "negative_110" in prompts
+
+
+def test_a_plan_says_whether_its_steps_can_be_computed_in_pieces(model):
+    dataset = make_dataset()
+    assert plan_of(model, dataset).divisible
+    assert plan_of(model, dataset, name="soft_labels").divisible
+    assert not plan_of(model, dataset, name="triplet").divisible
+    assert not plan_of(model, dataset, losses.MultipleNegativesRankingLoss).divisible
+    assert not plan_of(model, graded_pairs()).divisible
+    arguments = (model, dataset, make_groups(dataset, False), None, TrainingSettings())
+    assert not training_plan(*arguments, gradient_checkpointing=True).divisible
+
+
 # labelled pairs
 
 
@@ -326,6 +347,8 @@ def test_a_loss_and_an_objective_together_are_refused(model):
 def test_a_loss_that_holds_no_model_is_refused(model):
     with pytest.raises(ConfigError, match=r"without \.model"):
         plan_of(model, make_dataset(), torch.nn.MSELoss())
+    with pytest.raises(ConfigError, match="which makes a str from the model"):
+        plan_of(model, make_dataset(), lambda model: "loss").inputs["loss"](model)
 
 
 # all of them in the trainer

@@ -106,6 +106,8 @@ def test_two_processes_stop_together_and_resume(tiny_model, tmp_path):
 
 def test_an_error_of_the_writing_process_reaches_all(tiny_model, tmp_path):
     path = tmp_path / "run"
-    done = run(TORCHRUN, tiny_model, path, arguments={"best_metric": "ndgc"})
+    assert run(TORCHRUN, tiny_model, path, arguments={"epochs": 1, "batch_size": 16}).returncode == 0
+    again = {"epochs": 1, "batch_size": 16, "resume_from_checkpoint": True, "temperature": 0.1}
+    done = run(TORCHRUN, tiny_model, path, arguments=again)
     assert done.returncode != 0
-    assert done.stderr.count("ConfigError: got best_metric='ndgc'") == 2
+    assert done.stderr.count("temperature: 0.05 then, 0.1 now") == 2

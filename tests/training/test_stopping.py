@@ -57,6 +57,29 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tiny_model, tmp
     assert resumed.fingerprint == calm.fingerprint
 
 
+def test_signals_in_an_evaluation_and_when_it_is_made_up_lose_nothing(tiny_model, tmp_path, monkeypatch):
+    calm = engine(tiny_model, tmp_path / "calm").finetune()
+    for call in (2, 1, 1):  # the base is evaluated only in the first run
+        signal_in(monkeypatch, BestSoFar, "judge", signal.SIGINT, call)
+        with pytest.raises(KeyboardInterrupt):
+            engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune()
+        monkeypatch.undo()
+        assert [p.name for p in checkpoints(tmp_path / "run.run")] == ["checkpoint-3"]
+    resumed = engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune()
+    assert resumed.history == calm.history
+    assert resumed.fingerprint == calm.fingerprint
+
+
+def test_a_signal_after_an_evaluation_does_not_part_its_figures_from_its_weights(tiny_model, tmp_path, monkeypatch):
+    calm = engine(tiny_model, tmp_path / "calm").finetune()
+    signal_in(monkeypatch, BestSoFar, "_keep", signal.SIGINT, 5)
+    with pytest.raises(KeyboardInterrupt):
+        engine(tiny_model, tmp_path / "run").finetune()
+    monkeypatch.undo()
+    resumed = engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune()
+    assert (resumed.best_step, resumed.fingerprint) == (calm.best_step, calm.fingerprint)
+
+
 def test_a_signal_in_the_last_step_still_leaves_a_checkpoint(tiny_model, tmp_path, monkeypatch):
     signal_in(monkeypatch, BestSoFar, "save", signal.SIGINT, 3)  # steps 5, 10 and 12
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,190 @@
+"""What makes a step cheaper must not change what is learnt."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+
+from llama_index_lora_embed import models
+from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.presets import upper_modules
+from llama_index_lora_embed.training.batches import make_groups
+from llama_index_lora_embed.training.fast_lora import fast_lora
+from llama_index_lora_embed.training.lora import add_lora
+from llama_index_lora_embed.training.objectives import training_plan
+from llama_index_lora_embed.training.prefix import TEXT_IDS, FrozenPrefix, HiddenStates
+from llama_index_lora_embed.training.run import set_length
+from llama_index_lora_embed.training.trainer import LoraTrainer
+from tests.architectures import ARCHITECTURES, llama
+from tests.conftest import make_dataset
+from tests.training.stops import signal_in
+from tests.training.test_checkpoints import engine, weights
+
+
+def prepared(path, config=None, objective=None):
+    """Model, loss and one batch, with an adapter that already does something."""
+    model = models.load_base(models.describe_base(str(path)), device="cpu")
+    dataset, settings = make_dataset(), TrainingSettings()
+    set_length(model, dataset, settings, False)
+    torch.manual_seed(0)
+    add_lora(model, config, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    groups = make_groups(dataset, False)
+    plan = training_plan(model, dataset, groups, None, settings, objective)
+    batch = plan.inputs["data_collator"]([{"group": i} for i in range(12)])
+    model.eval()
+    return model, plan.inputs["loss"], batch
+
+
+def chunks(batch):
+    names = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids")]
+    return [{key[len(name) :]: value for key, value in batch.items() if key.startswith(name)} for name in names]
+
+
+def gradients(model, loss, batch):
+    model.zero_grad()
+    value = loss(chunks(batch), batch["label"])
+    value.backward()
+    return float(value), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    assert ours[0] == pytest.approx(theirs[0], abs=tolerance)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        scale = float(gradient.abs().max())
+        assert float((ours[1][name] - gradient).abs().max()) <= tolerance * max(scale, 1e-3), name
+    assert max(float(g.abs().max()) for g in theirs[1].values()) > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_the_fused_step_has_pefts_gradient_on_every_architecture(name, tmp_path):
+    model, loss, batch = prepared(ARCHITECTURES[name].make(tmp_path / name))
+    plain = gradients(model, loss, batch)
+    with fast_lora(model) as changed:
+        assert changed == 2 * len(ARCHITECTURES[name].targets)
+        assert_same(gradients(model, loss, batch), plain)
+    assert_same(gradients(model, loss, batch), plain)
+
+
+def test_the_fused_step_has_pefts_gradient_under_autocast_and_keeps_less(tiny_model):
+    model, loss, batch = prepared(tiny_model)
+
+    def kept(run):
+        seen = {}
+
+        def pack(tensor):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = run()
+        return result, sum(seen.values())
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return gradients(model, loss, batch)
+
+    plain, before = kept(step)
+    with fast_lora(model):
+        fused, after = kept(step)
+    assert after < 0.9 * before
+    for name, gradient in plain[1].items():
+        assert float(torch.cosine_similarity(fused[1][name].flatten(), gradient.flatten(), dim=0)) > 0.999
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(r=4, lora_dropout=0.1), LoraConfig(r=4, use_dora=True), LoraConfig(r=4, bias="lora_only")],
+    ids=["dropout", "dora", "bias"],
+)
+def test_what_is_not_plain_keeps_pefts_forward(tiny_model, config):
+    model, _, _ = prepared(tiny_model, config)
+    with fast_lora(model) as changed:
+        assert changed == 0
+
+
+def test_forward_passes_without_gradients_are_pefts_own(tiny_model):
+    model, _, _ = prepared(tiny_model)
+    texts = list(make_dataset().corpus.values())
+    before = model.encode(texts)
+    with fast_lora(model):
+        assert np.array_equal(model.encode(texts), before)
+        model.disable_adapters()
+        base = model.encode(texts)
+        model.enable_adapters()
+    assert np.abs(base - SentenceTransformer(tiny_model, device="cpu").encode(texts)).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("form", ["plain", "gradcache", "guide"])
+def test_kept_outputs_of_frozen_layers_change_nothing(name, form, tmp_path):
+    objective = {
+        "plain": None, "gradcache": ObjectiveSettings(mini_batch_size=5), "guide": ObjectiveSettings(guide=True),
+    }[form]  # fmt: skip
+    path = ARCHITECTURES[name].make(tmp_path / name)
+    names = upper_modules(models.load_base(models.describe_base(str(path))), 0.5)
+    assert len(names) == len(ARCHITECTURES[name].targets)
+    model, loss, batch = prepared(path, LoraConfig(r=4, target_modules=names), objective)
+    plain = gradients(model, loss, batch)
+    prefix = FrozenPrefix.of(model, 1 << 20)
+    assert prefix.first == 1
+    assert prefix.agrees(model, chunks(batch)[0], 1e-5)
+    loss.prefix = prefix
+    for _ in range(2):  # once to fill, once from what is kept
+        assert_same(gradients(model, loss, batch), plain)
+    lower = [p for n, p in model.named_parameters() if p.requires_grad and ".0." in n]
+    assert not lower
+
+
+def test_kept_outputs_go_to_disk_beyond_the_bound(tiny_model):
+    states = HiddenStates(1000)
+    rows = {number: torch.randn(5 + number, 8).to(torch.bfloat16) for number in range(40)}
+    for number, row in rows.items():
+        states.put(number, row)
+    assert sum(r.numel() * 2 for r in states.held.values()) <= 1000
+    assert states.file is not None
+    assert all(states.get(number).equal(row) for number, row in rows.items())
+    states.close()
+    assert 3 not in states
+
+
+def test_where_training_begins_in_the_first_layer_nothing_is_kept(tiny_model):
+    model, _, batch = prepared(tiny_model)
+    assert FrozenPrefix.of(model, 1 << 20) is None
+    assert all(TEXT_IDS in chunk for chunk in chunks(batch))
+
+
+def test_a_model_that_cannot_be_cut_in_two_is_left_alone(tmp_path):
+    path = llama(tmp_path / "llama")
+    model, _, batch = prepared(path, LoraConfig(r=4, target_modules=["layers.1.mlp.up_proj"]))
+    prefix = FrozenPrefix.of(model, 1 << 20)
+    prefix.layers[1].register_forward_hook(lambda *args: (_ for _ in ()).throw(ValueError("odd")))
+    assert not prefix.agrees(model, chunks(batch)[0], 1e-3)
+
+
+@pytest.mark.parametrize("switch", [{"fused_lora": False}, {"frozen_cache_mb": 0}, {"frozen_cache_mb": 0.001}])
+def test_a_whole_run_learns_the_same_with_each_switch(tiny_model, tmp_path, switch):
+    kwargs = {"precision": "fp32", "lora_layers": 0.5, "learning_rate": 1e-3}
+    fast = engine(tiny_model, tmp_path / "fast", **kwargs).finetune()
+    slow = engine(tiny_model, tmp_path / "slow", **kwargs, **switch).finetune()
+    assert fast.tuned_metrics == pytest.approx(slow.tuned_metrics, abs=0.02)
+    ours, theirs = weights(tmp_path / "fast"), weights(tmp_path / "slow")
+    assert all(torch.allclose(w, theirs[n], atol=2e-4) for n, w in ours.items())
+    assert all(".layer.1." in n for n in ours), "the upper half of two layers"
+
+
+def test_a_stopped_run_with_frozen_layers_resumes_bit_by_bit(tiny_model, tmp_path, monkeypatch):
+    calm = engine(tiny_model, tmp_path / "calm", lora_layers=0.5).finetune()
+    signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 7)
+    with pytest.raises(KeyboardInterrupt):
+        engine(tiny_model, tmp_path / "run", lora_layers=0.5).finetune()
+    monkeypatch.undo()
+    resumed = engine(tiny_model, tmp_path / "run", lora_layers=0.5, resume_from_checkpoint=True).finetune()
+    assert resumed.fingerprint == calm.fingerprint
+    assert resumed.history == calm.history
