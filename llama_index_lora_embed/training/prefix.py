@@ -77,6 +77,13 @@ class HiddenStates:
             self.file = None
 
 
+def _row(value: Any, row: int, mask: Tensor) -> Any:
+    """One row of a feature, without its padding; what is no tensor holds for all rows."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[row : row + 1][:, mask[row]] if value.shape == mask.shape else value[row : row + 1]
+
+
 class FrozenPrefix:
     """Runs a model from its first adapted layer on, with the outputs of the layers below from the time before.
 
@@ -117,10 +124,7 @@ class FrozenPrefix:
         for row, number in enumerate(numbers):
             if number not in self.states:
                 # alone and without padding: the same digits whatever else a batch holds, in a resumed run, too
-                own = {
-                    name: value[row : row + 1][:, mask[row]] if value.shape == mask.shape else value[row : row + 1]
-                    for name, value in features.items()
-                }
+                own = {name: _row(value, row, mask) for name, value in features.items()}
                 self.states.put(number, self._below(inner, own)[0].cpu())
         rows = torch.cat([self.states.get(number) for number in numbers])
         padded = torch.zeros(*mask.shape, rows.shape[-1], dtype=torch.float32, device=mask.device)

@@ -224,7 +224,10 @@ def _frozen_prefix(model: SentenceTransformer, settings: TrainingSettings, plan:
     if loss.prefix is not None:
         batch = plan.inputs["data_collator"]([{"group": 0}, {"group": 1}])
         names = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids")]
-        chunk = {key[len(n) :]: v.to(model.device) for n in names[:1] for key, v in batch.items() if key.startswith(n)}
+        chunk = {key[len(names[0]) :]: value for key, value in batch.items() if key.startswith(names[0])}
+        chunk = {
+            key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in chunk.items()
+        }
         model.eval()
         if not loss.prefix.agrees(model, chunk, _PREFIX_TOLERANCE):
             loss.prefix = None
