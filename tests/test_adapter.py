@@ -268,12 +268,13 @@ def test_a_run_killed_while_writing_leaves_the_old_adapter(adapter, tmp_path, ti
     out = shutil.copytree(adapter, tmp_path / "adapter")
     code = f"""
 import os, signal
-from llama_index_lora_embed import LoraFinetuneEngine
+from llama_index_lora_embed import LoraFinetuneEngine, adapter
+from llama_index_lora_embed.training import checkpoints  # keeps the function that is replaced below
 from tests.conftest import make_dataset
 engine = LoraFinetuneEngine(
     make_dataset(), {tiny_model!r}, {str(out)!r}, epochs=1, val_fraction=0, device="cpu", show_progress_bar=False
 )
-os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+adapter.replace_directory = lambda staging, target: os.kill(os.getpid(), signal.SIGKILL)
 engine.finetune()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,7 +10,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,7 @@ def only_run(run_dir: Path) -> Iterator[None]:
     if not processes.is_main():
         yield
         return
+    made = [folder for folder in run_dir.parents if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / LOCK_NAME, timeout=0)
@@ -219,6 +220,9 @@ def only_run(run_dir: Path) -> Iterator[None]:
     finally:
         if [path.name for path in run_dir.iterdir()] == [LOCK_NAME]:  # an error before anything was trained
             shutil.rmtree(run_dir, ignore_errors=True)
+            for folder in made:
+                with suppress(OSError):  # something else is in it by now
+                    folder.rmdir()
         lock.release()
 
 
