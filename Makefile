@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(if $(DOCS),--docs '$(DOCS)') $(if $(QUERY),--query '$(QUERY)')
 
 test: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # without the tests that train the real MiniLM
 quick: $(VENV)/.dev

@@ -241,7 +241,7 @@ def test_a_folder_without_a_model(tmp_path):
         load(tmp_path)
 
 
-def test_output_paths_that_would_destroy_something(tmp_path, adapter):
+def test_output_paths_that_would_destroy_something(tmp_path, adapter, monkeypatch):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
@@ -253,8 +253,12 @@ def test_output_paths_that_would_destroy_something(tmp_path, adapter):
     (tmp_path / "mine.previous" / "notes.txt").write_text("mine")
     with pytest.raises(OutputDirectoryError, match="something else"):
         check_output(tmp_path / "mine")
-    with pytest.raises(OutputDirectoryError, match="mount point"):
-        check_output("/dev/shm" if not any(Path("/dev/shm").iterdir()) else "/")
+    (tmp_path / "disk").mkdir()
+    with monkeypatch.context() as patch:  # mounting needs rights that tests do not have
+        patch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+        with pytest.raises(OutputDirectoryError, match="mount point"):
+            check_output(tmp_path / "disk")
+    (tmp_path / "disk").rmdir()
     shutil.rmtree(tmp_path / "mine")
     shutil.rmtree(tmp_path / "mine.previous")
     (tmp_path / "empty").mkdir()

@@ -17,7 +17,7 @@ from llama_index_lora_embed.arguments import _OF_BINARY_PAIRS, _OF_PAIRS, _OF_RE
 from llama_index_lora_embed.errors import ConfigError, ModelNotFoundError, OutputDirectoryError
 from llama_index_lora_embed.evaluation.pairs import pair_metrics
 from llama_index_lora_embed.evaluation.retrieval import query_metrics
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, shown
 from tests.test_pairs_engine import TRAIN as PAIRS
 from tests.test_pairs_engine import VAL as VAL_PAIRS
 
@@ -70,7 +70,7 @@ def engine(path, **kwargs):
         ({"loss": lambda: None}, "cannot be called with the model alone"),
         ({"loss": losses.MatryoshkaLoss}, "loss=MatryoshkaLoss, which cannot be called with the model alone"),
     ],
-    ids=lambda value: str(value)[:50],
+    ids=lambda value: shown(value)[:50],
 )
 def test_a_wrong_argument_is_named_when_the_engine_is_made(tmp_path, wrong, said):
     with pytest.raises(ConfigError, match=said) as caught:
@@ -93,10 +93,10 @@ def test_a_wrong_argument_is_named_when_the_engine_is_made(tmp_path, wrong, said
         {"batch_size": 1, "loss": losses.TripletLoss},
         {"objective": "cosent"},
         {"loss": partial(losses.MatryoshkaLoss, loss=None, matryoshka_dims=[8])},
-        {"allow_changes": {"epochs", "mining", "round"}},
+        {"allow_changes": ("epochs", "mining", "round")},
         {"early_stopping_patience": 3, "val_dataset": None},
     ],
-    ids=str,
+    ids=shown,
 )
 def test_what_can_be_used_is_not_refused(tmp_path, right):
     engine(tmp_path / "run", **right)

@@ -33,7 +33,7 @@ from llama_index_lora_embed.errors import (
     DatasetError,
     SplitError,
 )
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, shown
 from tests.data.llms import FakeLLM
 
 QUIET = {"show_progress_bar": False, "device": "cpu"}
@@ -343,7 +343,7 @@ def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval
      {"learning_rate": "x"}, {"model_id": "/nowhere"}, {"best_metric": "ndgc"}, {"quantized": True, "device": "cpu"},
      {"objective": ObjectiveSettings("distillation", teacher="./nowhere")}, {"query_prompt": 5}, {"seed": 2**33},
      {"allow_changes": ["nope"]}, {"val_fraction": 0, "early_stopping_patience": 2}, {"loss": lambda: 1}],
-    ids=str,
+    ids=shown,
 )  # fmt: skip
 def test_from_nodes_finds_what_is_wrong_before_it_pays_an_llm(tiny_model, nodes, out, tmp_path, wrong):
     llm = FakeLLM()

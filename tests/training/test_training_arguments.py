@@ -23,7 +23,7 @@ from llama_index_lora_embed.training.best import BestSoFar
 from llama_index_lora_embed.training.objectives import training_plan
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from llama_index_lora_embed.training.user_arguments import check_user_arguments
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, shown
 from tests.training.test_checkpoints import engine, weights
 from tests.training.test_losses import model_with_lora
 
@@ -138,7 +138,7 @@ def test_callbacks_are_called(tiny_model, tmp_path):
     assert count.steps == 12
 
 
-@pytest.mark.parametrize("callbacks", [None, (), []], ids=str)
+@pytest.mark.parametrize("callbacks", [None, (), []], ids=shown)
 def test_no_callbacks_are_none(tiny_model, tmp_path, callbacks):
     assert engine(tiny_model, tmp_path / "run", epochs=1).finetune(callbacks=callbacks).steps == 3
 
@@ -280,7 +280,7 @@ def test_a_step_that_does_not_fit_is_explained_with_numbers(tiny_model, tmp_path
         ({"batch_size": 32, "tokens": 40, "can_piece": False}, ["batch_size=16"]),
         ({"batch_size": 2, "tokens": 40, "can_piece": False}, []),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_only_what_can_be_done_is_advised_where_memory_runs_out(step, advice):
     error = memory.out_of_memory(error=torch.OutOfMemoryError("CUDA out of memory."), **step)
