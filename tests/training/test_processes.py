@@ -48,8 +48,8 @@ def alone(tiny_model, tmp_path_factory):
     ("launcher", "orders"),
     [
         (TORCHRUN, {}),
-        (ACCELERATE, {}),
-        (TORCHRUN, {"objective": {"mini_batch_size": 4}}),
+        pytest.param(ACCELERATE, {}, marks=pytest.mark.extended),
+        pytest.param(TORCHRUN, {"objective": {"mini_batch_size": 4}}, marks=pytest.mark.extended),
     ],
     ids=["torchrun", "accelerate", "gradcache"],
 )
@@ -76,6 +76,7 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(tiny_model, tmp_p
     assert not [p for p in tmp_path.iterdir() if "staging" in p.name]
 
 
+@pytest.mark.extended
 def test_rows_are_dealt_to_the_processes_in_turn(tiny_model, tmp_path):
     path, one = tmp_path / "run", tmp_path / "one"
     orders = {"pairs": True, "arguments": {"batch_size": 25, "objective": "cosine"}}
@@ -104,6 +105,7 @@ def test_two_processes_stop_together_and_resume(tiny_model, tmp_path):
     assert said(path)["history"] == said(calm)["history"]
 
 
+@pytest.mark.extended
 def test_an_error_of_the_writing_process_reaches_all(tiny_model, tmp_path):
     path = tmp_path / "run"
     assert run(TORCHRUN, tiny_model, path, arguments={"epochs": 1, "batch_size": 16}).returncode == 0
