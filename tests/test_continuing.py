@@ -56,16 +56,10 @@ def test_if_nothing_is_gained_the_parents_vectors_are_written(adapter, tmp_path)
 
 
 def test_it_resumes_like_any_other_run(adapter, tmp_path, monkeypatch):
-    import signal
-
-    from llama_index_lora_embed.training.trainer import LoraTrainer
-    from tests.training.stops import signal_in
+    from tests.training.stops import stop_at
 
     calm = engine(adapter, tmp_path / "calm").finetune()
-    signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 4)
-    with pytest.raises(KeyboardInterrupt):
-        engine(adapter, tmp_path / "run").finetune()
-    monkeypatch.undo()
+    stop_at(monkeypatch, 4, engine(adapter, tmp_path / "run").finetune)
     resumed = engine(adapter, tmp_path / "run", resume_from_checkpoint=True).finetune()
     assert resumed.fingerprint == calm.fingerprint
     assert resumed.base_metrics == calm.base_metrics

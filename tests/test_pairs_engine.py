@@ -136,16 +136,10 @@ def test_a_query_and_a_passage_stand_under_their_own_prompts(tiny_model, tmp_pat
 
 
 def test_pairs_resume_bit_by_bit(tiny_model, tmp_path, monkeypatch):
-    import signal
-
-    from llama_index_lora_embed.training.trainer import LoraTrainer
-    from tests.training.stops import signal_in
+    from tests.training.stops import stop_at
 
     calm = engine(tiny_model, tmp_path / "calm").finetune()
-    signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 8)
-    with pytest.raises(KeyboardInterrupt):
-        engine(tiny_model, tmp_path / "run").finetune()
-    monkeypatch.undo()
+    stop_at(monkeypatch, 8, engine(tiny_model, tmp_path / "run").finetune)
     resumed = engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune()
     assert resumed.fingerprint == calm.fingerprint
     assert resumed.history == calm.history

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,7 +167,12 @@ def train(
     if checkpoint is None or others:
         best(model, 0)
     prefix = _frozen_prefix(model, settings, plan)
-    with stop, fast_lora(model) if settings.fused_lora else nullcontext():
+    with ExitStack() as stack:
+        if prefix is not None:
+            stack.callback(prefix.states.close)
+        if settings.fused_lora:
+            stack.enter_context(fast_lora(model))
+        stack.enter_context(stop)
         done = False
         started, judged = time.perf_counter(), best.seconds
         if checkpoint is not None:
@@ -184,8 +189,6 @@ def train(
                 f"its checkpoint is in {run_dir}, and finetune() goes on from there with resume_from_checkpoint=True"
             )
             logger.warning("stopped at step %d; %s", trainer.state.global_step, where if saved else "it was not saved")
-    if prefix is not None:
-        prefix.states.close()
     stop.act()
     steps = int(trainer.state.global_step)
     _fill_in(best, model, start)

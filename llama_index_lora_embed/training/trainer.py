@@ -26,7 +26,7 @@ from llama_index_lora_embed.errors import NonFiniteLossError, warn_user
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.batches import GroupBatchSampler, GroupCollator, RowBatchSampler
 from llama_index_lora_embed.training.best import BestSoFar, check_finite, restore_weights
-from llama_index_lora_embed.training.checkpoints import write_checkpoint
+from llama_index_lora_embed.training.checkpoints import step_of, write_checkpoint
 from llama_index_lora_embed.training.memory import out_of_memory
 
 _LOSS_WEIGHTS = "loss.safetensors"
@@ -271,7 +271,7 @@ class LoraTrainer(SentenceTransformerTrainer):
                     parameter.copy_(kept[name])
         if not self.evaluations_forgotten:
             self.best_so_far.load(path)
-        self.saved_step = int(path.name.rpartition("-")[2])
+        self.saved_step = step_of(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them; rates, decay and the like are this run's, which may have been allowed to change them."""

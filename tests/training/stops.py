@@ -1,6 +1,11 @@
 """Signals sent in the middle of a training."""
 
 import os
+import signal
+
+import pytest
+
+from llama_index_lora_embed.training.trainer import LoraTrainer
 
 
 def signal_in(monkeypatch, owner, name, number, call, times=1):
@@ -16,3 +21,11 @@ def signal_in(monkeypatch, owner, name, number, call, times=1):
         return result
 
     monkeypatch.setattr(owner, name, sending)
+
+
+def stop_at(monkeypatch, step, train):
+    """Press Ctrl-C in a step of a training."""
+    signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, step)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    monkeypatch.undo()

@@ -21,7 +21,7 @@ from llama_index_lora_embed.training import checkpoints
 from llama_index_lora_embed.training.checkpoints import latest_checkpoint, read_record
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.conftest import make_dataset
-from tests.training.stops import signal_in
+from tests.training.stops import stop_at
 
 
 def engine(model, path, data=None, **kwargs):
@@ -311,10 +311,7 @@ def test_a_loss_with_weights_of_its_own_resumes_with_them(tiny_model, tmp_path, 
             return super().forward(*args) * self.log_scale.exp()
 
     calm = engine(tiny_model, tmp_path / "calm", loss=Scaled).finetune()
-    signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 7)
-    with pytest.raises(KeyboardInterrupt):
-        engine(tiny_model, tmp_path / "run", loss=Scaled).finetune()
-    monkeypatch.undo()
+    stop_at(monkeypatch, 7, engine(tiny_model, tmp_path / "run", loss=Scaled).finetune)
     stored = load_file(tmp_path / "run.run" / "checkpoint-7" / "loss.safetensors")
     assert float(stored["log_scale"]) != 0
     resumed = engine(tiny_model, tmp_path / "run", loss=Scaled, resume_from_checkpoint=True).finetune()

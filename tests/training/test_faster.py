@@ -1,7 +1,5 @@
 """What makes a step cheaper must not change what is learnt."""
 
-import signal
-
 import numpy as np
 import pytest
 import torch
@@ -17,10 +15,9 @@ from llama_index_lora_embed.training.lora import add_lora
 from llama_index_lora_embed.training.objectives import training_plan
 from llama_index_lora_embed.training.prefix import TEXT_IDS, FrozenPrefix, HiddenStates
 from llama_index_lora_embed.training.run import set_length
-from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.architectures import ARCHITECTURES, llama
 from tests.conftest import make_dataset
-from tests.training.stops import signal_in
+from tests.training.stops import stop_at
 from tests.training.test_checkpoints import engine, weights
 
 
@@ -181,10 +178,7 @@ def test_a_whole_run_learns_the_same_with_each_switch(tiny_model, tmp_path, swit
 
 def test_a_stopped_run_with_frozen_layers_resumes_bit_by_bit(tiny_model, tmp_path, monkeypatch):
     calm = engine(tiny_model, tmp_path / "calm", lora_layers=0.5).finetune()
-    signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 7)
-    with pytest.raises(KeyboardInterrupt):
-        engine(tiny_model, tmp_path / "run", lora_layers=0.5).finetune()
-    monkeypatch.undo()
+    stop_at(monkeypatch, 7, engine(tiny_model, tmp_path / "run", lora_layers=0.5).finetune)
     resumed = engine(tiny_model, tmp_path / "run", lora_layers=0.5, resume_from_checkpoint=True).finetune()
     assert resumed.fingerprint == calm.fingerprint
     assert resumed.history == calm.history
