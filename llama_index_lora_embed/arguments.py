@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from llama_index_lora_embed import adapter, models
 from llama_index_lora_embed.config import IN_BATCH, MiningSettings, ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.config.base import is_int
 from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset, LabelledPairs
 from llama_index_lora_embed.data.holding_out import Trainable, without_overlap
 from llama_index_lora_embed.errors import ConfigError, LoraEmbedError, OutputDirectoryError
@@ -37,6 +38,7 @@ def check_arguments(
     objective: Any,
     continue_from: Any,
     pooling: Any,
+    window: Any,
     mining: Any,
     on_overlap: Any,
     allow_changes: Any,
@@ -56,6 +58,7 @@ def check_arguments(
         objective: None or ObjectiveSettings, whose problems are listed too.
         continue_from: None, or an adapter that writing to model_output_path does not touch.
         pooling: None or a pooling's name.
+        window: None or a number of tokens.
         mining: None or MiningSettings, whose problems are listed too.
         on_overlap: "error", "drop" or "allow".
         allow_changes: A collection of names of what a checkpoint records.
@@ -87,6 +90,8 @@ def check_arguments(
         problems.append(f"on_overlap={on_overlap!r}: expected 'error', 'drop' or 'allow'")
     if pooling is not None and pooling not in POOLING_MODES:
         problems.append(f"pooling={pooling!r}: expected None or one of {', '.join(POOLING_MODES)}")
+    if window is not None and not is_int(window, 1):
+        problems.append(f"window={window!r}: expected None or a whole number of tokens")
     problems += _problems_of_loss(loss)
     problems += _problems_of_lora(lora_config)
     if flags["quantized"] is True:
@@ -97,7 +102,7 @@ def check_arguments(
         elif value is not None:
             problems.append(f"{name} of type {type(value).__name__}: expected {kind.__name__}")
     problems += _problems_of_names(allow_changes)
-    owned = {"lora_config": lora_config, "pooling": pooling, "quantized": flags["quantized"] or None}
+    owned = {"lora_config": lora_config, "pooling": pooling, "window": window, "quantized": flags["quantized"] or None}
     problems += _problems_of_continuing(continue_from, model_output_path, owned)
     of_pairs = isinstance(dataset, LabelledPairs)
     problems += _problems_with_data(settings, of_pairs, loss, objective, mining, flags["use_all_docs"])

@@ -42,6 +42,8 @@ class LoraEmbedding(BaseEmbedding):
         passage_prompt: Overrides the recorded passage prompt.
         pooling: Overrides the pooling of a base alone ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens" or
             "weightedmean"). An adapter's is the one that it was trained with.
+        window: Has a base alone read long texts in windows of so many tokens (`windows.add_windows`). An adapter's
+            are those that it was trained with.
         truncate_dim: Cuts vectors to their first so many dimensions, and scales them to length 1 again if the model
             does; for models trained with Matryoshka losses.
         merge: Merge the LoRA into the base's weights.
@@ -50,7 +52,7 @@ class LoraEmbedding(BaseEmbedding):
 
     Raises:
         ConfigError: Neither adapter nor base is named; `truncate_dim` is more than the model's dimensions; or
-            `pooling` is no mode, or not the one that the adapter was trained with.
+            `pooling` is no mode; or `pooling` or `window` is not what the adapter was trained with.
         ModelNotFoundError: Adapter or base is not there.
         AdapterError: The adapter is damaged or does not fit its base, or `fingerprint` was given (by
             `from_dict` or unpickling) and the files have changed since.
@@ -69,6 +71,7 @@ class LoraEmbedding(BaseEmbedding):
     query_prompt: str | None = Field(default=None, description="Overrides the query prompt.")
     passage_prompt: str | None = Field(default=None, description="Overrides the passage prompt.")
     pooling: str | None = Field(default=None, description="Overrides the pooling of a base alone.")
+    window: int | None = Field(default=None, description="Windows in which a base alone reads long texts, in tokens.")
     truncate_dim: int | None = Field(default=None, description="Cuts vectors to so many dimensions.")
     merge: bool = Field(default=True, description="Merge the LoRA into the base.")
     trust_remote_code: bool = Field(default=False, description="Run the base's own code.")
@@ -129,6 +132,7 @@ class LoraEmbedding(BaseEmbedding):
         from llama_index_lora_embed import models
         from llama_index_lora_embed.adapter import fingerprint, normalises
         from llama_index_lora_embed.presets import pooling_of
+        from llama_index_lora_embed.windows import window_of
 
         vectors: dict[str, Any] = {
             "query_prompt": self.query_prompt,
@@ -147,12 +151,14 @@ class LoraEmbedding(BaseEmbedding):
                 **vectors,
             )
             model, manifest, digest = loaded.model, loaded.manifest, loaded.fingerprint
-            if self.pooling is not None and self.pooling != pooling_of(model):
-                raise ConfigError(
-                    f"pooling={self.pooling!r} for an adapter that was trained with {pooling_of(model)!r}",
-                    "the pooling that it was trained with",
-                    "Leave pooling=None, or train an adapter with the other pooling.",
-                )
+            for name, trained in (("pooling", pooling_of(model)), ("window", window_of(model))):
+                wanted = getattr(self, name)
+                if wanted is not None and wanted != trained:
+                    raise ConfigError(
+                        f"{name}={wanted!r} for an adapter that was trained with {trained!r}",
+                        f"the {name} that it was trained with",
+                        f"Leave {name}=None, or train an adapter with the other.",
+                    )
         else:
             assert self.base_model is not None
             base = models.describe_base(self.base_model, self.revision, self.cache_folder)
@@ -161,6 +167,7 @@ class LoraEmbedding(BaseEmbedding):
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
                 pooling=self.pooling,
+                window=self.window,
                 **vectors,
             )
             manifest, digest = None, fingerprint(model, base.weights_sha256, None)

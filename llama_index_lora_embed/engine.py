@@ -99,6 +99,7 @@ class LoraFinetuneEngine:
         lora_layers: Share of the layers that the default LoRA adapts, from the last one down; below 1, what the frozen
             ones below put out is computed once for all epochs.
         fused_lora: Compute a LoRA layer's training step in few large operations.
+        fused_attention: On processors with bfloat16, compute attention in blocks that their cache holds.
         frozen_cache_mb: Memory for the outputs of frozen layers, see `TrainingSettings`; 0 computes them in every step.
         val_fraction: Share of the questions to hold out without a `val_dataset`; 0 for none.
         on_overlap: What to do if answers of `val_dataset` are also trained on: "error", "drop" their questions
@@ -107,6 +108,8 @@ class LoraFinetuneEngine:
         passage_prompt: Overrides the base's passage prompt.
         pooling: Overrides the base's pooling: "mean", "cls", "lasttoken", "max", "weightedmean" or
             "mean_sqrt_len_tokens".
+        window: Read texts that are longer than so many tokens whole, in windows of this length whose vectors are
+            averaged (`windows`); None cuts them at `max_seq_length`. Worth it where most nodes are cut.
         quantized: Train on the base in 4 bit (QLoRA), which needs a CUDA GPU and the extra `quantized`.
         best_metric: Measure by which the step to keep is chosen, see `TrainingSettings`.
         early_stopping_patience: Stop after so many evaluations in a row without a new highest figure; 0 for never.
@@ -153,12 +156,14 @@ class LoraFinetuneEngine:
         temperature: float = _D.temperature,
         lora_layers: float = _D.lora_layers,
         fused_lora: bool = _D.fused_lora,
+        fused_attention: bool = _D.fused_attention,
         frozen_cache_mb: float = _D.frozen_cache_mb,
         val_fraction: float = _D.val_fraction,
         on_overlap: Literal["error", "drop", "allow"] = "error",
         query_prompt: str | None = None,
         passage_prompt: str | None = None,
         pooling: str | None = None,
+        window: int | None = None,
         quantized: bool = False,
         best_metric: str | None = None,
         early_stopping_patience: int = _D.early_stopping_patience,
@@ -175,6 +180,7 @@ class LoraFinetuneEngine:
             temperature=temperature,
             lora_layers=lora_layers,
             fused_lora=fused_lora,
+            fused_attention=fused_attention,
             frozen_cache_mb=frozen_cache_mb,
             max_seq_length=max_seq_length,
             precision=precision,
@@ -211,6 +217,7 @@ class LoraFinetuneEngine:
             objective=self.objective,
             continue_from=continue_from,
             pooling=pooling,
+            window=window,
             mining=mining,
             on_overlap=on_overlap,
             allow_changes=allow_changes,
@@ -234,6 +241,7 @@ class LoraFinetuneEngine:
             device=self.settings.device,
             trust_remote_code=trust_remote_code,
             pooling=pooling,
+            window=window,
             prompts=prompts,
         )
         if self.objective is not None and self.objective.teacher is not None:
@@ -381,7 +389,13 @@ class LoraFinetuneEngine:
             best=BestSoFar(
                 None
                 if judge is None
-                else partial(evaluate_model, dataset=judge, show_progress=settings.show_progress_bar),
+                else partial(
+                    evaluate_model,
+                    dataset=judge,
+                    precision=settings.precision,
+                    fused_attention=settings.fused_attention,
+                    show_progress=settings.show_progress_bar,
+                ),
                 settings.best_metric or default_metric(judge),
             ),
             lora_config=self.lora_config,

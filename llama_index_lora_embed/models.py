@@ -31,7 +31,7 @@ from llama_index_lora_embed.errors import (
 )
 from llama_index_lora_embed.extras import require
 from llama_index_lora_embed.merging import check_effect, check_keys, merge_lora
-from llama_index_lora_embed.presets import append_end_token, longest_input, set_pooling, set_prompts
+from llama_index_lora_embed.presets import append_end_token, set_pooling, set_prompts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -165,8 +165,12 @@ def _sentence_transformer(
     import torch
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(
+    from llama_index_lora_embed.windows import MODULES
+
+    # modules of this package's own are no remote code
+    return SentenceTransformer._load_with_module_classes(
         path,
+        MODULES,
         device=device,
         trust_remote_code=trust_remote_code,
         # transformers 5 would take the stored precision; LoRA weights and merging need float32
@@ -182,6 +186,7 @@ def load_base(
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
     pooling: str | None = None,
+    window: int | None = None,
     truncate_dim: int | None = None,
     quantized: bool = False,
 ) -> SentenceTransformer:
@@ -194,16 +199,19 @@ def load_base(
         query_prompt: Overrides the query prompt.
         passage_prompt: Overrides the passage prompt.
         pooling: Overrides the pooling; one of `presets.POOLING_MODES`.
+        window: Has long texts read in windows of so many tokens (`windows.add_windows`).
         truncate_dim: Cuts vectors to so many dimensions.
         quantized: Hold the linear layers in 4 bits (NF4 with double quantisation; Dettmers et al., 2023, QLoRA,
             section 3) and compute with them in bfloat16. Needs a CUDA device and the extra "quantized".
 
     Raises:
         ModelNotFoundError: The folder does not hold what transformers can load.
-        ConfigError: `pooling` or `truncate_dim` does not fit, or there is no CUDA device to quantise on.
+        ConfigError: `pooling`, `window` or `truncate_dim` does not fit, or there is no CUDA device to quantise on.
         MissingExtraError: bitsandbytes is not installed.
     """
     from safetensors import SafetensorError
+
+    from llama_index_lora_embed.windows import add_windows, longest_text, window_of
 
     quantization = _four_bits(device) if quantized else {}
     try:
@@ -220,8 +228,10 @@ def load_base(
     set_prompts(model, base.model_id, query_prompt, passage_prompt)
     if model.transformers_model is not None:
         # a plain RoBERTa would be given all 514 rows of its position table and fail at the 513th token
-        limit = longest_input(model)
+        limit = longest_text(model)
         model.max_seq_length = min(model.max_seq_length or limit, limit)
+    if window is not None and window != window_of(model):
+        add_windows(model, window)
     return model
 
 

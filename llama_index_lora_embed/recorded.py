@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _OF_SETTINGS = TrainingSettings().lasting().keys()
 NAMES = frozenset({
     *("base", "continue_from", "dataset", "val_dataset", "lora_config", "loss", "objective", "use_all_docs", "mining"),
-    *("pooling", "quantized", "query_prompt", "passage_prompt", "train_kwargs", "round", "start"),
+    *("pooling", "window", "quantized", "query_prompt", "passage_prompt", "train_kwargs", "round", "start"),
     *_OF_SETTINGS,
 })  # fmt: skip
 """Of everything that is compared; `round` and `start` are there where negatives are mined."""

@@ -24,6 +24,7 @@ class Start:
         device: torch device.
         trust_remote_code: Run Python code that the base brings along.
         pooling: Overrides the base's pooling.
+        window: Tokens of the windows in which long texts are read; None leaves the base as it is.
         prompts: query_prompt and passage_prompt, which override the model's.
     """
 
@@ -34,11 +35,12 @@ class Start:
     device: str | None
     trust_remote_code: bool
     pooling: str | None
+    window: int | None
     prompts: dict[str, str | None]
 
     def recorded(self) -> dict[str, Any]:
         """What a checkpoint records of it; the model itself is recorded by its weights."""
-        return {"pooling": self.pooling, **self.prompts}
+        return {"pooling": self.pooling, "window": self.window, **self.prompts}
 
     def load(self, quantized: bool) -> tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]:
         """The model, its base, and path and fingerprint of the adapter that is continued, if any.
@@ -66,7 +68,7 @@ class Start:
         """The base alone, in 4 bit or in full precision."""
         from llama_index_lora_embed import models
 
-        return models.load_base(base, pooling=self.pooling, quantized=quantized, **self._loading())
+        return models.load_base(base, pooling=self.pooling, window=self.window, quantized=quantized, **self._loading())
 
     def embedding(self) -> LoraEmbedding:
         """The same as an embedding model, for whoever has to judge texts before training."""
@@ -78,6 +80,7 @@ class Start:
             revision=self.revision,
             cache_folder=self.cache_folder,
             pooling=self.pooling,
+            window=self.window,
             **self._loading(),
         )
 

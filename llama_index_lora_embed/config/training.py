@@ -35,6 +35,8 @@ class TrainingSettings(Settings):
         lora_alpha: Scale numerator of the default LoRA (scale = alpha / r).
         lora_layers: Share of the layers that the default LoRA adapts, counted from the last one.
         fused_lora: Compute a LoRA layer's training step in few large operations (`training.fast_lora`).
+        fused_attention: On processors with bfloat16, compute attention in blocks that their cache holds
+            (`fast_attention`).
         frozen_cache_mb: Megabytes of memory for the outputs of the frozen layers below the first adapted one, which
             are then computed once for all epochs (`training.prefix`); more of them go into a temporary file. 0 computes
             them in every step.
@@ -69,6 +71,7 @@ class TrainingSettings(Settings):
     lora_alpha: int = 32
     lora_layers: float = 1.0
     fused_lora: bool = True
+    fused_attention: bool = True
     frozen_cache_mb: float = 1024.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     evaluation_steps: int = 50
@@ -121,7 +124,7 @@ class TrainingSettings(Settings):
         need("lora_layers", is_number(self.lora_layers, above=0.0) and self.lora_layers <= 1,
              "a number above 0, at most 1")  # fmt: skip
         need("frozen_cache_mb", is_number(self.frozen_cache_mb, above=-1e-12), "a number of at least 0")
-        for name in ("fused_lora", "save_checkpoints", "show_progress_bar", "trust_remote_code"):
+        for name in ("fused_lora", "fused_attention", "save_checkpoints", "show_progress_bar", "trust_remote_code"):
             need(name, isinstance(getattr(self, name), bool), "True or False")
         return found
 

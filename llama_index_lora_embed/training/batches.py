@@ -17,6 +17,7 @@ from llama_index_lora_embed.data.exclusions import FalseNegatives
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.prefix import TEXT_IDS, text_id
+from llama_index_lora_embed.windows import COUNTS
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -190,7 +191,9 @@ class GroupCollator:
             features = self.model.preprocess(chunk, prompt=prompt, task=task)
             for key, value in features.items():
                 batch[f"{letter}{number}_{key}"] = value
-            batch[f"{letter}{number}_{TEXT_IDS}"] = torch.tensor([text_id(task, text) for text in chunk])
+            counts = features[COUNTS].tolist() if COUNTS in features else [1] * len(chunk)
+            ids = [text_id(task, text, i) for text, count in zip(chunk, counts, strict=True) for i in range(count)]
+            batch[f"{letter}{number}_{TEXT_IDS}"] = torch.tensor(ids)
 
 
 class GroupBatchSampler(DefaultBatchSampler):

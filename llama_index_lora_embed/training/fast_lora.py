@@ -75,8 +75,8 @@ def fast_lora(model: nn.Module) -> Iterator[int]:
     """Within it, a model's plain LoRA layers compute their training steps in few operations.
 
     Layers with something special (DoRA, dropout, a bias of their own, quantised or otherwise not a plain linear base,
-    several adapters) keep peft's forward, and so does every forward without gradients. Frozen weights are held in the
-    autocast dtype besides, instead of being cast in every forward pass.
+    several adapters) keep peft's forward, and so does every forward without gradients in float32. Frozen weights are
+    held in the autocast dtype besides, instead of being cast in every forward pass.
 
     Args:
         model: With an adapter named "default"; changed in place, and back at the end.
@@ -120,14 +120,17 @@ def _forward_of(layer: LoraLinear, casts: _Casts) -> Any:
     def forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         down: Any = self.lora_A[_NAME].weight
         up: Any = self.lora_B[_NAME].weight
-        if not torch.is_grad_enabled() or not down.requires_grad or self.disable_adapters or args or kwargs:
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        useful = torch.is_grad_enabled() or autocast
+        if not useful or not down.requires_grad or self.disable_adapters or args or kwargs:
             result: Tensor = original(self, x, *args, **kwargs)
             return result
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         if dtype not in held:
             bias = base.bias
-            held[dtype] = (base.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
+            with torch.inference_mode(False):  # an evaluation may come first
+                held[dtype] = (base.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
         weight, bias = held[dtype]
         y: Tensor = _FrozenLinearWithLora.apply(casts(x, dtype), weight, bias, down, up, self.scaling[_NAME])  # type: ignore[no-untyped-call]
         return y

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.presets import longest_input
+from llama_index_lora_embed.windows import longest_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -70,7 +70,7 @@ def choose_length(
     Raises:
         ConfigError: `wanted` is more than the model's positions allow.
     """
-    limit = longest_input(model)
+    limit = longest_text(model)
     if wanted is not None and wanted > limit:
         raise ConfigError(
             f"max_seq_length={wanted}", f"at most {limit}, which is all that the base's positions allow",

@@ -20,9 +20,9 @@ TEXT_IDS = "text_ids"
 """Key in a chunk of token tensors: which text each row is, int [rows]."""
 
 
-def text_id(task: str, text: str) -> int:
-    """A number for a text under a prompt, the same in every process; 63 bits of a digest."""
-    digest = hashlib.blake2b(f"{task}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def text_id(task: str, text: str, window: int = 0) -> int:
+    """A number for a text's window under a prompt, the same in every process; 63 bits of a digest."""
+    digest = hashlib.blake2b(f"{task}\0{window}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

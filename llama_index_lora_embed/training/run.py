@@ -21,6 +21,8 @@ from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.holding_out import Trainable
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.errors import ConfigError, warn_user
+from llama_index_lora_embed.fast_attention import fast_attention
+from llama_index_lora_embed.precision import resolve_precision
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.batches import make_groups
 from llama_index_lora_embed.training.best import BestSoFar, adapter_weights, check_finite, restore_weights
@@ -41,7 +43,7 @@ _PREFIX_TOLERANCE = 1e-4  # relative, in float32; other lengths of padding chang
 # where one of these differs, evaluations of before cannot be compared with those of now
 _DECIDE_EVALUATIONS = {
     *("val_dataset", "best_metric", "base", "continue_from", "quantized"),
-    *("query_prompt", "passage_prompt", "pooling", "max_seq_length"),
+    *("query_prompt", "passage_prompt", "pooling", "window", "max_seq_length"),
 }
 
 
@@ -172,6 +174,8 @@ def train(
             stack.callback(prefix.states.close)
         if settings.fused_lora:
             stack.enter_context(fast_lora(model))
+        if settings.fused_attention:
+            stack.enter_context(fast_attention(model))
         stack.enter_context(stop)
         done = False
         started, judged = time.perf_counter(), best.seconds
@@ -251,23 +255,6 @@ def _fill_in(best: BestSoFar, model: SentenceTransformer, start: dict[str, torch
         restore_weights(model, best.weights)
     if best.best is None:
         best.best = best.base if best.best_step == 0 else best.judge(model)
-
-
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """Take "bf16" where asked for, or on "auto" where the hardware computes it natively; else "fp32".
-
-    Emulated bfloat16 is slower than float32, so a processor must have AVX512-BF16 or AMX.
-    """
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        native = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-    else:
-        native = False
-    return "bf16" if native else "fp32"
 
 
 @dataclass

@@ -1,0 +1,217 @@
+"""Long texts in windows: a text of more tokens than a window is read whole, and its vector is the windows' mean.
+
+A model reads what fits its positions and cuts the rest off. The end of a node is lost to the index, then, and near the
+limit vectors are worse than in the middle: a base that was trained on 128 tokens finds more on tenk when a node is read
+in windows of 192 than in one of 512 (nDCG@10 0.691 against 0.653, `benchmarks/README.md`). Attention, whose time grows
+with the square of the length, costs less, too.
+
+The two modules are saved with a model like any other of sentence-transformers'. `LoraEmbedding` loads them by itself;
+`SentenceTransformer(path, trust_remote_code=True)` does where this package is installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+
+from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.presets import longest_input
+
+COUNTS = "windows"
+"""Key in the features: into how many windows each text went, int [texts]; absent where each is one."""
+LEAST = 16
+"""Tokens of the shortest window; less would be mostly special tokens and prompt."""
+LONGEST_TEXT = 8192
+"""Tokens of a text beyond which it is cut all the same, which bounds the memory that one text takes."""
+
+
+class WindowedTransformer(Transformer):
+    """A transformer whose texts are split into windows of nearly one length.
+
+    Every window begins and ends with the model's special tokens, and has the prompt, as if it were a text by itself.
+    `max_seq_length` is how many tokens of a text are read in all.
+
+    Args:
+        *args: As for Transformer.
+        window: Tokens in a window at most, special tokens and prompt included.
+        text_length: The first `max_seq_length`.
+        **kwargs: As for Transformer.
+    """
+
+    config_keys: list[str] = [*Transformer.config_keys, "window", "text_length"]  # noqa: RUF012  # as in the parent
+
+    def __init__(self, *args: Any, window: int, text_length: int = LONGEST_TEXT, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.split(window, text_length)
+
+    def split(self, window: int, text_length: int) -> None:
+        """Set how long a window is, and how much of a text is read."""
+        self.window = window
+        self.max_seq_length = text_length
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of a text that are read, special tokens included; the parent would stop at the last position."""
+        return self.text_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.text_length = value
+        tokenizer: Any = self.tokenizer
+        tokenizer.model_max_length = value
+
+    def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
+        """Windows are rows; flash attention still has its mask to go by."""
+        return False
+
+    def preprocess(self, inputs: Any, prompt: str | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Token tensors [windows, tokens], with `COUNTS` where a text has more than one.
+
+        Raises:
+            ConfigError: The prompt leaves no room in a window.
+        """
+        features: dict[str, Any] = super().preprocess(inputs, prompt, *args, **kwargs)
+        if not features or features["input_ids"].shape[1] <= self.window:
+            return features
+        tokenizer: Any = self.tokenizer
+        head, tail = self._frame()
+        opening = [*head, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] if prompt else head
+        rows: list[list[int]] = []
+        counts = []
+        for ids, mask in zip(features["input_ids"].tolist(), features["attention_mask"].tolist(), strict=True):
+            row = [number for number, there in zip(ids, mask, strict=True) if there]
+            # a prompt whose last token runs into the text stands in the first window only
+            start = opening if row[: len(opening)] == opening else head
+            content = row[len(start) : len(row) - len(tail)]
+            parts = _parts(content, self._room(start, tail))
+            rows += [[*start, *part, *tail] for part in parts]
+            counts.append(len(parts))
+        padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        split = {name: value for name, value in features.items() if not _is_rows(value, features["input_ids"])}
+        split |= {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
+        if "token_type_ids" in features:
+            split["token_type_ids"] = torch.zeros_like(padded["input_ids"])
+        split[COUNTS] = torch.tensor(counts)
+        return split
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """As Transformer's, window by window."""
+        counts = features.pop(COUNTS, None)  # a model that takes any keyword would take this one
+        features = super().forward(features, **kwargs)
+        if counts is not None:
+            features[COUNTS] = counts
+        return features
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Special tokens before and after a text."""
+        tokenizer: Any = self.tokenizer
+        inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = tokenizer("a")["input_ids"]
+        at = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+        return whole[:at], whole[at + len(inner) :]
+
+    def _room(self, start: list[int], tail: list[int]) -> int:
+        room = self.window - len(start) - len(tail)
+        if room < LEAST // 2:
+            raise ConfigError(
+                f"a window of {self.window} tokens for a prompt of {len(start)}",
+                f"at least {LEAST // 2} tokens for the text itself",
+                "Take a longer window, or a shorter prompt.",
+            )
+        return room
+
+
+def _parts(content: list[int], room: int) -> list[list[int]]:
+    """Content in as few parts as hold it, whose lengths differ by one at most."""
+    count = max(1, math.ceil(len(content) / room))
+    return [content[i * len(content) // count : (i + 1) * len(content) // count] for i in range(count)]
+
+
+def _is_rows(value: Any, ids: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape[:2] == ids.shape
+
+
+class JoinWindows(Module):
+    """The vector of a text, which is the mean of its windows' vectors; they are of nearly one length.
+
+    Args:
+        window: Tokens in a window, so that a model's description says it.
+    """
+
+    config_keys: list[str] = ["window"]  # noqa: RUF012  # as in the parent
+
+    def __init__(self, window: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.window = window
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Replace "sentence_embedding" [windows, dimension] by [texts, dimension]."""
+        counts = features.get(COUNTS)
+        if counts is None:
+            return features
+        vectors: Tensor = features["sentence_embedding"].float()
+        texts = torch.arange(len(counts), device=vectors.device)
+        owner = torch.repeat_interleave(texts, counts, output_size=len(vectors))
+        sums = vectors.new_zeros(len(counts), vectors.shape[1]).index_add(0, owner, vectors)
+        features["sentence_embedding"] = sums / counts[:, None]
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """The configuration; there is nothing to learn here."""
+        self.save_config(output_path)
+
+
+MODULES: Mapping[str, type[nn.Module]] = {
+    f"{module.__module__}.{module.__qualname__}": module for module in (WindowedTransformer, JoinWindows)
+}
+"""What modules.json calls them."""
+
+
+def window_of(model: SentenceTransformer) -> int | None:
+    """Tokens in a window of this model; None where texts are not split."""
+    return getattr(model[0], "window", None)
+
+
+def longest_text(model: SentenceTransformer) -> int:
+    """Tokens of the longest text that a model can be told to read whole."""
+    return longest_input(model) if window_of(model) is None else LONGEST_TEXT
+
+
+def add_windows(model: SentenceTransformer, window: int) -> None:
+    """Have a model read long texts in windows.
+
+    `max_seq_length`, so many tokens of a text are read in all, is raised to `LONGEST_TEXT`.
+
+    Args:
+        model: A transformer and a pooling, perhaps with more after it; changed in place.
+        window: Tokens in a window, special tokens and prompt included.
+
+    Raises:
+        ConfigError: The window is longer than the model's positions allow or shorter than `LEAST`, or the model is not
+            built like that.
+    """
+    limit = longest_input(model)
+    if not LEAST <= window <= limit:
+        raise ConfigError(
+            f"window={window}",
+            f"{LEAST} to {limit} tokens, which is all that the base's positions allow",
+            "None cuts texts instead.",
+        )
+    first: Any = model[0]
+    at = next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
+    if type(first) is not Transformer or at is None or "message" in first.modalities:
+        raise ConfigError(
+            f"window={window} for a model of {', '.join(type(module).__name__ for module in model)}",
+            "a text encoder: a Transformer and a Pooling, without a chat template",
+            "Leave window=None.",
+        )
+    first.__class__ = WindowedTransformer  # the weights stay where they are
+    first.split(window, LONGEST_TEXT)
+    model.insert(at + 1, JoinWindows(window))
