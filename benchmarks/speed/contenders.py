@@ -44,6 +44,7 @@ class Job:
         seed: Of everything random.
         points: Evaluations in an epoch, where the contender can be evaluated within one.
         threads: Of torch; None leaves torch's own choice.
+        device: torch device to train on.
         events: File to write JSON lines to.
         folder: Where models may be written.
     """
@@ -56,6 +57,7 @@ class Job:
     seed: int
     points: int
     threads: int | None
+    device: str
     events: str
     folder: str
 

@@ -10,8 +10,8 @@ from typing import Any
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, instructions that matter here, memory, operating system, Python."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, instructions that matter here, memory, operating system, Python; the GPU if one is used."""
     entries: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -19,7 +19,13 @@ def machine() -> dict[str, Any]:
         entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = set(entries.get("flags", "").split())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    gpu = {}
+    if device.startswith("cuda"):
+        import torch
+
+        gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return {
+        **gpu,
         "processor": entries.get("model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "flags": [flag for flag in FLAGS if flag in flags],

@@ -10,8 +10,8 @@ that encodes rows computes it twice. Tokens per second are these over the time f
 `tokens_embedded` is a second count, taken at the embedding table between these; it is lower where vectors of frozen
 layers are cached, higher where a step is computed twice, and should equal the first count elsewhere.
 
-Memory is the process's peak (`ru_maxrss`). Evaluations run in batches of 16 texts, so that training, not they, should
-set it; `peak_in_evaluation` says where that was not so.
+Memory is the process's peak (`ru_maxrss`), on a GPU the peak of what torch has allocated there. Evaluations run in
+batches of 16 texts, so that training, not they, should set it; `peak_in_evaluation` says where that was not so.
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ MEASURES = {"ndcg@10": "cosine_ndcg@10", "hit@5": "cosine_accuracy@5"}
 
 
 def peak_mb() -> float:
-    """Peak memory of this process so far; kilobytes on Linux, bytes on macOS."""
+    """Peak memory of this process so far: of a GPU if it uses one, else kilobytes on Linux, bytes on macOS."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def has_bf16() -> bool:
-    """Whether the processor computes bfloat16 itself; emulated, it is slower than float32."""
+def has_bf16(device: str = "cpu") -> bool:
+    """Whether the device computes bfloat16 itself; emulated, it is slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
@@ -116,13 +120,17 @@ class Recorder:
 
     @property
     def seconds(self) -> float:
-        """On the clock; to be read while it runs."""
+        """On the clock; to be read while it runs. A GPU is waited for."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         assert self._started is not None, "begin() comes first"
         return time.perf_counter() - self._started - self._apart
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Stop the clock and the count at the embedding table."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         started, before = time.perf_counter(), peak_mb()
         self._depth += 1
         try:
@@ -158,7 +166,7 @@ class Recorder:
         """Evaluate a sentence-transformers model on the test set; a step that was evaluated is not evaluated again."""
         seconds, peak, key = self.seconds, peak_mb(), (self._round, step)
         if name != "evaluated" or key not in self._seen:
-            with self.paused(), torch.autocast("cpu", enabled=False):
+            with self.paused(), torch.autocast(model.device.type, enabled=False):
                 training = [module for module in model.modules() if module.training]
                 self._seen[key] = self._evaluator(model)
                 for module in training:  # encoding leaves the model in eval mode
@@ -222,6 +230,10 @@ class Curve(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
             self.recorder.judge(model, state.global_step, state.epoch)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.recorder.event("loss", step=state.global_step, loss=round(float(logs["loss"]), 4))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.recorder.judge(model, state.global_step, state.epoch)

@@ -77,7 +77,7 @@ def run(job: Job, recorder: Recorder) -> None:
     dataset = EmbeddingQAFinetuneDataset.from_json(job.train)
     like_for_like = job.contender == "d2"
     if like_for_like:
-        base = SentenceTransformer(job.model, device="cpu")
+        base = SentenceTransformer(job.model, device=job.device)
         dataset = EmbeddingQAFinetuneDataset.coerce(one_question_each(read_dataset(job.train)), "dataset")
         settings |= {
             "lora_config": LoraConfig(r=16, lora_alpha=32, target_modules=linear_layers(base)),
@@ -89,9 +89,11 @@ def run(job: Job, recorder: Recorder) -> None:
         }
     evaluations = off_the_clock(recorder)
     recorder.begin()
-    engine = LoraFinetuneEngine(dataset, job.model, f"{job.folder}/adapter", device="cpu", seed=job.seed, **settings)
+    engine = LoraFinetuneEngine(
+        dataset, job.model, f"{job.folder}/adapter", device=job.device, seed=job.seed, **settings
+    )
     curve = Curve(recorder, 1 if like_for_like else job.points)
-    result = engine.finetune(callbacks=[Facts(recorder, engine.dataset), curve])
+    result = engine.finetune(callbacks=[Facts(recorder, engine.dataset), curve], logging_steps=1)
     assert evaluations[0] >= len(result.history), "the engine evaluates elsewhere now, and the clock ran on"
     recorder.facts |= {
         "precision": result.precision,
@@ -100,4 +102,9 @@ def run(job: Job, recorder: Recorder) -> None:
     }
     recorder.done()
     # after the last figure was taken: this loads a second model
-    recorder.judge(SentenceTransformer(result.adapter_path, device="cpu"), result.best_step, 0.0, name="kept")
+    recorder.judge(
+        SentenceTransformer(result.adapter_path, device=job.device, trust_remote_code=True),
+        result.best_step,
+        0.0,
+        name="kept",
+    )

@@ -57,7 +57,7 @@ def run(job: Job, recorder: Recorder) -> None:
     data = read_dataset(job.train)
     rows = pairs(one_question_each(data) if like_for_like else data)
     recorder.begin()
-    model = SentenceTransformer(job.model, device="cpu")
+    model = SentenceTransformer(job.model, device=job.device)
     settings: dict[str, Any] = {}
     if like_for_like:
         model.max_seq_length = like_for_like_length(model)
@@ -70,11 +70,13 @@ def run(job: Job, recorder: Recorder) -> None:
             per_device_train_batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE,
             warmup_steps=0.1,
-            bf16=has_bf16(),
+            bf16=has_bf16(job.device),
             batch_sampler=BatchSamplers.NO_DUPLICATES,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,
+            use_cpu=job.device == "cpu",
+            logging_steps=1,
+            disable_tqdm=True,
             seed=job.seed,
             **settings,
         ),
@@ -84,7 +86,7 @@ def run(job: Job, recorder: Recorder) -> None:
     )
     with recorder.paused():
         recorder.facts = {
-            "precision": "bf16" if has_bf16() else "fp32",
+            "precision": "bf16" if has_bf16(job.device) else "fp32",
             "max_seq_length": model.max_seq_length,
             "tokens_per_epoch": count_tokens(
                 model.tokenizer, [text for row in rows for text in row], model.max_seq_length

@@ -79,6 +79,18 @@ def summarise(runs: list[Run], target: float | None) -> dict[str, dict[str, dict
     return summary
 
 
+def loss_curves(runs: list[Run]) -> list[str]:
+    """Mean loss over each fifth of a run, of the like-for-like contenders: what is faster must not learn less."""
+    lines = []
+    for run in runs:
+        losses = [event["loss"] for event in run["events"] if event["event"] == "loss"]
+        if run["contender"] in ("b2", "d2") and len(losses) >= 5:
+            parts = [losses[len(losses) * i // 5 : len(losses) * (i + 1) // 5] for i in range(5)]
+            means = ", ".join(f"{sum(part) / len(part):.3f}" for part in parts)
+            lines.append(f"{name_of(run)} seed {run['seed']}: loss by fifths of the run {means}")
+    return lines
+
+
 def ratios(summary: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """One sentence for each comparison that both sides have figures for; of medians."""
 
