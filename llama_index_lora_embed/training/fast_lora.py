@@ -76,7 +76,7 @@ def fast_lora(model: nn.Module) -> Iterator[int]:
 
     Layers with something special (DoRA, dropout, a bias of their own, quantised or otherwise not a plain linear base,
     several adapters) keep peft's forward, and so does every forward without gradients in float32. Frozen weights are
-    held in the autocast dtype besides, instead of being cast in every forward pass.
+    held in the autocast dtype, instead of being cast in every forward pass.
 
     Args:
         model: With an adapter named "default"; changed in place, and back at the end.
@@ -85,14 +85,15 @@ def fast_lora(model: nn.Module) -> Iterator[int]:
         How many layers were changed.
     """
     casts = _Casts()
-    changed = [m for m in model.modules() if type(m) is LoraLinear and _is_plain(m)]
-    for layer in changed:
-        layer.forward = types.MethodType(_forward_of(layer, casts), layer)  # type: ignore[method-assign]
+    changed = {m: _Frozen(m.get_base_layer()) for m in model.modules() if type(m) is LoraLinear and _is_plain(m)}
+    for layer, frozen in changed.items():
+        layer.forward = types.MethodType(_forward_of(layer, casts, frozen), layer)  # type: ignore[method-assign]
     try:
         yield len(changed)
     finally:
-        for layer in changed:
+        for layer, frozen in changed.items():
             del layer.forward
+            frozen.restore()
         casts.forget()
 
 
@@ -112,10 +113,39 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _forward_of(layer: LoraLinear, casts: _Casts) -> Any:
+class _Frozen:
+    """Weight and bias of a frozen linear layer, in the dtype that a step computes in.
+
+    Where that dtype holds the weight exactly, as bfloat16 does for a base that was stored in it, the layer itself keeps
+    it in that dtype meanwhile: one copy of two bytes instead of two copies of six.
+    """
+
+    def __init__(self, linear: Any) -> None:
+        self.linear = linear
+        self.own = linear.weight.dtype
+        self.held: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in a dtype, cast once."""
+        if dtype not in self.held:
+            weight, bias = self.linear.weight, self.linear.bias
+            with torch.inference_mode(False):  # an evaluation may come first
+                cast = weight.detach().to(dtype)
+                self.held[dtype] = (cast, None if bias is None else bias.detach().to(dtype))
+                if dtype != weight.dtype and torch.equal(cast.to(weight.dtype), weight.detach()):
+                    weight.data = cast
+        return self.held[dtype]
+
+    def restore(self) -> None:
+        """Give the layer its own dtype back."""
+        if self.linear.weight.dtype != self.own:
+            self.held.clear()
+            with torch.inference_mode(False):
+                self.linear.weight.data = self.linear.weight.detach().to(self.own)
+
+
+def _forward_of(layer: LoraLinear, casts: _Casts, frozen: _Frozen) -> Any:
     original = type(layer).forward
-    base: Any = layer.get_base_layer()
-    held: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     def forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         down: Any = self.lora_A[_NAME].weight
@@ -124,14 +154,12 @@ def _forward_of(layer: LoraLinear, casts: _Casts) -> Any:
         autocast = torch.is_autocast_enabled(kind)
         useful = torch.is_grad_enabled() or autocast
         if not useful or not down.requires_grad or self.disable_adapters or args or kwargs:
+            if not autocast:
+                frozen.restore()
             result: Tensor = original(self, x, *args, **kwargs)
             return result
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-        if dtype not in held:
-            bias = base.bias
-            with torch.inference_mode(False):  # an evaluation may come first
-                held[dtype] = (base.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
-        weight, bias = held[dtype]
+        weight, bias = frozen.in_dtype(dtype)
         y: Tensor = _FrozenLinearWithLora.apply(casts(x, dtype), weight, bias, down, up, self.scaling[_NAME])  # type: ignore[no-untyped-call]
         return y
 

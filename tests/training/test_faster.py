@@ -95,6 +95,39 @@ def test_the_fused_step_has_pefts_gradient_under_autocast_and_keeps_less(tiny_mo
         assert float(torch.cosine_similarity(fused[1][name].flatten(), gradient.flatten(), dim=0)) > 0.999
 
 
+def test_weights_that_bfloat16_holds_exactly_are_held_once(tiny_model):
+    model, loss, batch = prepared(tiny_model)
+    texts = list(make_dataset().corpus.values())
+    frozen = {name: module for name, module in model.named_modules() if name.endswith(".base_layer")}
+    with torch.no_grad():
+        for number, module in enumerate(frozen.values()):
+            if number % 2:  # as if it had been stored in bfloat16
+                module.weight.copy_(module.weight.to(torch.bfloat16))
+    before = {name: module.weight.detach().clone() for name, module in frozen.items()}
+    vectors = model.encode(texts)
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return gradients(model, loss, batch)
+
+    def dtypes():
+        return [module.weight.dtype for module in frozen.values()]
+
+    with fast_lora(model):
+        first = step()
+        assert dtypes() == [torch.float32, torch.bfloat16] * (len(frozen) // 2)
+        assert np.array_equal(model.encode(texts), vectors), "a forward pass in float32 has float32 weights"
+        assert set(dtypes()) == {torch.float32}
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            model.encode(texts)
+        again = step()
+        assert dtypes().count(torch.bfloat16) == len(frozen) // 2
+    assert again[0] == first[0]
+    assert all(torch.equal(gradient, first[1][name]) for name, gradient in again[1].items())
+    assert all(torch.equal(module.weight, before[name]) for name, module in frozen.items())
+    assert set(dtypes()) == {torch.float32}
+
+
 @pytest.mark.parametrize(
     "config",
     [LoraConfig(r=4, lora_dropout=0.1), LoraConfig(r=4, use_dora=True), LoraConfig(r=4, bias="lora_only")],
