@@ -3,9 +3,11 @@
     python benchmarks/quality.py --data DIR --train tenk_train --test tenk_val
     python benchmarks/quality.py --data DIR --train medquad_train --test medquad_test
     python benchmarks/quality.py --data DIR --nodes medquad_test --test medquad_test
+    python benchmarks/quality.py --data DIR --test tenk_train --window 192
 
 DIR holds `EmbeddingQAFinetuneDataset` JSON files. The test set is looked at once, after training, on the
 directory that was written. `--nodes NAME` trains on nothing but that set's documents, without its questions.
+Without either, the base alone is judged.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine, MiningSettings
+from llama_index_lora_embed.windows import add_windows
 
 
-def judge(path: str, test: EmbeddingQAFinetuneDataset) -> dict[str, float]:
+def judge(path: str, test: EmbeddingQAFinetuneDataset, length: int | None = None) -> dict[str, float]:
+    """Measures of what lies at a path; `length` overrides its `max_seq_length`."""
     relevant = {query_id: set(ids) for query_id, ids in test.relevant_docs.items()}
-    measured = InformationRetrievalEvaluator(test.queries, test.corpus, relevant, batch_size=16)(
-        SentenceTransformer(path, device="cpu")
-    )
+    model = SentenceTransformer(path, device="cpu", trust_remote_code=True)
+    model.max_seq_length = length or model.max_seq_length
+    measured = InformationRetrievalEvaluator(test.queries, test.corpus, relevant, batch_size=16)(model)
     names = {"ndcg@10": "ndcg@10", "hit@1": "accuracy@1", "hit@5": "accuracy@5", "mrr@10": "mrr@10"}
     return {ours: round(float(measured[f"cosine_{theirs}"]), 4) for ours, theirs in names.items()}
 
@@ -43,16 +47,26 @@ def main() -> None:
     parser.add_argument("--nodes")
     parser.add_argument("--test", required=True)
     parser.add_argument("--model", default=str(get_model_path()))
+    parser.add_argument("--window", type=int, help="read long texts in windows of so many tokens")
+    parser.add_argument("--length", type=int, help="tokens of a text that an untrained base without windows reads")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--negatives", type=int, help="mine so many hard negatives for each question")
     parser.add_argument("--rounds", type=int, default=1, help="mine again with the tuned model")
     args = parser.parse_args()
-    if (args.train is None) == (args.nodes is None):
+    if args.train and args.nodes:
         parser.error("give either --train or --nodes")
     test = EmbeddingQAFinetuneDataset.from_json(args.data / f"{args.test}.json")
-    settings: dict[str, Any] = {k: v for k in ("epochs", "seed") if (v := getattr(args, k)) is not None}
+    settings: dict[str, Any] = {k: v for k in ("epochs", "seed", "window") if (v := getattr(args, k)) is not None}
     with tempfile.TemporaryDirectory() as folder:
+        if not (args.train or args.nodes):
+            model = SentenceTransformer(args.model, device="cpu")
+            if args.window:
+                add_windows(model, args.window)
+                model.save_pretrained(f"{folder}/base", create_model_card=False)
+            print(json.dumps({"test": args.test, "base": judge(f"{folder}/base" if args.window else args.model, test,
+                                                               args.length)}))  # fmt: skip
+            return
         if args.negatives:
             settings["mining"] = MiningSettings(num_negatives=args.negatives, rounds=args.rounds)
         settings |= {"model_id": args.model, "model_output_path": f"{folder}/adapter", "device": "cpu"}
