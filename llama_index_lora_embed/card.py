@@ -40,4 +40,10 @@ def model_card(manifest: Manifest) -> str:
         *("", "```python", "from llama_index_lora_embed import LoraEmbedding", ""),
         *('embed_model = LoraEmbedding("path/of/this/folder")', "```", ""),
     ]
+    if any(module["type"] == "JoinWindows" for module in manifest.pooling):
+        lines += [
+            "Long texts are read in windows. sentence-transformers loads the folder where llama-index-lora-embed is "
+            "installed: `SentenceTransformer(path, trust_remote_code=True)`.",
+            "",
+        ]
     return "\n".join(lines)

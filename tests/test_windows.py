@@ -1,5 +1,7 @@
 """Long texts in windows: nothing of them is lost, and short ones stay what they were."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -150,19 +152,15 @@ def test_from_training_to_the_embedding_model(trained):
     assert result.best_step > 0
     embed_model = engine.get_finetuned_model()
     assert evaluate_retrieval(embed_model, val).metrics == pytest.approx(result.tuned_metrics, abs=1e-6)
-    manifest = Manifest.read(engine_path(engine))
+    path = Path(engine.model_output_path)
+    assert "trust_remote_code=True" in (path / "README.md").read_text()
+    manifest = Manifest.read(path)
     assert manifest.max_seq_length == result.max_seq_length >= 62
     assert {"type": "JoinWindows", "window": 16} in manifest.pooling
     unmerged = LoraEmbedding(engine.model_output_path, device="cpu", merge=False)
     plain = SentenceTransformer(engine.model_output_path, device="cpu", trust_remote_code=True)
     for other in (unmerged.get_text_embedding(LONG), plain.encode_document(LONG)):
         assert np.allclose(other, embed_model.get_text_embedding(LONG), atol=1e-5)
-
-
-def engine_path(engine):
-    from pathlib import Path
-
-    return Path(engine.model_output_path)
 
 
 def test_windows_are_part_of_the_fingerprint(tiny_model):
