@@ -88,7 +88,8 @@ def main() -> None:
             scores |= judged(result.adapter_path, test)
     line: dict[str, Any] = {"train": args.train, "settings": settings, "folds": args.fold, "train_seconds": seconds}
     for name, ids in (("all", list(scores)), ("long", [i for i in scores if lengths[data.relevant_docs[i][0]] > 512])):
-        line[name] = {measure: round(mean(scores[i][measure] for i in ids), 4) for measure in ("ndcg@10", "hit@5")}
+        if ids:
+            line[name] = {measure: round(mean(scores[i][measure] for i in ids), 4) for measure in ("ndcg@10", "hit@5")}
     print(json.dumps(line), flush=True)
     for other in map(json.loads, args.against.read_text(encoding="utf-8").splitlines() if args.against else []):
         both = [i for i in scores if i in other["scores"]]

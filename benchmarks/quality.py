@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(get_model_path()))
     parser.add_argument("--window", type=int, help="read long texts in windows of so many tokens")
     parser.add_argument("--length", type=int, help="tokens of a text that an untrained base without windows reads")
+    parser.add_argument("--hold-out", type=float, dest="val_fraction", help="share of the questions; 0 trains on all")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--negatives", type=int, help="mine so many hard negatives for each question")
@@ -57,7 +58,9 @@ def main() -> None:
     if args.train and args.nodes:
         parser.error("give either --train or --nodes")
     test = EmbeddingQAFinetuneDataset.from_json(args.data / f"{args.test}.json")
-    settings: dict[str, Any] = {k: v for k in ("epochs", "seed", "window") if (v := getattr(args, k)) is not None}
+    settings: dict[str, Any] = {
+        k: v for k in ("epochs", "seed", "window", "val_fraction") if (v := getattr(args, k)) is not None
+    }
     with tempfile.TemporaryDirectory() as folder:
         if not (args.train or args.nodes):
             model = SentenceTransformer(args.model, device="cpu")

@@ -87,7 +87,7 @@ def reused(path: Path | None, asked: set[str], arguments: dict[str, Any], here: 
     if path is None:
         return []
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    differ = [key for key in SAME if earlier["arguments"][key] != arguments[key]]
+    differ = [key for key in SAME if earlier["arguments"].get(key) != arguments[key]]
     if differ or earlier["machine"] != here:
         raise SystemExit(f"--reuse {path}: {', '.join(differ) or 'the machine'} is not the same; run all again")
     return [run for run in earlier["runs"] if name_of(run) not in asked]

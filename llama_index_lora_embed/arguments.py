@@ -16,7 +16,7 @@ from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset, LabelledPair
 from llama_index_lora_embed.data.holding_out import Trainable, without_overlap
 from llama_index_lora_embed.errors import ConfigError, LoraEmbedError, OutputDirectoryError
 from llama_index_lora_embed.extras import require
-from llama_index_lora_embed.presets import POOLING_MODES
+from llama_index_lora_embed.presets import POOLING_MODES, SHORTEST_WINDOW
 from llama_index_lora_embed.recorded import NAMES
 
 _T = TypeVar("_T")
@@ -90,8 +90,8 @@ def check_arguments(
         problems.append(f"on_overlap={on_overlap!r}: expected 'error', 'drop' or 'allow'")
     if pooling is not None and pooling not in POOLING_MODES:
         problems.append(f"pooling={pooling!r}: expected None or one of {', '.join(POOLING_MODES)}")
-    if window is not None and not is_int(window, 1):
-        problems.append(f"window={window!r}: expected None or a whole number of tokens")
+    if window is not None and not is_int(window, SHORTEST_WINDOW):
+        problems.append(f"window={window!r}: expected None or a whole number of at least {SHORTEST_WINDOW} tokens")
     problems += _problems_of_loss(loss)
     problems += _problems_of_lora(lora_config)
     if flags["quantized"] is True:

@@ -137,10 +137,12 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as transformers calls it; everything that is not plain goes to torch.
+
+    Scores are rounded to bfloat16 before the softmax, as in transformers' own eager attention; torch's kernel rounds
+    after it. On a batch of tenk with MiniLM the cosine of the gradient to that of torch's is 0.9999.
 
     Plain is: on a processor in bfloat16, every token of a text sees every other, as many key as query heads, no
     dropout, no bias. In float32 torch's kernel is as fast.
@@ -154,8 +156,7 @@ def attention(
         dropout: Of the probabilities.
         scaling: Of the scores; None for 1 / √dimensions.
         is_causal: Whether tokens see those before them only; None asks the layer.
-        position_bias: To be added to the scores.
-        **kwargs: More for torch's.
+        **kwargs: More for torch's, such as a bias of positions.
 
     Returns:
         [texts, tokens, heads, dimensions], and no probabilities.
@@ -168,8 +169,8 @@ def attention(
         query.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and dropout == 0
-        and position_bias is None
-        and not any(kwargs.get(name) for name in ("cache", "softcap", "output_attentions"))
+        and not any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+        and not kwargs.get("output_attentions")
         and query.shape == key.shape
         and query.shape[:3] == value.shape[:3]
         and query.dtype == torch.bfloat16
@@ -178,7 +179,7 @@ def attention(
     spans = _spans(query, attention_mask) if plain else None
     if spans is None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return result
     scaled = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -224,13 +225,18 @@ def fast_attention(model: nn.Module) -> Iterator[int]:
     Yields:
         How many of the model's configurations were changed; 0 where it has an attention of its own.
     """
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    changed = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
-    for config in changed:
-        config._attn_implementation = NAME
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+
+    def put(ours: str) -> None:
+        # parents before children, as modules come: what is set on a configuration is set on those in it, too
+        for config, own in before:
+            config._attn_implementation = ours if own == "sdpa" else own
+
+    put(NAME)
     try:
-        yield len(changed)
+        yield sum(own == "sdpa" for _, own in before)
     finally:
-        for config in changed:
-            config._attn_implementation = "sdpa"
+        put("sdpa")
         _scratch.__dict__.clear()

@@ -211,7 +211,7 @@ def load_base(
     """
     from safetensors import SafetensorError
 
-    from llama_index_lora_embed.windows import add_windows, longest_text, window_of
+    from llama_index_lora_embed.windows import add_windows, check_prompts, longest_text, window_of
 
     quantization = _four_bits(device) if quantized else {}
     try:
@@ -232,6 +232,7 @@ def load_base(
         model.max_seq_length = min(model.max_seq_length or limit, limit)
     if window is not None and window != window_of(model):
         add_windows(model, window)
+    check_prompts(model)
     return model
 
 
@@ -334,6 +335,8 @@ def load_adapter(
         BaseModelMismatchError: The base's weights are others than those trained on.
         UnsafeCheckpointError: Adapter or base is stored as a pickle.
     """
+    from llama_index_lora_embed.windows import check_prompts
+
     directory, _ = locate(adapter_path, revision, cache_folder)
     manifest = check_files(directory)
     config = _read_config(directory / CONFIG_NAME)
@@ -361,6 +364,7 @@ def load_adapter(
     # the adapter's own config holds the prompts it was trained with; presets would guess again
     overrides = {"query": query_prompt, "document": passage_prompt}
     model.prompts.update({name: prompt for name, prompt in overrides.items() if prompt is not None})
+    check_prompts(model)
     set_truncation(model, truncate_dim)
     digest = fingerprint(model, base.weights_sha256, directory)
     if merge:

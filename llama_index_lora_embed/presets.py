@@ -223,6 +223,10 @@ def _router_widths(transformer: Any) -> set[int]:
     return experts | {1} if experts else set()
 
 
+SHORTEST_WINDOW = 16
+"""Tokens of the shortest window (`windows.add_windows`); less would be mostly special tokens and prompt."""
+
+
 def longest_input(model: SentenceTransformer) -> int:
     """Tokens that the model's positions allow, special tokens included.
 

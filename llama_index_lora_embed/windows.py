@@ -2,7 +2,7 @@
 
 A model reads what fits its positions and cuts the rest off. The end of a node is lost to the index, then, and near the
 limit vectors are worse than in the middle: a base that was trained on 128 tokens finds more on tenk when a node is read
-in windows of 192 than in one of 512 (nDCG@10 0.691 against 0.653, `benchmarks/README.md`). Attention, whose time grows
+in windows of 192 than in one of 512 (nDCG@10 0.697 against 0.652, `benchmarks/README.md`). Attention, whose time grows
 with the square of the length, costs less, too.
 
 The two modules are saved with a model like any other of sentence-transformers'. `LoraEmbedding` loads them by itself;
@@ -22,14 +22,13 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.presets import longest_input
+from llama_index_lora_embed.presets import SHORTEST_WINDOW, longest_input
 
 COUNTS = "windows"
 """Key in the features: into how many windows each text went, int [texts]; absent where each is one."""
-LEAST = 16
-"""Tokens of the shortest window; less would be mostly special tokens and prompt."""
 LONGEST_TEXT = 8192
-"""Tokens of a text beyond which it is cut all the same, which bounds the memory that one text takes."""
+"""Tokens of a text beyond which it is cut all the same, which bounds the memory that one text takes; more where the
+base reads longer ones at once."""
 
 
 class WindowedTransformer(Transformer):
@@ -55,6 +54,8 @@ class WindowedTransformer(Transformer):
         """Set how long a window is, and how much of a text is read."""
         self.window = window
         self.max_seq_length = text_length
+        # once: each call changes the tokenizer's truncation, which another thread may be relying on
+        self._head, self._tail = _frame(self.tokenizer)
 
     @property
     def max_seq_length(self) -> int:
@@ -81,17 +82,16 @@ class WindowedTransformer(Transformer):
         if not features or features["input_ids"].shape[1] <= self.window:
             return features
         tokenizer: Any = self.tokenizer
-        head, tail = self._frame()
-        opening = [*head, *tokenizer(prompt, add_special_tokens=False)["input_ids"]] if prompt else head
+        tail = self._tail
+        # of every row alike; where its last token runs into a text, that token is repeated with it
+        opening = int(features.get("prompt_length") or len(self._head))
+        room = self._room(opening)
         rows: list[list[int]] = []
         counts = []
         for ids, mask in zip(features["input_ids"].tolist(), features["attention_mask"].tolist(), strict=True):
             row = [number for number, there in zip(ids, mask, strict=True) if there]
-            # a prompt whose last token runs into the text stands in the first window only
-            start = opening if row[: len(opening)] == opening else head
-            content = row[len(start) : len(row) - len(tail)]
-            parts = _parts(content, self._room(start, tail))
-            rows += [[*start, *part, *tail] for part in parts]
+            parts = _parts(row[opening : len(row) - len(tail)], room)
+            rows += [[*row[:opening], *part, *tail] for part in parts]
             counts.append(len(parts))
         padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         split = {name: value for name, value in features.items() if not _is_rows(value, features["input_ids"])}
@@ -109,23 +109,34 @@ class WindowedTransformer(Transformer):
             features[COUNTS] = counts
         return features
 
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Special tokens before and after a text."""
-        tokenizer: Any = self.tokenizer
-        inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a")["input_ids"]
-        at = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-        return whole[:at], whole[at + len(inner) :]
-
-    def _room(self, start: list[int], tail: list[int]) -> int:
-        room = self.window - len(start) - len(tail)
-        if room < LEAST // 2:
+    def _room(self, opening: int) -> int:
+        room = self.window - opening - len(self._tail)
+        if room < SHORTEST_WINDOW // 2:
             raise ConfigError(
-                f"a window of {self.window} tokens for a prompt of {len(start)}",
-                f"at least {LEAST // 2} tokens for the text itself",
+                f"a window of {self.window} tokens for a prompt of {opening}",
+                f"at least {SHORTEST_WINDOW // 2} tokens for the text itself",
                 "Take a longer window, or a shorter prompt.",
             )
         return room
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Special tokens before and after a text.
+
+    Raises:
+        ConfigError: They cannot be told from the text.
+    """
+    for probe in ("a", "the", "1", "."):
+        inner = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(probe)["input_ids"]
+        for at in range(len(whole) - len(inner) + 1 if inner else 0):
+            if whole[at : at + len(inner)] == inner:
+                return whole[:at], whole[at + len(inner) :]
+    raise ConfigError(
+        f"a {type(tokenizer).__name__} that writes texts differently between special tokens",
+        "a tokenizer whose special tokens stand before and after a text",
+        "Leave window=None.",
+    )
 
 
 def _parts(content: list[int], room: int) -> list[list[int]]:
@@ -152,20 +163,36 @@ class JoinWindows(Module):
         self.window = window
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Replace "sentence_embedding" [windows, dimension] by [texts, dimension]."""
-        counts = features.get(COUNTS)
+        """Replace "sentence_embedding" [windows, dimension] by [texts, dimension].
+
+        Outside of training, token embeddings, ids and mask are those of whole texts afterwards, too, for
+        `encode(output_value="token_embeddings")`.
+        """
+        counts = features.pop(COUNTS, None)
         if counts is None:
             return features
-        vectors: Tensor = features["sentence_embedding"].float()
+        vectors: Tensor = features["sentence_embedding"]
         texts = torch.arange(len(counts), device=vectors.device)
         owner = torch.repeat_interleave(texts, counts, output_size=len(vectors))
-        sums = vectors.new_zeros(len(counts), vectors.shape[1]).index_add(0, owner, vectors)
-        features["sentence_embedding"] = sums / counts[:, None]
+        sums = vectors.new_zeros(len(counts), vectors.shape[1], dtype=torch.float32)
+        means = sums.index_add(0, owner, vectors.float()) / counts[:, None]
+        features["sentence_embedding"] = means.to(vectors.dtype)
+        if not torch.is_grad_enabled():
+            there = features["attention_mask"].bool()
+            for name in ("token_embeddings", "input_ids", "token_type_ids", "attention_mask"):
+                if name in features and features[name].shape[:2] == there.shape:
+                    parts = features[name][there].split(_lengths(there, counts))
+                    features[name] = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """The configuration; there is nothing to learn here."""
         self.save_config(output_path)
+
+
+def _lengths(there: Tensor, counts: Tensor) -> list[int]:
+    """Tokens of each text, all of its windows together."""
+    return [int(part.sum()) for part in torch.split(there.sum(dim=1), counts.tolist())]
 
 
 MODULES: Mapping[str, type[nn.Module]] = {
@@ -181,28 +208,47 @@ def window_of(model: SentenceTransformer) -> int | None:
 
 def longest_text(model: SentenceTransformer) -> int:
     """Tokens of the longest text that a model can be told to read whole."""
-    return longest_input(model) if window_of(model) is None else LONGEST_TEXT
+    limit = longest_input(model)
+    return limit if window_of(model) is None else max(limit, LONGEST_TEXT)
+
+
+def check_prompts(model: SentenceTransformer) -> None:
+    """See that every prompt leaves room in a window, before the first long text is met in the middle of something.
+
+    Raises:
+        ConfigError: One does not.
+    """
+    window = window_of(model)
+    if window is not None:
+        for prompt in {model.prompts.get(task) or None for task in ("query", "document")}:
+            model.preprocess(["a " * window], prompt=prompt)
 
 
 def add_windows(model: SentenceTransformer, window: int) -> None:
     """Have a model read long texts in windows.
 
-    `max_seq_length`, so many tokens of a text are read in all, is raised to `LONGEST_TEXT`.
+    `max_seq_length`, so many tokens of a text are read in all, is raised to `longest_text`.
 
     Args:
         model: A transformer and a pooling, perhaps with more after it; changed in place.
         window: Tokens in a window, special tokens and prompt included.
 
     Raises:
-        ConfigError: The window is longer than the model's positions allow or shorter than `LEAST`, or the model is not
-            built like that.
+        ConfigError: The window is longer than the model's positions allow or shorter than `SHORTEST_WINDOW`, or the
+            model is not built like that, or has windows of another length.
     """
     limit = longest_input(model)
-    if not LEAST <= window <= limit:
+    if not SHORTEST_WINDOW <= window <= limit:
         raise ConfigError(
             f"window={window}",
-            f"{LEAST} to {limit} tokens, which is all that the base's positions allow",
+            f"{SHORTEST_WINDOW} to {limit} tokens, which is all that the base's positions allow",
             "None cuts texts instead.",
+        )
+    if window_of(model) is not None:
+        raise ConfigError(
+            f"window={window} for a model that was saved with windows of {window_of(model)}",
+            "the windows that it has",
+            "Leave window=None, or start from the base without windows.",
         )
     first: Any = model[0]
     at = next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
@@ -213,5 +259,15 @@ def add_windows(model: SentenceTransformer, window: int) -> None:
             "Leave window=None.",
         )
     first.__class__ = WindowedTransformer  # the weights stay where they are
-    first.split(window, LONGEST_TEXT)
-    model.insert(at + 1, JoinWindows(window))
+    first.split(window, max(limit, LONGEST_TEXT))
+    named = list(model._modules.items())
+    named.insert(at + 1, ("windows", JoinWindows(window)))
+    if all(name.isdigit() for name, _ in named if name != "windows"):
+        # as sentence-transformers numbers them; what a module is given by name moves with it
+        kwargs = getattr(model, "module_kwargs", None)
+        if kwargs:
+            model.module_kwargs = {str(i): kwargs[name] for i, (name, _) in enumerate(named) if name in kwargs}
+        named = [(str(i), module) for i, (_, module) in enumerate(named)]
+    model._modules.clear()
+    model._modules.update(named)
+    check_prompts(model)

@@ -180,3 +180,32 @@ def test_threads_do_not_share_their_buffers():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_configurations_inside_of_others_get_their_own_back():
+    from transformers import CLIPConfig
+
+    config = CLIPConfig()
+    config._attn_implementation = "sdpa"
+    config.vision_config._attn_implementation = "eager"
+
+    class Composite(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = config
+            self.vision = torch.nn.Linear(1, 1)
+            self.vision.config = config.vision_config
+
+    with fast_attention(Composite()) as changed:
+        assert changed == 1
+        assert (config._attn_implementation, config.vision_config._attn_implementation) == (NAME, "eager")
+    assert (config._attn_implementation, config.vision_config._attn_implementation) == ("sdpa", "eager")
+
+
+def test_the_fallback_knows_transformers_without_a_bias_of_positions(monkeypatch):
+    def of_version_5_0(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+        return query, kwargs
+
+    monkeypatch.setattr(module, "sdpa_attention_forward", of_version_5_0)
+    q, k, v, mask = inputs([6, 4], dtype=torch.float32)
+    assert attention(Layer(), q, k, v, mask, 0.0, scaling=0.1)[1] == {}

@@ -1,5 +1,7 @@
 """Long texts in windows: nothing of them is lost, and short ones stay what they were."""
 
+import threading
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -251,3 +253,69 @@ def test_very_long_texts_are_cut_at_last(tiny_model):
     assert model.max_seq_length == LONGEST_TEXT
     features = model.preprocess([" ".join(["w1"] * 10_000)])
     assert int(features["attention_mask"].sum()) - 2 * int(features[COUNTS]) == LONGEST_TEXT - 2
+
+
+def test_threads_get_the_vectors_of_one_thread(tiny_model):
+    model = base(tiny_model, 16)
+    model.max_seq_length = 30
+    texts = [" ".join(WORDS[i : i + 60]) for i in range(20)]
+    wanted = [model.encode(text) for text in texts]
+    wrong = []
+
+    def work():
+        for text, vector in zip(texts * 3, wanted * 3, strict=True):
+            if not np.allclose(model.encode(text), vector, atol=1e-6):
+                wrong.append(text)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_token_embeddings_are_those_of_each_text(tiny_model):
+    model, plain = base(tiny_model, 16), base(tiny_model)
+    rows = model.encode([SHORT, LONG, "w5 w6"], output_value="token_embeddings")
+    assert [len(row) for row in rows] == [5, 100 + 2 * 8, 4]
+    assert torch.allclose(rows[0], plain.encode([SHORT], output_value="token_embeddings")[0], atol=1e-5)
+    assert model.encode([LONG, SHORT], output_value=None)[1]["input_ids"].tolist()[:5] == [2, 6, 7, 8, 3]
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.CachedMultipleNegativesRankingLoss, losses.CachedMultipleNegativesSymmetricRankingLoss]
+)
+def test_losses_that_cut_batches_themselves_are_refused(tiny_model, tmp_path, loss):
+    engine = LoraFinetuneEngine(
+        long_dataset(), tiny_model, str(tmp_path / "x"), loss=loss, window=16, val_fraction=0, device="cpu"
+    )
+    with pytest.raises(ConfigError, match="ObjectiveSettings"):
+        engine.finetune()
+
+
+def test_a_prompt_without_room_is_told_before_anything_is_embedded(tiny_model):
+    with pytest.raises(ConfigError, match="shorter prompt"):
+        LoraEmbedding(base_model=tiny_model, device="cpu", window=16, passage_prompt="passage " * 9)
+
+
+def test_modules_with_names_of_their_own_keep_them(tiny_model, tmp_path):
+    named = SentenceTransformer(
+        modules=OrderedDict(zip(["transformer", "pooling", "normalize"], base(tiny_model), strict=True)), device="cpu"
+    )
+    named.save_pretrained(str(tmp_path / "named"), create_model_card=False)
+    model = base(tmp_path / "named", 16)
+    assert list(model._modules) == ["transformer", "pooling", "windows", "normalize"]
+    assert np.allclose(model.encode([LONG]), base(tiny_model, 16).encode([LONG]), atol=1e-6)
+
+
+def test_the_longest_training_text_is_read_whole(tiny_model, tmp_path):
+    data = long_dataset()
+    longest = next(iter(data.corpus))
+    data.corpus[longest] = " ".join(WORDS * 4)
+    result = LoraFinetuneEngine(
+        data, tiny_model, str(tmp_path / "x"), batch_size=8, epochs=1, val_fraction=0, window=16, device="cpu",
+        show_progress_bar=False,
+    ).finetune()  # fmt: skip
+    assert result.max_seq_length >= 802
+    assert result.truncation.cut_after == 0

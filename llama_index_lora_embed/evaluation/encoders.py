@@ -31,8 +31,7 @@ def evaluate_model(
     Args:
         model: Its prompts "query" and "document" are used.
         dataset: Questions with judgments, or labelled pairs.
-        precision: "bf16", "fp32" or "auto" (`precision.resolve_precision`). On tenk_train bfloat16 takes half the
-            time of float32 and moves nDCG@10 by NDCG_DIFFERENCE.
+        precision: "bf16", "fp32" or "auto" (`precision.resolve_precision`).
         fused_attention: See `TrainingSettings`; without effect in float32.
         show_progress: Show a bar while passages are encoded.
 

@@ -152,8 +152,8 @@ def _forward_of(layer: LoraLinear, casts: _Casts, frozen: _Frozen) -> Any:
         up: Any = self.lora_B[_NAME].weight
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
-        useful = torch.is_grad_enabled() or autocast
-        if not useful or not down.requires_grad or self.disable_adapters or args or kwargs:
+        ours = (torch.is_grad_enabled() or autocast) and down.requires_grad and not (args or kwargs)
+        if not ours or self.disable_adapters or self.merged or list(self.active_adapters) != [_NAME]:
             if not autocast:
                 frozen.restore()
             result: Tensor = original(self, x, *args, **kwargs)

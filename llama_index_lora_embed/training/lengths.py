@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.windows import longest_text
+from llama_index_lora_embed.windows import longest_text, window_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -64,16 +64,17 @@ def choose_length(
         model: The base; its `max_seq_length` is set.
         queries: Training questions.
         passages: Training passages.
-        coverage: Share of texts to hold whole, above 0 and at most 1.
+        coverage: Share of texts to hold whole, above 0 and at most 1; of a model with windows, all.
         wanted: The user's own choice, which overrides the search.
 
     Raises:
         ConfigError: `wanted` is more than the model's positions allow.
     """
-    limit = longest_text(model)
+    limit, windows = longest_text(model), window_of(model) is not None
     if wanted is not None and wanted > limit:
         raise ConfigError(
-            f"max_seq_length={wanted}", f"at most {limit}, which is all that the base's positions allow",
+            f"max_seq_length={wanted}",
+            f"at most {limit}, which is all that {'windows hold' if windows else 'the base has positions for'}",
             "Choose a shorter length, split the nodes into shorter chunks, or take another base.",
         )  # fmt: skip
     query_lengths = count_tokens(model, queries, model.prompts.get("query") or "")
@@ -81,7 +82,8 @@ def choose_length(
     lengths = query_lengths + passage_lengths
     own = model.max_seq_length or limit
     if wanted is None:
-        needed = max(_quantile(query_lengths, coverage), _quantile(passage_lengths, coverage))
+        share = 1.0 if windows else coverage  # a longer text is no longer window
+        needed = max(_quantile(query_lengths, share), _quantile(passage_lengths, share))
         wanted = min(limit, max(8 * math.ceil(needed / 8), min(own, _KEPT)))
     model.max_seq_length = wanted
     return Truncation(

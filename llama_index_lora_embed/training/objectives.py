@@ -37,6 +37,7 @@ from llama_index_lora_embed.training.rows import (
     teacher_scores,
     with_negatives,
 )
+from llama_index_lora_embed.windows import window_of
 
 _LOSS_EXPECTED = (
     "a sentence-transformers loss, or a callable that makes one from the model",
@@ -101,7 +102,7 @@ def training_plan(
     if misfits := objective.misfits(pairs=pairs, own_loss=loss is not None):
         raise ConfigError(f"{len(misfits)} thing(s) that do not go together", "those named", "Correct them:", misfits)
     if loss is not None:
-        loss = _checked_loss(loss)
+        loss = _checked_loss(loss, window_of(model) is not None)
     name = objective.name_for(pairs)
     if isinstance(dataset, LabelledPairs):
         return _pairs_plan(model, dataset, _pair_loss(name, settings) if loss is None else loss)
@@ -217,25 +218,41 @@ def _pair_loss(name: str, settings: TrainingSettings) -> Callable[[SentenceTrans
     return losses.CosineSimilarityLoss
 
 
-def _checked_loss(loss: Any) -> Any:
+def _checked_loss(loss: Any, windows: bool) -> Any:
     """A loss of the user's own, if it is one; what makes it from the model is watched until it has.
 
     Raises:
-        ConfigError: It is no loss of sentence-transformers, now or when it is made.
+        ConfigError: It is no loss of sentence-transformers, now or when it is made, or not one for windows.
     """
     if isinstance(loss, torch.nn.Module):
         if not hasattr(loss, "model"):
             raise ConfigError(f"loss of type {type(loss).__name__} without .model", *_LOSS_EXPECTED)
-        return loss
+        return _without_windows(loss) if windows else loss
 
     def make(model: SentenceTransformer) -> torch.nn.Module:
         made = loss(model)
         if not isinstance(made, torch.nn.Module):
             name = getattr(loss, "__qualname__", type(loss).__qualname__)
             raise ConfigError(f"loss={name}, which makes a {type(made).__name__} from the model", *_LOSS_EXPECTED)
-        return made
+        return _without_windows(made) if windows else made
 
     return make
+
+
+def _without_windows(loss: torch.nn.Module) -> torch.nn.Module:
+    """The loss, unless it cuts a batch into pieces itself, or gives it to another model: both take rows for texts.
+
+    Raises:
+        ConfigError: It does.
+    """
+    for part in loss.modules():
+        if hasattr(part, "mini_batch_size") or hasattr(part, "guide"):
+            raise ConfigError(
+                f"window= with {type(part).__name__}",
+                "a loss that leaves batches as they are",
+                "objective=ObjectiveSettings(mini_batch_size=..., guide=True) does the same with windows.",
+            )
+    return loss
 
 
 def _false_negatives(

@@ -43,7 +43,7 @@ _PREFIX_TOLERANCE = 1e-4  # relative, in float32; other lengths of padding chang
 # where one of these differs, evaluations of before cannot be compared with those of now
 _DECIDE_EVALUATIONS = {
     *("val_dataset", "best_metric", "base", "continue_from", "quantized"),
-    *("query_prompt", "passage_prompt", "pooling", "window", "max_seq_length"),
+    *("query_prompt", "passage_prompt", "pooling", "window", "max_seq_length", "precision"),
 }
 
 

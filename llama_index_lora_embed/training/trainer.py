@@ -28,6 +28,7 @@ from llama_index_lora_embed.training.batches import GroupBatchSampler, GroupColl
 from llama_index_lora_embed.training.best import BestSoFar, check_finite, restore_weights
 from llama_index_lora_embed.training.checkpoints import step_of, write_checkpoint
 from llama_index_lora_embed.training.memory import out_of_memory
+from llama_index_lora_embed.windows import COUNTS
 
 _LOSS_WEIGHTS = "loss.safetensors"
 
@@ -107,7 +108,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         return loader
 
     def compute_loss_context_manager(self) -> ExitStack:
-        """Autocast for the loss alone, so that evaluations between steps stay in float32."""
+        """Autocast for the loss alone; evaluations choose their own precision."""
         stack = ExitStack()
         if self.autocast_dtype is not None:
             stack.enter_context(torch.autocast(self.args.device.type, dtype=self.autocast_dtype))
@@ -121,6 +122,7 @@ class LoraTrainer(SentenceTransformerTrainer):
             DeviceMemoryError: The device's memory does not hold the step.
         """
         longest = max((t.shape[-1] for name, t in inputs.items() if name.endswith("input_ids")), default=0)
+        longest *= max((int(t.max()) for name, t in inputs.items() if name.endswith(COUNTS)), default=1)
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:

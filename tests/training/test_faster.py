@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import models
@@ -215,3 +216,13 @@ def test_a_stopped_run_with_frozen_layers_resumes_bit_by_bit(tiny_model, tmp_pat
     resumed = engine(tiny_model, tmp_path / "run", lora_layers=0.5, resume_from_checkpoint=True).finetune()
     assert resumed.fingerprint == calm.fingerprint
     assert resumed.history == calm.history
+
+
+def test_a_merged_lora_counts_once(tiny_model):
+    model, _, _ = prepared(tiny_model)
+    texts = list(make_dataset().corpus.values())
+    with fast_lora(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        unmerged = model.encode(texts)
+        for layer in (m for m in model.modules() if isinstance(m, LoraLinear)):
+            layer.merge()
+        assert np.abs(model.encode(texts) - unmerged).max() < 0.01
