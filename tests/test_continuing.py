@@ -18,7 +18,8 @@ VAL = make_dataset(passages=10, seed=7, prefix="v")
 
 
 def engine(parent, path, data=NEW, **kwargs):
-    settings = {"batch_size": 8, "epochs": 3, "learning_rate": 5e-3, "val_dataset": VAL, "show_progress_bar": False}
+    settings = {"batch_size": 8, "epochs": 3, "learning_rate": 5e-3, "val_dataset": VAL, "show_progress_bar": False,
+                "precision": "fp32"}  # fmt: skip
     return LoraFinetuneEngine(
         data, model_output_path=str(path), continue_from=parent, device="cpu", **{**settings, **kwargs}
     )

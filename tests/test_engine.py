@@ -272,7 +272,7 @@ def test_a_dense_head_is_frozen_because_the_adapter_does_not_hold_it(tiny_model,
     base = str(tmp_path / "dense")
     model.save_pretrained(base)
     engine, result = finetune(
-        dataset, base, str(tmp_path / "out"), val_dataset=val_dataset, learning_rate=5e-3, epochs=6
+        dataset, base, str(tmp_path / "out"), val_dataset=val_dataset, learning_rate=5e-3, epochs=6, precision="fp32"
     )
     assert result.best_step > 0
     tuned = engine.get_finetuned_model()

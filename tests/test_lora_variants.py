@@ -67,6 +67,7 @@ def bases(tmp_path_factory):
 
 def engine(base, path, lora_config, **kwargs):
     settings = {"batch_size": 8, "epochs": 3, "learning_rate": 1e-2, "device": "cpu", "show_progress_bar": False,
+                "precision": "fp32",  # evaluations too, so that they can be compared digit by digit
                 "val_dataset": make_dataset(), "on_overlap": "allow", **kwargs}  # fmt: skip
     return LoraFinetuneEngine(make_dataset(), str(base), str(path), lora_config=lora_config, **settings)
 

@@ -46,6 +46,7 @@ def engine(model, path, data=TRAIN, **kwargs):
         "show_progress_bar": False,
         "device": "cpu",
         "evaluation_steps": 0,
+        "precision": "fp32",  # evaluations too, so that they can be compared digit by digit
     }
     return LoraFinetuneEngine(data, str(model), str(path), **{**settings, **kwargs})
 
