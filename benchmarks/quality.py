@@ -30,11 +30,14 @@ from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngin
 from llama_index_lora_embed.windows import add_windows
 
 
-def judge(path: str, test: EmbeddingQAFinetuneDataset, length: int | None = None) -> dict[str, float]:
-    """Measures of what lies at a path; `length` overrides its `max_seq_length`."""
+def load(path: str) -> SentenceTransformer:
+    """What lies at a path, as anybody would load it."""
+    return SentenceTransformer(path, device="cpu", trust_remote_code=True)
+
+
+def judge(model: SentenceTransformer, test: EmbeddingQAFinetuneDataset) -> dict[str, float]:
+    """Measures of a model."""
     relevant = {query_id: set(ids) for query_id, ids in test.relevant_docs.items()}
-    model = SentenceTransformer(path, device="cpu", trust_remote_code=True)
-    model.max_seq_length = length or model.max_seq_length
     measured = InformationRetrievalEvaluator(test.queries, test.corpus, relevant, batch_size=16)(model)
     names = {"ndcg@10": "ndcg@10", "hit@1": "accuracy@1", "hit@5": "accuracy@5", "mrr@10": "mrr@10"}
     return {ours: round(float(measured[f"cosine_{theirs}"]), 4) for ours, theirs in names.items()}
@@ -63,12 +66,11 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         if not (args.train or args.nodes):
-            model = SentenceTransformer(args.model, device="cpu")
+            model = load(args.model)
             if args.window:
                 add_windows(model, args.window)
-                model.save_pretrained(f"{folder}/base", create_model_card=False)
-            print(json.dumps({"test": args.test, "base": judge(f"{folder}/base" if args.window else args.model, test,
-                                                               args.length)}))  # fmt: skip
+            model.max_seq_length = args.length or model.max_seq_length
+            print(json.dumps({"test": args.test, "base": judge(model, test)}))
             return
         if args.negatives:
             settings["mining"] = MiningSettings(num_negatives=args.negatives, rounds=args.rounds)
@@ -85,8 +87,8 @@ def main() -> None:
             "train": args.train or f"{args.nodes} (documents only)",
             "test": args.test,
             "mined_negatives": [round(found.mean_negatives, 2) for found in result.mined],
-            "base": judge(args.model, test),
-            "tuned": judge(result.adapter_path, test),
+            "base": judge(load(args.model), test),
+            "tuned": judge(load(result.adapter_path), test),
             "best_step": result.best_step,
             "steps": result.steps,
             "train_seconds": round(result.train_seconds),

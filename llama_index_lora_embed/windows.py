@@ -270,4 +270,3 @@ def add_windows(model: SentenceTransformer, window: int) -> None:
         named = [(str(i), module) for i, (_, module) in enumerate(named)]
     model._modules.clear()
     model._modules.update(named)
-    check_prompts(model)
