@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# a process for each core, each with one thread (tests/conftest.py); of 1.5 GB or less
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-all quick lint types clean
 
@@ -22,15 +24,15 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(if $(DOCS),--docs '$(DOCS)') $(if $(QUERY),--query '$(QUERY)')
 
 test: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not extended'
+	$(PYTEST) -m 'not extended'
 
 # what takes longest as well: a real local LLM, a real decoder, more ways to start several processes
 test-all: $(VENV)/.demo $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # without the tests that train the real MiniLM
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow and not extended'
+	$(PYTEST) -m 'not slow and not extended'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

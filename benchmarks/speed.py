@@ -21,7 +21,7 @@ and at points within. From these comes the time to (a)'s final nDCG@10. The test
 chosen by it.
 
 (a) and (c) have environments of their own, made on the first run below `--envs`: 3.6 GB with a CPU build of torch (see
-speed/environments.py). `--reuse` takes runs of contenders that are not run now from an earlier results file of the
+speed/environments.py). `--reuse` takes contenders and seeds that are not run now from an earlier results file of the
 same machine and data. Close other programs: threads of torch wait for one another at every operation, so that a busy
 core makes small steps several times slower; `load` in the results says what else was running.
 """
@@ -78,8 +78,10 @@ def run_one(job: Job, python: str, timeout: float | None) -> Run:
     return run
 
 
-def reused(path: Path | None, asked: set[str], arguments: dict[str, Any], here: dict[str, Any]) -> list[Run]:
-    """Runs of an earlier results file whose contenders are not asked for now.
+def reused(
+    path: Path | None, asked: set[tuple[str, int]], arguments: dict[str, Any], here: dict[str, Any]
+) -> list[Run]:
+    """Runs of an earlier results file that are not asked for now, by contender and seed.
 
     Raises:
         SystemExit: They were on another machine, model or data.
@@ -90,7 +92,7 @@ def reused(path: Path | None, asked: set[str], arguments: dict[str, Any], here: 
     differ = [key for key in SAME if earlier["arguments"].get(key) != arguments[key]]
     if differ or earlier["machine"] != here:
         raise SystemExit(f"--reuse {path}: {', '.join(differ) or 'the machine'} is not the same; run all again")
-    return [run for run in earlier["runs"] if name_of(run) not in asked]
+    return [run for run in earlier["runs"] if (name_of(run), run["seed"]) not in asked]
 
 
 def parse() -> argparse.Namespace:
@@ -108,7 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
     parser.add_argument("--timeout", type=float, help="minutes after which a run is stopped, evaluations included")
     parser.add_argument("--envs", type=Path, default=Path.home() / ".cache" / "llama-index-lora-embed-bench")
-    parser.add_argument("--reuse", type=Path, help="results file to take runs of other contenders from")
+    parser.add_argument("--reuse", type=Path, help="results file to take other contenders and seeds from")
     parser.add_argument("--out", type=Path, help="results file to write")
     parser.add_argument("--plot", type=Path, help="picture to write")
     parser.add_argument("--logs", type=Path, help="folder to keep every run's output in")
@@ -150,7 +152,7 @@ def main() -> None:
             for env in {CONTENDERS[key].environment for key, _ in asked}
         }
         names = {name_of({"contender": key, "setting": setting}) for key, setting in asked}
-        runs = reused(args.reuse, names, arguments, here)
+        runs = reused(args.reuse, {(name, seed) for name in names for seed in seeds}, arguments, here)
         if load() > 0.5 and not args.smoke:
             print(f"WARNING: load {load()} before the first run; figures will be too slow", flush=True)
         for seed in seeds:  # seeds outside, so that a machine that grows slower does so for all

@@ -13,6 +13,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 

@@ -25,6 +25,8 @@ from speed.plain_trainer import BATCH_SIZE, LEARNING_RATE, LIKE_FOR_LIKE_EPOCHS,
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "fp32": {"precision": "fp32"},
+    "upper-half": {"lora_layers": 0.5},
+    "windows": {"window": 192},
     "short": {"epochs": 2},
     "large-batch": {"batch_size": 64},
     "attention": {"lora_config": LoraConfig(r=16, lora_alpha=32, target_modules=["query", "key", "value"])},

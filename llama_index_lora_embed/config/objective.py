@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from llama_index_lora_embed.config.base import Settings, is_int, is_number
 
@@ -14,7 +14,7 @@ IN_BATCH = ("in_batch", "soft_labels")
 """Those whose negatives are the other passages of the batch, and whose steps can be computed in pieces (GradCache)."""
 FOR_PAIRS = ("cosent", "cosine")
 """Those that labelled pairs can be trained with."""
-_FOR_IN_BATCH = ("mini_batch_size", "guide", "matryoshka_dims")
+_FOR_IN_BATCH = {"mini_batch_size": "auto", "guide": False, "matryoshka_dims": None}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class ObjectiveSettings(Settings):
             "distillation": the similarities to a question's passages are to be distributed as a cross-encoder's
             scores (Ren et al. 2021, arXiv 2110.07367).
         mini_batch_size: Texts that are encoded at once, so that a batch of any size fits into memory, at the price of
-            encoding each text twice (GradCache; Gao et al. 2021, arXiv 2101.06983). None encodes the whole batch.
+            encoding nearly each text twice (GradCache; Gao et al. 2021, arXiv 2101.06983). "auto" does so on a
+            processor with 8 passages at once, or 32 questions: on tenk half the memory for a seventh more time
+            (benchmarks/README.md). None keeps the activations of the whole batch.
         guide: Ignore in-batch negatives that the untuned base finds closer to the question than its own passage
             (GISTEmbed; Solatorio 2024, arXiv 2402.16829). Hard negatives of the dataset stay.
         guide_margin: How much less similar than the question's passage a negative must be to the guide; 0 is the
@@ -52,7 +54,7 @@ class ObjectiveSettings(Settings):
     """
 
     name: str | None = None
-    mini_batch_size: int | None = None
+    mini_batch_size: int | Literal["auto"] | None = "auto"
     guide: bool = False
     guide_margin: float = 0.0
     matryoshka_dims: tuple[int, ...] | None = None
@@ -66,8 +68,8 @@ class ObjectiveSettings(Settings):
         found: list[str] = []
         need = partial(self._need, found)
         need("name", self.name is None or self.name in OBJECTIVES, f"None or one of {', '.join(OBJECTIVES)}")
-        need("mini_batch_size", self.mini_batch_size is None or is_int(self.mini_batch_size, 1),
-             "None or a whole number of at least 1")  # fmt: skip
+        need("mini_batch_size", self.mini_batch_size in (None, "auto") or is_int(self.mini_batch_size, 1),
+             "'auto', None or a whole number of at least 1")  # fmt: skip
         margin = self.guide_margin
         need("guide_margin", is_number(margin, above=-2.0 - 1e-12) and margin <= 2, "a number from -2 to 2")
         dims = self.matryoshka_dims
@@ -91,8 +93,8 @@ class ObjectiveSettings(Settings):
         if self.name is not None and self.name not in IN_BATCH:
             found += [
                 f"{name}={getattr(self, name)!r} with name={self.name!r}: only for 'in_batch' and 'soft_labels'"
-                for name in _FOR_IN_BATCH
-                if getattr(self, name)
+                for name, default in _FOR_IN_BATCH.items()
+                if getattr(self, name) != default
             ]
         if margin and self.guide is False:
             found.append(f"guide_margin={margin!r} with guide=False: set guide=True, or leave the margin out")
@@ -115,7 +117,7 @@ class ObjectiveSettings(Settings):
         if not pairs:
             return []
         names = [] if self.name_for(pairs) in FOR_PAIRS else ["name"]
-        names += [name for name in _FOR_IN_BATCH if getattr(self, name)]
+        names += [name for name, default in _FOR_IN_BATCH.items() if getattr(self, name) != default]
         if not names:
             return []
         given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -59,7 +59,8 @@ def cached_loss(
     so that ∂L/∂E, which needs the vectors alone, is computed first, and each summand by itself in a second pass
     (Gao et al. 2021, arXiv 2101.06983, section 3). The second pass runs when the returned loss is
     differentiated, and multiplies with the gradient that comes in, which gradient accumulation makes smaller than 1.
-    Random state and autocast are those of the first pass, so that dropout drops the same.
+    Random state and autocast are those of the first pass, so that dropout drops the same. The activations of the
+    largest chunk are kept from the first pass: it goes first in the second, before another takes its room.
 
     Args:
         model: Takes a chunk; can be wrapped in `DistributedDataParallel`, which then reduces the gradients once.
@@ -78,29 +79,45 @@ def cached_loss(
     device_type = next(model.parameters()).device.type
     autocast = _autocast_now(device_type)
     states, first = [], []
-    with torch.no_grad(), autocast():
-        for chunk in chunks:
+    kept = _largest(chunks if inner is model else chunks[:-1]) if torch.is_grad_enabled() else None
+    with autocast():
+        for number, chunk in enumerate(chunks):
             states.append(_RandomState(chunk))
-            first.append(embed(inner, chunk, prefix))
-    vectors = torch.cat(first)
+            with torch.set_grad_enabled(number == kept):
+                first.append(embed(inner, chunk, prefix))
+    vectors = torch.cat([part.detach() for part in first])
     if not torch.is_grad_enabled():
         return loss_of(vectors)
     vectors.requires_grad_()
     loss = loss_of(vectors)
     with torch.autocast(device_type, enabled=False):  # as a backward pass is, outside of the forward's autocast
         gradients = torch.split(torch.autograd.grad(loss, vectors)[0], [len(part) for part in first])
+    graph = [] if kept is None else [first[kept]]
     del first, vectors
 
     def second_pass(incoming: Tensor) -> None:
-        for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True), 1):
+        if kept is not None:
+            graph.pop().backward(gradients[kept] * incoming)  # type: ignore[no-untyped-call]
+        for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
+            if number == kept:
+                continue
             # as in `embed_all`: backward passes that DistributedDataParallel did not prepare for only accumulate
             with state.again(), torch.enable_grad(), autocast():
-                again = embed(model if number == len(chunks) else inner, chunk, prefix)
+                again = embed(model if number == len(chunks) - 1 else inner, chunk, prefix)
             again.backward(gradient * incoming)  # type: ignore[no-untyped-call]
 
     result = loss.detach().requires_grad_()
     result.register_hook(second_pass)  # type: ignore[no-untyped-call]
     return result
+
+
+def _largest(chunks: Sequence[Chunk]) -> int | None:
+    """Which chunk has the most tokens, padding included; None of none."""
+
+    def size(number: int) -> int:
+        return sum(value.numel() for value in chunks[number].values() if isinstance(value, Tensor))
+
+    return max(range(len(chunks)), key=size, default=None)
 
 
 def refuse_checkpointing(gradient_checkpointing: bool) -> None:

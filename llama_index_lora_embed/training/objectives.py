@@ -97,7 +97,7 @@ def training_plan(
         UnsafeCheckpointError: The teacher's weights are a pickle only.
     """
     objective = (objective or ObjectiveSettings()).checked()
-    refuse_checkpointing(gradient_checkpointing and objective.mini_batch_size is not None)
+    refuse_checkpointing(gradient_checkpointing and isinstance(objective.mini_batch_size, int))
     pairs = isinstance(dataset, LabelledPairs)
     if misfits := objective.misfits(pairs=pairs, own_loss=loss is not None):
         raise ConfigError(f"{len(misfits)} thing(s) that do not go together", "those named", "Correct them:", misfits)
@@ -166,20 +166,21 @@ def _groups_plan(
             "Leave larger ones out.",
         )
     _need_any_negative(dataset, groups, false_negatives)
+    pieces = objective.mini_batch_size
     collator = GroupCollator(
         model,
         dataset,
         groups,
         false_negatives,
         soft=objective.name == "soft_labels",
-        mini_batch_size=objective.mini_batch_size,
+        mini_batch_size=None if pieces == "auto" else pieces,
         rank=processes.rank(),
         world=processes.world_size(),
     )
     loss = MaskedInfoNCELoss(
         model,
         settings.temperature,
-        cached=objective.mini_batch_size is not None,
+        cached=divisible and model.device.type == "cpu" if pieces == "auto" else pieces is not None,
         guide_margin=objective.guide_margin if objective.guide else None,
         dims=objective.matryoshka_dims or (),
     )

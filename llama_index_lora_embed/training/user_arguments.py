@@ -103,7 +103,7 @@ def check_user_arguments(
         elif name not in known:
             problems.append(f"{name}={value!r}: expected a training argument of sentence-transformers")
     tried = {n: v for n, v in kept.items() if n in known and n not in the_engines and n not in _NOT_TRIED}
-    problems += _problems_of_values(tried, objective.mini_batch_size is not None) or _refusals(tried)
+    problems += _problems_of_values(tried, isinstance(objective.mini_batch_size, int)) or _refusals(tried)
     if problems:
         raise ConfigError(
             f"{len(problems)} wrong argument(s) of finetune()",

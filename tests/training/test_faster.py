@@ -1,5 +1,7 @@
 """What makes a step cheaper must not change what is learnt."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import models
 from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.precision import computing_in
 from llama_index_lora_embed.presets import upper_modules
 from llama_index_lora_embed.training.batches import make_groups
 from llama_index_lora_embed.training.fast_lora import fast_lora
@@ -226,3 +229,15 @@ def test_a_merged_lora_counts_once(tiny_model):
         for layer in (m for m in model.modules() if isinstance(m, LoraLinear)):
             layer.merge()
         assert np.abs(model.encode(texts) - unmerged).max() < 0.01
+
+
+def test_few_kernels_are_kept_unless_the_user_has_said_how_many(monkeypatch):
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    computing_in("fp32", torch.device("cpu"))
+    assert not set(names) & set(os.environ)
+    monkeypatch.setenv(names[0], "7")
+    computing_in("bf16", torch.device("cpu"))
+    assert os.environ[names[0]] == "7"
+    assert 0 < int(os.environ[names[1]]) < 1024

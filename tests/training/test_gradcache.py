@@ -146,6 +146,18 @@ def test_memory_grows_with_the_mini_batch_and_not_with_the_batch(tiny_model):
     assert saved_at_once(model, cached, large) < saved_at_once(model, plain, large) / 15
 
 
+def test_the_largest_chunk_is_encoded_once_and_all_others_twice(tiny_model):
+    model = model_with_lora(tiny_model)
+    features, label = batch_of(model, mined(), mini_batch_size=3)
+    chunks = list(features)
+    seen = []
+    model[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]["input_ids"].shape))
+    MaskedInfoNCELoss(model, 0.05, cached=True)(chunks, label).backward()
+    expected = 2 * [chunk["input_ids"].shape for chunk in chunks]
+    expected.remove(max(expected, key=lambda shape: shape.numel()))
+    assert sorted(seen) == sorted(expected)
+
+
 def test_without_gradients_it_is_the_plain_value(tiny_model):
     model = model_with_lora(tiny_model)
     batch = batch_of(model, mined(), mini_batch_size=3)

@@ -105,8 +105,26 @@ def test_by_default_groups_are_trained_with_masked_in_batch_negatives(model):
     assert isinstance(inputs["data_collator"], GroupCollator)
     assert isinstance(inputs["loss"], MaskedInfoNCELoss)
     assert inputs["loss"].temperature == 0.1
-    assert not inputs["loss"].cached
     assert inputs["train_dataset"].to_dict() == {"group": list(range(24))}
+
+
+def test_on_a_processor_steps_are_computed_in_pieces_unless_that_is_switched_off(model):
+    def cached(**settings):
+        return plan_of(model, make_dataset(), **settings).inputs["loss"].cached
+
+    assert cached()
+    assert not cached(mini_batch_size=None)
+    assert cached(mini_batch_size=5)
+    model.to("meta")  # any other device
+    assert not cached()
+    assert cached(mini_batch_size=5)
+
+
+def test_gradient_checkpointing_switches_the_pieces_of_auto_off(model):
+    plan = training_plan(
+        model, make_dataset(), make_groups(make_dataset(), False), None, TrainingSettings(), gradient_checkpointing=True
+    )
+    assert not plan.inputs["loss"].cached
 
 
 def test_every_setting_of_the_objective_reaches_the_loss_and_the_batches(model):
