@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
+from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from llama_index_lora_embed.errors import AdapterError, ConfigError
+from llama_index_lora_embed.many_adapters import ManyAdapters, absolute, checked_names
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from llama_index_lora_embed.adapter import Manifest
+    from llama_index_lora_embed.shared_base import Adapter
 
-_BATCH_SIZE = 32
+_BATCH_SIZE = 256
 
 
-class LoraEmbedding(BaseEmbedding):
+class LoraEmbedding(ManyAdapters):
     """A LlamaIndex embedding model from an adapter directory, ours or one that sentence-transformers saved.
 
     Vectors are those of `SentenceTransformer(adapter_path)`: queries with its query prompt, texts with its
     document prompt, cut at the recorded `max_seq_length`. The LoRA is merged into the base in float32, so that
-    inference costs what the base costs.
+    inference costs what the base costs. All texts of a call are put in the order of their length and computed so many
+    tokens at a time, so that little padding is computed.
+
+    With `adapters` it holds many of them on one base in memory, which every other such object of the process shares.
+    `with_adapter(name)` is one of them, as cheap as a name; `get_mixed_embeddings` embeds texts that each name
+    their own.
 
     It is made of plain values alone: it survives `to_dict`/`from_dict`, pickling and the worker processes of an
     `IngestionPipeline`. The `fingerprint` in its dict changes whenever its vectors would, so that LlamaIndex's
@@ -48,11 +55,19 @@ class LoraEmbedding(BaseEmbedding):
             does; for models trained with Matryoshka losses.
         merge: Merge the LoRA into the base's weights.
         trust_remote_code: Run Python code that the base brings along.
-        embed_batch_size: Texts in a forward pass, 1 to 2048.
+        adapters: Name to folder or Hub id, of adapters that were trained on one base; instead of `adapter_path`. They
+            are not merged. Without `base_model`, the base is the one that the first of them names.
+        adapter: Which of `adapters` its vectors are of; None for the base's own.
+        max_adapters: How many of `adapters` to hold in memory; the least recently used is unloaded, and loaded again
+            when it is named.
+        embed_batch_size: Texts that LlamaIndex hands over at once, 1 to 2048; a forward pass has no more.
+        tokens_per_pass: Tokens in a forward pass, padding included; None for 4,096 on a processor and 65,536 elsewhere.
+            Lower it where a device's memory runs out.
 
     Raises:
         ConfigError: Neither adapter nor base is named; `truncate_dim` is more than the model's dimensions; or
-            `pooling` is no mode; or `pooling` or `window` is not what the adapter was trained with.
+            `pooling` is no mode; or `pooling` or `window` is not what the adapter was trained with; or `adapter` is
+            none of `adapters`.
         ModelNotFoundError: Adapter or base is not there.
         AdapterError: The adapter is damaged or does not fit its base, or `fingerprint` was given (by
             `from_dict` or unpickling) and the files have changed since.
@@ -64,42 +79,53 @@ class LoraEmbedding(BaseEmbedding):
     """
 
     adapter_path: str | None = Field(default=None, description="Folder or Hub id of the adapter.")
-    base_model: str | None = Field(default=None, description="Folder or Hub id of the base.")
-    revision: str | None = Field(default=None, description="Commit on the Hub.")
-    cache_folder: str | None = Field(default=None, description="Cache of huggingface_hub.")
     device: str | None = Field(default=None, description="torch device.")
-    query_prompt: str | None = Field(default=None, description="Overrides the query prompt.")
-    passage_prompt: str | None = Field(default=None, description="Overrides the passage prompt.")
     pooling: str | None = Field(default=None, description="Overrides the pooling of a base alone.")
     window: int | None = Field(default=None, description="Windows in which a base alone reads long texts, in tokens.")
     truncate_dim: int | None = Field(default=None, description="Cuts vectors to so many dimensions.")
     merge: bool = Field(default=True, description="Merge the LoRA into the base.")
     trust_remote_code: bool = Field(default=False, description="Run the base's own code.")
-    fingerprint: str | None = Field(default=None, description="Digest of all that decides the vectors.")
+    tokens_per_pass: int | None = Field(default=None, ge=1, description="Tokens in a forward pass.")
 
     _model: Any = PrivateAttr(default=None)
     _manifest: Any = PrivateAttr(default=None)
     _unit_length: bool = PrivateAttr(default=False)
-    _lock: Any = PrivateAttr(default_factory=threading.RLock)
 
     def __init__(
         self,
         adapter_path: str | os.PathLike[str] | None = None,
         *,
         base_model: str | os.PathLike[str] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         embed_batch_size: int = _BATCH_SIZE,
         **kwargs: Any,
     ) -> None:
-        if adapter_path is None and base_model is None:
+        if adapter_path is None and base_model is None and not adapters:
             raise ConfigError(
                 "LoraEmbedding() without a model",
-                "adapter_path, base_model or both",
+                "adapter_path, base_model or both, or adapters",
                 'LoraEmbedding("runs/handbook")',
             )
-        adapter, base = (_absolute(path) for path in (adapter_path, base_model))
-        kwargs.setdefault("model_name", adapter or base)
+        own, base = (absolute(path) for path in (adapter_path, base_model))
+        named = None if adapters is None else checked_names(adapters)
+        if named is None and kwargs.get("adapter") is not None:
+            named = {}  # the name is unknown, which is said where the known ones are
+        if own is not None and named is not None:
+            raise ConfigError(
+                f"adapter_path={own!r} together with adapters",
+                "one adapter, or several by name",
+                f"LoraEmbedding(adapters={{'a name': {own!r}, ...}})",
+            )
+        places = [own, (named or {}).get(kwargs.get("adapter") or ""), base, *(named or {}).values()]
+        kwargs.setdefault("model_name", next((place for place in places if place), None))
         super().__init__(
-            **{"adapter_path": adapter, "base_model": base, "embed_batch_size": embed_batch_size, **kwargs}
+            **{
+                "adapter_path": own,
+                "base_model": base,
+                "adapters": named,
+                "embed_batch_size": embed_batch_size,
+                **kwargs,
+            }
         )
         self._load()
 
@@ -118,7 +144,19 @@ class LoraEmbedding(BaseEmbedding):
     @property
     def max_seq_length(self) -> int:
         """Tokens, special ones included, beyond which a text is cut."""
-        return int(self._ready().max_seq_length or 0)
+        model = self._ready()
+        own = self._own()
+        return own.max_seq_length if own is not None else int(model.max_seq_length or 0)
+
+    @property
+    def sentence_transformer(self) -> SentenceTransformer:
+        """The loaded model, with sentence-transformers' own calls for adapters on it.
+
+        With `adapters` it is everybody's who uses the base: this one's adapter is made the active one, and what the
+        model is told is told to them all. `merge=False` keeps a single adapter apart from its base.
+        """
+        model = self._ready()
+        return model if self._shared is None else self._shared.activate(self._own(), self.max_adapters)
 
     def _ready(self) -> SentenceTransformer:
         """The model, loaded now if this object came out of a pickle."""
@@ -130,10 +168,13 @@ class LoraEmbedding(BaseEmbedding):
 
     def _load(self) -> None:
         from llama_index_lora_embed import models
-        from llama_index_lora_embed.adapter import fingerprint, normalises
+        from llama_index_lora_embed.adapter import fingerprint
         from llama_index_lora_embed.presets import pooling_of
         from llama_index_lora_embed.windows import window_of
 
+        if self.adapters is not None:
+            self._load_several()
+            return
         vectors: dict[str, Any] = {
             "query_prompt": self.query_prompt,
             "passage_prompt": self.passage_prompt,
@@ -171,6 +212,20 @@ class LoraEmbedding(BaseEmbedding):
                 **vectors,
             )
             manifest, digest = None, fingerprint(model, base.weights_sha256, None)
+        self._take(model, manifest, digest)
+
+    def _base_loading(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "trust_remote_code": self.trust_remote_code,
+            "pooling": self.pooling,
+            "window": self.window,
+            "truncate_dim": self.truncate_dim,
+        }
+
+    def _take(self, model: SentenceTransformer, manifest: Manifest | None, digest: str) -> None:
+        from llama_index_lora_embed.adapter import normalises
+
         if self.fingerprint is not None and self.fingerprint != digest:
             raise AdapterError(
                 f"{self.model_name!r} with the fingerprint {digest[:12]}...",
@@ -201,18 +256,63 @@ class LoraEmbedding(BaseEmbedding):
         return copy
 
     def _encode(self, texts: list[str], *, query: bool) -> list[Embedding]:
-        model = self._ready()
-        encode = model.encode_query if query else model.encode_document
-        # fast tokenizers change truncation state while they work, so that threads must take turns
-        with self._lock:
-            vectors = encode(
+        from llama_index_lora_embed.encoding import check_texts
+
+        checked = check_texts(texts)
+        self._ready()
+        return self._encode_with(checked, [self._own()] * len(checked), query=query)
+
+    def _encode_with(self, texts: list[str], adapters: list[Adapter | None], *, query: bool) -> list[Embedding]:
+        from llama_index_lora_embed.encoding import encode
+
+        task: Literal["query", "document"] = "query" if query else "document"
+        if self._shared is not None:
+            vectors = self._shared.encode(
                 texts,
-                batch_size=self.embed_batch_size,
-                show_progress_bar=False,
-                normalize_embeddings=self._unit_length,
+                adapters,
+                task,
+                most_adapters=self.max_adapters,
+                base_prompts={**self._shared.prompts, **self._prompts()},
+                most_tokens=self.tokens_per_pass,
+                unit_length=self._unit_length,
             )
+        else:
+            # fast tokenizers change truncation state while they work, so that threads must take turns
+            with self._lock:
+                vectors = encode(
+                    self._model,
+                    texts,
+                    task,
+                    most_tokens=self.tokens_per_pass,
+                    most_texts=self.embed_batch_size,
+                    unit_length=self._unit_length,
+                )
         rows: list[Embedding] = vectors.tolist()
         return rows
+
+    def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
+        """Vectors of passages, in their order; computed longest first.
+
+        Raises:
+            ConfigError: One is no string.
+        """
+        from llama_index_lora_embed.encoding import check_texts, longest_first
+
+        checked = check_texts(texts)
+        order = longest_first(checked)
+        vectors = super().get_text_embedding_batch([checked[i] for i in order], show_progress, **kwargs)
+        return _back(vectors, order)
+
+    async def aget_text_embedding_batch(
+        self, texts: list[str], show_progress: bool = False, **kwargs: Any
+    ) -> list[Embedding]:
+        """`get_text_embedding_batch`, in threads."""
+        from llama_index_lora_embed.encoding import check_texts, longest_first
+
+        checked = check_texts(texts)
+        order = longest_first(checked)
+        vectors = await super().aget_text_embedding_batch([checked[i] for i in order], show_progress, **kwargs)
+        return _back(vectors, order)
 
     def _get_query_embedding(self, query: str) -> Embedding:
         return self._encode([query], query=True)[0]
@@ -233,12 +333,12 @@ class LoraEmbedding(BaseEmbedding):
         return await asyncio.to_thread(self._get_text_embeddings, texts)
 
 
-def _absolute(path: str | os.PathLike[str] | None) -> str | None:
-    """A folder's absolute path, so that another working directory finds it; a Hub id as it is."""
-    if path is None:
-        return None
-    text = os.path.expanduser(os.fspath(path))
-    return os.path.abspath(text) if os.path.exists(text) else text
+def _back(vectors: list[Embedding], order: list[int]) -> list[Embedding]:
+    """Vectors in the order in which the texts were given."""
+    given: list[Embedding] = [[]] * len(order)
+    for vector, number in zip(vectors, order, strict=True):
+        given[number] = vector
+    return given
 
 
 def _plain_fields(cls: type[LoraEmbedding]) -> list[str]:

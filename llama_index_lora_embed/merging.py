@@ -68,8 +68,13 @@ def _give_bias(layer: Any) -> None:
         plain.bias = torch.nn.Parameter(plain.weight.new_zeros(plain.out_features), requires_grad=False)
 
 
-def check_keys(model: SentenceTransformer, directory: Path) -> None:
+def check_keys(model: SentenceTransformer, directory: Path, adapter_name: str | None = None) -> None:
     """Every weight of the file is in the model, and the model lacks none; the loaders only log it.
+
+    Args:
+        model: Has the adapter.
+        directory: The adapter's.
+        adapter_name: peft's name for it; None for the active one.
 
     Raises:
         AdapterError: Weights are left over, missing, or not the file's.
@@ -78,7 +83,7 @@ def check_keys(model: SentenceTransformer, directory: Path) -> None:
     from safetensors.torch import load_file
 
     stored = {_name_in_model(key): tensor for key, tensor in load_file(directory / WEIGHTS_NAME).items()}
-    loaded = model.get_adapter_state_dict()
+    loaded = model.get_adapter_state_dict(adapter_name)
     left_over, missing = sorted(stored.keys() - loaded.keys()), sorted(loaded.keys() - stored.keys())
     changed = sorted(
         key for key in stored.keys() & loaded.keys() if not torch.equal(stored[key].float(), loaded[key].cpu().float())

@@ -339,8 +339,8 @@ def load_adapter(
 
     directory, _ = locate(adapter_path, revision, cache_folder)
     manifest = check_files(directory)
-    config = _read_config(directory / CONFIG_NAME)
-    base = _find_base(base_model, config, manifest, cache_folder, directory)
+    config = read_config(directory / CONFIG_NAME)
+    base = find_base(base_model, config, manifest, cache_folder, directory)
     with tempfile.TemporaryDirectory() as copy:
         # sentence-transformers reads the base's place from the adapter's config alone, and passes over some names
         staged = Path(copy) / "adapter"
@@ -372,7 +372,12 @@ def load_adapter(
     return LoadedAdapter(model, base, digest, manifest)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """An adapter's `adapter_config.json`.
+
+    Raises:
+        AdapterError: It is unreadable, or no adapter's.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -382,13 +387,40 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _find_base(
+def recorded_base(adapter_path: str, *, cache_folder: str | None = None) -> str:
+    """The base that an adapter names.
+
+    Raises:
+        ModelNotFoundError: The adapter is not there.
+        AdapterError: It is none, or names no base.
+    """
+    directory, _ = locate(adapter_path, None, cache_folder)
+    check_files(directory)
+    config = read_config(directory / CONFIG_NAME)
+    return find_base(None, config, Manifest.read(directory), cache_folder, directory).model_id
+
+
+def find_base(
     base_model: str | None,
     config: dict[str, Any],
     manifest: Manifest | None,
     cache_folder: str | None,
     directory: Path,
 ) -> BaseInfo:
+    """The base that an adapter was trained on.
+
+    Args:
+        base_model: Where it is now; None for the place that the adapter recorded.
+        config: `read_config`'s.
+        manifest: The adapter's.
+        cache_folder: Of huggingface_hub.
+        directory: The adapter's, for messages.
+
+    Raises:
+        AdapterError: No base is named.
+        ModelNotFoundError: It is not there.
+        BaseModelMismatchError: Its weights are others than those trained on.
+    """
     recorded = config.get("base_model_name_or_path")
     place = base_model or recorded
     if not place:

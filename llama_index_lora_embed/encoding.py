@@ -1,0 +1,168 @@
+"""Texts to vectors: longest first, so many tokens at once, each text with the adapter that it names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft.tuners.lora import LoraLayer
+from sentence_transformers.util import batch_to_device, truncate_embeddings
+from torch import nn
+
+from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.windows import COUNTS
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Task = Literal["query", "document"]
+Vectors = npt.NDArray[np.float32]
+
+NO_ADAPTER = "__base__"
+"""peft's name for no adapter in a mixed batch."""
+# measured with MiniLM on two cores (benchmarks/README.md); an accelerator needs more to be busy
+_TOKENS_AT_ONCE = {"cpu": 4096}
+_TOKENS_ON_ACCELERATORS = 65_536
+
+
+def check_texts(texts: Sequence[Any]) -> list[str]:
+    """The texts as a model can read them.
+
+    Halves of characters (lone surrogates), which no tokenizer takes, become U+FFFD.
+
+    Raises:
+        ConfigError: Something is no string; the first ten are named.
+    """
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
+        raise ConfigError(
+            f"texts of type {type(texts).__name__}", "a list of strings", "Put a single text into a list."
+        )
+    wrong = [
+        f"texts[{i}] is of type {type(text).__name__}" for i, text in enumerate(texts) if not isinstance(text, str)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{len(wrong)} thing(s) among {len(texts)} texts that are none",
+            "strings; '' for an empty text",
+            "Leave them out, or embed node.get_content():",
+            wrong[:10],
+        )
+    return [text if text.isascii() else _whole_characters(text) for text in texts]
+
+
+def _whole_characters(text: str) -> str:
+    # halves that belong together become the character that they are
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def longest_first(texts: Sequence[str]) -> list[int]:
+    """Numbers of the texts, the longest first: texts of one length are computed with little padding."""
+    return sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Tokens in a forward pass, padding included, where the user has not said how many."""
+    return _TOKENS_AT_ONCE.get(device.type, _TOKENS_ON_ACCELERATORS)
+
+
+def encode(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    task: Task,
+    *,
+    prompt: str | None = None,
+    adapters: Sequence[str] | None = None,
+    most_tokens: int | None = None,
+    most_texts: int | None = None,
+    unit_length: bool = False,
+) -> Vectors:
+    """What `model.encode_query` or `model.encode_document` gives, in batches of so many tokens.
+
+    Args:
+        model: Its prompts "query" and "document" are set.
+        texts: Checked.
+        task: Which of the two.
+        prompt: Instead of the model's for this task.
+        adapters: Of each text the name of the peft adapter, or `NO_ADAPTER`; None leaves those that are active.
+        most_tokens: In a forward pass, padding included; None for `tokens_at_once`. A longer text goes alone.
+        most_texts: In a forward pass.
+        unit_length: Scale vectors to length 1, after `model.truncate_dim` has cut them.
+
+    Returns:
+        float32 [texts, dimension].
+    """
+    most_tokens = most_tokens or tokens_at_once(model.device)
+    prompt = model.prompts.get(task) if prompt is None else prompt
+    order = longest_first(texts)
+    limit = model.max_seq_length or 512
+    made: list[torch.Tensor] = []
+    per_character, start = 1.0, 0  # tokens; texts have fewer than characters, how many fewer the first batches show
+    model.eval()
+    with torch.inference_mode():
+        while start < len(order):
+            characters = len(texts[order[start]]) + len(prompt or "")
+            width = min(limit, math.ceil(characters * per_character) + 8)
+            count = min(most_texts or len(order), max(1, most_tokens // width))
+            batch = order[start : start + count]
+            features = model.preprocess([texts[i] for i in batch], prompt=prompt or None, task=task)
+            seen = _width(features)
+            if seen is not None and seen < limit:  # not cut
+                per_character = min(1.0, seen / max(1, characters))
+            names = None if adapters is None else _for_rows([adapters[i] for i in batch], features)
+            with _adapters(model, names):
+                vectors = model(batch_to_device(features, model.device), task=task)["sentence_embedding"]
+            if model.truncate_dim is not None:
+                vectors = truncate_embeddings(vectors, model.truncate_dim)
+            if unit_length:
+                vectors = nn.functional.normalize(vectors, dim=-1)
+            made.append(vectors.float().cpu())
+            start += count
+    if not made:
+        return np.zeros((0, model.get_embedding_dimension() or 0), dtype=np.float32)
+    out = np.empty((len(texts), made[0].shape[1]), dtype=np.float32)
+    out[order] = torch.cat(made).numpy()
+    return out
+
+
+def _width(features: dict[str, Any]) -> int | None:
+    ids = features.get("input_ids")
+    return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
+
+
+def _for_rows(names: list[str], features: dict[str, Any]) -> list[str]:
+    """An adapter's name for each row: a text that is read in windows has several."""
+    if COUNTS not in features:
+        return names
+    return [name for name, count in zip(names, features[COUNTS].tolist(), strict=True) for _ in range(count)]
+
+
+@contextmanager
+def _adapters(model: nn.Module, names: list[str] | None) -> Iterator[None]:
+    """Within it, peft's layers compute each row of a batch with the adapter of that name.
+
+    What `PeftModel.forward(adapter_names=...)` does; a model that got its adapters by `load_adapter`, as those of
+    sentence-transformers do, has no such argument.
+    """
+    if names is None:
+        yield
+        return
+
+    def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, Any]:
+        return args, {**kwargs, "adapter_names": names}
+
+    hooks = [
+        module.register_forward_pre_hook(partial(with_names, names=names), with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, LoraLayer)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
