@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.embedding import LoraEmbedding
     from llama_index_lora_embed.engine import LoraFinetuneEngine
     from llama_index_lora_embed.errors import LoraEmbedError
-    from llama_index_lora_embed.evaluation import Verdict, evaluate_pairs, evaluate_retrieval
+    from llama_index_lora_embed.evaluation import Verdict, evaluate_pairs, evaluate_retrieval, tune_scale
     from llama_index_lora_embed.result import FinetuneResult
 
 __version__ = "0.1.0"
@@ -52,6 +52,7 @@ _HOME = {
     "generate_qa_embedding_pairs": "data",
     "mine_hard_negatives": "data",
     "split_by_source": "data",
+    "tune_scale": "evaluation",
 }
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "generate_qa_embedding_pairs",
     "mine_hard_negatives",
     "split_by_source",
+    "tune_scale",
 ]
 
 

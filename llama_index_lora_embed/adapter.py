@@ -114,7 +114,11 @@ def file_digest(path: Path) -> str:
 
 
 def fingerprint(
-    model: SentenceTransformer, base_sha256: str, directory: Path | None, precision: str = "float32"
+    model: SentenceTransformer,
+    base_sha256: str,
+    directory: Path | None,
+    precision: str = "float32",
+    scale: float = 1.0,
 ) -> str:
     """Digest of all that decides a model's vectors.
 
@@ -126,6 +130,7 @@ def fingerprint(
         base_sha256: Digest of the base's weight files.
         directory: Adapter directory; None for a base alone.
         precision: In which the vectors are computed.
+        scale: What the adapter is multiplied by.
 
     Returns:
         64 hexadecimal digits.
@@ -138,7 +143,7 @@ def fingerprint(
         targets = adapter.get("target_modules")
         adapter["target_modules"] = targets if isinstance(targets, str) else sorted(targets or [])
         adapter["weights"] = file_digest(directory / WEIGHTS_NAME)
-    decides = {
+    decides: dict[str, Any] = {
         "base": base_sha256,
         "adapter": adapter,
         "prompts": {name: model.prompts.get(name, "") for name in ("query", "document")},
@@ -148,6 +153,8 @@ def fingerprint(
         "precision": precision,
     }
     # absent unless they say something, so that vectors that they do not change keep their fingerprint
+    if scale != 1:
+        decides["scale"] = float(scale)
     if model.truncate_dim is not None:
         decides["truncate_dim"] = model.truncate_dim
     if "message" in getattr(model[0], "modalities", ()):

@@ -58,6 +58,8 @@ class LoraEmbedding(ManyAdapters):
         adapters: Name to folder or Hub id, of adapters that were trained on one base; instead of `adapter_path`. They
             are not merged. Without `base_model`, the base is the one that the first of them names.
         adapter: Which of `adapters` its vectors are of; None for the base's own.
+        adapter_scale: What the LoRA is multiplied by, from 0 (the base's vectors) to 1: between them lies less of what
+            was learnt and less of what was forgotten. `tune_scale` finds it by validation data.
         max_adapters: How many of `adapters` to hold in memory; the least recently used is unloaded, and loaded again
             when it is named.
         embed_batch_size: Texts that LlamaIndex hands over at once, 1 to 2048; a forward pass has no more.
@@ -189,6 +191,7 @@ class LoraEmbedding(ManyAdapters):
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
                 merge=self.merge,
+                scale=self.adapter_scale,
                 **vectors,
             )
             model, manifest, digest = loaded.model, loaded.manifest, loaded.fingerprint

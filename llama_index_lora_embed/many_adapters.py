@@ -27,6 +27,7 @@ class ManyAdapters(BaseEmbedding):
     adapters: dict[str, str] | None = Field(default=None, description="Adapters by name, as folders or Hub ids.")
     adapter: str | None = Field(default=None, description="Name of the adapter that vectors are of.")
     max_adapters: int = Field(default=32, ge=1, description="Adapters to hold in memory.")
+    adapter_scale: float = Field(default=1.0, ge=0.0, le=1.0, description="What adapters are multiplied by.")
     base_model: str | None = Field(default=None, description="Folder or Hub id of the base.")
     fingerprint: str | None = Field(default=None, description="Digest of all that decides the vectors.")
     revision: str | None = Field(default=None, description="Commit on the Hub.")
@@ -176,7 +177,9 @@ class ManyAdapters(BaseEmbedding):
         return None if self.adapter is None else self._by_name(self.adapter)
 
     def _describe(self, path: str) -> Adapter:
-        adapter: Adapter = self._shared.describe(path, cache_folder=self.cache_folder, prompts=self._prompts())
+        adapter: Adapter = self._shared.describe(
+            path, cache_folder=self.cache_folder, prompts=self._prompts(), scale=self.adapter_scale
+        )
         return adapter
 
     def _prompts(self) -> dict[str, str]:

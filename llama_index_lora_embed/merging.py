@@ -12,6 +12,37 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _MERGE_TOLERANCE = 1e-5
+# what is more than a low-rank product added to a weight
+_MORE_THAN_LORA = (
+    *("use_dora", "modules_to_save", "lora_bias"),
+    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
+)
+
+
+def beyond_lora(config: dict[str, Any]) -> list[str]:
+    """What of an adapter's configuration makes it more than plain LoRA; nothing for most.
+
+    Args:
+        config: `adapter_config.json`.
+    """
+    more = [name for name in _MORE_THAN_LORA if config.get(name)]
+    more += ["bias"] if config.get("bias", "none") != "none" else []
+    return more if config.get("peft_type") == "LORA" else [f"peft_type {config.get('peft_type')!r}", *more]
+
+
+def scale_lora(model: SentenceTransformer, scale: float, adapter_name: str = "default") -> None:
+    """Multiply a plain LoRA, which must not be merged, by a number: 0 gives the base's vectors, 1 changes nothing.
+
+    Args:
+        model: Has the adapter.
+        scale: From 0 to 1.
+        adapter_name: peft's name for it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.scaling:
+            layer.scaling[adapter_name] *= scale
 
 
 def merge_lora(model: SentenceTransformer) -> None:

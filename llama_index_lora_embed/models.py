@@ -30,7 +30,7 @@ from llama_index_lora_embed.errors import (
     UnsafeCheckpointError,
 )
 from llama_index_lora_embed.extras import require
-from llama_index_lora_embed.merging import check_effect, check_keys, merge_lora
+from llama_index_lora_embed.merging import beyond_lora, check_effect, check_keys, merge_lora, scale_lora
 from llama_index_lora_embed.presets import append_end_token, set_pooling, set_prompts
 
 if TYPE_CHECKING:
@@ -313,6 +313,7 @@ def load_adapter(
     passage_prompt: str | None = None,
     truncate_dim: int | None = None,
     merge: bool = True,
+    scale: float = 1.0,
 ) -> LoadedAdapter:
     """Load an adapter directory of ours or of sentence-transformers, checking all that can be checked.
 
@@ -327,11 +328,12 @@ def load_adapter(
         passage_prompt: Overrides the recorded passage prompt.
         truncate_dim: Cuts vectors to so many dimensions.
         merge: Add the LoRA to the base's weights (float32), so that inference costs what the base costs.
+        scale: Multiply the LoRA by so much, from 0 to 1.
 
     Raises:
         ModelNotFoundError: The adapter or its base is not there.
         AdapterError: The adapter is damaged, or its weights do not fit the base key by key.
-        ConfigError: `truncate_dim` does not fit.
+        ConfigError: `truncate_dim` does not fit, or the adapter is more than a LoRA and cannot be scaled.
         BaseModelMismatchError: The base's weights are others than those trained on.
         UnsafeCheckpointError: Adapter or base is stored as a pickle.
     """
@@ -340,6 +342,12 @@ def load_adapter(
     directory, _ = locate(adapter_path, revision, cache_folder)
     manifest = check_files(directory)
     config = read_config(directory / CONFIG_NAME)
+    if scale != 1 and (more := beyond_lora(config)):
+        raise ConfigError(
+            f"adapter_scale={scale!r} for an adapter with {', '.join(more)}",
+            "plain LoRA, which can be scaled as a whole",
+            "Leave the scale at 1.",
+        )
     base = find_base(base_model, config, manifest, cache_folder, directory)
     with tempfile.TemporaryDirectory() as copy:
         # sentence-transformers reads the base's place from the adapter's config alone, and passes over some names
@@ -366,7 +374,8 @@ def load_adapter(
     model.prompts.update({name: prompt for name, prompt in overrides.items() if prompt is not None})
     check_prompts(model)
     set_truncation(model, truncate_dim)
-    digest = fingerprint(model, base.weights_sha256, directory)
+    digest = fingerprint(model, base.weights_sha256, directory, scale=scale)
+    scale_lora(model, scale)
     if merge:
         merge_lora(model)
     return LoadedAdapter(model, base, digest, manifest)

@@ -26,17 +26,12 @@ from llama_index_lora_embed.adapter import (
 )
 from llama_index_lora_embed.encoding import NO_ADAPTER, Task, Vectors, encode
 from llama_index_lora_embed.errors import AdapterError, ConfigError, LoraEmbedError
-from llama_index_lora_embed.merging import check_effect, check_keys
+from llama_index_lora_embed.merging import beyond_lora, check_effect, check_keys, scale_lora
 from llama_index_lora_embed.windows import longest_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# what peft cannot compute in a mixed batch, or what would change the base for all adapters
-_ALONE = (
-    *("use_dora", "modules_to_save", "lora_bias"),
-    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
-)
 _ROOM = 16  # tokens that a tokenizer adds to a text, and more
 
 
@@ -45,12 +40,13 @@ class Adapter:
     """An adapter that a base can hold.
 
     Attributes:
-        name: peft's name for it: of its weights and settings, so that two users of a base can share it.
+        name: peft's name for it: of its weights, settings and scale, so that two users of a base can share it.
         path: Its directory.
         prompts: "query" and "document".
         max_seq_length: Tokens beyond which a text is cut.
         fingerprint: Of its vectors; the same as of `LoraEmbedding(path)`.
         manifest: None for an adapter that sentence-transformers saved.
+        scale: What it is multiplied by.
     """
 
     name: str
@@ -59,6 +55,7 @@ class Adapter:
     max_seq_length: int
     fingerprint: str
     manifest: Manifest | None
+    scale: float = 1.0
 
 
 class SharedBase:
@@ -103,13 +100,15 @@ class SharedBase:
         with self.lock:
             return list(self._resident)
 
-    def fingerprint_of(self, prompts: dict[str, str], max_seq_length: int, directory: Path | None) -> str:
+    def fingerprint_of(
+        self, prompts: dict[str, str], max_seq_length: int, directory: Path | None, scale: float = 1.0
+    ) -> str:
         """`adapter.fingerprint` of the base, or of an adapter's directory, with these prompts and this length."""
         with self.lock, self._length(max_seq_length):
             before = dict(self.model.prompts)
             self.model.prompts.update(prompts)
             try:
-                return fingerprint(self.model, self.base.weights_sha256, directory)
+                return fingerprint(self.model, self.base.weights_sha256, directory, scale=scale)
             finally:
                 self.model.prompts.clear()
                 self.model.prompts.update(before)
@@ -121,6 +120,7 @@ class SharedBase:
         revision: str | None = None,
         cache_folder: str | None = None,
         prompts: dict[str, str] | None = None,
+        scale: float = 1.0,
     ) -> Adapter:
         """Find an adapter and check that it fits; its weights are loaded when a text first names it.
 
@@ -129,6 +129,7 @@ class SharedBase:
             revision: Commit on the Hub.
             cache_folder: Of huggingface_hub.
             prompts: Instead of those recorded.
+            scale: Multiply it by so much, from 0 to 1.
 
         Raises:
             ModelNotFoundError: It is not there.
@@ -146,8 +147,8 @@ class SharedBase:
         prompts = {**self.prompts, **{k: v for k, v in recorded.items() if k in self.prompts}, **(prompts or {})}
         limit = manifest.max_seq_length if manifest is not None else _length_of(directory) or self.max_seq_length
         limit = min(limit, longest_text(self.model))
-        digest = self.fingerprint_of(prompts, limit, directory)
-        return Adapter(_name(directory), directory, prompts, limit, digest, manifest)
+        digest = self.fingerprint_of(prompts, limit, directory, scale)
+        return Adapter(_name(directory, scale), directory, prompts, limit, digest, manifest, scale)
 
     def encode(
         self,
@@ -270,13 +271,14 @@ class SharedBase:
                 self._resident[name] = None
 
     def _load(self, adapter: Adapter) -> None:
-        if not adapter.path.is_dir() or _name(adapter.path) != adapter.name:
+        if not adapter.path.is_dir() or _name(adapter.path, adapter.scale) != adapter.name:
             raise _changed(adapter)
         try:
             self.model.load_adapter(str(adapter.path), adapter_name=adapter.name)
             check_keys(self.model, adapter.path, adapter.name)
-            if _name(adapter.path) != adapter.name:  # replaced while it was read
+            if _name(adapter.path, adapter.scale) != adapter.name:  # replaced while it was read
                 raise _changed(adapter)
+            scale_lora(self.model, adapter.scale, adapter.name)
         except BaseException as error:
             with suppress(Exception):
                 self.model.delete_adapter(adapter.name)
@@ -290,12 +292,9 @@ class SharedBase:
             ) from error
 
     def _check_kind(self, directory: Path, config: dict[str, Any], manifest: Manifest | None) -> None:
-        alone = [name for name in _ALONE if config.get(name)]
-        alone += ["bias"] if config.get("bias", "none") != "none" else []
-        if config.get("peft_type") != "LORA" or alone:
-            what = ", ".join(alone) or f"peft_type {config.get('peft_type')!r}"
+        if more := beyond_lora(config):
             raise ConfigError(
-                f"the adapter {str(directory)!r} with {what}",
+                f"the adapter {str(directory)!r} with {', '.join(more)}",
                 "plain LoRA: others cannot share a forward pass with each other",
                 f"Load it alone: LoraEmbedding({str(directory)!r}).",
             )
@@ -317,10 +316,11 @@ def _changed(adapter: Adapter) -> AdapterError:
     )
 
 
-def _name(directory: Path) -> str:
+def _name(directory: Path, scale: float) -> str:
     """The name for peft: it must hold no dots, and say nothing of where the files lie."""
     parts = [file_digest(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)]
-    return "adapter_" + "_".join(part[:16] for part in parts)
+    digits = "" if scale == 1 else f"_{float(scale).hex().replace('.', 'd')}"
+    return "adapter_" + "_".join(part[:16] for part in parts) + digits
 
 
 def _read(path: Path) -> dict[str, Any]:
