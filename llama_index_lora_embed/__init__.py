@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.engine import LoraFinetuneEngine
     from llama_index_lora_embed.errors import LoraEmbedError
     from llama_index_lora_embed.evaluation import Verdict, evaluate_pairs, evaluate_retrieval, tune_scale
+    from llama_index_lora_embed.index import Stamp, check, read_stamp, stamp
     from llama_index_lora_embed.result import FinetuneResult
 
 __version__ = "0.1.0"
@@ -45,13 +46,17 @@ _HOME = {
     "ObjectiveSettings": "config",
     "Question": "data",
     "QuestionMaker": "data",
+    "Stamp": "index",
     "TitleMaker": "data",
     "Verdict": "evaluation",
+    "check": "index",
     "evaluate_pairs": "evaluation",
     "evaluate_retrieval": "evaluation",
     "generate_qa_embedding_pairs": "data",
     "mine_hard_negatives": "data",
+    "read_stamp": "index",
     "split_by_source": "data",
+    "stamp": "index",
     "tune_scale": "evaluation",
 }
 
@@ -71,13 +76,17 @@ __all__ = [
     "ObjectiveSettings",
     "Question",
     "QuestionMaker",
+    "Stamp",
     "TitleMaker",
     "Verdict",
+    "check",
     "evaluate_pairs",
     "evaluate_retrieval",
     "generate_qa_embedding_pairs",
     "mine_hard_negatives",
+    "read_stamp",
     "split_by_source",
+    "stamp",
     "tune_scale",
 ]
 

@@ -116,6 +116,10 @@ class AdapterError(LoraEmbedError):
     """An adapter directory is damaged, incomplete, or does not fit its base model."""
 
 
+class WrongIndexError(LoraEmbedError):
+    """An index was built with another embedding model than the one that it is asked with."""
+
+
 class UnsafeCheckpointError(AdapterError):
     """Weights are stored in a pickle, which can run code when loaded."""
 
