@@ -63,7 +63,7 @@ class LoraEmbedding(ManyAdapters):
         max_adapters: How many of `adapters` to hold in memory; the least recently used is unloaded, and loaded again
             when it is named.
         embed_batch_size: Texts that LlamaIndex hands over at once, 1 to 2048; a forward pass has no more.
-        tokens_per_pass: Tokens in a forward pass, padding included; None for 4,096 on a processor and 65,536 elsewhere.
+        tokens_per_pass: Tokens in a forward pass, padding included; None for 2,048 on a processor and 65,536 elsewhere.
             Lower it where a device's memory runs out.
 
     Raises:
