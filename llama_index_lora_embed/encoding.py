@@ -17,6 +17,7 @@ from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import nn
 
 from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.texts import longest_first
 from llama_index_lora_embed.windows import COUNTS
 
 if TYPE_CHECKING:
@@ -30,41 +31,6 @@ NO_ADAPTER = "__base__"
 # measured with MiniLM on two cores (benchmarks/README.md); an accelerator needs more to be busy
 _TOKENS_AT_ONCE = {"cpu": 2048}
 _TOKENS_ON_ACCELERATORS = 65_536
-
-
-def check_texts(texts: Sequence[Any]) -> list[str]:
-    """The texts as a model can read them.
-
-    Halves of characters (lone surrogates), which no tokenizer takes, become U+FFFD.
-
-    Raises:
-        ConfigError: Something is no string; the first ten are named.
-    """
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
-        raise ConfigError(
-            f"texts of type {type(texts).__name__}", "a list of strings", "Put a single text into a list."
-        )
-    wrong = [
-        f"texts[{i}] is of type {type(text).__name__}" for i, text in enumerate(texts) if not isinstance(text, str)
-    ]
-    if wrong:
-        raise ConfigError(
-            f"{len(wrong)} thing(s) among {len(texts)} texts that are none",
-            "strings; '' for an empty text",
-            "Leave them out, or embed node.get_content():",
-            wrong[:10],
-        )
-    return [text if text.isascii() else _whole_characters(text) for text in texts]
-
-
-def _whole_characters(text: str) -> str:
-    # halves that belong together become the character that they are
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def longest_first(texts: Sequence[str]) -> list[int]:
-    """Numbers of the texts, the longest first: texts of one length are computed with little padding."""
-    return sorted(range(len(texts)), key=lambda i: -len(texts[i]))
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -166,8 +132,8 @@ def _adapters(model: nn.Module, names: list[str] | None) -> Iterator[None]:
                 module.forward = partial(_linear, module, runs, len(names))  # type: ignore[method-assign]
                 changed.append(module)
             elif isinstance(module, LoraLayer):
-                hook = partial(_with_names, names=names)
-                hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                given = partial(_with_names, names=names)
+                hooks.append(module.register_forward_pre_hook(given, with_kwargs=True))
         yield
     finally:
         for module in changed:

@@ -12,6 +12,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.texts import check_texts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -131,8 +132,6 @@ class ManyAdapters(BaseEmbedding):
         Raises:
             ConfigError: A name is unknown, there are not as many names as texts, or a text is no string.
         """
-        from llama_index_lora_embed.encoding import check_texts
-
         checked = check_texts(texts)
         self._several()
         if isinstance(adapters, str) or len(adapters) != len(checked):

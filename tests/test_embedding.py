@@ -10,6 +10,7 @@ import torch
 from llama_index.core import Settings
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.schema import MetadataMode, TextNode
+from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from sentence_transformers import SentenceTransformer
 
@@ -193,3 +194,44 @@ def test_long_texts_are_cut_at_the_recorded_length(embed_model):
 def test_neither_adapter_nor_base_is_refused():
     with pytest.raises(ConfigError, match="without a model"):
         LoraEmbedding()
+
+
+def test_the_embeddings_cache_tells_models_and_prompts_apart(adapter, tiny_model):
+    """LlamaIndex's own keys are the texts alone, for queries and passages of all models."""
+    store = SimpleKVStore()
+    plain = LoraEmbedding(adapter, device="cpu")
+    kinds = [
+        {"adapter_path": adapter},
+        {"base_model": tiny_model},
+        {"adapter_path": adapter, "query_prompt": "query : ", "passage_prompt": "passage : "},
+        {"adapter_path": adapter, "adapter_scale": 0.5},
+    ]
+    for _ in range(2):
+        for kind in kinds:
+            cached = LoraEmbedding(**kind, device="cpu", embeddings_cache=store)
+            alone = LoraEmbedding(**kind, device="cpu")
+            for text in ("w1 w2", "w3"):
+                assert distance(cached.get_text_embedding(text), alone.get_text_embedding(text)) < 1e-6
+                assert distance(cached.get_query_embedding(text), alone.get_query_embedding(text)) < 1e-6
+                assert distance(asyncio.run(cached.aget_query_embedding(text)), alone.get_query_embedding(text)) < 1e-6
+            assert distance(vectors(cached), vectors(alone)) < 1e-5
+            assert distance(asyncio.run(cached.aget_text_embedding_batch(TEXTS)), vectors(alone)) < 1e-5
+    assert len(store.get_all("embeddings")) == 4 * (len({*TEXTS, "w1 w2", "w3"}) + 2)
+    later = LoraEmbedding(adapter, device="cpu")
+    later.embeddings_cache = store
+    assert distance(later.get_query_embedding("w3"), plain.get_query_embedding("w3")) < 1e-6
+
+
+def test_what_is_in_the_embeddings_cache_is_not_computed_again(adapter, monkeypatch):
+    cached = LoraEmbedding(adapter, device="cpu", embeddings_cache=SimpleKVStore())
+    before = vectors(cached), cached.get_query_embedding("w1")
+    monkeypatch.setattr(LoraEmbedding, "_encode", None)
+    again = pickle.loads(pickle.dumps(cached))
+    for one in (cached, again):
+        assert distance(vectors(one), before[0]) == 0
+        assert one.get_query_embedding("w1") == before[1]
+
+
+def test_what_is_no_store_is_refused_for_a_cache(adapter):
+    with pytest.raises(TypeError, match="BaseKVStore"):
+        LoraEmbedding(adapter, device="cpu", embeddings_cache={})

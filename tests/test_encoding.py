@@ -6,8 +6,9 @@ from llama_index.core.schema import TextNode
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import LoraEmbedding
-from llama_index_lora_embed.encoding import check_texts, encode, longest_first
+from llama_index_lora_embed.encoding import encode
 from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.texts import check_texts, longest_first
 from tests.conftest import WORDS
 
 TEXTS = [" ".join(WORDS[i : i + 1 + 7 * i % 15]) for i in range(50)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def run(snippet, namespace, tiny_model):
 
 
 def test_the_snippets_are_the_ones_that_are_tested_here():
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
 
 
 def test_the_ten_lines(namespace, tiny_model, capsys):
@@ -58,9 +59,17 @@ def test_training_further(namespace, tiny_model):
     assert json.loads(Path("runs/handbook-2/finetune.json").read_text())["parent"]["path"].endswith("runs/handbook")
 
 
+def test_several_adapters_and_a_stamp(namespace, tiny_model, adapter):
+    from llama_index.core import VectorStoreIndex
+
+    for name in ("legal", "hr"):
+        shutil.copytree(adapter, f"runs/{name}")
+    run(SNIPPETS[4], {**namespace, "VectorStoreIndex": VectorStoreIndex}, tiny_model)
+
+
 def test_coming_from_the_old_package(namespace, tiny_model):
     """The old documentation's calls, with only the import changed."""
-    run(SNIPPETS[4], namespace, tiny_model)
+    run(SNIPPETS[5], namespace, tiny_model)
     train_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("train.json")
     val_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("val.json")
     finetune_engine = namespace["SentenceTransformersFinetuneEngine"](

@@ -96,10 +96,12 @@ def cached_loss(
     del first, vectors
 
     def second_pass(incoming: Tensor) -> None:
-        if kept is not None:
+        done = None
+        if graph and kept is not None:  # a loss that is differentiated again encodes it again
             graph.pop().backward(gradients[kept] * incoming)  # type: ignore[no-untyped-call]
+            done = kept
         for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
-            if number == kept:
+            if number == done:
                 continue
             # as in `embed_all`: backward passes that DistributedDataParallel did not prepare for only accumulate
             with state.again(), torch.enable_grad(), autocast():
