@@ -72,7 +72,9 @@ def measure_mixing(paths: dict[str, str], count: int, repeats: int, words: list[
     names = [list(paths)[i % len(paths)] for i in range(count)]
     own = {name: [i for i in range(count) if names[i] == name] for name in paths}
     many = LoraEmbedding(adapters=paths, device="cpu")
-    views = {name: many.with_adapter(name) for name in paths}
+    switched = LoraEmbedding(paths[names[0]], merge=False, device="cpu").sentence_transformer
+    for name, path in paths.items():
+        switched.load_adapter(path, adapter_name=name)
 
     def mixed() -> Any:
         return many.get_mixed_embeddings(queries, names, kind="query")
@@ -88,7 +90,8 @@ def measure_mixing(paths: dict[str, str], count: int, repeats: int, words: list[
         return many.get_mixed_embeddings(texts, [name] * len(texts), kind="query")
 
     def by_switch(name: str, texts: list[str]) -> Any:
-        return views[name].sentence_transformer.encode_query(texts, show_progress_bar=False)
+        switched.set_adapter(name)
+        return switched.encode_query(texts, show_progress_bar=False)
 
     ways = {"mixed": mixed, "views": lambda: one_by_one(by_view), "switched": lambda: one_by_one(by_switch)}
     results = {way: np.array(run()) for way, run in ways.items()}  # warm

@@ -45,7 +45,7 @@ class LoraEmbedding(ManyAdapters):
         adapter_path: Folder or Hub id of the adapter; None for the untuned base.
         base_model: Folder or Hub id of the base, where it is not the place recorded in the adapter, or where
             there is no adapter.
-        revision: Commit of the adapter (of the base, where there is no adapter) on the Hub.
+        revision: Commit of the adapter (of `base_model`, where there is none or several) on the Hub.
         cache_folder: Of huggingface_hub.
         device: torch device; None lets sentence-transformers choose.
         query_prompt: Overrides the recorded query prompt.
@@ -63,8 +63,8 @@ class LoraEmbedding(ManyAdapters):
         adapter: Which of `adapters` its vectors are of; None for the base's own.
         adapter_scale: What the LoRA is multiplied by, from 0 (the base's vectors) to 1: between them lies less of what
             was learnt and less of what was forgotten. `tune_scale` finds it by validation data.
-        max_adapters: How many of `adapters` to hold in memory; the least recently used is unloaded, and loaded again
-            when it is named.
+        max_adapters: How many adapters to hold in memory; the least recently used is unloaded, and loaded again when it
+            is named. Of several objects that share a base the largest counts.
         embed_batch_size: Texts that LlamaIndex hands over at once, 1 to 2048; a forward pass has no more.
         tokens_per_pass: Tokens in a forward pass, padding included; None for 2,048 on a processor and 65,536 elsewhere.
             Lower it where a device's memory runs out.
@@ -158,13 +158,19 @@ class LoraEmbedding(ManyAdapters):
 
     @property
     def sentence_transformer(self) -> SentenceTransformer:
-        """The loaded model, with sentence-transformers' own calls for adapters on it.
+        """The loaded model; with `merge=False`, sentence-transformers' own calls for adapters do something on it.
 
-        With `adapters` it is everybody's who uses the base: this one's adapter is made the active one, and what the
-        model is told is told to them all. `merge=False` keeps a single adapter apart from its base.
+        Raises:
+            ConfigError: The model is shared with others, who would get what it is told.
         """
         model = self._ready()
-        return model if self._shared is None else self._shared.activate(self._own(), self.max_adapters)
+        if self._shared is not None:
+            raise ConfigError(
+                "the model of an embedding model with adapters, which others in the process share",
+                "one of its own",
+                "LoraEmbedding(path, merge=False).sentence_transformer",
+            )
+        return model
 
     def _ready(self) -> SentenceTransformer:
         """The model, loaded now if this object came out of a pickle."""
@@ -281,6 +287,7 @@ class LoraEmbedding(ManyAdapters):
                 most_adapters=self.max_adapters,
                 base_prompts={**self._shared.prompts, **self._prompts()},
                 most_tokens=self.tokens_per_pass,
+                most_texts=self.embed_batch_size,
                 unit_length=self._unit_length,
             )
         else:

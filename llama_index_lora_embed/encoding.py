@@ -68,22 +68,27 @@ def encode(
     prompt = model.prompts.get(task) if prompt is None else prompt
     order = longest_first(texts)
     limit = model.max_seq_length or 512
+    most = most_texts or len(order)
     made: list[torch.Tensor] = []
     placed: list[int] = []
-    per_character, start = 1.0, 0  # tokens; texts have fewer than characters, how many fewer the first batches show
+    per_character, start = 1.0, 0  # tokens, as the batch before has shown; most scripts have fewer than characters
     model.eval()
     with torch.inference_mode():
         while start < len(order):
             characters = len(texts[order[start]]) + len(prompt or "")
             width = min(limit, math.ceil(characters * per_character) + 8)
-            count = min(most_texts or len(order), max(1, most_tokens // width))
+            count = min(most, len(order) - start, max(1, most_tokens // width))
             batch = order[start : start + count]
             if adapters is not None:  # neighbours with one adapter are computed together
                 batch.sort(key=adapters.__getitem__)
             features = model.preprocess([texts[i] for i in batch], prompt=prompt or None, task=task)
-            seen = _width(features)
-            if seen is not None and seen < limit:  # not cut
-                per_character = min(1.0, seen / max(1, characters))
+            seen, tokens = _tokens(features)
+            if seen < limit:  # not cut
+                per_character = seen / max(1, characters)
+            if tokens > most_tokens and count > 1:  # another script has more tokens for as many characters
+                most = max(1, min(count - 1, count * most_tokens // tokens))
+                continue
+            most = most_texts or len(order)
             names = None if adapters is None else _for_rows([adapters[i] for i in batch], features)
             with _adapters(model, names):
                 vectors = model(batch_to_device(features, model.device), task=task)["sentence_embedding"]
@@ -101,9 +106,13 @@ def encode(
     return out
 
 
-def _width(features: dict[str, Any]) -> int | None:
+def _tokens(features: dict[str, Any]) -> tuple[int, int]:
+    """Of the longest text, and of all, padding included."""
     ids = features.get("input_ids")
-    return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        return 0, 0
+    windows = int(features[COUNTS].max()) if COUNTS in features else 1
+    return ids.shape[1] * windows, ids.numel()
 
 
 def _for_rows(names: list[str], features: dict[str, Any]) -> list[str]:
@@ -125,19 +134,24 @@ def _adapters(model: nn.Module, names: list[str] | None) -> Iterator[None]:
         yield
         return
     runs = _runs(names)
-    hooks, changed = [], []
+    hooks, changed, disabled = [], [], []
     try:
         for module in model.modules():
             if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear and not module.merged:
                 module.forward = partial(_linear, module, runs, len(names))  # type: ignore[method-assign]
                 changed.append(module)
             elif isinstance(module, LoraLayer):
+                if module.disable_adapters:  # which peft looks at before it looks at names
+                    module._disable_adapters = False
+                    disabled.append(module)
                 given = partial(_with_names, names=names)
                 hooks.append(module.register_forward_pre_hook(given, with_kwargs=True))
         yield
     finally:
         for module in changed:
             del module.forward
+        for module in disabled:
+            module._disable_adapters = True
         for hook in hooks:
             hook.remove()
 
@@ -150,14 +164,15 @@ def _runs(names: list[str]) -> list[tuple[str, int, int]]:
 
 
 def _linear(layer: LoraLinear, runs: list[tuple[str, int, int]], rows: int, x: torch.Tensor) -> torch.Tensor:
-    if len(x) != rows:
+    one = runs[0][0] if len(runs) == 1 and runs[0][2] - runs[0][1] == rows else None
+    if one is None and runs and len(x) != rows:
         raise ConfigError(
             f"a layer that gets {len(x)} rows for a batch of {rows} texts",
             "a model whose layers keep texts apart, to mix adapters in a batch",
             "Embed the texts of each adapter by themselves: LoraEmbedding(path).",
         )
     y: torch.Tensor = layer.get_base_layer()(x)
-    for name, start, end in runs:
+    for name, start, end in runs if one is None else [(one, 0, len(x))]:
         if name in layer.lora_A:
             down: Any = layer.lora_A[name].weight
             up: Any = layer.lora_B[name].weight

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from llama_index.core.vector_stores.simple import DEFAULT_VECTOR_STORE
 
 from llama_index_lora_embed.embedding import LoraEmbedding
 from llama_index_lora_embed.errors import ConfigError, OutputDirectoryError, WrongIndexError, warn_user
@@ -57,10 +61,15 @@ class Stamp:
             trained = embed_model.manifest.created if embed_model.manifest is not None else ""
         else:
             settings = {name: getattr(embed_model, name, None) for name in _DECIDING}
-            text = json.dumps([type(embed_model).class_name(), settings], sort_keys=True, default=str)
+            kind = type(embed_model)
+            text = json.dumps([kind.__module__, kind.__qualname__, settings], sort_keys=True, default=str)
             digest = hashlib.sha256(text.encode()).hexdigest()
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return cls(digest, embed_model.model_name, len(embed_model.get_text_embedding("dimensions")), now, trained)
+
+    def differs(self, other: Stamp) -> bool:
+        """Whether it is another model's."""
+        return (self.fingerprint, self.dimensions) != (other.fingerprint, other.dimensions)
 
     def to_json(self) -> str:
         """As it is stored."""
@@ -114,7 +123,7 @@ def stamp(target: Any, embed_model: BaseEmbedding, *, replace: bool = False) -> 
     text = place.read()
     if text is not None and not replace:
         there = Stamp.from_json(text)
-        if there.fingerprint != made.fingerprint:
+        if there.differs(made):
             raise _wrong(there, made)
         return there
     place.write(made.to_json(), embed_model)
@@ -162,7 +171,7 @@ def check(
             raise problem
         if without_stamp == "warn":
             warn_user(str(problem))
-    elif there.fingerprint != mine.fingerprint:
+    elif there.differs(mine):
         raise _wrong(there, mine)
     return there
 
@@ -171,13 +180,16 @@ def _wrong(there: Stamp, mine: Stamp) -> WrongIndexError:
     return WrongIndexError(
         f"an index that was built on {there.created} with {there}, and the embedding model {mine}",
         "the embedding model that it was built with: vectors of two models cannot be compared",
-        "Ask it with that one, or index again: index = VectorStoreIndex(nodes, embed_model=embed_model), then "
-        "stamp(index, embed_model).",
+        "Ask it with that one, or index again: delete the old vectors (or take a new collection or folder), index = "
+        "VectorStoreIndex(nodes, embed_model=embed_model), then stamp(index, embed_model, replace=True).",
     )
 
 
 class _Folder:
-    """A file in the folder of a persisted `StorageContext`."""
+    """A persisted `StorageContext`: its vector store's own file, or one beside it where that is none of LlamaIndex's.
+
+    In the vector store's file the stamp goes where the vectors go: persisting other ones writes over both.
+    """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -185,26 +197,47 @@ class _Folder:
                 f"{str(folder)!r}, which is no folder", "where a StorageContext was persisted", "Check it."
             )
         self.file = folder / STAMP_NAME
+        self.vectors = folder / f"{DEFAULT_VECTOR_STORE}__vector_store.json"
+
+    def _store(self) -> dict[str, Any] | None:
+        """What the vector store's file holds; None if it is none of a `SimpleVectorStore`."""
+        try:
+            data = json.loads(self.vectors.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return data if isinstance(data, dict) and "embedding_dict" in data else None
 
     def read(self) -> str | None:
+        if (store := self._store()) is not None:
+            held = (store.get("metadata_dict") or {}).get(_ENTRY) or {}
+            return held.get(_KEY)
         return self.file.read_text(encoding="utf-8") if self.file.exists() else None
 
     def write(self, text: str, embed_model: BaseEmbedding) -> None:
+        if (store := self._store()) is not None:
+            store["metadata_dict"] = {**(store.get("metadata_dict") or {}), _ENTRY: {_KEY: text}}
+            _replace(self.vectors, json.dumps(store))
+        else:
+            _replace(self.file, text)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        handle, staging = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
         try:
-            handle, staging = tempfile.mkstemp(dir=self.file.parent, prefix=f".{STAMP_NAME}.")
-            try:
-                with open(handle, "w", encoding="utf-8") as stream:
-                    stream.write(text)
-                os.replace(staging, self.file)
-            except BaseException:
-                Path(staging).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise OutputDirectoryError(
-                f"a folder {str(self.file.parent)!r} that cannot be written ({error})",
-                "one that can: the stamp is kept beside the index",
-                "Change its permissions, or persist the index elsewhere.",
-            ) from error
+            with open(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            os.replace(staging, file)
+        except BaseException:
+            Path(staging).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputDirectoryError(
+            f"a folder {str(file.parent)!r} that cannot be written ({error})",
+            "one that can: the stamp is kept with the index",
+            "Change its permissions, or persist the index elsewhere.",
+        ) from error
 
 
 class _Chroma:
@@ -266,6 +299,8 @@ class _Entry:
         from llama_index.core.schema import TextNode
 
         away = [-value for value in embed_model.get_text_embedding("This entry says which model made the vectors.")]
+        with suppress(NotImplementedError):  # some stores would keep two of them
+            self.store.delete_nodes([_ENTRY])
         self.store.add([TextNode(id_=_ENTRY, text="", metadata={_KEY: text}, embedding=away)])
 
 
@@ -277,7 +312,13 @@ def _place_of(target: Any) -> _Folder | _Chroma | _Simple | _Entry:
         return _Folder(Path(target))
     store = getattr(target, "vector_store", target)  # of an index
     collection = getattr(store, "_collection", store)  # of a ChromaVectorStore
-    if callable(getattr(collection, "modify", None)) and hasattr(collection, "metadata"):
+    if type(collection).__module__.startswith("chromadb."):
+        if inspect.iscoroutinefunction(getattr(collection, "modify", None)):
+            raise ConfigError(
+                "an asynchronous Chroma collection",
+                "one of a synchronous client",
+                "chromadb.HttpClient opens the same collection.",
+            )
         return _Chroma(collection)
     if isinstance(store, SimpleVectorStore):
         return _Simple(store)

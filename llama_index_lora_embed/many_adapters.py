@@ -26,9 +26,11 @@ class ManyAdapters(BaseEmbedding):
     """What `LoraEmbedding` does with `adapters`; its fields are described there."""
 
     adapters: dict[str, str] | None = Field(default=None, description="Adapters by name, as folders or Hub ids.")
-    adapter: str | None = Field(default=None, description="Name of the adapter that vectors are of.")
+    adapter: str | None = Field(default=None, frozen=True, description="Name of the adapter that vectors are of.")
     max_adapters: int = Field(default=32, ge=1, description="Adapters to hold in memory.")
-    adapter_scale: float = Field(default=1.0, ge=0.0, le=1.0, description="What adapters are multiplied by.")
+    adapter_scale: float = Field(
+        default=1.0, ge=0.0, le=1.0, frozen=True, description="What adapters are multiplied by."
+    )
     base_model: str | None = Field(default=None, description="Folder or Hub id of the base.")
     fingerprint: str | None = Field(default=None, description="Digest of all that decides the vectors.")
     revision: str | None = Field(default=None, description="Commit on the Hub.")
@@ -110,8 +112,11 @@ class ManyAdapters(BaseEmbedding):
             self._several()
             own = None if name is None else self._by_name(name)
             view = self.__deepcopy__()
-            view.adapter, view.fingerprint = name, None
-            view.model_name = str(self.base_model if own is None else self.adapters[name])  # type: ignore[index]
+            view.__dict__["adapter"] = name
+            view.fingerprint = None
+            view.model_name = self._shared.base.model_id if own is None else str((self.adapters or {})[str(name)])
+            # which no copy takes along
+            view.callback_manager, view.rate_limiter = self.callback_manager, self.rate_limiter
             view._shared, view._known = self._shared, self._known
         view._take_several()
         return view
@@ -191,8 +196,9 @@ class ManyAdapters(BaseEmbedding):
 
         paths = self.adapters or {}
         if self.base_model is None:
-            self.base_model = models.recorded_base(next(iter(paths.values())), cache_folder=self.cache_folder)
-        base = models.describe_base(self.base_model, self.revision, self.cache_folder)
+            base = models.recorded_base(next(iter(paths.values())), cache_folder=self.cache_folder)
+        else:
+            base = models.describe_base(self.base_model, self.revision, self.cache_folder)
         self._shared = SharedBase.of(base, **self._base_loading())
         self._known = {name: self._describe(path) for name, path in paths.items()}
         self._take_several()

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 _MERGE_TOLERANCE = 1e-5
 # what is more than a low-rank product added to a weight
 _MORE_THAN_LORA = (
-    *("use_dora", "modules_to_save", "lora_bias"),
-    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
+    *("use_dora", "use_qalora", "use_bdlora", "modules_to_save", "lora_bias", "layer_replication"),
+    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "megatron_config"),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
+# other ways to begin (PiSSA, OLoRA, CorDA, LoftQ, ...) take something out of the base's weights when they are loaded
+_BEGINNINGS = (None, True, False, "gaussian", "orthogonal")
 
 
 def beyond_lora(config: dict[str, Any]) -> list[str]:
@@ -27,6 +30,8 @@ def beyond_lora(config: dict[str, Any]) -> list[str]:
     """
     more = [name for name in _MORE_THAN_LORA if config.get(name)]
     more += ["bias"] if config.get("bias", "none") != "none" else []
+    begun = config.get("init_lora_weights", True)
+    more += [] if begun in _BEGINNINGS else [f"init_lora_weights={begun!r}"]
     return more if config.get("peft_type") == "LORA" else [f"peft_type {config.get('peft_type')!r}", *more]
 
 

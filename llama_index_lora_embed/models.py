@@ -396,8 +396,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def recorded_base(adapter_path: str, *, cache_folder: str | None = None) -> str:
-    """The base that an adapter names.
+def recorded_base(adapter_path: str, *, cache_folder: str | None = None) -> BaseInfo:
+    """The base that an adapter names, at the revision that it was trained on.
 
     Raises:
         ModelNotFoundError: The adapter is not there.
@@ -406,7 +406,7 @@ def recorded_base(adapter_path: str, *, cache_folder: str | None = None) -> str:
     directory, _ = locate(adapter_path, None, cache_folder)
     check_files(directory)
     config = read_config(directory / CONFIG_NAME)
-    return find_base(None, config, Manifest.read(directory), cache_folder, directory).model_id
+    return find_base(None, config, Manifest.read(directory), cache_folder, directory)
 
 
 def find_base(

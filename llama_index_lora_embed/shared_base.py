@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,13 +26,16 @@ from llama_index_lora_embed.adapter import (
     fingerprint,
 )
 from llama_index_lora_embed.encoding import NO_ADAPTER, Task, Vectors, encode
-from llama_index_lora_embed.errors import AdapterError, ConfigError, LoraEmbedError
+from llama_index_lora_embed.errors import AdapterError, BaseModelMismatchError, ConfigError, LoraEmbedError
 from llama_index_lora_embed.merging import beyond_lora, check_effect, check_keys, scale_lora
-from llama_index_lora_embed.windows import longest_text
+from llama_index_lora_embed.windows import check_prompts, longest_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+logger = logging.getLogger(__name__)
+
+_MIXED_TOLERANCE = 1e-4  # relative; padding changes sums in their last digits
 _ROOM = 16  # tokens that a tokenizer adds to a text, and more
 
 
@@ -79,6 +83,8 @@ class SharedBase:
         self.max_seq_length = int(model.max_seq_length or 0)
         self.lock = threading.RLock()
         self._resident: OrderedDict[str, None] = OrderedDict()  # the least recently used first
+        self._most = 1
+        self._mixes: bool | None = None
 
     @classmethod
     def of(cls, base: models.BaseInfo, **loading: Any) -> SharedBase:
@@ -108,6 +114,7 @@ class SharedBase:
             before = dict(self.model.prompts)
             self.model.prompts.update(prompts)
             try:
+                check_prompts(self.model)
                 return fingerprint(self.model, self.base.weights_sha256, directory, scale=scale)
             finally:
                 self.model.prompts.clear()
@@ -140,11 +147,19 @@ class SharedBase:
         directory, _ = models.locate(path, revision, cache_folder)
         manifest = check_files(directory)
         config = models.read_config(directory / CONFIG_NAME)
-        models.find_base(str(self.base.path), config, manifest, cache_folder, directory)
+        # an adapter of sentence-transformers says where its base is, not which weights it had
+        place = str(self.base.path) if manifest is not None else None
+        found = models.find_base(place, config, manifest, cache_folder, directory)
+        if found.weights_sha256 != self.base.weights_sha256:
+            raise BaseModelMismatchError(
+                f"the adapter {str(directory)!r}, trained on {found.model_id!r}",
+                f"one for the loaded base, {self.base.model_id!r}",
+                f"Load it alone: LoraEmbedding({str(directory)!r}).",
+            )
         self._check_kind(directory, config, manifest)
         check_effect(directory, manifest)
         recorded = _read(directory / "config_sentence_transformers.json").get("prompts") or {}
-        prompts = {**self.prompts, **{k: v for k, v in recorded.items() if k in self.prompts}, **(prompts or {})}
+        prompts = {**{task: recorded.get(task) or "" for task in self.prompts}, **(prompts or {})}
         limit = manifest.max_seq_length if manifest is not None else _length_of(directory) or self.max_seq_length
         limit = min(limit, longest_text(self.model))
         digest = self.fingerprint_of(prompts, limit, directory, scale)
@@ -159,6 +174,7 @@ class SharedBase:
         most_adapters: int,
         base_prompts: dict[str, str] | None = None,
         most_tokens: int | None = None,
+        most_texts: int | None = None,
         unit_length: bool = False,
     ) -> Vectors:
         """Vectors of texts, each with its adapter, in as few forward passes as if there were one adapter.
@@ -167,10 +183,11 @@ class SharedBase:
             texts: Checked.
             adapters: Of each text; None for the base.
             task: "query" or "document".
-            most_adapters: To hold in memory; others are unloaded, the least recently used first. Where the texts name
-                more, they are computed in several rounds.
+            most_adapters: To hold in memory, if nobody has asked for more; others are unloaded, the least recently used
+                first. Where the texts name more, they are computed in several rounds.
             base_prompts: Of texts without an adapter, instead of the base's.
             most_tokens: In a forward pass.
+            most_texts: In a forward pass.
             unit_length: Scale vectors to length 1.
 
         Returns:
@@ -182,14 +199,12 @@ class SharedBase:
         by_name: dict[str, list[int]] = defaultdict(list)
         for number, adapter in enumerate(adapters):
             by_name[NO_ADAPTER if adapter is None else adapter.name].append(number)
-        named = [name for name in by_name if name != NO_ADAPTER]
-        rounds = [named[i : i + most_adapters] for i in range(0, len(named), most_adapters)] or [[]]
         out: Vectors | None = None
         with self.lock:
-            for position, names in enumerate(rounds):
+            self._most = max(self._most, most_adapters)
+            for names in self._rounds(by_name, adapters):
                 numbers = [i for name in names for i in by_name[name]]
-                numbers += by_name.get(NO_ADAPTER, []) if position == 0 else []
-                self._hold({a.name: a for i in numbers if (a := adapters[i]) is not None}, most_adapters)
+                self._hold({a.name: a for i in numbers if (a := adapters[i]) is not None}, self._most)
                 for (prompt, limit), members in self._alike(texts, adapters, numbers, task, base_prompts).items():
                     with self._length(limit):
                         vectors = encode(
@@ -199,6 +214,7 @@ class SharedBase:
                             prompt=prompt,
                             adapters=[NO_ADAPTER if (a := adapters[i]) is None else a.name for i in members],
                             most_tokens=most_tokens,
+                            most_texts=most_texts,
                             unit_length=unit_length,
                         )
                     if out is None:
@@ -206,23 +222,43 @@ class SharedBase:
                     out[members] = vectors
         return encode(self.model, [], task) if out is None else out
 
+    def _rounds(self, by_name: dict[str, list[int]], adapters: Sequence[Adapter | None]) -> list[list[str]]:
+        """Names of adapters that are computed together."""
+        names = list(by_name)
+        if len(names) < 2 or self._can_mix(by_name, adapters):
+            return [names[i : i + self._most] for i in range(0, len(names), self._most)]
+        return [[name] for name in names]
+
+    def _can_mix(self, by_name: dict[str, list[int]], adapters: Sequence[Adapter | None]) -> bool:
+        """Whether the model's layers keep texts apart; tried once, with the first two adapters that meet.
+
+        Some architectures put tokens before texts, or share rows among texts.
+        """
+        if self._mixes is None:
+            some = [name for name in by_name if name != NO_ADAPTER][: max(1, min(2, self._most))]
+            self._hold({n: a for n in some if (a := adapters[by_name[n][0]]) is not None}, self._most)
+            names = [*some, NO_ADAPTER]
+            texts = ["which rows are of which text, in every layer?", "a text that is a little longer, another one",
+                     "the base alone for this one, with no adapter"][: len(names)]  # fmt: skip
+            try:
+                mixed = encode(self.model, texts, "document", prompt="", adapters=names)
+                alone = [
+                    encode(self.model, [t], "document", prompt="", adapters=[n])
+                    for t, n in zip(texts, names, strict=True)
+                ]
+                scale = float(np.abs(alone).max())
+                self._mixes = bool(np.abs(mixed - np.concatenate(alone)).max() <= _MIXED_TOLERANCE * scale)
+            except (ConfigError, ValueError, RuntimeError, TypeError, IndexError) as error:
+                logger.info("adapters of %s are computed one after the other: %s", self.base.model_id, error)
+                self._mixes = False
+        return self._mixes
+
     def unload(self, adapter: Adapter) -> None:
         """Free an adapter's memory, once those who are using it have done so; it is loaded again when it is named."""
         with self.lock:
             if adapter.name in self._resident:
                 self.model.delete_adapter(adapter.name)
                 del self._resident[adapter.name]
-
-    def activate(self, adapter: Adapter | None, most_adapters: int) -> SentenceTransformer:
-        """The model with this adapter active and all others not, as sentence-transformers' own calls leave it."""
-        with self.lock:
-            if adapter is not None:
-                self._hold({adapter.name: adapter}, most_adapters)
-                self.model.enable_adapters()
-                self.model.set_adapter(adapter.name)
-            elif self._resident:
-                self.model.disable_adapters()
-            return self.model
 
     def _alike(
         self,
@@ -298,6 +334,14 @@ class SharedBase:
                 "plain LoRA: others cannot share a forward pass with each other",
                 f"Load it alone: LoraEmbedding({str(directory)!r}).",
             )
+        for path in directory.rglob("*.safetensors"):  # of heads, which sentence-transformers may have trained, too
+            same = self.base.path / path.relative_to(directory)
+            if path != directory / WEIGHTS_NAME and not (same.is_file() and file_digest(same) == file_digest(path)):
+                raise ConfigError(
+                    f"the adapter {str(directory)!r} with weights of its own in {path.relative_to(directory)}",
+                    "an adapter whose other modules are the base's",
+                    f"Load it alone: LoraEmbedding({str(directory)!r}).",
+                )
         own = describe_modules(self.model)
         trained = manifest.pooling if manifest is not None else _modules_of(directory, own)
         if json.loads(json.dumps(own)) != trained:

@@ -57,6 +57,30 @@ def test_little_is_padding(model, monkeypatch):
     assert len(shapes) < needed / 100, "passes must be nearly full"
 
 
+def test_another_script_does_not_make_a_pass_larger(model, monkeypatch):
+    """The first texts have a token for three characters here, the shorter ones a token for each."""
+    texts = [" ".join(WORDS[i : i + 14]) for i in range(8)] + [
+        "? : . , ? : . , ?"[: 2 * n + 1] for n in range(1, 9)
+    ] * 4
+    shapes = []
+    hook = model[0].register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape)))
+    vectors = encode(model, texts, "document", most_tokens=48)
+    hook.remove()
+    assert all(rows == 1 or rows * width <= 48 for rows, width in shapes)
+    assert np.abs(vectors - model.encode_document(texts)).max() < 1e-5
+
+
+def test_windows_count_as_what_they_are(tiny_model):
+    windowed = LoraEmbedding(base_model=tiny_model, window=16, device="cpu", tokens_per_pass=64)
+    shapes = []
+    windowed.sentence_transformer[0].register_forward_pre_hook(
+        lambda _, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape))
+    )
+    texts = [" ".join(WORDS[:40])] * 6
+    windowed.get_text_embedding_batch(texts)
+    assert all(rows * width <= 64 for rows, width in shapes)
+
+
 def test_a_forward_pass_has_no_more_texts_than_asked_for(model, monkeypatch):
     shapes, _ = passes_of(model, monkeypatch, most_texts=3)
     assert {rows for rows, _ in shapes} <= {1, 2, 3}

@@ -6,14 +6,18 @@ import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
 from llama_index.core import VectorStoreIndex
+from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import TextNode
+from llama_index.core.storage.kvstore import SimpleKVStore
 from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
 
-from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
+from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine, encoding
 from llama_index_lora_embed.errors import AdapterError, BaseModelMismatchError, ConfigError, ModelNotFoundError
 from llama_index_lora_embed.shared_base import SharedBase
 from tests.conftest import WORDS, make_dataset
@@ -80,8 +84,9 @@ def test_in_a_mixed_batch_each_text_has_the_vector_of_its_own_adapter(many, alon
 def test_texts_that_fit_any_length_share_one_forward_pass(paths, alone, tiny_model, monkeypatch):
     same = {name: path for name, path in paths.items() if name != "prompted"}
     many = LoraEmbedding(adapters=same, device="cpu")
+    many.get_mixed_embeddings(["w1"] * 4, [None, *same])  # the first time it is tried whether texts can be mixed
     passes = []
-    hook = many.sentence_transformer[0].register_forward_pre_hook(
+    hook = many._shared.model[0].register_forward_pre_hook(
         lambda module, inputs: passes.append(len(inputs[0]["input_ids"]))
     )
     monkeypatch.setattr("llama_index_lora_embed.shared_base._ROOM", 2)  # texts here have 8 tokens and less
@@ -107,7 +112,7 @@ def test_everybody_shares_one_base_and_the_last_one_frees_it(paths, tiny_model):
     one = LoraEmbedding(adapters={"legal": paths["legal"]}, device="cpu")
     other = LoraEmbedding(base_model=tiny_model, adapters={"a": paths["hr"]}, device="cpu")
     view = one.with_adapter("legal")
-    assert one.sentence_transformer is other.sentence_transformer is view.sentence_transformer
+    assert one._shared is other._shared is view._shared
     assert len(SharedBase._all) == before + 1
     del one, other, view
     gc.collect()
@@ -115,6 +120,7 @@ def test_everybody_shares_one_base_and_the_last_one_frees_it(paths, tiny_model):
 
 
 def test_more_adapters_than_the_bound_are_computed_in_rounds(paths, alone):
+    gc.collect()  # of those who share a base the largest bound counts
     many = LoraEmbedding(adapters=paths, device="cpu", max_adapters=2, tokens_per_pass=40)
     names = cycling(TEXTS, ["short", None, *KINDS])
     assert distance(many.get_mixed_embeddings(TEXTS, names), own_vectors(alone, TEXTS, names)) < 1e-5
@@ -124,11 +130,12 @@ def test_more_adapters_than_the_bound_are_computed_in_rounds(paths, alone):
 
 
 def test_the_least_recently_used_is_unloaded(paths):
+    gc.collect()
     many = LoraEmbedding(adapters=paths, device="cpu", max_adapters=2)
     for name in ("legal", "hr", "legal", "short"):
         many.get_mixed_embeddings(["w1"], [name])
     assert many._shared.resident() == [many._known["legal"].name, many._known["short"].name]
-    held = many.sentence_transformer.transformers_model.peft_config
+    held = many._shared.model.transformers_model.peft_config
     assert set(held) == set(many._shared.resident())
 
 
@@ -143,7 +150,7 @@ def test_memory_is_the_base_and_the_adapters(paths, tiny_model):
     from safetensors.torch import load_file
 
     adapters = sum(t.nbytes for p in paths.values() for t in load_file(f"{p}/adapter_model.safetensors").values())
-    assert size(many.sentence_transformer) == size(base.sentence_transformer) + adapters
+    assert size(many._shared.model) == size(base.sentence_transformer) + adapters
 
 
 def test_adapters_are_added_listed_and_removed(paths, alone, tiny_model):
@@ -227,7 +234,7 @@ def test_it_is_made_of_plain_values_and_works_in_another_process(many, alone, pa
     copy = pickle.loads(pickle.dumps(view))
     assert copy._model is None, "whoever only passes it on loads nothing"
     assert distance(copy.get_text_embedding("w1 w2 w3"), expected) < 1e-5
-    assert copy.sentence_transformer is view.sentence_transformer
+    assert copy._shared is view._shared
     again = LoraEmbedding.from_dict(view.to_dict())
     assert distance(again.get_text_embedding("w1 w2 w3"), expected) < 1e-5
     arguments = {"base_model": tiny_model, "adapters": paths, "adapter": "hr", "device": "cpu"}
@@ -243,18 +250,104 @@ def test_an_index_is_built_with_one_of_them(many):
     assert found[0].node.text == TEXTS[37]
 
 
-def test_sentence_transformers_own_calls_are_reachable(many):
-    model = many.with_adapter("legal").sentence_transformer
+def test_sentence_transformers_own_calls_are_reachable_on_a_model_of_ones_own(many, paths, alone):
+    """All seven: add, load, active, set, enable, disable, state dict."""
+    model = LoraEmbedding(paths["legal"], merge=False, device="cpu").sentence_transformer
     (active,) = model.active_adapters()
     assert model.get_adapter_state_dict(active)
+    model.load_adapter(paths["hr"], adapter_name="hr")
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]), "new")
+    for name, own in (("hr", "hr"), (active, "legal"), ("new", None)):
+        model.set_adapter(name)
+        assert distance(model.encode("w1 w2"), alone[own].get_text_embedding("w1 w2")) < 1e-5
     model.disable_adapters()
-    base = model.encode("w1 w2")
+    assert distance(model.encode("w1 w2"), alone[None].get_text_embedding("w1 w2")) < 1e-5
     model.enable_adapters()
-    model.set_adapter(active)
-    assert distance(model.encode("w1 w2"), base) > 1e-3
+    with pytest.raises(ConfigError, match=r"share.*merge=False"):
+        _ = many.with_adapter("legal").sentence_transformer
+
+
+def test_what_decides_the_vectors_cannot_be_exchanged_under_the_fingerprint(many):
+    view = many.with_adapter("legal")
+    for name, value in (("adapter", "hr"), ("adapter_scale", 0.5)):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(view, name, value)
+
+
+def test_an_adapter_of_sentence_transformers_is_compared_with_its_base(
+    many, alone, tiny_model, other_tiny_model, tmp_path
+):
+    for base in (tiny_model, other_tiny_model):
+        model = SentenceTransformer(base, device="cpu")
+        model.add_adapter(LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
+        model.save_pretrained(str(tmp_path / Path(base).parent.name))
+    theirs = tmp_path / Path(tiny_model).parent.name
+    many.add_adapter("theirs", theirs)
+    own = LoraEmbedding(theirs, device="cpu")
+    assert distance(many.get_mixed_embeddings(TEXTS, ["theirs"] * 60), own.get_text_embedding_batch(TEXTS)) < 1e-5
+    assert many.with_adapter("theirs").fingerprint == own.fingerprint
+    with pytest.raises(BaseModelMismatchError):
+        many.add_adapter("others", tmp_path / Path(other_tiny_model).parent.name)
+
+
+def test_a_beginning_that_changes_the_base_is_refused(many, tiny_model, tmp_path):
+    model = SentenceTransformer(tiny_model, device="cpu")
+    model.add_adapter(LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
+    model.save_pretrained(str(tmp_path / "pissa"))
+    config = tmp_path / "pissa" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": false', '"init_lora_weights": "pissa"'))
+    before = many.get_mixed_embeddings(TEXTS, [None] * 60)
+    with pytest.raises(ConfigError, match="init_lora_weights='pissa'"):
+        many.add_adapter("pissa", tmp_path / "pissa")
+    assert many.get_mixed_embeddings(TEXTS, [None] * 60) == before
+
+
+def test_layers_that_do_not_keep_texts_apart_are_not_mixed(paths, alone, monkeypatch):
+    """As in Longformer and XLNet, whose layers see tokens first."""
+    gc.collect()
+    many = LoraEmbedding(adapters=paths, device="cpu")
+    names = cycling(TEXTS, [None, "legal", "hr"])
+    original, refused = encoding._linear, []
+
+    def tokens_first(layer, runs, rows, x):
+        if len(runs) > 1 or (runs and runs[0][2] - runs[0][1] < rows):
+            refused.append(rows)
+            raise ConfigError("rows", "texts", "mend")
+        return original(layer, runs, rows, x)
+
+    monkeypatch.setattr(encoding, "_linear", tokens_first)
+    assert distance(many.get_mixed_embeddings(TEXTS, names), own_vectors(alone, TEXTS, names)) < 1e-5
+    assert refused == [3], "it is tried once"
+    many.get_mixed_embeddings(TEXTS, names)
+    assert refused == [3]
+
+
+def test_a_disabled_embedding_layer_is_computed_all_the_same(tiny_model, tmp_path):
+    path = trained(
+        tiny_model, tmp_path / "words", lora_config=LoraConfig(r=4, target_modules=["query", "word_embeddings"])
+    )
+    many = LoraEmbedding(adapters={"words": path}, device="cpu")
+    alone = LoraEmbedding(path, device="cpu")
+    names = cycling(TEXTS, ["words", None])
+    expected = own_vectors({"words": alone, None: LoraEmbedding(base_model=tiny_model, device="cpu")}, TEXTS, names)
+    assert distance(many.get_mixed_embeddings(TEXTS, names), expected) < 1e-5
+    many._shared.model.disable_adapters()
+    assert distance(many.get_mixed_embeddings(TEXTS, names), expected) < 1e-5
+
+
+def test_views_keep_callbacks_and_share_no_cached_vector(paths, alone):
+    events = CallbackManager([])
+    many = LoraEmbedding(adapters=paths, device="cpu", embeddings_cache=SimpleKVStore(), callback_manager=events)
+    for _ in range(2):
+        for name in ("legal", "hr", None):
+            view = many.with_adapter(name)
+            assert view.callback_manager is events
+            assert distance(view.get_query_embedding("w1"), alone[name].get_query_embedding("w1")) < 1e-5
+            assert distance(view.get_text_embedding("w1"), alone[name].get_text_embedding("w1")) < 1e-5
 
 
 def test_retraining_in_the_same_place_is_noticed_before_its_weights_are_used(paths, tiny_model, tmp_path):
+    gc.collect()
     path = tmp_path / "adapter"
     shutil.copytree(paths["legal"], path)
     many = LoraEmbedding(adapters={"legal": path, "hr": paths["hr"]}, device="cpu", max_adapters=1)

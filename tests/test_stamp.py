@@ -188,6 +188,27 @@ def test_other_embedding_models_are_stamped_by_their_settings():
         check(index, MockEmbedding(embed_dim=4, model_name="b"))
 
 
+def test_persisting_another_index_over_a_stamped_one_takes_the_stamp_along(tuned, base, tmp_path):
+    index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
+    stamp(index, tuned)
+    index.storage_context.persist(str(tmp_path))
+    check(tmp_path, tuned)
+    VectorStoreIndex([TextNode(text="w1")], embed_model=base).storage_context.persist(str(tmp_path))
+    assert read_stamp(tmp_path) is None
+    stamp(tmp_path, base)
+    with pytest.raises(WrongIndexError):
+        check(
+            load_index_from_storage(StorageContext.from_defaults(persist_dir=str(tmp_path)), embed_model=tuned), tuned
+        )
+
+
+def test_another_number_of_dimensions_is_another_model():
+    index = VectorStoreIndex([TextNode(text="w1")], embed_model=MockEmbedding(embed_dim=4))
+    stamp(index, MockEmbedding(embed_dim=4))
+    with pytest.raises(WrongIndexError, match="8 dimensions"):
+        check(index, MockEmbedding(embed_dim=8))
+
+
 def test_a_damaged_stamp_is_said_to_be_one(tuned, tmp_path):
     (tmp_path / STAMP_NAME).write_text('{"finger')
     for call in (check, stamp):
