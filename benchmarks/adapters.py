@@ -50,7 +50,7 @@ def resident_mb() -> float:
 
 def weights_mb(embed_model: LoraEmbedding) -> float:
     """Of all parameters and buffers of the loaded model."""
-    model = embed_model.sentence_transformer
+    model = embed_model._shared.model
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**20
 
 

@@ -310,7 +310,8 @@ class SharedBase:
         if not adapter.path.is_dir() or _name(adapter.path, adapter.scale) != adapter.name:
             raise _changed(adapter)
         try:
-            self.model.load_adapter(str(adapter.path), adapter_name=adapter.name)
+            with _quiet():
+                self.model.load_adapter(str(adapter.path), adapter_name=adapter.name)
             check_keys(self.model, adapter.path, adapter.name)
             if _name(adapter.path, adapter.scale) != adapter.name:  # replaced while it was read
                 raise _changed(adapter)
@@ -350,6 +351,19 @@ class SharedBase:
                 f"those of the loaded base, {own}",
                 "Pass the pooling= or window= that it was trained with, or load it alone: LoraEmbedding(path).",
             )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report that a file lacks the other adapters' weights; `check_keys` looks itself."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _changed(adapter: Adapter) -> AdapterError:

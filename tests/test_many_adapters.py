@@ -302,6 +302,16 @@ def test_a_beginning_that_changes_the_base_is_refused(many, tiny_model, tmp_path
     assert many.get_mixed_embeddings(TEXTS, [None] * 60) == before
 
 
+def test_loading_several_says_nothing_of_missing_weights(paths, capfd):
+    """transformers reports those of all other adapters, as if something were wrong."""
+    gc.collect()
+    many = LoraEmbedding(adapters=paths, device="cpu")
+    many.get_mixed_embeddings(["w1"] * 4, list(paths))
+    said = "".join(capfd.readouterr())
+    assert "MISSING" not in said
+    assert "newly initialized" not in said
+
+
 def test_layers_that_do_not_keep_texts_apart_are_not_mixed(paths, alone, monkeypatch):
     """As in Longformer and XLNet, whose layers see tokens first."""
     gc.collect()
