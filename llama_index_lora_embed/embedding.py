@@ -189,11 +189,7 @@ class LoraEmbedding(ManyAdapters):
         if self.adapters is not None:
             self._load_several()
             return
-        vectors: dict[str, Any] = {
-            "query_prompt": self.query_prompt,
-            "passage_prompt": self.passage_prompt,
-            "truncate_dim": self.truncate_dim,
-        }
+        prompts: dict[str, Any] = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
         if self.adapter_path is not None:
             loaded = models.load_adapter(
                 self.adapter_path,
@@ -204,7 +200,8 @@ class LoraEmbedding(ManyAdapters):
                 trust_remote_code=self.trust_remote_code,
                 merge=self.merge,
                 scale=self.adapter_scale,
-                **vectors,
+                truncate_dim=self.truncate_dim,
+                **prompts,
             )
             model, manifest, digest = loaded.model, loaded.manifest, loaded.fingerprint
             for name, trained in (("pooling", pooling_of(model)), ("window", window_of(model))):
@@ -218,14 +215,7 @@ class LoraEmbedding(ManyAdapters):
         else:
             assert self.base_model is not None
             base = models.describe_base(self.base_model, self.revision, self.cache_folder)
-            model = models.load_base(
-                base,
-                device=self.device,
-                trust_remote_code=self.trust_remote_code,
-                pooling=self.pooling,
-                window=self.window,
-                **vectors,
-            )
+            model = models.load_base(base, **self._base_loading(), **prompts)
             manifest, digest = None, fingerprint(model, base.weights_sha256, None)
         self._take(model, manifest, digest)
 
@@ -271,9 +261,8 @@ class LoraEmbedding(ManyAdapters):
         return copy
 
     def _encode(self, texts: list[str], *, query: bool) -> list[Embedding]:
-        checked = check_texts(texts)
-        self._ready()
-        return self._encode_with(checked, [self._own()] * len(checked), query=query)
+        self._ready()  # texts were checked where they came in
+        return self._encode_with(texts, [self._own()] * len(texts), query=query)
 
     def _encode_with(self, texts: list[str], adapters: list[Adapter | None], *, query: bool) -> list[Embedding]:
         from llama_index_lora_embed.encoding import encode

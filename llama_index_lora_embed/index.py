@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import os
-import tempfile
 import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.vector_stores.simple import DEFAULT_VECTOR_STORE
 
+from llama_index_lora_embed.data.files import whole_file
 from llama_index_lora_embed.embedding import LoraEmbedding
 from llama_index_lora_embed.errors import ConfigError, OutputDirectoryError, WrongIndexError, warn_user
 
@@ -224,14 +224,8 @@ class _Folder:
 def _replace(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     try:
-        handle, staging = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with open(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            os.replace(staging, file)
-        except BaseException:
-            Path(staging).unlink(missing_ok=True)
-            raise
+        with whole_file(file) as stream:
+            stream.write(text)
     except OSError as error:
         raise OutputDirectoryError(
             f"a folder {str(file.parent)!r} that cannot be written ({error})",

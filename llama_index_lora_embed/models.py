@@ -404,9 +404,8 @@ def recorded_base(adapter_path: str, *, cache_folder: str | None = None) -> Base
         AdapterError: It is none, or names no base.
     """
     directory, _ = locate(adapter_path, None, cache_folder)
-    check_files(directory)
-    config = read_config(directory / CONFIG_NAME)
-    return find_base(None, config, Manifest.read(directory), cache_folder, directory)
+    manifest = check_files(directory)
+    return find_base(None, read_config(directory / CONFIG_NAME), manifest, cache_folder, directory)
 
 
 def find_base(

@@ -94,7 +94,7 @@ class SharedBase:
             base: What `models.describe_base` found.
             **loading: For `models.load_base`; who loads it in another way gets another.
         """
-        key = (base.weights_sha256, str(base.path), *sorted(loading.items(), key=lambda item: item[0]))
+        key = (base.weights_sha256, str(base.path), *sorted(loading.items()))
         with cls._making:
             shared = cls._all.get(key)
             if shared is None:
@@ -124,7 +124,6 @@ class SharedBase:
         self,
         path: str,
         *,
-        revision: str | None = None,
         cache_folder: str | None = None,
         prompts: dict[str, str] | None = None,
         scale: float = 1.0,
@@ -133,7 +132,6 @@ class SharedBase:
 
         Args:
             path: Folder or Hub id.
-            revision: Commit on the Hub.
             cache_folder: Of huggingface_hub.
             prompts: Instead of those recorded.
             scale: Multiply it by so much, from 0 to 1.
@@ -144,7 +142,7 @@ class SharedBase:
             BaseModelMismatchError: It was trained on another base.
             ConfigError: It cannot be one of several: DoRA, whole modules, biases, or another pooling than the base's.
         """
-        directory, _ = models.locate(path, revision, cache_folder)
+        directory, _ = models.locate(path, None, cache_folder)
         manifest = check_files(directory)
         config = models.read_config(directory / CONFIG_NAME)
         # an adapter of sentence-transformers says where its base is, not which weights it had
@@ -204,7 +202,7 @@ class SharedBase:
             self._most = max(self._most, most_adapters)
             for names in self._rounds(by_name, adapters):
                 numbers = [i for name in names for i in by_name[name]]
-                self._hold({a.name: a for i in numbers if (a := adapters[i]) is not None}, self._most)
+                self._hold({a.name: a for i in numbers if (a := adapters[i]) is not None})
                 for (prompt, limit), members in self._alike(texts, adapters, numbers, task, base_prompts).items():
                     with self._length(limit):
                         vectors = encode(
@@ -236,7 +234,7 @@ class SharedBase:
         """
         if self._mixes is None:
             some = [name for name in by_name if name != NO_ADAPTER][: max(1, min(2, self._most))]
-            self._hold({n: a for n in some if (a := adapters[by_name[n][0]]) is not None}, self._most)
+            self._hold({n: a for n in some if (a := adapters[by_name[n][0]]) is not None})
             names = [*some, NO_ADAPTER]
             texts = ["which rows are of which text, in every layer?", "a text that is a little longer, another one",
                      "the base alone for this one, with no adapter"][: len(names)]  # fmt: skip
@@ -257,8 +255,11 @@ class SharedBase:
         """Free an adapter's memory, once those who are using it have done so; it is loaded again when it is named."""
         with self.lock:
             if adapter.name in self._resident:
-                self.model.delete_adapter(adapter.name)
-                del self._resident[adapter.name]
+                self._drop(adapter.name)
+
+    def _drop(self, name: str) -> None:
+        self.model.delete_adapter(name)
+        del self._resident[name]
 
     def _alike(
         self,
@@ -291,16 +292,15 @@ class SharedBase:
         finally:
             self.model.max_seq_length = self.max_seq_length
 
-    def _hold(self, wanted: dict[str, Adapter], most: int) -> None:
+    def _hold(self, wanted: dict[str, Adapter]) -> None:
         """Have these in memory, and no more than so many others that the bound is kept."""
         for name in wanted:
             if name in self._resident:
                 self._resident.move_to_end(name)
         for name in [name for name in self._resident if name not in wanted]:
-            if len(self._resident.keys() | wanted.keys()) <= most:
+            if len(self._resident.keys() | wanted.keys()) <= self._most:
                 break
-            self.model.delete_adapter(name)
-            del self._resident[name]
+            self._drop(name)
         for name, adapter in wanted.items():
             if name not in self._resident:
                 self._load(adapter)

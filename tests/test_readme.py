@@ -62,9 +62,14 @@ def test_training_further(namespace, tiny_model):
 def test_several_adapters_and_a_stamp(namespace, tiny_model, adapter):
     from llama_index.core import VectorStoreIndex
 
+    from llama_index_lora_embed import read_stamp
+
     for name in ("legal", "hr"):
         shutil.copytree(adapter, f"runs/{name}")
-    run(SNIPPETS[4], {**namespace, "VectorStoreIndex": VectorStoreIndex}, tiny_model)
+    namespace["VectorStoreIndex"] = VectorStoreIndex
+    run(SNIPPETS[4], namespace, tiny_model)
+    assert len(namespace["vectors"]) == 3
+    assert read_stamp(namespace["index"]).fingerprint == namespace["legal"].fingerprint
 
 
 def test_coming_from_the_old_package(namespace, tiny_model):

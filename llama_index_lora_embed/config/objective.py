@@ -37,7 +37,7 @@ class ObjectiveSettings(Settings):
             scores (Ren et al. 2021, arXiv 2110.07367).
         mini_batch_size: Texts that are encoded at once, so that a batch of any size fits into memory, at the price of
             encoding nearly each text twice (GradCache; Gao et al. 2021, arXiv 2101.06983). "auto" does so on a
-            processor with 8 passages at once, or 32 questions: on tenk half the memory for a seventh more time
+            processor with 8 passages at once, or 32 questions: on tenk half the memory for a quarter more time
             (benchmarks/README.md). None keeps the activations of the whole batch.
         guide: Ignore in-batch negatives that the untuned base finds closer to the question than its own passage
             (GISTEmbed; Solatorio 2024, arXiv 2402.16829). Hard negatives of the dataset stay.

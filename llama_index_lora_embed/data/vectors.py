@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_index_lora_embed.config import MiningSettings
+from llama_index_lora_embed.data.files import whole_file
 from llama_index_lora_embed.errors import ConfigError, NonFiniteLossError, OutputDirectoryError
 
 if TYPE_CHECKING:
@@ -130,14 +129,8 @@ def _write(file: Path, vectors: Array) -> None:
     """Write a cache file; a reader sees the whole of it or nothing."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, staging = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with open(handle, "wb") as stream:
-                np.save(stream, vectors)
-            os.replace(staging, file)
-        except BaseException:
-            Path(staging).unlink(missing_ok=True)
-            raise
+        with whole_file(file, "wb") as stream:
+            np.save(stream, vectors)
     except OSError as error:
         raise OutputDirectoryError(
             f"a cache folder {str(file.parent)!r} that cannot be written ({error})",

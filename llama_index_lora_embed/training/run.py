@@ -22,7 +22,7 @@ from llama_index_lora_embed.data.holding_out import Trainable
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.errors import ConfigError, warn_user
 from llama_index_lora_embed.fast_attention import fast_attention
-from llama_index_lora_embed.precision import keep_few_kernels, resolve_precision
+from llama_index_lora_embed.precision import resolve_precision
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.batches import make_groups
 from llama_index_lora_embed.training.best import BestSoFar, adapter_weights, check_finite, restore_weights
@@ -123,8 +123,6 @@ def train(
         add_lora(model, lora_config, settings)
     start = adapter_weights(model)
     precision = resolve_precision(settings.precision, model.device)
-    if precision == "bf16" and model.device.type == "cpu":
-        keep_few_kernels()
     extra = train_kwargs or {}
     plan = training_plan(
         model,
@@ -145,7 +143,7 @@ def train(
             plan.in_pieces(step.pieces)
         return LoraTrainer(
             best_so_far=best,
-            autocast_dtype=torch.bfloat16 if precision == "bf16" else None,
+            precision=precision,
             warmup_ratio=None if "warmup_steps" in extra else settings.warmup_ratio,
             recorded=recorded,
             found={"step": asdict(step)},

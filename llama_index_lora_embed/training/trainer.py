@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from llama_index_lora_embed.adapter import WEIGHTS_NAME
 from llama_index_lora_embed.errors import NonFiniteLossError, warn_user
+from llama_index_lora_embed.precision import computing_in
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.batches import GroupBatchSampler, GroupCollator, RowBatchSampler
 from llama_index_lora_embed.training.best import BestSoFar, check_finite, restore_weights
@@ -38,7 +39,7 @@ class LoraTrainer(SentenceTransformerTrainer):
 
     Args:
         best_so_far: Saved with each checkpoint, and loaded from it.
-        autocast_dtype: Computing precision of the steps; None for float32.
+        precision: Of the steps: "bf16" or "fp32".
         warmup_ratio: Share of all steps; None leaves warmup to the arguments.
         recorded: The run's data and settings, for checkpoints.
         found: What was found out by trying, for checkpoints.
@@ -50,7 +51,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         self,
         *,
         best_so_far: BestSoFar,
-        autocast_dtype: torch.dtype | None,
+        precision: str,
         warmup_ratio: float | None,
         recorded: dict[str, Any],
         found: dict[str, Any] | None = None,
@@ -58,7 +59,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         **kwargs: Any,
     ) -> None:
         self.best_so_far = best_so_far
-        self.autocast_dtype = autocast_dtype
+        self.precision = precision
         self.warmup_ratio = warmup_ratio
         self.recorded = recorded
         self.found = found or {}
@@ -110,8 +111,7 @@ class LoraTrainer(SentenceTransformerTrainer):
     def compute_loss_context_manager(self) -> ExitStack:
         """Autocast for the loss alone; evaluations choose their own precision."""
         stack = ExitStack()
-        if self.autocast_dtype is not None:
-            stack.enter_context(torch.autocast(self.args.device.type, dtype=self.autocast_dtype))
+        stack.enter_context(computing_in(self.precision, self.args.device))
         return stack
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

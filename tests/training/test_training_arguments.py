@@ -315,7 +315,7 @@ def test_the_probe_takes_the_longest_texts_of_a_step_of_all_processes(tiny_model
             remove_unused_columns=False, **plan.arguments,
         )  # fmt: skip
         return LoraTrainer(
-            best_so_far=BestSoFar(None), autocast_dtype=None, warmup_ratio=None, recorded={}, model=model,
+            best_so_far=BestSoFar(None), precision="fp32", warmup_ratio=None, recorded={}, model=model,
             args=arguments, **plan.inputs,
         )  # fmt: skip
 
