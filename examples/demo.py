@@ -21,7 +21,7 @@ from llama_index.core.node_parser import MarkdownNodeParser, SentenceSplitter
 from llama_index.core.schema import BaseNode
 
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
-from llama_index_lora_embed.evaluation.retrieval import query_metrics
+from llama_index_lora_embed.evaluation.measures import query_metrics
 from llama_index_lora_embed.extras import require
 
 chromadb = require("chromadb")

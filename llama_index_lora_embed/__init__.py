@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.embedding import LoraEmbedding
     from llama_index_lora_embed.engine import LoraFinetuneEngine
     from llama_index_lora_embed.errors import LoraEmbedError
-    from llama_index_lora_embed.evaluation import Verdict, evaluate_pairs, evaluate_retrieval, tune_scale
+    from llama_index_lora_embed.evaluation import (
+        RunRegistry,
+        Verdict,
+        compare_retrieval,
+        evaluate_index,
+        evaluate_pairs,
+        evaluate_retrieval,
+        tune_scale,
+        write_report,
+    )
     from llama_index_lora_embed.index import Stamp, check, read_stamp, stamp
     from llama_index_lora_embed.result import FinetuneResult
 
@@ -46,10 +55,13 @@ _HOME = {
     "ObjectiveSettings": "config",
     "Question": "data",
     "QuestionMaker": "data",
+    "RunRegistry": "evaluation",
     "Stamp": "index",
     "TitleMaker": "data",
     "Verdict": "evaluation",
     "check": "index",
+    "compare_retrieval": "evaluation",
+    "evaluate_index": "evaluation",
     "evaluate_pairs": "evaluation",
     "evaluate_retrieval": "evaluation",
     "generate_qa_embedding_pairs": "data",
@@ -58,6 +70,7 @@ _HOME = {
     "split_by_source": "data",
     "stamp": "index",
     "tune_scale": "evaluation",
+    "write_report": "evaluation",
 }
 
 __all__ = [
@@ -76,10 +89,13 @@ __all__ = [
     "ObjectiveSettings",
     "Question",
     "QuestionMaker",
+    "RunRegistry",
     "Stamp",
     "TitleMaker",
     "Verdict",
     "check",
+    "compare_retrieval",
+    "evaluate_index",
     "evaluate_pairs",
     "evaluate_retrieval",
     "generate_qa_embedding_pairs",
@@ -88,6 +104,7 @@ __all__ = [
     "split_by_source",
     "stamp",
     "tune_scale",
+    "write_report",
 ]
 
 

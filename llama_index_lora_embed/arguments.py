@@ -15,13 +15,13 @@ from llama_index_lora_embed.config.base import is_int
 from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset, LabelledPairs
 from llama_index_lora_embed.data.holding_out import Trainable, without_overlap
 from llama_index_lora_embed.errors import ConfigError, LoraEmbedError, OutputDirectoryError
+from llama_index_lora_embed.evaluation import measures
 from llama_index_lora_embed.extras import require
 from llama_index_lora_embed.presets import POOLING_MODES, SHORTEST_WINDOW
 from llama_index_lora_embed.recorded import NAMES
 
 _T = TypeVar("_T")
-# what the evaluations report; those of labels 0 and 1 have both of the latter
-_OF_RETRIEVAL = ("hit@1", "hit@5", "mrr@10", "ndcg@10", "recall@10")
+# what evaluations of pairs report; those of labels 0 and 1 have both
 _OF_BINARY_PAIRS = ("roc_auc", "average_precision", "accuracy")
 _OF_PAIRS = ("spearman", "pearson")
 
@@ -268,9 +268,9 @@ def _problems_of_judging(settings: TrainingSettings, judge: Any) -> list[str]:
             if value
         ]
     if isinstance(judge, LabelledPairs):
-        known = (*_OF_BINARY_PAIRS, *_OF_PAIRS) if judge.binary else _OF_PAIRS
+        known: tuple[str, ...] = (*_OF_BINARY_PAIRS, *_OF_PAIRS) if judge.binary else _OF_PAIRS
     else:
-        known = _OF_RETRIEVAL
+        known = measures.NAMES
     metric = settings.best_metric
     if not isinstance(metric, str) or not metric.strip() or metric in known:
         return []

@@ -13,7 +13,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from llama_index_lora_embed.errors import AdapterError, ConfigError
 from llama_index_lora_embed.many_adapters import ManyAdapters, absolute, checked_names
-from llama_index_lora_embed.texts import check_text, check_texts, longest_first
+from llama_index_lora_embed.texts import check_text, check_texts, count_tokens, longest_first
 from llama_index_lora_embed.vector_cache import OwnEntries, asking
 
 if TYPE_CHECKING:
@@ -342,6 +342,34 @@ class LoraEmbedding(ManyAdapters):
         """`get_query_embedding`, in a thread."""
         with self._asking("query"):
             return await super().aget_query_embedding(check_text(query))
+
+    def get_query_embedding_batch(self, queries: list[str]) -> list[Embedding]:
+        """Vectors of queries, in their order; computed longest first. LlamaIndex itself asks for one at a time.
+
+        Raises:
+            ConfigError: One is no string.
+        """
+        if self.embeddings_cache is not None:
+            return [self.get_query_embedding(query) for query in queries]
+        checked = check_texts(queries)
+        return self._encode(checked, query=True) if checked else []
+
+    def is_cut(self, texts: list[str]) -> list[bool]:
+        """Whether passages are longer than the model reads, prompt and special tokens included.
+
+        Raises:
+            ConfigError: One is no string.
+        """
+        checked = check_texts(texts)
+        model, own, shared = self._ready(), self._own(), self._shared
+        lock: Any = self._lock
+        prompts: Mapping[str, str | None] = model.prompts
+        if shared is not None:
+            lock = shared.lock
+            prompts = {**shared.prompts, **self._prompts()} if own is None else own.prompts
+        limit = self.max_seq_length
+        with lock:  # tokenizers change their state while they work
+            return [count > limit for count in count_tokens(model, checked, prompts.get("document") or "")]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, OwnEntries.of(value) if name == "embeddings_cache" else value)

@@ -417,7 +417,7 @@ class LoraFinetuneEngine:
         summary = summarise(comparison, best.best_step, len(best.history), self._hold_out_note, parent is not None)
         run = Run(model, base, parent, self.dataset, settings, outcome, summary, comparison, self.mining, mined)
         fingerprint = processes.on_main(lambda: run.write(target, run_dir))
-        return run.result(str(target), fingerprint, self.data_report)
+        return run.result(str(target), fingerprint, self.data_report, judge)
 
     def get_finetuned_model(self, **model_kwargs: Any) -> BaseEmbedding:
         """The tuned model, read back from the adapter directory.

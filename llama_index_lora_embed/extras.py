@@ -16,6 +16,12 @@ _EXTRA_OF = {
     "gguf": "local-llm",
     "llama_index.llms.huggingface": "local-llm",
     "llama_index.finetuning": "llama-index-finetuning",
+    "jinja2": "report",
+    "matplotlib": "report",
+    "matplotlib.figure": "report",
+    "rich.console": "report",
+    "rich.table": "report",
+    "rich.text": "report",
 }
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_index_lora_embed.errors import OutputDirectoryError
+from llama_index_lora_embed.errors import ConfigError, OutputDirectoryError
+from llama_index_lora_embed.evaluation.measures import HEADLINE
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sentence_transformers import SentenceTransformer
 
     from llama_index_lora_embed.adapter import Manifest
     from llama_index_lora_embed.config import MiningSettings, TrainingSettings
     from llama_index_lora_embed.data import BuildReport, EmbeddingQAFinetuneDataset, LabelledPairs
     from llama_index_lora_embed.data.negatives import MiningReport
-    from llama_index_lora_embed.evaluation import Comparison, Verdict
+    from llama_index_lora_embed.evaluation import Comparison, RetrievalComparison, Verdict
     from llama_index_lora_embed.models import BaseInfo
     from llama_index_lora_embed.training.lengths import Truncation
     from llama_index_lora_embed.training.run import TrainingOutcome
@@ -47,6 +48,8 @@ class FinetuneResult:
         precision: "bf16" or "fp32".
         data_report: What became of the nodes; None if a dataset was passed.
         mined: What mining found in each round; empty where none was asked for.
+        evaluations: Of the base and of what was written, query by query or pair by pair; None if not evaluated.
+        val_dataset: What they are on.
     """
 
     adapter_path: str
@@ -64,6 +67,51 @@ class FinetuneResult:
     precision: str
     data_report: BuildReport | None = None
     mined: tuple[MiningReport, ...] = ()
+    evaluations: tuple[Any, Any] | None = field(default=None, repr=False)
+    val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None = field(default=None, repr=False)
+
+    def compare(self) -> RetrievalComparison:
+        """Base against what was written on the validation questions: measures, slices, queries won and lost.
+
+        Raises:
+            ConfigError: There were no validation questions.
+        """
+        from llama_index_lora_embed.evaluation import RetrievalEvaluation, compare_retrieval
+
+        if self.evaluations is None or not isinstance(self.evaluations[0], RetrievalEvaluation):
+            raise ConfigError(
+                "a run that was not judged by questions", "one with a val_dataset of questions", "Train with one."
+            )
+        return compare_retrieval(*self.evaluations, self.val_dataset)  # type: ignore[arg-type]
+
+    def write_report(
+        self, path: str | os.PathLike[str] | None = None, *, figures: str | os.PathLike[str] | None = None
+    ) -> Path:
+        """One self-contained page on this run (`evaluation.write_report`).
+
+        Args:
+            path: File to write; None for `report.html` in `<adapter_path>.run`.
+            figures: Folder for its pictures as PNG files; None writes none.
+
+        Returns:
+            The file.
+
+        Raises:
+            ConfigError: The run was not evaluated.
+            MissingExtraError: The extra "report" is not installed.
+            OutputDirectoryError: The page cannot be written.
+        """
+        from llama_index_lora_embed.evaluation import PairEvaluation, RunFacts, write_report
+
+        judged: Any = self.evaluations
+        if judged is None:
+            raise ConfigError("a run that was not evaluated", "one with a val_dataset", "Train with one.")
+        return write_report(
+            path or Path(f"{self.adapter_path}.run") / "report.html",
+            judged if isinstance(judged[0], PairEvaluation) else self.compare(),
+            run=RunFacts.read(self.adapter_path, str(self.data_report or "")),
+            figures=figures,
+        )
 
     @property
     def max_seq_length(self) -> int:
@@ -73,11 +121,11 @@ class FinetuneResult:
     def __str__(self) -> str:
         lines = [self.summary]
         if self.base_metrics:
-            widths = [max(11, len(name) + 2) for name in self.base_metrics]
-            lines.append(f"{'':8}" + "".join(f"{n:>{w}}" for n, w in zip(self.base_metrics, widths, strict=True)))
+            shown = [name for name in HEADLINE if name in self.base_metrics] or list(self.base_metrics)
+            widths = {name: max(11, len(name) + 2) for name in shown}
+            lines.append(f"{'':8}" + "".join(f"{name:>{widths[name]}}" for name in shown))
             for row, values in (("base", self.base_metrics), ("tuned", self.tuned_metrics)):
-                cells = zip(values.values(), widths, strict=True)
-                lines.append(f"{row:8}" + "".join(f"{value:{width}.3f}" for value, width in cells))
+                lines.append(f"{row:8}" + "".join(f"{values[name]:{widths[name]}.3f}" for name in shown))
         lines.append(f"{self.truncation}")
         lines.append(f"adapter of step {self.best_step} of {self.steps} in {self.adapter_path}")
         return "\n".join(lines)
@@ -216,13 +264,20 @@ class Run:
             checkpoints.clear_checkpoints(run_dir)
         return written.fingerprint
 
-    def result(self, path: str, fingerprint: str, data_report: BuildReport | None) -> FinetuneResult:
+    def result(
+        self,
+        path: str,
+        fingerprint: str,
+        data_report: BuildReport | None,
+        val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None,
+    ) -> FinetuneResult:
         """The run as `finetune()` gives it back.
 
         Args:
             path: Adapter directory.
             fingerprint: Of the model in it.
             data_report: What became of the nodes; None if a dataset was passed.
+            val_dataset: What it was judged by.
         """
         from llama_index_lora_embed.evaluation import Verdict
 
@@ -243,4 +298,6 @@ class Run:
             precision=outcome.precision,
             data_report=data_report,
             mined=self.mined,
+            evaluations=None if self.comparison is None else (best.base, best.best),
+            val_dataset=val_dataset,
         )

@@ -1,11 +1,16 @@
-"""Texts as they are given, before anything reads them."""
+"""Texts as they are given, and how long they are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from llama_index_lora_embed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_CHUNK = 1000  # texts tokenised at a time, which bounds the memory
 
 
 def check_text(text: Any) -> str:
@@ -46,3 +51,30 @@ def _whole_characters(text: str) -> str:
 def longest_first(texts: Sequence[str]) -> list[int]:
     """Numbers of the texts, the longest first: texts of one length are computed with little padding."""
     return sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+
+
+def count_tokens(model: SentenceTransformer, texts: Iterable[str], prompt: str = "") -> list[int]:
+    """Tokens of each text with its prompt and the special tokens, nothing cut off."""
+    # a copy of the tokenizer's backend would be costly; verbose=False keeps it from warning about long texts
+    tokenizer = model.tokenizer
+    # sentence-transformers puts the texts of a plain chat model into its chat template, which counts too
+    chat = "message" in getattr(model[0], "modalities", ())
+    counts: list[int] = []
+    chunk: list[str] = []
+
+    def flush() -> None:
+        if chunk:
+            if chat:
+                features = model.preprocess(chunk, processing_kwargs={"text": {"truncation": False}})
+                counts.extend(features["attention_mask"].sum(dim=1).tolist())
+            else:
+                encoded = tokenizer(chunk, truncation=False, padding=False, verbose=False)
+                counts.extend(len(ids) for ids in encoded["input_ids"])
+            chunk.clear()
+
+    for text in texts:
+        chunk.append(prompt + text)
+        if len(chunk) == _CHUNK:
+            flush()
+    flush()
+    return counts

@@ -15,8 +15,9 @@ from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
 from llama_index_lora_embed.errors import ConfigError, MissingExtraError
 from llama_index_lora_embed.models import describe_base, load_base
 from llama_index_lora_embed.presets import POOLING_MODES, longest_input, lora_target_modules, set_pooling
+from llama_index_lora_embed.texts import count_tokens
 from llama_index_lora_embed.training.batches import GroupCollator, make_groups
-from llama_index_lora_embed.training.lengths import choose_length, count_tokens
+from llama_index_lora_embed.training.lengths import choose_length
 from tests.architectures import ARCHITECTURES, bert_tokenizer, decoder_tokenizer, llama, qwen3, roberta_tokenizer, save
 from tests.conftest import WORDS, make_dataset
 

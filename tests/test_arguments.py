@@ -13,10 +13,10 @@ import torch
 from sentence_transformers.sentence_transformer import losses
 
 from llama_index_lora_embed import LabelledPairs, LoraFinetuneEngine, MiningSettings, ObjectiveSettings
-from llama_index_lora_embed.arguments import _OF_BINARY_PAIRS, _OF_PAIRS, _OF_RETRIEVAL
+from llama_index_lora_embed.arguments import _OF_BINARY_PAIRS, _OF_PAIRS
 from llama_index_lora_embed.errors import ConfigError, ModelNotFoundError, OutputDirectoryError
+from llama_index_lora_embed.evaluation.measures import NAMES, query_metrics
 from llama_index_lora_embed.evaluation.pairs import pair_metrics
-from llama_index_lora_embed.evaluation.retrieval import query_metrics
 from tests.conftest import make_dataset, shown
 from tests.test_pairs_engine import TRAIN as PAIRS
 from tests.test_pairs_engine import VAL as VAL_PAIRS
@@ -115,7 +115,7 @@ def test_problems_of_all_kinds_come_together(tmp_path):
 
 
 def test_the_measures_are_those_that_the_evaluations_report():
-    assert tuple(query_metrics(["p"], {"p"})) == _OF_RETRIEVAL
+    assert tuple(query_metrics(["p"], {"p"})) == NAMES
     similarities = np.array([0.1, 0.9, 0.5])
     assert tuple(pair_metrics(similarities, np.array([0.0, 1.0, 1.0]))) == (*_OF_BINARY_PAIRS, *_OF_PAIRS)
     assert tuple(pair_metrics(similarities, np.array([0.0, 0.3, 1.0]))) == _OF_PAIRS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -11,13 +10,13 @@ from numpy.typing import NDArray
 
 from llama_index_lora_embed.data.dataset import PEOPLE
 from llama_index_lora_embed.errors import DatasetError
+from llama_index_lora_embed.evaluation.bootstrap import interval, paired_intervals
 from llama_index_lora_embed.evaluation.pairs import Numbers, PairEvaluation
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation
 
-_RESAMPLES = 2000
 _PAIR_RESAMPLES = 1000
 _METRIC = "ndcg@10"
-_WRITTEN = {_METRIC: "nDCG@10", "roc_auc": "ROC-AUC", "spearman": "Spearman"}
+_WRITTEN = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "roc_auc": "ROC-AUC", "spearman": "Spearman"}
 _FEWEST = 5  # pairs of each label, or twice as many graded ones; resamples of fewer hardly differ
 _ROUNDING = 1e-9  # ranks are counts and their halves; what is smaller than this is no difference
 # origins that say nothing of who asked; everything else but PEOPLE was made up
@@ -65,9 +64,15 @@ class Comparison:
         if self.metric != _METRIC:
             counts = f"{self.won} pairs ranked better, {self.lost} worse of {self.queries}"
         return (
-            f"{self.verdict.value}: {_WRITTEN.get(self.metric, self.metric)} {self.difference:+.3f} "
+            f"{self.verdict.value}: {written(self.metric)} {self.difference:+.3f} "
             f"(95 % interval {low:+.3f} to {high:+.3f}), {counts}. {self.basis}"
         )
+
+
+def written(metric: str) -> str:
+    """A measure's name as people write it: "nDCG@10"."""
+    name, at, cut = metric.partition("@")
+    return _WRITTEN.get(name, name.replace("_", " ")) + at + cut
 
 
 def compare(
@@ -75,8 +80,7 @@ def compare(
 ) -> Comparison:
     """Compare two models on the same queries, or on the same labelled pairs (see `compare_pairs`).
 
-    The interval is a paired bootstrap over the queries (Efron and Tibshirani, 1993, chapter 13: percentiles of
-    the mean difference over 2,000 resamples).
+    The interval of queries is `bootstrap.paired_intervals`.
 
     Args:
         base: Evaluation of the base.
@@ -101,13 +105,11 @@ def compare(
             "Evaluate both on one dataset.",
         )
     differences = np.array([tuned.per_query[i][_METRIC] - base.per_query[i][_METRIC] for i in base.per_query])
-    rng = np.random.default_rng(seed)
-    means = [float(rng.choice(differences, len(differences)).mean()) for _ in range(_RESAMPLES)]
-    interval = _interval(means)
+    found = paired_intervals(differences[:, None], seed=seed)[0]
     return Comparison(
-        _verdict(interval),
+        verdict_of(found),
         float(differences.mean()),
-        interval,
+        found,
         len(differences),
         int((differences > 0).sum()),
         int((differences < 0).sum()),
@@ -149,16 +151,16 @@ def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0)
         everyone, wanted = np.ones(len(base.labels)), _Ranks(base.labels)
         off = [abs(_Ranks(values).weighted(everyone) - wanted.weighted(everyone)) for values in both]
         gains = off[0] - off[1]
-    interval = _interval(differences)
+    found = interval(differences)
     counts = ", ".join(f"{count} {kind}" for kind, count in base.origins.items())
     basis = f"It rests on {len(base.labels)} labelled pairs, {counts}."
     few = min(base.origins.values()) < _FEWEST * (1 if base.binary else 2)
     if few:
         basis += " Those are too few to tell."
     return Comparison(
-        Verdict.NO_CLEAR_DIFFERENCE if few else _verdict(interval),
+        Verdict.NO_CLEAR_DIFFERENCE if few else verdict_of(found),
         tuned.metrics[base.metric] - base.metrics[base.metric],
-        interval,
+        found,
         len(base.labels),
         int((gains > _ROUNDING).sum()),
         int((gains < -_ROUNDING).sum()),
@@ -167,12 +169,8 @@ def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0)
     )
 
 
-def _interval(differences: Sequence[float]) -> tuple[float, float]:
-    low, high = (float(np.percentile(differences, q)) for q in (2.5, 97.5))
-    return low, high
-
-
-def _verdict(interval: tuple[float, float]) -> Verdict:
+def verdict_of(interval: tuple[float, float]) -> Verdict:
+    """BETTER or WORSE if the whole interval is on one side of 0."""
     if interval[0] > 0:
         return Verdict.BETTER
     return Verdict.WORSE if interval[1] < 0 else Verdict.NO_CLEAR_DIFFERENCE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
-from llama_index_lora_embed.evaluation.retrieval import Encode, FloatArray, _unit
+from llama_index_lora_embed.evaluation.retrieval import Encode, unit_vectors
+from llama_index_lora_embed.evaluation.vectors import VectorMaker
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -60,32 +62,33 @@ class PairEvaluation:
 
 
 def evaluate_pairs(
-    embed_model: BaseEmbedding, pairs: LabelledPairs | Any, *, show_progress: bool = False
+    embed_model: BaseEmbedding,
+    pairs: LabelledPairs | Any,
+    *,
+    num_workers: int | None = None,
+    cache_folder: str | os.PathLike[str] | None = None,
+    show_progress: bool = False,
 ) -> PairEvaluation:
     """Evaluate any LlamaIndex embedding model on labelled pairs, by cosine similarity.
 
     Args:
         embed_model: Its text side is used; its query side too, for the first texts, if the pairs are not symmetric.
         pairs: Labelled pairs, or what `LabelledPairs.coerce` takes.
-        show_progress: Show LlamaIndex's bar while texts are embedded.
+        num_workers: As of `evaluate_retrieval`.
+        cache_folder: As of `evaluate_retrieval`.
+        show_progress: Show a bar while texts are embedded.
 
     Returns:
         Measures that agree with sentence-transformers' BinaryClassificationEvaluator and
         EmbeddingSimilarityEvaluator.
 
     Raises:
-        ConfigError: The pairs are a file or rows with unknown columns.
+        ConfigError: The pairs are a file or rows with unknown columns; or the model's vectors differ in length.
         DatasetError: The pairs cannot be judged by; see `LabelledPairs.check`.
         NonFiniteLossError: Vectors are NaN or infinite.
     """
-
-    def passages(texts: list[str]) -> FloatArray:
-        return np.asarray(embed_model.get_text_embedding_batch(texts, show_progress=show_progress), dtype=np.float32)
-
-    def queries(texts: list[str]) -> FloatArray:
-        return np.asarray([embed_model.get_query_embedding(text) for text in texts], dtype=np.float32)
-
-    return evaluate_pair_encoders(queries, passages, LabelledPairs.coerce(pairs))
+    maker = VectorMaker(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    return evaluate_pair_encoders(maker.queries, maker.passages, LabelledPairs.coerce(pairs))
 
 
 def evaluate_pair_encoders(encode_queries: Encode, encode_passages: Encode, pairs: LabelledPairs) -> PairEvaluation:
@@ -103,10 +106,11 @@ def evaluate_pair_encoders(encode_queries: Encode, encode_passages: Encode, pair
     pairs.check("evaluation pairs")
     if pairs.symmetric:
         rows1 = rows2 = _rows([*pairs.texts1, *pairs.texts2])
-        vectors1 = vectors2 = _unit(encode_passages(list(rows1)))
+        vectors1 = vectors2 = unit_vectors(encode_passages(list(rows1)), list(rows1), "text")
     else:
         rows1, rows2 = _rows(pairs.texts1), _rows(pairs.texts2)
-        vectors1, vectors2 = _unit(encode_queries(list(rows1))), _unit(encode_passages(list(rows2)))
+        vectors1 = unit_vectors(encode_queries(list(rows1)), list(rows1), "query")
+        vectors2 = unit_vectors(encode_passages(list(rows2)), list(rows2), "text")
     left = np.array([rows1[text] for text in pairs.texts1])
     right = np.array([rows2[text] for text in pairs.texts2])
     similarities = np.empty(len(pairs), dtype=np.float64)

@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.errors import NonFiniteLossError
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
+from llama_index_lora_embed.errors import ConfigError, NonFiniteLossError
+from llama_index_lora_embed.evaluation.measures import DEPTH, measure
+from llama_index_lora_embed.evaluation.search import FloatArray, nearest
+from llama_index_lora_embed.evaluation.vectors import VectorMaker
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-_DEPTH = 10  # no measure here looks further down the ranking
-_CHUNK = 256  # queries scored at a time; bounds the memory at 256 x passages floats
+_ON_THE_MAP = 150  # queries whose vectors are kept; more would be a blot on a picture
+_SHOWN = 3
 
-FloatArray = NDArray[np.float32]
 Encode = Callable[[list[str]], FloatArray]
 
 
-@dataclass(frozen=True)
-class RetrievalEvaluation:
-    """Measures of one model on one dataset.
+@dataclass(frozen=True, eq=False)
+class VectorSample:
+    """Vectors of some queries and their relevant passages, for a picture.
 
     Attributes:
-        metrics: Mean over the queries of hit@1, hit@5, mrr@10, ndcg@10 and recall@10, each from 0 to 1.
+        query_ids: Names of the rows of `queries`.
+        passage_ids: Names of the rows of `passages`: what is relevant to these queries.
+        queries: [query_ids, dimensions], of length 1.
+        passages: [passage_ids, dimensions], of length 1.
+        relevant: Of each query, which of the passages are.
+    """
+
+    query_ids: list[str]
+    passage_ids: list[str]
+    relevant: list[list[str]]
+    queries: FloatArray = field(repr=False)
+    passages: FloatArray = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalEvaluation:
+    """Measures of one model, or of one retriever, on one dataset.
+
+    Attributes:
+        metrics: Mean over the queries of each of `measures.NAMES`, from 0 to 1; see `measures.measure`.
         per_query: Query id to its own measures.
-        rankings: Query id to the ids of the ten best passages, best first.
+        rankings: Query id to the ids of the hundred best passages, best first.
         origins: How many of the queries were made in which way.
         passages: Size of the corpus that was searched.
+        similarities: Query id to the scores of its ranking; a retriever may give none.
+        relevant_similarities: Query id to the cosine of each of its relevant passages, wherever they were ranked.
+        sample: Some vectors; None of a retriever.
+        notes: What there is to know of dataset and answers beside the measures, a sentence each.
     """
 
     metrics: dict[str, float]
@@ -39,6 +64,10 @@ class RetrievalEvaluation:
     rankings: dict[str, list[str]] = field(repr=False)
     origins: dict[str, int]
     passages: int
+    similarities: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    relevant_similarities: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
+    sample: VectorSample | None = field(default=None, repr=False)
+    notes: list[str] = field(default_factory=list)
 
     def scores(self, measure: str) -> list[float]:
         """A measure of each query, in the order of the dataset."""
@@ -46,29 +75,64 @@ class RetrievalEvaluation:
 
 
 def evaluate_retrieval(
-    embed_model: BaseEmbedding, dataset: EmbeddingQAFinetuneDataset, *, show_progress: bool = False
+    embed_model: BaseEmbedding,
+    dataset: EmbeddingQAFinetuneDataset,
+    *,
+    num_workers: int | None = None,
+    cache_folder: str | os.PathLike[str] | None = None,
+    show_progress: bool = False,
 ) -> RetrievalEvaluation:
     """Evaluate any LlamaIndex embedding model on a dataset, by exact search with cosine similarity.
 
+    Memory is that of the vectors and of one block of scores, however many queries there are.
+
     Args:
         embed_model: Its query and text sides are both used.
-        dataset: Questions, corpus and judgments.
-        show_progress: Show LlamaIndex's bar while the corpus is embedded.
+        dataset: Questions, corpus and judgments; grades, where it has some, count in nDCG.
+        num_workers: For models behind an API: how many requests are under way at once, by their asynchronous methods.
+            None embeds with the synchronous ones.
+        cache_folder: Where vectors are kept by the model's fingerprint and the text, every 1,024 texts at once, so that
+            an API is paid once; None keeps none. Of a model without a fingerprint, all its settings but keys and
+            addresses, and the files of its folder, stand for it.
+        show_progress: Show a bar.
 
     Returns:
-        Measures that agree with sentence-transformers' InformationRetrievalEvaluator.
+        Measures that agree with sentence-transformers' InformationRetrievalEvaluator, where it has them, and with
+        trec_eval.
 
     Raises:
+        ConfigError: The vectors differ in length, or num_workers is no positive number.
         DatasetError: The dataset is empty or has dangling ids.
+        NonFiniteLossError: Vectors are NaN or infinite; the texts are named.
+        OutputDirectoryError: cache_folder cannot be written.
+
+    Example:
+        >>> evaluate_retrieval(embed_model, val).metrics["ndcg@10"]  # doctest: +SKIP
+        0.748
     """
+    maker = VectorMaker(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    return evaluate_encoders(maker.queries, maker.passages, EmbeddingQAFinetuneDataset.coerce(dataset))
 
-    def passages(texts: list[str]) -> FloatArray:
-        return np.asarray(embed_model.get_text_embedding_batch(texts, show_progress=show_progress), dtype=np.float32)
 
-    def queries(texts: list[str]) -> FloatArray:
-        return np.asarray([embed_model.get_query_embedding(text) for text in texts], dtype=np.float32)
+async def aevaluate_retrieval(
+    embed_model: BaseEmbedding,
+    dataset: EmbeddingQAFinetuneDataset,
+    *,
+    num_workers: int = 4,
+    cache_folder: str | os.PathLike[str] | None = None,
+    show_progress: bool = False,
+) -> RetrievalEvaluation:
+    """`evaluate_retrieval` inside a running event loop, which stays free; same arguments, results and errors."""
+    import asyncio
 
-    return evaluate_encoders(queries, passages, EmbeddingQAFinetuneDataset.coerce(dataset))
+    return await asyncio.to_thread(
+        evaluate_retrieval,
+        embed_model,
+        dataset,
+        num_workers=num_workers,
+        cache_folder=cache_folder,
+        show_progress=show_progress,
+    )
 
 
 def evaluate_encoders(
@@ -82,69 +146,115 @@ def evaluate_encoders(
         dataset: Questions, corpus and judgments.
 
     Raises:
+        ConfigError: Vectors of queries and passages differ in length.
         DatasetError: The dataset is empty or has dangling ids.
         NonFiniteLossError: Vectors are NaN or infinite.
     """
     dataset.check("evaluation dataset")
     query_ids = list(dataset.queries)
     passage_ids = sorted(dataset.corpus)  # equal scores are ranked by id, as sentence-transformers does
-    query_vectors = _unit(encode_queries([dataset.queries[i] for i in query_ids]))
-    passage_vectors = _unit(encode_passages([dataset.corpus[i] for i in passage_ids]))
-    rankings = rank(query_vectors, passage_vectors, query_ids, passage_ids)
-    per_query = {i: query_metrics(rankings[i], set(dataset.relevant_docs[i])) for i in query_ids}
-    names = per_query[query_ids[0]]
-    metrics = {name: float(np.mean([values[name] for values in per_query.values()])) for name in names}
-    return RetrievalEvaluation(metrics, per_query, rankings, dataset.origins(), len(passage_ids))
+    queries = unit_vectors(encode_queries([dataset.queries[i] for i in query_ids]), query_ids, "query")
+    passages = unit_vectors(encode_passages([dataset.corpus[i] for i in passage_ids]), passage_ids, "passage")
+    if queries.shape[1] != passages.shape[1]:
+        raise ConfigError(
+            f"query vectors of {queries.shape[1]} and passage vectors of {passages.shape[1]} dimensions",
+            "as many of both",
+            "Take one model for queries and passages.",
+        )
+    rows, scores = nearest(queries, passages, DEPTH)
+    rankings = {q: [passage_ids[row] for row in found] for q, found in zip(query_ids, rows, strict=True)}
+    per_query = measure(rankings, relevance(dataset))
+    place = {passage_id: row for row, passage_id in enumerate(passage_ids)}
+    return RetrievalEvaluation(
+        means(per_query),
+        per_query,
+        rankings,
+        dataset.origins(),
+        len(passage_ids),
+        similarities={q: found.tolist() for q, found in zip(query_ids, scores, strict=True)},
+        relevant_similarities={
+            q: {i: float(vector @ passages[place[i]]) for i in dataset.relevant_docs[q]}
+            for q, vector in zip(query_ids, queries, strict=True)
+        },
+        sample=_sample(dataset, queries, passages, place),
+        notes=[*notes_on(dataset), *_notes_on_vectors(queries, passages)],
+    )
 
 
-def rank(
-    query_vectors: FloatArray,
-    passage_vectors: FloatArray,
-    query_ids: Sequence[str],
-    passage_ids: Sequence[str],
-) -> dict[str, list[str]]:
-    """The ten passages nearest to each query, best first; ties in the order of `passage_ids`.
+def relevance(dataset: EmbeddingQAFinetuneDataset) -> dict[str, dict[str, float]]:
+    """Query id to the grades of its relevant passages, above 0 and at most 1."""
+    return {q: {i: dataset.score(q, i) for i in dataset.relevant_docs[q]} for q in dataset.queries}
+
+
+def means(per_query: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean of each measure over the queries."""
+    first = next(iter(per_query.values()))
+    return {name: float(np.mean([values[name] for values in per_query.values()])) for name in first}
+
+
+def notes_on(dataset: EmbeddingQAFinetuneDataset) -> list[str]:
+    """What makes a dataset's measures lower or higher than retrieval is, a sentence each."""
+    seen: dict[str, str] = {}
+    twins = [i for i, text in dataset.corpus.items() if seen.setdefault(normalise(text), i) != i]
+    asked: dict[str, str] = {}
+    again = [i for i, text in dataset.queries.items() if asked.setdefault(normalise(text), i) != i]
+    notes = []
+    if twins:
+        notes.append(
+            f"{len(twins)} of {len(dataset.corpus)} passages have the text of another ({_some(twins)}): where only one "
+            "of them is judged relevant, finding the other counts as wrong."
+        )
+    if again:
+        notes.append(f"{len(again)} of {len(dataset.queries)} queries have the wording of another ({_some(again)}).")
+    return notes
+
+
+def unit_vectors(vectors: Any, ids: Sequence[str], what: str) -> FloatArray:
+    """Vectors of length 1; those that are zero stay so.
 
     Args:
-        query_vectors: [queries, dimensions].
-        passage_vectors: [passages, dimensions].
-        query_ids: Names of the rows.
-        passage_ids: Names of the rows.
+        vectors: [ids, dimensions].
+        ids: Names of the rows, for the message.
+        what: What they are of, for the message.
+
+    Raises:
+        NonFiniteLossError: Some are NaN or infinite.
     """
-    found: dict[str, list[str]] = {}
-    for start in range(0, len(query_ids), _CHUNK):
-        scores = query_vectors[start : start + _CHUNK] @ passage_vectors.T
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :_DEPTH]
-        for query_id, row in zip(query_ids[start : start + _CHUNK], order, strict=True):
-            found[query_id] = [passage_ids[i] for i in row]
-    return found
-
-
-def query_metrics(ranking: Sequence[str], relevant: set[str]) -> dict[str, float]:
-    """Measures of one ranking under binary relevance.
-
-    hit@k: one relevant passage or more among the first k. mrr@10: 1 / rank of the first relevant one, 0 beyond
-    10. ndcg@10: Järvelin and Kekäläinen (2002) with gain 1 and discount log2(rank + 1). recall@10: share of the
-    relevant passages among the first 10.
-    """
-    hits = [passage_id in relevant for passage_id in ranking[:_DEPTH]]
-    first = hits.index(True) + 1 if True in hits else None
-    gain = sum(1 / np.log2(position + 2) for position, hit in enumerate(hits) if hit)
-    ideal = sum(1 / np.log2(position + 2) for position in range(min(len(relevant), _DEPTH)))
-    return {
-        "hit@1": float(any(hits[:1])),
-        "hit@5": float(any(hits[:5])),
-        "mrr@10": 1 / first if first else 0.0,
-        "ndcg@10": float(gain / ideal),
-        "recall@10": sum(hits) / len(relevant),
-    }
-
-
-def _unit(vectors: Any) -> FloatArray:
     array = np.asarray(vectors, dtype=np.float32)
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array).all(axis=1)).sum())
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1)).tolist()
+    if bad:
         raise NonFiniteLossError(
-            f"{bad} of {len(array)} vectors with NaN or infinity in them", "numbers", "Lower the learning_rate."
+            f"{len(bad)} of {len(array)} {what} vectors with NaN or infinity in them ({_some([ids[i] for i in bad])})",
+            "numbers",
+            "Of a model in training: lower the learning_rate. Of another: load it in float32.",
         )
     return np.asarray(array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+
+
+def _notes_on_vectors(queries: FloatArray, passages: FloatArray) -> list[str]:
+    nothing = {what: int((~vectors.any(axis=1)).sum()) for what, vectors in (("query", queries), ("passage", passages))}
+    return [
+        f"{count} {what} vector(s) are zero, as near to one text as to any other."
+        for what, count in nothing.items()
+        if count
+    ]
+
+
+def _sample(
+    dataset: EmbeddingQAFinetuneDataset, queries: FloatArray, passages: FloatArray, place: dict[str, int]
+) -> VectorSample:
+    """Of queries at even distances, so that the same ones are drawn for every model."""
+    query_ids = list(dataset.queries)
+    chosen = np.unique(np.linspace(0, len(query_ids) - 1, min(_ON_THE_MAP, len(query_ids))).astype(int)).tolist()
+    passage_ids = list(dict.fromkeys(i for row in chosen for i in dataset.relevant_docs[query_ids[row]]))
+    return VectorSample(
+        [query_ids[row] for row in chosen],
+        passage_ids,
+        [list(dataset.relevant_docs[query_ids[row]]) for row in chosen],
+        queries[chosen],
+        passages[[place[i] for i in passage_ids]],
+    )
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(repr(i) for i in ids[:_SHOWN]) + (", ..." if len(ids) > _SHOWN else "")

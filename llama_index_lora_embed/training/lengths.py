@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.texts import count_tokens
 from llama_index_lora_embed.windows import longest_text, window_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _KEPT = 512  # a base's own limit is kept up to this; beyond it the data decide
-_CHUNK = 1000  # texts tokenised at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -94,33 +94,6 @@ def choose_length(
         cut_after=sum(length > wanted for length in lengths),
         longest=max(lengths, default=0),
     )
-
-
-def count_tokens(model: SentenceTransformer, texts: Iterable[str], prompt: str = "") -> list[int]:
-    """Tokens of each text with its prompt and the special tokens, nothing cut off."""
-    # a copy of the tokenizer's backend would be costly; verbose=False keeps it from warning about long texts
-    tokenizer = model.tokenizer
-    # sentence-transformers puts the texts of a plain chat model into its chat template, which counts too
-    chat = "message" in getattr(model[0], "modalities", ())
-    counts: list[int] = []
-    chunk: list[str] = []
-
-    def flush() -> None:
-        if chunk:
-            if chat:
-                features = model.preprocess(chunk, processing_kwargs={"text": {"truncation": False}})
-                counts.extend(features["attention_mask"].sum(dim=1).tolist())
-            else:
-                encoded = tokenizer(chunk, truncation=False, padding=False, verbose=False)
-                counts.extend(len(ids) for ids in encoded["input_ids"])
-            chunk.clear()
-
-    for text in texts:
-        chunk.append(prompt + text)
-        if len(chunk) == _CHUNK:
-            flush()
-    flush()
-    return counts
 
 
 def _quantile(lengths: list[int], coverage: float) -> int:

@@ -199,7 +199,7 @@ def test_rows_and_files_are_evaluated_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_vectors_that_are_no_numbers_are_an_error(value):
-    with pytest.raises(NonFiniteLossError, match="1 of 3 vectors"):
+    with pytest.raises(NonFiniteLossError, match="1 of 3 text vectors"):
         from_table({"a": [1, 0], "b": [value, 1], "c": [0, 1]}, texts1=["a", "a"], texts2=["b", "c"], scores=[1, 0])
 
 

@@ -1,23 +1,31 @@
+import asyncio
+import os
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.bridge.pydantic import PrivateAttr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, evaluate_retrieval
-from llama_index_lora_embed.errors import DatasetError
-from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders, query_metrics
+from llama_index_lora_embed.errors import ConfigError, DatasetError, NonFiniteLossError, OutputDirectoryError
+from llama_index_lora_embed.evaluation import aevaluate_retrieval, search
+from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
+from llama_index_lora_embed.evaluation.vectors import identity
 from tests.conftest import make_dataset
 
 NAMES = {
-    "hit@1": "accuracy@1",
-    "hit@5": "accuracy@5",
-    "mrr@10": "mrr@10",
-    "ndcg@10": "ndcg@10",
-    "recall@10": "recall@10",
+    **{f"hit@{k}": f"accuracy@{k}" for k in (1, 5, 10)},
+    **{f"{name}@{k}": f"{name}@{k}" for name in ("recall", "precision") for k in (1, 5, 10)},
+    **{name: name for name in ("mrr@10", "ndcg@10", "map@100")},
 }
+DATA = Path(os.environ.get("LORA_EMBED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 class FixedVectors:
@@ -37,55 +45,86 @@ class FixedVectors:
         return queries @ passages.T
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_measures_agree_with_sentence_transformers_on_random_rankings_with_ties(seed):
+def random_judgments(seed):
+    """(dataset, vector of each text): two dimensions of small whole numbers give many equal scores."""
     rng = random.Random(seed)
-    # two dimensions of small whole numbers give many equal scores
-    corpus = {f"p{i}": f"passage {i}" for i in range(60)}
+    corpus = {f"p{i}": f"passage {i}" for i in range(160)}
     queries = {f"q{i}": f"query {i}" for i in range(40)}
     relevant = {q: rng.sample(sorted(corpus), rng.randint(1, 14)) for q in queries}
     table = {
         text: np.array([rng.randint(1, 3), rng.randint(1, 3)], dtype=np.float32)
         for text in [*corpus.values(), *queries.values()]
     }
-    dataset = EmbeddingQAFinetuneDataset(queries=queries, corpus=corpus, relevant_docs=relevant)
+    return EmbeddingQAFinetuneDataset(queries=queries, corpus=corpus, relevant_docs=relevant), table
+
+
+def tenk():
+    """(dataset, vector of each text): counts of words by their hash, of which many texts have equal ones."""
+    if not (DATA / "tenk_val.json").exists():
+        pytest.skip(f"tenk_val.json is not in {DATA}; LORA_EMBED_DATA names another folder")
+    dataset = EmbeddingQAFinetuneDataset.from_json(DATA / "tenk_val.json")
+    table = {}
+    for text in [*dataset.corpus.values(), *dataset.queries.values()]:
+        counts = np.zeros(16, dtype=np.float32)
+        for word in text.lower().split():
+            counts[sum(word.encode()) % 16] += 1
+        table[text] = np.minimum(counts, 2)
+    return dataset, table
+
+
+@pytest.mark.parametrize("case", [*range(5), "tenk"])
+def test_measures_agree_with_sentence_transformers_and_trec_eval_where_scores_are_tied(case):
+    dataset, table = tenk() if case == "tenk" else random_judgments(case)
+    # unit vectors through the same arithmetic, so that equal scores are equal in both
+    unit = {text: vector / max(np.linalg.norm(vector), 1e-12) for text, vector in table.items()}
 
     def encode(texts):
         return np.stack([table[text] for text in texts])
 
-    ours = evaluate_encoders(encode, encode, dataset).metrics
-    # unit vectors through the same arithmetic, so that equal scores are equal in both
-    unit = {text: vector / np.linalg.norm(vector) for text, vector in table.items()}
-    judged = {q: set(ids) for q, ids in relevant.items()}
-    evaluator = InformationRetrievalEvaluator(queries, corpus, judged)
+    evaluation = evaluate_encoders(encode, encode, dataset)
+    judged = {q: set(ids) for q, ids in dataset.relevant_docs.items()}
+    evaluator = InformationRetrievalEvaluator(
+        dataset.queries, dataset.corpus, judged,
+        accuracy_at_k=[1, 5, 10], precision_recall_at_k=[1, 5, 10],
+    )  # fmt: skip
     evaluator.store_metrics_in_model_card_data = lambda *args: None  # the table has no model card
     theirs = evaluator(FixedVectors(unit))
+    assert any(len(set(scores)) < len(scores) for scores in evaluation.similarities.values()), "scores are tied"
     for name, their_name in NAMES.items():
-        assert ours[name] == pytest.approx(theirs[f"cosine_{their_name}"], abs=1e-6), name
+        assert evaluation.metrics[name] == pytest.approx(theirs[f"cosine_{their_name}"], abs=1e-6), name
+
+    # trec_eval itself, on the tied scores: of equal ones it takes the highest id first, so that ids are turned round
+    turned = {i: f"{len(dataset.corpus) - rank:06d}" for rank, i in enumerate(sorted(dataset.corpus))}
+    run = {
+        q: {turned[i]: score for i, score in zip(ids, evaluation.similarities[q], strict=True)}
+        for q, ids in evaluation.rankings.items()
+    }
+    qrels = {q: {turned[i]: 1 for i in ids} for q, ids in dataset.relevant_docs.items()}
+    measures = {"success.1,5,10", "ndcg_cut.10", "map_cut.100", "recall.1,5,10", "P.1,5,10"}
+    trec = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
+    first_ten = {q: dict(list(found.items())[:10]) for q, found in run.items()}
+    reciprocal = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(first_ten)
+    for q, ours in evaluation.per_query.items():
+        values = {**trec[q], **reciprocal[q]}
+        for name in ours:
+            kind, _, k = name.partition("@")
+            their = {"hit": f"success_{k}", "precision": f"P_{k}", "recall": f"recall_{k}", "mrr": "recip_rank",
+                     "ndcg": "ndcg_cut_10", "map": "map_cut_100"}[kind]  # fmt: skip
+            assert ours[name] == pytest.approx(values[their], abs=1e-6), (q, name)
 
 
 def test_measures_agree_with_sentence_transformers_on_a_model(tiny_model):
     dataset = make_dataset()
     ours = evaluate_retrieval(LoraEmbedding(base_model=tiny_model, device="cpu"), dataset)
     judged = {q: set(ids) for q, ids in dataset.relevant_docs.items()}
-    theirs = InformationRetrievalEvaluator(dataset.queries, dataset.corpus, judged)(
-        SentenceTransformer(tiny_model, device="cpu")
+    evaluator = InformationRetrievalEvaluator(
+        dataset.queries, dataset.corpus, judged, accuracy_at_k=[1, 5, 10], precision_recall_at_k=[1, 5, 10]
     )
+    theirs = evaluator(SentenceTransformer(tiny_model, device="cpu"))
     for name, their_name in NAMES.items():
         assert ours.metrics[name] == pytest.approx(theirs[f"cosine_{their_name}"], abs=1e-6), name
     assert ours.passages == 24
     assert ours.origins == {"people": 48}
-
-
-def test_measures_of_one_ranking_by_hand():
-    metrics = query_metrics(["a", "b", "c"], {"b", "z"})
-    assert metrics == {
-        "hit@1": 0.0,
-        "hit@5": 1.0,
-        "mrr@10": 0.5,
-        "ndcg@10": pytest.approx((1 / np.log2(3)) / (1 + 1 / np.log2(3))),
-        "recall@10": 0.5,
-    }
 
 
 def test_a_dataset_that_cannot_be_judged_is_refused(tiny_model):
@@ -94,3 +133,161 @@ def test_a_dataset_that_cannot_be_judged_is_refused(tiny_model):
     broken.relevant_docs["q0-0"] = ["nowhere"]
     with pytest.raises(DatasetError, match="evaluation dataset"):
         evaluate_retrieval(embed_model, broken)
+
+
+class Fake(BaseEmbedding):
+    """Words by their hash, as an API would give them: slowly, so many at a time, counted."""
+
+    dimensions: int = 24
+    seconds: float = 0.0
+    api_key: str = "secret"
+    _calls: list = PrivateAttr(default_factory=list)
+    _running: list = PrivateAttr(default_factory=lambda: [0, 0])
+
+    def vector(self, text):
+        vector = [0.0] * self.dimensions
+        for word in text.split():
+            vector[sum(word.encode()) % self.dimensions] += 1.0
+        return vector
+
+    def _get_query_embedding(self, query):
+        self._calls.append(("query", 1))
+        return self.vector(query)
+
+    def _get_text_embedding(self, text):
+        return self.vector(text)
+
+    def _get_text_embeddings(self, texts):
+        self._calls.append(("texts", len(texts)))
+        return [self.vector(text) for text in texts]
+
+    async def _under_way(self, value):
+        self._running[0] += 1
+        self._running[1] = max(self._running)
+        await asyncio.sleep(0.002)
+        self._running[0] -= 1
+        return value
+
+    async def _aget_query_embedding(self, query):
+        return await self._under_way(self._get_query_embedding(query))
+
+    async def _aget_text_embeddings(self, texts):
+        return await self._under_way(self._get_text_embeddings(texts))
+
+
+def test_any_embedding_model_is_judged_and_asynchronously_too():
+    dataset, plain, busy = make_dataset(), Fake(embed_batch_size=5), Fake(embed_batch_size=5)
+    expected = evaluate_retrieval(plain, dataset)
+    found = evaluate_retrieval(busy, dataset, num_workers=3)
+    assert found.rankings == expected.rankings
+    assert found.metrics == expected.metrics
+    assert expected.metrics["hit@5"] > 0.5
+    assert busy._running[1] == 3, "as many as allowed at once, and no more"
+    assert max(size for kind, size in busy._calls if kind == "texts") == 5
+
+    async def inside():
+        also = evaluate_retrieval(Fake(), dataset, num_workers=2)  # as a notebook would call it
+        return also, await aevaluate_retrieval(Fake(), dataset)
+
+    for evaluation in asyncio.run(inside()):
+        assert evaluation.metrics == expected.metrics
+
+
+def test_vectors_are_paid_for_once_and_kept_by_model_and_text(tmp_path):
+    dataset, model = make_dataset(), Fake()
+    first = evaluate_retrieval(model, dataset, cache_folder=tmp_path / "cache")
+    calls = len(model._calls)
+    again = evaluate_retrieval(model, dataset, cache_folder=tmp_path / "cache")
+    assert (len(model._calls), again.metrics) == (calls, first.metrics)
+    evaluate_retrieval(Fake(api_key="another", embed_batch_size=7), dataset, cache_folder=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "keys and batch sizes decide nothing"
+    assert "secret" not in "".join(str(path) for path in (tmp_path / "cache").rglob("*"))
+    other = Fake(dimensions=8)
+    evaluate_retrieval(other, dataset, cache_folder=tmp_path / "cache")
+    assert other._calls, "another model has vectors of its own"
+    dataset.queries["q0-0"] = "something else"
+    evaluate_retrieval(model, dataset, cache_folder=tmp_path / "cache")
+    assert {kind for kind, _ in model._calls[calls:]} == {"query"}, "passages were the same"
+
+
+def test_a_model_that_was_retrained_in_its_folder_is_another_to_the_cache(tiny_model, adapter, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    before = identity(Fake(model_name=str(folder)))
+    (folder / "modules.json").write_text((folder / "modules.json").read_text() + " ")
+    assert identity(Fake(model_name=str(folder))) != before
+    embed_model = LoraEmbedding(adapter, device="cpu")
+    assert identity(embed_model) == embed_model.fingerprint
+
+
+def test_grades_count_in_ndcg_alone():
+    dataset = make_dataset(passages=6)
+    dataset.relevant_docs["q0-0"] = ["p0", "p1"]
+    binary = evaluate_retrieval(Fake(), dataset)
+    dataset.relevance_scores = {"q0-0": {"p0": 0.2, "p1": 1.0}}
+    graded = evaluate_retrieval(Fake(), dataset)
+    changed = {name for name, value in graded.per_query["q0-0"].items() if value != binary.per_query["q0-0"][name]}
+    assert changed == {"ndcg@10"}
+    place = {i: rank for rank, i in enumerate(graded.rankings["q0-0"], 1)}
+    gain = 0.2 / np.log2(place["p0"] + 1) + 1 / np.log2(place["p1"] + 1)
+    assert graded.per_query["q0-0"]["ndcg@10"] == pytest.approx(gain / (1 + 0.2 / np.log2(3)))
+
+
+def test_what_lies_beyond_the_measures_is_told(tiny_model):
+    dataset = make_dataset(passages=6)
+    dataset.corpus["twin"] = dataset.corpus["p0"].upper()
+    dataset.queries["q0-1"] = dataset.queries["q0-0"]
+    dataset.corpus["p5"] = "."
+    evaluation = evaluate_encoders(
+        lambda texts: np.ones((len(texts), 3)),
+        lambda texts: np.array([[0.0] * 3 if text == "." else [1.0] * 3 for text in texts]),
+        dataset,
+    )
+    twins, asked, zero = evaluation.notes
+    assert "1 of 7 passages have the text of another ('twin')" in twins
+    assert "1 of 12 queries have the wording of another ('q0-1')" in asked
+    assert "1 passage vector(s) are zero" in zero
+
+
+@pytest.mark.parametrize(
+    ("queries", "passages", "error", "words"),
+    [
+        (lambda n: np.ones((n, 3)), lambda n: np.ones((n, 4)), ConfigError, "query vectors of 3 and passage vectors"),
+        (lambda n: np.full((n, 3), np.nan), lambda n: np.ones((n, 3)), NonFiniteLossError, r"12 of 12 query .*'q0-0'"),
+        (lambda n: np.ones((n, 3)), lambda n: np.full((n, 3), np.inf), NonFiniteLossError, "6 of 6 passage vectors"),
+    ],
+)
+def test_vectors_that_cannot_be_compared_are_refused(queries, passages, error, words):
+    with pytest.raises(error, match=words):
+        evaluate_encoders(lambda t: queries(len(t)), lambda t: passages(len(t)), make_dataset(passages=6))
+
+
+def test_what_is_no_embedding_model_or_gives_no_array_is_refused(tmp_path):
+    class Ragged(Fake):
+        def vector(self, text):
+            return [1.0] * len(text)
+
+    with pytest.raises(ConfigError, match="different dimensions"):
+        evaluate_retrieval(Ragged(), make_dataset())
+    for wrong in (None, "a-model", Fake):
+        with pytest.raises(ConfigError, match="a LlamaIndex BaseEmbedding"):
+            evaluate_retrieval(wrong, make_dataset())
+    for wrong in (0, True, "2"):
+        with pytest.raises(ConfigError, match="num_workers"):
+            evaluate_retrieval(Fake(), make_dataset(), num_workers=wrong)
+    with pytest.raises(OutputDirectoryError, match="cache folder"):
+        evaluate_retrieval(Fake(), make_dataset(), cache_folder=__file__)
+
+
+@pytest.mark.parametrize("block", [(3, 7), (256, 5), (1, 16_384)])
+def test_search_in_blocks_is_exact_with_ties_in_the_order_of_rows(block, monkeypatch):
+    monkeypatch.setattr(search, "_QUERIES", block[0])
+    monkeypatch.setattr(search, "_PASSAGES", block[1])
+    rng = np.random.default_rng(1)
+    queries, passages = (rng.integers(0, 3, (n, 4)).astype(np.float32) for n in (9, 40))
+    rows, scores = search.nearest(queries, passages, 10)
+    every = queries @ passages.T
+    expected = np.argsort(-every, axis=1, kind="stable")[:, :10]
+    assert (rows == expected).all()
+    assert (scores == np.take_along_axis(every, expected, axis=1)).all()
+    assert search.nearest(queries, passages, 100)[0].shape == (9, 40)

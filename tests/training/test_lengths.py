@@ -3,7 +3,8 @@ from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.presets import longest_input
-from llama_index_lora_embed.training.lengths import choose_length, count_tokens
+from llama_index_lora_embed.texts import count_tokens
+from llama_index_lora_embed.training.lengths import choose_length
 
 
 @pytest.fixture

@@ -1,0 +1,422 @@
+"""Versions of a model over time: an index that only grows, over the manifests of the runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_index_lora_embed.adapter import Manifest
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.files import write_json
+from llama_index_lora_embed.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
+from llama_index_lora_embed.evaluation.bootstrap import paired_intervals
+from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval
+from llama_index_lora_embed.evaluation.retrieval_comparison import Difference, differences
+from llama_index_lora_embed.evaluation.run_facts import RunFacts
+from llama_index_lora_embed.evaluation.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_INDEX = "versions.jsonl"
+_EVALUATIONS = "evaluations"
+_METRIC = "ndcg@10"
+TOLERANCE = 0.01
+"""nDCG@10 that the gate gives away: a 95 % interval has a width, and with 0 no equal model would ever pass."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A line of the index.
+
+    Attributes:
+        name: Unique in the registry.
+        path: Adapter directory at that time.
+        fingerprint: Of the model.
+        created: When it was trained; UTC, ISO 8601.
+        added: When it was registered; UTC, ISO 8601.
+        base: Hub id or folder of the base.
+        trained_on: Digest of the training set.
+        verdict: The run's own, in one sentence.
+        metrics: Means on `judged_on`; empty if it was not evaluated.
+        judged_on: Digest of the dataset; None if it was not evaluated.
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+    created: str
+    added: str
+    base: str
+    trained_on: str
+    verdict: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    judged_on: str | None = None
+
+    @property
+    def status(self) -> str:
+        """What is in its directory now: "there", "replaced" (by another model) or "gone"."""
+        try:
+            manifest = Manifest.read(Path(self.path))
+        except AdapterError:
+            return "replaced"
+        if manifest is None:
+            return "gone"
+        return "there" if manifest.fingerprint == self.fingerprint else "replaced"
+
+
+Versions = list[Version]
+
+
+@dataclass(frozen=True)
+class VersionComparison:
+    """Two versions beside each other.
+
+    Attributes:
+        before: The one.
+        after: The other.
+        changed: What differs in how they were made: setting to (before, after).
+        measures: Differences on the same questions, after minus before; None if they were judged on different ones.
+    """
+
+    before: Version
+    after: Version
+    changed: dict[str, tuple[Any, Any]]
+    measures: dict[str, Difference] | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.before.name} ({self.before.created}) against {self.after.name} ({self.after.created})"]
+        lines += [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in self.changed.items()]
+        if self.measures is None:
+            return "\n".join([*lines, "  not judged on the same questions, so that their measures cannot be compared"])
+        for name, m in self.measures.items():
+            low, high = m.interval
+            lines.append(f"  {name}: {m.base:.3f} -> {m.tuned:.3f}, {m.difference:+.3f} ({low:+.3f} to {high:+.3f})")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a version is no worse than the one in use; true if it is not.
+
+    Attributes:
+        passed: The whole 95 % interval of the difference lies above -tolerance; or nothing is in use yet.
+        reason: In one sentence.
+        measured: nDCG@10 of both; None if nothing is in use.
+    """
+
+    passed: bool
+    reason: str
+    measured: Difference | None = None
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        return f"{'PASSED' if self.passed else 'NOT PASSED'}: {self.reason}"
+
+
+class RunRegistry:
+    """A folder that remembers versions, what they were judged by, and which one is in use.
+
+    Its index only grows: lines are appended under a lock and synced, and a line that a kill cut short is passed over.
+
+    Args:
+        path: The folder; made when the first version is added.
+
+    Example:
+        >>> registry = RunRegistry("runs/registry")  # doctest: +SKIP
+        >>> registry.add("runs/handbook", dataset=val)  # doctest: +SKIP
+        >>> if registry.gate("v2"):  # doctest: +SKIP
+        ...     registry.use("v2")
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._index = self.path / _INDEX
+
+    def add(
+        self,
+        adapter_path: str | os.PathLike[str],
+        *,
+        dataset: EmbeddingQAFinetuneDataset | None = None,
+        evaluation: RetrievalEvaluation | None = None,
+        name: str | None = None,
+        **embedding: Any,
+    ) -> Version:
+        """Register the model in an adapter directory.
+
+        Args:
+            adapter_path: What a run has written.
+            dataset: What to judge it by; the same one for all versions, so that they can be compared.
+            evaluation: Of the model on this dataset; None evaluates it now.
+            name: Letters, digits, ".", "_" and "-"; None counts on: v1, v2, ...
+            **embedding: More for `LoraEmbedding`, if it is evaluated.
+
+        Raises:
+            AdapterError: There is no manifest, or a damaged one.
+            ConfigError: The name is taken or not allowed, or there is an evaluation without a dataset.
+            DatasetError: The evaluation is of other queries.
+            OutputDirectoryError: The registry cannot be written.
+        """
+        manifest = RunFacts.read(adapter_path).manifest
+        if evaluation is not None and dataset is None:
+            raise ConfigError("an evaluation without its dataset", "both", "add(path, dataset=val, evaluation=...)")
+        if name is not None and not re.fullmatch(r"[\w.-]{1,100}", name):
+            raise ConfigError(f"name={name!r}", "letters, digits, '.', '_' and '-'", "name='2026-11-handbook'")
+        if name is not None and name in {version.name for version in self.list()}:
+            raise ConfigError(f"name={name!r}, which is taken", "a new name", "Leave name=None to count on.")
+        judged_on = None
+        if dataset is not None:
+            dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
+            judged_on = dataset.digest()
+            if evaluation is None:
+                evaluation = self._evaluate(str(adapter_path), manifest, dataset, embedding)
+            elif evaluation.per_query.keys() != dataset.queries.keys():
+                raise DatasetError(
+                    "an evaluation of other queries than the dataset's", "one of this dataset", "Evaluate it again."
+                )
+        with self._locked():
+            versions = self.list()
+            taken = {version.name for version in versions}
+            number = len(versions) + 1
+            while name is None or name in taken:
+                name, number = f"v{number}", number + 1
+            version = Version(
+                name=name,
+                path=str(Path(adapter_path).expanduser().absolute()),
+                fingerprint=manifest.fingerprint,
+                created=manifest.created,
+                added=_now(),
+                base=str(manifest.base.get("model_id", "")),
+                trained_on=str(manifest.dataset.get("digest", "")),
+                verdict=manifest.verdict,
+                metrics={} if evaluation is None else evaluation.metrics,
+                judged_on=judged_on,
+            )
+            if evaluation is not None:
+                self._keep(version, evaluation)
+            self._append({"event": "add", **asdict(version)})
+        return version
+
+    def list(self) -> Versions:
+        """All versions, the oldest first."""
+        return [Version(**{k: v for k, v in e.items() if k != "event"}) for e in self._events() if e["event"] == "add"]
+
+    def show(self, name: str) -> str:
+        """A version in words: what it is, what it was trained on, its measures, and whether it is still there."""
+        version = self._find(name)
+        used = self.in_use()
+        rows = [(key.replace("_", " "), str(value)) for key, value in asdict(version).items() if key != "metrics"]
+        rows.append(("in use", "yes" if used is not None and used.name == name else "no"))
+        rows.append(("directory", version.status))
+        rows += [(metric, f"{value:.3f}") for metric, value in version.metrics.items()]
+        width = max(len(key) for key, _ in rows)
+        return "\n".join(f"{key:{width}}  {value}" for key, value in rows)
+
+    def table(self) -> Table:
+        """All versions with their measures."""
+        used = self.in_use()
+        rows = [
+            (
+                v.name + (" (in use)" if used is not None and v.name == used.name else ""),
+                v.created,
+                Path(v.base).name,
+                (v.judged_on or "")[:8],
+                *(f"{v.metrics[m]:.3f}" if m in v.metrics else "" for m in ("hit@5", _METRIC)),
+                v.status,
+            )
+            for v in self.list()
+        ]
+        columns = ("version", "trained", "base", "judged on", "hit@5", "nDCG@10", "directory")
+        return Table("Versions", columns, rows, texts=("trained", "base", "judged on", "directory"))
+
+    def compare(self, before: str, after: str) -> VersionComparison:
+        """What changed between two versions, and what came of it.
+
+        Raises:
+            ConfigError: A name is unknown.
+        """
+        one, other = self._find(before), self._find(after)
+        made = [self._made(version) for version in (one, other)]
+        keys = dict.fromkeys([*made[0], *made[1]])
+        changed = {k: (made[0].get(k), made[1].get(k)) for k in keys if made[0].get(k) != made[1].get(k)}
+        measures = None
+        if one.judged_on is not None and one.judged_on == other.judged_on:
+            measures = differences(self._evaluation(one), self._evaluation(other))
+        return VersionComparison(one, other, changed, measures)
+
+    def trend(self, metric: str = _METRIC) -> Figure:
+        """A picture of a measure over the versions that were judged on the dataset of the last one.
+
+        Raises:
+            ConfigError: No version was evaluated, or not by this measure.
+            MissingExtraError: The extra "report" is not installed.
+        """
+        from llama_index_lora_embed.evaluation import plots
+
+        judged = [version for version in self.list() if metric in version.metrics]
+        if not judged:
+            raise ConfigError(
+                f"no version with {metric}", "one that was added with a dataset", "registry.add(path, dataset=val)"
+            )
+        points = []
+        for version in judged:
+            if version.judged_on == judged[-1].judged_on:
+                import numpy as np
+
+                values = np.array(self._evaluation(version).scores(metric))
+                points.append((version.name, float(values.mean()), paired_intervals(values[:, None])[0]))
+        return plots.trend(points, metric)
+
+    def in_use(self) -> Version | None:
+        """The version that `use` named last; None if none was."""
+        names = [event["name"] for event in self._events() if event["event"] == "use"]
+        return self._find(names[-1]) if names else None
+
+    def use(self, name: str) -> None:
+        """Note that a version is in use now.
+
+        Raises:
+            ConfigError: The name is unknown.
+            OutputDirectoryError: The registry cannot be written.
+        """
+        self._find(name)
+        with self._locked():
+            self._append({"event": "use", "name": name, "time": _now()})
+
+    def gate(self, name: str, *, tolerance: float = TOLERANCE) -> Gate:
+        """Whether a version is no worse than the one in use, on the same questions.
+
+        A test of non-inferiority: the lower end of the 95 % interval of the difference of nDCG@10 must lie above
+        -tolerance. Few questions have wide intervals, so that nothing passes on them but a clear gain.
+
+        Args:
+            name: The candidate.
+            tolerance: What may be lost, 0 to 1.
+
+        Raises:
+            ConfigError: The name is unknown, or tolerance no number from 0 to 1.
+            DatasetError: The two were not judged on the same dataset.
+        """
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
+            raise ConfigError(f"tolerance={tolerance!r}", "a number from 0 to 1", f"tolerance={TOLERANCE}")
+        candidate, used = self._find(name), self.in_use()
+        if used is None:
+            return Gate(True, "no version is in use yet")
+        if candidate.judged_on is None or candidate.judged_on != used.judged_on:
+            raise DatasetError(
+                f"{name!r} judged on {(candidate.judged_on or 'nothing')[:8]} and {used.name!r}, which is in use, on "
+                f"{(used.judged_on or 'nothing')[:8]}",
+                "both judged on one dataset",
+                "Add both with the same dataset=.",
+            )
+        found = differences(self._evaluation(used), self._evaluation(candidate), names=[_METRIC])[_METRIC]
+        low, high = found.interval
+        passed = low >= -tolerance
+        return Gate(
+            passed,
+            f"nDCG@10 of {name} is {found.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) beside "
+            f"{used.name}, which is in use; at most {tolerance:.3f} may be lost",
+            found,
+        )
+
+    def _evaluate(
+        self, path: str, manifest: Manifest, dataset: EmbeddingQAFinetuneDataset, embedding: dict[str, Any]
+    ) -> RetrievalEvaluation:
+        from llama_index_lora_embed.embedding import LoraEmbedding
+
+        return evaluate_retrieval(LoraEmbedding(path, **embedding), dataset)
+
+    def _made(self, version: Version) -> dict[str, Any]:
+        """How a version was made, as far as its directory still tells."""
+        found: dict[str, Any] = {"base": version.base, "trained on": version.trained_on[:8]}
+        manifest = Manifest.read(Path(version.path)) if version.status == "there" else None
+        if manifest is not None:
+            found |= {f"settings.{k}": v for k, v in manifest.settings.items()}
+            found |= {f"lora.{k}": v for k, v in manifest.lora.items()}
+            found |= {
+                "max_seq_length": manifest.max_seq_length,
+                **{f"versions.{k}": v for k, v in manifest.versions.items()},
+            }
+        return found
+
+    def _find(self, name: str) -> Version:
+        versions = self.list()
+        for version in versions:
+            if version.name == name:
+                return version
+        known = ", ".join(version.name for version in versions) or "none yet"
+        raise ConfigError(f"version {name!r}", f"one of: {known}", "registry.list() has them all.")
+
+    def _keep(self, version: Version, evaluation: RetrievalEvaluation) -> None:
+        held = {"per_query": evaluation.per_query, "origins": evaluation.origins, "passages": evaluation.passages}
+        try:
+            write_json(self.path / _EVALUATIONS / f"{version.name}.json", held)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _evaluation(self, version: Version) -> RetrievalEvaluation:
+        file = self.path / _EVALUATIONS / f"{version.name}.json"
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            return RetrievalEvaluation(version.metrics, held["per_query"], {}, held["origins"], held["passages"])
+        except (OSError, ValueError, KeyError) as error:
+            raise DatasetError(
+                f"an evaluation of {version.name} that cannot be read ({error})",
+                str(file),
+                "Add the version again under another name.",
+            ) from error
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        try:
+            text = self._index.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return
+        for line in text.splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # cut short by a kill
+            if isinstance(event, dict) and "event" in event:
+                yield event
+
+    def _append(self, event: dict[str, Any]) -> None:
+        with open(self._index, "a+b") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # what a kill left
+                    file.write(b"\n")
+            file.write(json.dumps(event).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        from filelock import FileLock
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path / f"{_INDEX}.lock"):
+                yield
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> OutputDirectoryError:
+        return OutputDirectoryError(
+            f"a registry {str(self.path)!r} that cannot be written ({error})",
+            "a folder that can be written",
+            "Change its permissions, or name another folder.",
+        )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
