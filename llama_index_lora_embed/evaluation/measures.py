@@ -57,7 +57,7 @@ def measure(
     Raises:
         DatasetError: A query has no relevant passage; all such queries are named.
     """
-    import pytrec_eval  # type: ignore[import-not-found, unused-ignore]
+    import pytrec_eval
 
     unjudged = [query_id for query_id in rankings if not relevance.get(query_id)]
     if unjudged:
