@@ -3,9 +3,9 @@
     python benchmarks/llama_index_table.py --data DIR
     python benchmarks/llama_index_table.py --data DIR --adapter runs/tenk
 
-As in LlamaIndex's example a query hits if its passage is among the five nodes that a `VectorStoreIndex` returns. Rows of
-others are their published ones (run-llama/finetune-embedding, and LlamaIndex's page on it); ours are measured now, on an
-adapter that is trained at the engine's defaults on tenk_train, or on the one given.
+As in LlamaIndex's example a query hits if its passage is among the five nodes that a `VectorStoreIndex` returns. Rows
+of others are their published ones (run-llama/finetune-embedding, and LlamaIndex's page on it); ours are measured now,
+on an adapter that is trained at the engine's defaults on tenk_train, or on the one given.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from llama_index.core.schema import TextNode
 
 from tests.conftest import make_dataset
 from tests.data.llms import FakeLLM
@@ -31,7 +32,7 @@ def run(snippet, namespace, tiny_model):
 
 
 def test_the_snippets_are_the_ones_that_are_tested_here():
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
 
 
 def test_the_ten_lines(namespace, tiny_model, capsys):
@@ -72,9 +73,22 @@ def test_several_adapters_and_a_stamp(namespace, tiny_model, adapter):
     assert read_stamp(namespace["index"]).fingerprint == namespace["legal"].fingerprint
 
 
+def test_is_it_better_now(namespace, tiny_model, capsys):
+    make_dataset(passages=8, seed=3).save_json("general.json")
+    asked_about = make_dataset(passages=10, seed=7, prefix="v").corpus
+    namespace["nodes"] = [TextNode(id_=i, text=text) for i, text in asked_about.items()]
+    run(SNIPPETS[0], namespace, tiny_model)
+    run(SNIPPETS[5], namespace, tiny_model)
+    printed = capsys.readouterr().out
+    assert "95 % interval" in printed
+    assert "canary" in printed
+    assert Path("report.html").stat().st_size > 100_000
+    assert namespace["registry"].in_use().name == "v1"
+
+
 def test_coming_from_the_old_package(namespace, tiny_model):
     """The old documentation's calls, with only the import changed."""
-    run(SNIPPETS[5], namespace, tiny_model)
+    run(SNIPPETS[6], namespace, tiny_model)
     train_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("train.json")
     val_dataset = namespace["EmbeddingQAFinetuneDataset"].from_json("val.json")
     finetune_engine = namespace["SentenceTransformersFinetuneEngine"](
