@@ -267,7 +267,7 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
                 **{
                     **asdict(manifest),
                     "fingerprint": fingerprint(model, base_sha256, staging),
-                    "files": _digests(staging),
+                    "files": digests(staging),
                 }
             )
             (staging / MANIFEST_NAME).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
@@ -386,7 +386,8 @@ def _check_safetensors(path: Path) -> None:
         raise AdapterError(f"{str(path)!r} without any weights", "an adapter's weights", "Train again.")
 
 
-def _digests(directory: Path) -> dict[str, str]:
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 (hex) of every file of an adapter directory but the manifest and the README, by its path in it."""
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in _UNHASHED)
     return {p.relative_to(directory).as_posix(): file_digest(p) for p in paths}
 

@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "DatasetError",
     "DeviceMemoryError",
+    "HubError",
     "JournalError",
     "JournalInUseError",
     "LLMError",
@@ -126,6 +127,10 @@ class UnsafeCheckpointError(AdapterError):
 
 class OutputDirectoryError(LoraEmbedError):
     """The output directory cannot be written, or writing there would destroy somebody's files."""
+
+
+class HubError(LoraEmbedError):
+    """The Hugging Face Hub cannot be reached, or does not allow what was asked of it."""
 
 
 class NonFiniteLossError(LoraEmbedError):

@@ -15,13 +15,13 @@ _GRADES = 1000  # trec_eval takes whole numbers; nDCG with linear gain does not 
 _TREC = {
     "hit@1": "success_1",
     "hit@5": "success_5",
-    "hit@10": "success_10",
     "mrr@10": "recip_rank",
     "ndcg@10": "ndcg_cut_10",
+    "recall@10": "recall_10",
+    "hit@10": "success_10",
     "map@100": "map_cut_100",
     "recall@1": "recall_1",
     "recall@5": "recall_5",
-    "recall@10": "recall_10",
     "precision@1": "P_1",
     "precision@5": "P_5",
     "precision@10": "P_10",
@@ -30,8 +30,8 @@ _ASKED = {"success.1,5,10", "recip_rank", "ndcg_cut.10", "map_cut.100", "recall.
 
 NAMES = tuple(_TREC)
 """Names of the measures, all from 0 to 1."""
-HEADLINE = ("hit@1", "hit@5", "mrr@10", "ndcg@10", "recall@10")
-"""Those that stand first, and alone where there is little room."""
+HEADLINE = NAMES[:5]
+"""Those that stand alone where there is little room."""
 
 
 def measure(
