@@ -343,17 +343,6 @@ class LoraEmbedding(ManyAdapters):
         with self._asking("query"):
             return await super().aget_query_embedding(check_text(query))
 
-    def get_query_embedding_batch(self, queries: list[str]) -> list[Embedding]:
-        """Vectors of queries, in their order; computed longest first. LlamaIndex itself asks for one at a time.
-
-        Raises:
-            ConfigError: One is no string.
-        """
-        if self.embeddings_cache is not None:
-            return [self.get_query_embedding(query) for query in queries]
-        checked = check_texts(queries)
-        return self._encode(checked, query=True) if checked else []
-
     def is_cut(self, texts: list[str]) -> list[bool]:
         """Whether passages are longer than the model reads, prompt and special tokens included.
 
@@ -381,6 +370,10 @@ class LoraEmbedding(ManyAdapters):
 
     def _get_query_embedding(self, query: str) -> Embedding:
         return self._encode([query], query=True)[0]
+
+    def _get_query_embeddings(self, queries: list[str]) -> list[Embedding]:
+        """Of many at once, which LlamaIndex does not ask for; its cache and callbacks are passed by."""
+        return self._encode(check_texts(queries), query=True)
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
         return await asyncio.to_thread(self._get_query_embedding, query)

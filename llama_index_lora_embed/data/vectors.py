@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from llama_index_lora_embed.config import MiningSettings
-from llama_index_lora_embed.data.vector_files import Array, read_vectors, texts_digest, write_vectors
-from llama_index_lora_embed.errors import ConfigError, NonFiniteLossError
+from llama_index_lora_embed.data.files import whole_file
+from llama_index_lora_embed.errors import ConfigError, NonFiniteLossError, OutputDirectoryError
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ def encode(
     folder: Path | None,
 ) -> Array:
     """Unit vectors [texts, dimension], from the folder's file for these very texts or made anew."""
-    file = None if folder is None else folder / f"{task}-{texts_digest(texts)}.npy"
-    if file is not None and (kept := read_vectors(file, len(texts))) is not None:
+    file = None if folder is None else folder / f"{task}-{_digest(texts)}.npy"
+    if file is not None and (kept := _read(file, len(texts))) is not None:
         return kept
     made_by = model.encode_query if task == "query" else model.encode_document
     shown = settings.show_progress_bar
@@ -93,5 +100,40 @@ def encode(
             "Mine with another model, or load this one in float32.",
         )
     if file is not None:
-        write_vectors(file, vectors)
+        _write(file, vectors)
     return vectors
+
+
+def _digest(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _read(file: Path, count: int) -> Array | None:
+    """The vectors of a cache file; None if it is missing or damaged."""
+    try:
+        vectors: Array = np.load(file, allow_pickle=False)
+        if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != count or not np.isfinite(vectors).all():
+            raise ValueError(f"not {count} finite float32 vectors")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("cached vectors in %s are damaged and made anew: %s", file, error)
+        return None
+    return vectors
+
+
+def _write(file: Path, vectors: Array) -> None:
+    """Write a cache file; a reader sees the whole of it or nothing."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file, "wb") as stream:
+            np.save(stream, vectors)
+    except OSError as error:
+        raise OutputDirectoryError(
+            f"a cache folder {str(file.parent)!r} that cannot be written ({error})",
+            "a folder with room for the vectors",
+            "Pass another cache_folder, or none.",
+        ) from error

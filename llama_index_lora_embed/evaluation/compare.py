@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llama_index_lora_embed.data.dataset import PEOPLE
 from llama_index_lora_embed.errors import DatasetError
-from llama_index_lora_embed.evaluation.bootstrap import interval, paired_intervals
+from llama_index_lora_embed.evaluation.bootstrap import FEWEST, interval, paired_intervals
 from llama_index_lora_embed.evaluation.pairs import Numbers, PairEvaluation
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation
 
@@ -80,7 +80,8 @@ def compare(
 ) -> Comparison:
     """Compare two models on the same queries, or on the same labelled pairs (see `compare_pairs`).
 
-    The interval of queries is `bootstrap.paired_intervals`.
+    The interval of queries is `bootstrap.paired_intervals`. With fewer than ten queries the verdict is NO CLEAR
+    DIFFERENCE whatever it is.
 
     Args:
         base: Evaluation of the base.
@@ -88,7 +89,8 @@ def compare(
         seed: Of the resamples.
 
     Raises:
-        DatasetError: The two were evaluated on different queries or pairs, or one on queries and one on pairs.
+        DatasetError: The two were evaluated on different queries, passages or pairs, or one on queries and one on
+            pairs.
     """
     if isinstance(base, PairEvaluation) and isinstance(tuned, PairEvaluation):
         return compare_pairs(base, tuned, seed=seed)
@@ -104,17 +106,33 @@ def compare(
             "the same dataset for both",
             "Evaluate both on one dataset.",
         )
+    check_same_corpus(base, tuned)
     differences = np.array([tuned.per_query[i][_METRIC] - base.per_query[i][_METRIC] for i in base.per_query])
     found = paired_intervals(differences[:, None], seed=seed)[0]
+    few = len(differences) < FEWEST
     return Comparison(
-        verdict_of(found),
+        Verdict.NO_CLEAR_DIFFERENCE if few else verdict_of(found),
         float(differences.mean()),
         found,
         len(differences),
         int((differences > 0).sum()),
         int((differences < 0).sum()),
-        describe_basis(base.origins),
+        describe_basis(base.origins) + (" Those are too few to tell." if few else ""),
     )
+
+
+def check_same_corpus(base: RetrievalEvaluation, tuned: RetrievalEvaluation) -> None:
+    """See that two evaluations are of one dataset, as far as they tell.
+
+    Raises:
+        DatasetError: They searched different passages, or were judged differently.
+    """
+    if base.passages != tuned.passages or (base.digest and tuned.digest and base.digest != tuned.digest):
+        raise DatasetError(
+            f"two evaluations of different datasets ({base.passages} and {tuned.passages} passages)",
+            "the same queries, passages and judgments for both: of fewer passages the right one is found more easily",
+            "Evaluate both on one dataset.",
+        )
 
 
 def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0) -> Comparison:

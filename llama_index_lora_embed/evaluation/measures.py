@@ -10,7 +10,7 @@ DEPTH = 100
 """Places of a ranking that any measure looks at."""
 
 _CUT = 10
-_GRADES = 1000  # trec_eval takes whole numbers; nDCG with linear gain does not change with their scale
+_GRADES = 1000  # trec_eval takes whole numbers; nDCG is the same whatever the highest of a query's grades is called
 # our names, which are the field's, and trec_eval's
 _TREC = {
     "hit@1": "success_1",
@@ -48,8 +48,9 @@ def measure(
     ids. Here the order is given, so that nothing is tied any more.
 
     Args:
-        rankings: Query id to passage ids, best first, each once; what is beyond the first hundred is not looked at.
-        relevance: Query id to passage id to grade, above 0 and at most 1, of all of its relevant passages.
+        rankings: Query id to passage ids, best first; of one that comes again the first place counts, and what is
+            beyond the first hundred is not looked at.
+        relevance: Query id to passage id to grade; what is graded 0 or less is not relevant, as if it were not there.
 
     Returns:
         Query id to measures by name (`NAMES`), in the order of `rankings`.
@@ -59,7 +60,8 @@ def measure(
     """
     import pytrec_eval
 
-    unjudged = [query_id for query_id in rankings if not relevance.get(query_id)]
+    grades = {q: {i: grade for i, grade in relevance.get(q, {}).items() if grade > 0} for q in rankings}
+    unjudged = [query_id for query_id, graded in grades.items() if not graded]
     if unjudged:
         raise DatasetError(
             f"{len(unjudged)} of {len(rankings)} queries without judgments",
@@ -70,12 +72,13 @@ def measure(
     judged: dict[str, dict[str, int]] = {}
     found: dict[str, dict[str, float]] = {}
     for number, (query_id, ranking) in enumerate(rankings.items()):
+        places, graded = list(dict.fromkeys(ranking))[:DEPTH], grades[query_id]
         names: dict[str, str] = {}  # ids need not be what trec_eval can read
-        for passage_id in (*ranking[:DEPTH], *relevance[query_id]):
+        for passage_id in (*places, *graded):
             names.setdefault(passage_id, str(len(names)))
-        key = str(number)
-        judged[key] = {names[i]: max(1, round(grade * _GRADES)) for i, grade in relevance[query_id].items()}
-        found[key] = {names[i]: float(-rank) for rank, i in enumerate(ranking[:DEPTH])}
+        key, highest = str(number), max(graded.values())
+        judged[key] = {names[i]: max(1, round(grade / highest * _GRADES)) for i, grade in graded.items()}
+        found[key] = {names[i]: float(-rank) for rank, i in enumerate(places)}
     values = pytrec_eval.RelevanceEvaluator(judged, _ASKED).evaluate({k: v for k, v in found.items() if v})
     nothing = dict.fromkeys(_TREC.values(), 0.0)  # of a query that got no answer at all
     return {query_id: _by_name(values.get(str(number), nothing)) for number, query_id in enumerate(rankings)}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
+from llama_index_lora_embed.evaluation.loops import run_to_end, run_without_waiting
 from llama_index_lora_embed.evaluation.retrieval import Encode, unit_vectors
 from llama_index_lora_embed.evaluation.vectors import VectorMaker
 
@@ -88,7 +89,12 @@ def evaluate_pairs(
         NonFiniteLossError: Vectors are NaN or infinite.
     """
     maker = VectorMaker(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
-    return evaluate_pair_encoders(maker.queries, maker.passages, LabelledPairs.coerce(pairs))
+    run = run_without_waiting if num_workers is None else run_to_end
+    return evaluate_pair_encoders(
+        lambda texts: run(maker.vectors(texts, "query")),
+        lambda texts: run(maker.vectors(texts, "passage")),
+        LabelledPairs.coerce(pairs),
+    )
 
 
 def evaluate_pair_encoders(encode_queries: Encode, encode_passages: Encode, pairs: LabelledPairs) -> PairEvaluation:

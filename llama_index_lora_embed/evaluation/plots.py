@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.evaluation.bootstrap import paired_intervals
+from llama_index_lora_embed.evaluation.bootstrap import FEWEST, paired_intervals
 from llama_index_lora_embed.evaluation.compare import written
 from llama_index_lora_embed.evaluation.measures import HEADLINE
 from llama_index_lora_embed.extras import require
@@ -70,7 +71,7 @@ def bars(evaluations: Mapping[str, RetrievalEvaluation], *, seed: int = 0) -> Fi
             [(m - low, high - m) for m, (low, high) in zip(means, paired_intervals(values, seed=seed), strict=True)]
         )
         places = np.arange(len(names)) + (number - (len(evaluations) - 1) / 2) * width
-        axes.bar(places, means, width * 0.94, color=_colour(number, len(evaluations)), label=label)
+        axes.bar(places, means, width * 0.94, color=_colour(number, len(evaluations)), label=_plain(label))
         axes.errorbar(places, means, yerr=around.clip(0).T, fmt="none", ecolor="#343a40", capsize=2, linewidth=1)
     axes.set_xticks(np.arange(len(names)), [written(n) for n in names])
     axes.set_ylim(0, 1)
@@ -112,7 +113,10 @@ def pair_distributions(evaluations: Mapping[str, PairEvaluation]) -> Figure:
 
 
 def slices(comparison: RetrievalComparison) -> Figure:
-    """Difference of nDCG@10 with its interval on each slice, and on all queries."""
+    """Difference of nDCG@10 with its interval on each slice, and on all queries.
+
+    Grey where the interval has 0 in it, or where fewer than ten queries changed.
+    """
     whole = comparison.measures["ndcg@10"]
     rows = [("all queries", comparison.comparison.queries, whole)]
     rows += [(f"{s.by}: {s.name}", s.queries, s.measured) for s in comparison.slices]
@@ -122,11 +126,12 @@ def slices(comparison: RetrievalComparison) -> Figure:
     axes.grid(color=_GRID, axis="x")
     for place, (_, _, measured) in enumerate(rows):
         low, high = measured.interval
-        colour = _TUNED if low > 0 else _WRONG if high < 0 else _BASE
+        few = measured.won + measured.lost < FEWEST
+        colour = _BASE if few or low <= 0 <= high else _TUNED if low > 0 else _WRONG
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
         axes.plot(measured.difference, place, "o", color=colour, markersize=5)
     axes.axvline(0, color="#343a40", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{name[:40]} ({count})" for name, count, _ in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_plain(f"{name[:40]} ({count})") for name, count, _ in rows], fontsize=8)
     axes.invert_yaxis()
     _label(axes, "nDCG@10 by slice, difference with 95 % interval", "", "")
     return figure
@@ -185,7 +190,7 @@ def trend(points: Sequence[tuple[str, float, tuple[float, float] | None]], metri
         if around is not None:
             spread = [[max(0.0, value - around[0])], [max(0.0, around[1] - value)]]
             axes.errorbar(place, value, yerr=spread, fmt="none", ecolor=_BASE, capsize=3)
-    axes.set_xticks(range(len(points)), [name for name, _, _ in points], rotation=30, ha="right", fontsize=8)
+    axes.set_xticks(range(len(points)), [_plain(name) for name, _, _ in points], rotation=30, ha="right", fontsize=8)
     _label(axes, f"{written(metric)} by version", "", "")
     return figure
 
@@ -193,7 +198,9 @@ def trend(points: Sequence[tuple[str, float, tuple[float, float] | None]], metri
 def png(figure: Figure) -> bytes:
     """A figure as a PNG file."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=_DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the font has no letters of some scripts; tables do
+        figure.savefig(file, format="png", dpi=_DPI)
     return file.getvalue()
 
 
@@ -219,12 +226,17 @@ def _two_histograms(axes: Axes, right: Any, wrong: Any, names: tuple[str, str]) 
     return None
 
 
+def _plain(text: str) -> str:
+    """A text of a user's, in which matplotlib is to see no formula."""
+    return text.replace("\\", "/").replace("$", "\\$")
+
+
 def _nothing(axes: Axes) -> None:
     axes.text(0.5, 0.5, "not recorded", ha="center", va="center", color=_BASE, transform=axes.transAxes)
 
 
 def _label(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(_plain(title), loc="left", fontsize=10)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(labelsize=8)

@@ -7,29 +7,33 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llama_index_lora_embed.adapter import Manifest
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.files import write_json
+from llama_index_lora_embed.embedding import LoraEmbedding
 from llama_index_lora_embed.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
-from llama_index_lora_embed.evaluation.bootstrap import paired_intervals
-from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval
+from llama_index_lora_embed.evaluation.bootstrap import FEWEST, paired_intervals
+from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, judged_digest
 from llama_index_lora_embed.evaluation.retrieval_comparison import Difference, differences
 from llama_index_lora_embed.evaluation.run_facts import RunFacts
 from llama_index_lora_embed.evaluation.tables import Table
 
 if TYPE_CHECKING:
+    from llama_index.core.base.embeddings.base import BaseEmbedding
     from matplotlib.figure import Figure
 
 _INDEX = "versions.jsonl"
 _EVALUATIONS = "evaluations"
 _METRIC = "ndcg@10"
 TOLERANCE = 0.01
-"""nDCG@10 that the gate gives away: a 95 % interval has a width, and with 0 no equal model would ever pass."""
+"""nDCG@10 that the gate gives away: an interval has a width, so that with 0 only a clear gain would pass."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ class Gate:
     """Whether a version is no worse than the one in use; true if it is not.
 
     Attributes:
-        passed: The whole 95 % interval of the difference lies above -tolerance; or nothing is in use yet.
+        passed: No part of the 95 % interval of the difference lies below -tolerance, and there are enough questions;
+            or nothing is in use yet.
         reason: In one sentence.
         measured: nDCG@10 of both; None if nothing is in use.
     """
@@ -148,8 +153,8 @@ class RunRegistry:
         *,
         dataset: EmbeddingQAFinetuneDataset | None = None,
         evaluation: RetrievalEvaluation | None = None,
+        embed_model: BaseEmbedding | None = None,
         name: str | None = None,
-        **embedding: Any,
     ) -> Version:
         """Register the model in an adapter directory.
 
@@ -157,8 +162,8 @@ class RunRegistry:
             adapter_path: What a run has written.
             dataset: What to judge it by; the same one for all versions, so that they can be compared.
             evaluation: Of the model on this dataset; None evaluates it now.
+            embed_model: What to evaluate it with; None for `LoraEmbedding(adapter_path)`.
             name: Letters, digits, ".", "_" and "-"; None counts on: v1, v2, ...
-            **embedding: More for `LoraEmbedding`, if it is evaluated.
 
         Raises:
             AdapterError: There is no manifest, or a damaged one.
@@ -169,23 +174,25 @@ class RunRegistry:
         manifest = RunFacts.read(adapter_path).manifest
         if evaluation is not None and dataset is None:
             raise ConfigError("an evaluation without its dataset", "both", "add(path, dataset=val, evaluation=...)")
-        if name is not None and not re.fullmatch(r"[\w.-]{1,100}", name):
+        if name is not None and (not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name)):
             raise ConfigError(f"name={name!r}", "letters, digits, '.', '_' and '-'", "name='2026-11-handbook'")
-        if name is not None and name in {version.name for version in self.list()}:
-            raise ConfigError(f"name={name!r}, which is taken", "a new name", "Leave name=None to count on.")
+        self._check_new(name)
         judged_on = None
         if dataset is not None:
             dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-            judged_on = dataset.digest()
+            judged_on = judged_digest(dataset)
             if evaluation is None:
-                evaluation = self._evaluate(str(adapter_path), manifest, dataset, embedding)
-            elif evaluation.per_query.keys() != dataset.queries.keys():
+                evaluation = evaluate_retrieval(embed_model or LoraEmbedding(adapter_path), dataset)
+            elif evaluation.per_query.keys() != dataset.queries.keys() or evaluation.digest not in ("", judged_on):
                 raise DatasetError(
-                    "an evaluation of other queries than the dataset's", "one of this dataset", "Evaluate it again."
+                    "an evaluation of other queries or passages than the dataset's",
+                    "one of this dataset",
+                    "Evaluate it again.",
                 )
         with self._locked():
+            self._check_new(name)
             versions = self.list()
-            taken = {version.name for version in versions}
+            taken = {version.name.lower() for version in versions}  # some file systems know no capitals
             number = len(versions) + 1
             while name is None or name in taken:
                 name, number = f"v{number}", number + 1
@@ -208,7 +215,8 @@ class RunRegistry:
 
     def list(self) -> Versions:
         """All versions, the oldest first."""
-        return [Version(**{k: v for k, v in e.items() if k != "event"}) for e in self._events() if e["event"] == "add"]
+        known = {field.name for field in fields(Version)}  # a newer version of this package may write more
+        return [Version(**{k: v for k, v in e.items() if k in known}) for e in self._events() if e["event"] == "add"]
 
     def show(self, name: str) -> str:
         """A version in words: what it is, what it was trained on, its measures, and whether it is still there."""
@@ -243,6 +251,7 @@ class RunRegistry:
 
         Raises:
             ConfigError: A name is unknown.
+            DatasetError: An evaluation cannot be read.
         """
         one, other = self._find(before), self._find(after)
         made = [self._made(version) for version in (one, other)]
@@ -270,8 +279,6 @@ class RunRegistry:
         points = []
         for version in judged:
             if version.judged_on == judged[-1].judged_on:
-                import numpy as np
-
                 values = np.array(self._evaluation(version).scores(metric))
                 points.append((version.name, float(values.mean()), paired_intervals(values[:, None])[0]))
         return plots.trend(points, metric)
@@ -285,30 +292,34 @@ class RunRegistry:
         """Note that a version is in use now.
 
         Raises:
+            AdapterError: Its directory holds another model by now.
             ConfigError: The name is unknown.
             OutputDirectoryError: The registry cannot be written.
         """
-        self._find(name)
+        self._check_there(self._find(name))
         with self._locked():
             self._append({"event": "use", "name": name, "time": _now()})
 
     def gate(self, name: str, *, tolerance: float = TOLERANCE) -> Gate:
         """Whether a version is no worse than the one in use, on the same questions.
 
-        A test of non-inferiority: the lower end of the 95 % interval of the difference of nDCG@10 must lie above
-        -tolerance. Few questions have wide intervals, so that nothing passes on them but a clear gain.
+        A test of non-inferiority: the lower end of the 95 % interval of the difference of nDCG@10 must not lie below
+        -tolerance. Few questions have wide intervals, so that little passes on them but a clear gain, and on fewer than
+        ten nothing does.
 
         Args:
             name: The candidate.
             tolerance: What may be lost, 0 to 1.
 
         Raises:
+            AdapterError: The candidate's directory holds another model by now.
             ConfigError: The name is unknown, or tolerance no number from 0 to 1.
             DatasetError: The two were not judged on the same dataset.
         """
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
             raise ConfigError(f"tolerance={tolerance!r}", "a number from 0 to 1", f"tolerance={TOLERANCE}")
         candidate, used = self._find(name), self.in_use()
+        self._check_there(candidate)
         if used is None:
             return Gate(True, "no version is in use yet")
         if candidate.judged_on is None or candidate.judged_on != used.judged_on:
@@ -320,20 +331,27 @@ class RunRegistry:
             )
         found = differences(self._evaluation(used), self._evaluation(candidate), names=[_METRIC])[_METRIC]
         low, high = found.interval
-        passed = low >= -tolerance
+        count = len(self._evaluation(candidate).per_query)
+        if count < FEWEST:
+            return Gate(False, f"{count} questions are too few to tell; have {FEWEST} or more", found)
         return Gate(
-            passed,
+            low >= -tolerance,
             f"nDCG@10 of {name} is {found.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) beside "
             f"{used.name}, which is in use; at most {tolerance:.3f} may be lost",
             found,
         )
 
-    def _evaluate(
-        self, path: str, manifest: Manifest, dataset: EmbeddingQAFinetuneDataset, embedding: dict[str, Any]
-    ) -> RetrievalEvaluation:
-        from llama_index_lora_embed.embedding import LoraEmbedding
+    def _check_new(self, name: str | None) -> None:
+        if name is not None and name.lower() in {version.name.lower() for version in self.list()}:
+            raise ConfigError(f"name={name!r}, which is taken", "a new name", "Leave name=None to count on.")
 
-        return evaluate_retrieval(LoraEmbedding(path, **embedding), dataset)
+    def _check_there(self, version: Version) -> None:
+        if version.status == "replaced":
+            raise AdapterError(
+                f"{version.path!r}, which holds another model than {version.name} by now",
+                f"the model with the fingerprint {version.fingerprint[:12]}...",
+                "Train versions into directories of their own; what is there now can be added as a new version.",
+            )
 
     def _made(self, version: Version) -> dict[str, Any]:
         """How a version was made, as far as its directory still tells."""
@@ -380,6 +398,8 @@ class RunRegistry:
             text = self._index.read_text(encoding="utf-8")
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise self._unwritable(error) from error
         for line in text.splitlines():
             try:
                 event = json.loads(line)

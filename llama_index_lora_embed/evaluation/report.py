@@ -132,8 +132,8 @@ def write_report(
             for picture in pictures:
                 with whole_file(folder / f"{picture.name}.png", "wb") as file:
                     file.write(picture.png)
-        with whole_file(target) as file:
-            file.write(page)
+        with whole_file(target, "wb") as file:
+            file.write(page.encode("utf-8", "replace"))  # halves of characters
     except OSError as error:
         raise OutputDirectoryError(
             f"a report that cannot be written ({error})", "a folder that can be written", "Name another path."
@@ -141,6 +141,9 @@ def write_report(
     return target
 
 
+_SLICES = (
+    "Grey slices may have gained or lost, or are too small to tell. Of twenty slices one lies beside zero by chance."
+)
 _CURVES = (
     "Loss of the training batches, and measures on the validation set; the dashed line is the step that was written."
 )
@@ -156,9 +159,7 @@ def _of_retrieval(comparison: RetrievalComparison) -> Iterator[Picture]:
         caption = "The relevant passages are to lie to the right of the best others; where they overlap, search errs."
         yield _picture("similarities", plots.distributions(both), caption)
     if comparison.slices:
-        yield _picture(
-            "slices", plots.slices(comparison), "Slices whose interval crosses zero may have gained or lost."
-        )
+        yield _picture("slices", plots.slices(comparison), _SLICES)
     samples = {name: e.sample for name, e in both.items() if e.sample is not None}
     if len(samples) == len(both) and all(len(s.queries) + len(s.passages) >= _FEWEST for s in samples.values()):
         caption = (
@@ -190,7 +191,7 @@ def _facts(facts: RunFacts) -> list[Table]:
     manifest = facts.manifest
     truncation = manifest.truncation
     run = {
-        "adapter": str(facts.path),
+        "adapter": facts.path.name,  # the page is sent around
         "created": manifest.created,
         "base": f"{manifest.base.get('model_id', '')} {manifest.base.get('revision') or ''}".strip(),
         "fingerprint": manifest.fingerprint,

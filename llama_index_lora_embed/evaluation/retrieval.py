@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +14,7 @@ import numpy as np
 
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
 from llama_index_lora_embed.errors import ConfigError, NonFiniteLossError
+from llama_index_lora_embed.evaluation.loops import run_to_end, run_without_waiting
 from llama_index_lora_embed.evaluation.measures import DEPTH, measure
 from llama_index_lora_embed.evaluation.search import FloatArray, nearest
 from llama_index_lora_embed.evaluation.vectors import VectorMaker
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
 _ON_THE_MAP = 150  # queries whose vectors are kept; more would be a blot on a picture
+_PASSAGES_OF_ONE = 2  # of a query's, on the picture
 _SHOWN = 3
 
 Encode = Callable[[list[str]], FloatArray]
@@ -30,7 +35,7 @@ class VectorSample:
 
     Attributes:
         query_ids: Names of the rows of `queries`.
-        passage_ids: Names of the rows of `passages`: what is relevant to these queries.
+        passage_ids: Names of the rows of `passages`: what is relevant to these queries, two of each at most.
         queries: [query_ids, dimensions], of length 1.
         passages: [passage_ids, dimensions], of length 1.
         relevant: Of each query, which of the passages are.
@@ -56,6 +61,8 @@ class RetrievalEvaluation:
         similarities: Query id to the scores of its ranking; a retriever may give none.
         relevant_similarities: Query id to the cosine of each of its relevant passages, wherever they were ranked.
         sample: Some vectors; None of a retriever.
+        digest: Of queries, corpus and judgments, so that only evaluations of the same ones are compared; empty if it is
+            not known.
         notes: What there is to know of dataset and answers beside the measures, a sentence each.
     """
 
@@ -68,6 +75,7 @@ class RetrievalEvaluation:
     relevant_similarities: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     sample: VectorSample | None = field(default=None, repr=False)
     notes: list[str] = field(default_factory=list)
+    digest: str = field(default="", repr=False)
 
     def scores(self, measure: str) -> list[float]:
         """A measure of each query, in the order of the dataset."""
@@ -84,16 +92,16 @@ def evaluate_retrieval(
 ) -> RetrievalEvaluation:
     """Evaluate any LlamaIndex embedding model on a dataset, by exact search with cosine similarity.
 
-    Memory is that of the vectors and of one block of scores, however many queries there are.
+    Memory is that of the vectors, of a block of scores (16 MB) and of a hundred places for each query.
 
     Args:
         embed_model: Its query and text sides are both used.
         dataset: Questions, corpus and judgments; grades, where it has some, count in nDCG.
         num_workers: For models behind an API: how many requests are under way at once, by their asynchronous methods.
             None embeds with the synchronous ones.
-        cache_folder: Where vectors are kept by the model's fingerprint and the text, every 1,024 texts at once, so that
-            an API is paid once; None keeps none. Of a model without a fingerprint, all its settings but keys and
-            addresses, and the files of its folder, stand for it.
+        cache_folder: Where vectors are kept by model, side and text, 1,024 texts at a time, so that an API is paid
+            once; None keeps none. A model is known by its fingerprint; one without by its settings (keys left out),
+            the files of its folder, and the vectors that it makes of a probe, which is embedded each time.
         show_progress: Show a bar.
 
     Returns:
@@ -110,8 +118,10 @@ def evaluate_retrieval(
         >>> evaluate_retrieval(embed_model, val).metrics["ndcg@10"]  # doctest: +SKIP
         0.748
     """
+    dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
     maker = VectorMaker(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
-    return evaluate_encoders(maker.queries, maker.passages, EmbeddingQAFinetuneDataset.coerce(dataset))
+    run = run_without_waiting if num_workers is None else run_to_end
+    return _judge(*run(_vectors_of_both(maker, dataset)), dataset)
 
 
 async def aevaluate_retrieval(
@@ -122,17 +132,19 @@ async def aevaluate_retrieval(
     cache_folder: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
 ) -> RetrievalEvaluation:
-    """`evaluate_retrieval` inside a running event loop, which stays free; same arguments, results and errors."""
-    import asyncio
+    """`evaluate_retrieval` in the running event loop, by the model's asynchronous methods.
 
-    return await asyncio.to_thread(
-        evaluate_retrieval,
-        embed_model,
-        dataset,
-        num_workers=num_workers,
-        cache_folder=cache_folder,
-        show_progress=show_progress,
-    )
+    Results and errors are the same. The search runs in a thread, so that the loop stays free.
+    """
+    dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
+    maker = VectorMaker(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    return await asyncio.to_thread(_judge, *await _vectors_of_both(maker, dataset), dataset)
+
+
+async def _vectors_of_both(maker: VectorMaker, dataset: EmbeddingQAFinetuneDataset) -> tuple[FloatArray, FloatArray]:
+    """Of queries in the order of the dataset, and of passages in that of their ids."""
+    queries = await maker.vectors(list(dataset.queries.values()), "query")
+    return queries, await maker.vectors([dataset.corpus[i] for i in sorted(dataset.corpus)], "passage")
 
 
 def evaluate_encoders(
@@ -141,20 +153,24 @@ def evaluate_encoders(
     """Evaluate two functions from texts to vectors.
 
     Args:
-        encode_queries: n texts to a float array [n, dimensions].
+        encode_queries: n texts to a float array [n, dimensions] of their own, which is scaled in place.
         encode_passages: The same for passages.
         dataset: Questions, corpus and judgments.
 
     Raises:
-        ConfigError: Vectors of queries and passages differ in length.
+        ConfigError: Vectors of queries and passages differ in length, or there are not as many as texts.
         DatasetError: The dataset is empty or has dangling ids.
         NonFiniteLossError: Vectors are NaN or infinite.
     """
     dataset.check("evaluation dataset")
+    queries = encode_queries(list(dataset.queries.values()))
+    return _judge(queries, encode_passages([dataset.corpus[i] for i in sorted(dataset.corpus)]), dataset)
+
+
+def _judge(queries: FloatArray, passages: FloatArray, dataset: EmbeddingQAFinetuneDataset) -> RetrievalEvaluation:
     query_ids = list(dataset.queries)
     passage_ids = sorted(dataset.corpus)  # equal scores are ranked by id, as sentence-transformers does
-    queries = unit_vectors(encode_queries([dataset.queries[i] for i in query_ids]), query_ids, "query")
-    passages = unit_vectors(encode_passages([dataset.corpus[i] for i in passage_ids]), passage_ids, "passage")
+    queries, passages = unit_vectors(queries, query_ids, "query"), unit_vectors(passages, passage_ids, "passage")
     if queries.shape[1] != passages.shape[1]:
         raise ConfigError(
             f"query vectors of {queries.shape[1]} and passage vectors of {passages.shape[1]} dimensions",
@@ -178,7 +194,14 @@ def evaluate_encoders(
         },
         sample=_sample(dataset, queries, passages, place),
         notes=[*notes_on(dataset), *_notes_on_vectors(queries, passages)],
+        digest=judged_digest(dataset),
     )
+
+
+def judged_digest(dataset: EmbeddingQAFinetuneDataset) -> str:
+    """SHA-256 (hex) of queries, corpus and judgments, whatever else a dataset holds."""
+    held = [dataset.queries, dataset.corpus, relevance(dataset)]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def relevance(dataset: EmbeddingQAFinetuneDataset) -> dict[str, dict[str, float]]:
@@ -210,7 +233,7 @@ def notes_on(dataset: EmbeddingQAFinetuneDataset) -> list[str]:
 
 
 def unit_vectors(vectors: Any, ids: Sequence[str], what: str) -> FloatArray:
-    """Vectors of length 1; those that are zero stay so.
+    """Vectors of length 1; those that are zero stay so. An array of float32 is scaled in place, where it can be.
 
     Args:
         vectors: [ids, dimensions].
@@ -218,9 +241,14 @@ def unit_vectors(vectors: Any, ids: Sequence[str], what: str) -> FloatArray:
         what: What they are of, for the message.
 
     Raises:
+        ConfigError: There are not as many as ids.
         NonFiniteLossError: Some are NaN or infinite.
     """
-    array = np.asarray(vectors, dtype=np.float32)
+    array: FloatArray = np.require(vectors, np.float32, ["W"])
+    if array.ndim != 2 or len(array) != len(ids):
+        raise ConfigError(
+            f"{what} vectors of the shape {array.shape}", f"one for each of {len(ids)} texts", "Look at the encoder."
+        )
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1)).tolist()
     if bad:
         raise NonFiniteLossError(
@@ -228,7 +256,8 @@ def unit_vectors(vectors: Any, ids: Sequence[str], what: str) -> FloatArray:
             "numbers",
             "Of a model in training: lower the learning_rate. Of another: load it in float32.",
         )
-    return np.asarray(array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+    array /= np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
+    return array
 
 
 def _notes_on_vectors(queries: FloatArray, passages: FloatArray) -> list[str]:
@@ -246,11 +275,12 @@ def _sample(
     """Of queries at even distances, so that the same ones are drawn for every model."""
     query_ids = list(dataset.queries)
     chosen = np.unique(np.linspace(0, len(query_ids) - 1, min(_ON_THE_MAP, len(query_ids))).astype(int)).tolist()
-    passage_ids = list(dict.fromkeys(i for row in chosen for i in dataset.relevant_docs[query_ids[row]]))
+    relevant = [list(dict.fromkeys(dataset.relevant_docs[query_ids[row]]))[:_PASSAGES_OF_ONE] for row in chosen]
+    passage_ids = list(dict.fromkeys(i for ids in relevant for i in ids))
     return VectorSample(
         [query_ids[row] for row in chosen],
         passage_ids,
-        [list(dataset.relevant_docs[query_ids[row]]) for row in chosen],
+        relevant,
         queries[chosen],
         passages[[place[i] for i in passage_ids]],
     )

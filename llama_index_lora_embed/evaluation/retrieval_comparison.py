@@ -12,8 +12,8 @@ import numpy as np
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 from llama_index_lora_embed.evaluation.bootstrap import paired_intervals, sign_test
-from llama_index_lora_embed.evaluation.compare import Comparison, Verdict, compare
-from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval
+from llama_index_lora_embed.evaluation.compare import Comparison, Verdict, check_same_corpus, compare
+from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, judged_digest
 from llama_index_lora_embed.evaluation.slices import slices_of
 
 if TYPE_CHECKING:
@@ -218,6 +218,8 @@ def compare_retrieval(
     """
     if isinstance(canary_limit, bool) or not isinstance(canary_limit, (int, float)) or not 0 <= canary_limit <= 1:
         raise ConfigError(f"canary_limit={canary_limit!r}", "a number from 0 to 1", f"canary_limit={CANARY_LIMIT}")
+    if len(set(names)) != 2 or len(names) != 2 or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ConfigError(f"names={names!r}", "two different texts", 'names=("base", "tuned")')
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
     settings = {"num_workers": num_workers, "cache_folder": cache_folder, "show_progress": show_progress}
 
@@ -228,6 +230,12 @@ def compare_retrieval(
 
     parts = slices_of(dataset, tuned, slices)  # before hours of embedding, because it can be refused
     if isinstance(canary, tuple):
+        if len(canary) != 2 or not all(isinstance(evaluation, RetrievalEvaluation) for evaluation in canary):
+            raise ConfigError(
+                f"canary with {', '.join(type(evaluation).__name__ for evaluation in canary) or 'nothing'} in it",
+                "a dataset, or the evaluations of base and tuned on one",
+                "canary=(evaluate_retrieval(base, general), evaluate_retrieval(tuned, general))",
+            )
         on_canary = canary
     elif canary is not None:
         if isinstance(base, RetrievalEvaluation) or isinstance(tuned, RetrievalEvaluation):
@@ -237,13 +245,13 @@ def compare_retrieval(
                 "canary=(evaluate_retrieval(base, general), evaluate_retrieval(tuned, general))",
             )
         canary = EmbeddingQAFinetuneDataset.coerce(canary, "canary").check("canary")
-    before, after = evaluated(base, dataset), evaluated(tuned, dataset)
+    before, after, digest = evaluated(base, dataset), evaluated(tuned, dataset), judged_digest(dataset)
     for evaluation, name in zip((before, after), names, strict=True):
-        if evaluation.per_query.keys() != dataset.queries.keys():
+        if evaluation.per_query.keys() != dataset.queries.keys() or evaluation.digest not in ("", digest):
             raise DatasetError(
-                f"an evaluation of {name} on {len(evaluation.per_query)} queries and a dataset of "
-                f"{len(dataset.queries)}, which are not the same",
-                "evaluations of the dataset's queries",
+                f"an evaluation of {name} on {len(evaluation.per_query)} queries and {evaluation.passages} passages, "
+                f"and a dataset of {len(dataset.queries)} and {len(dataset.corpus)}, which are not the same",
+                "evaluations of the dataset itself",
                 "Pass the dataset that both were evaluated on.",
             )
     if canary is not None and not isinstance(canary, tuple):
@@ -293,6 +301,7 @@ def differences(
     ids = list(base.per_query if query_ids is None else query_ids)
     if base.per_query.keys() != tuned.per_query.keys():
         raise DatasetError("two evaluations of different queries", "the same dataset for both", "Evaluate both on one.")
+    check_same_corpus(base, tuned)
     chosen = [n for n in (names or base.metrics) if n in base.metrics and n in tuned.metrics]
     before, after = (
         np.array([[evaluation.per_query[i][name] for name in chosen] for i in ids]) for evaluation in (base, tuned)
@@ -316,7 +325,7 @@ def _outcomes(
             text,
             base.per_query[i]["ndcg@10"],
             tuned.per_query[i]["ndcg@10"],
-            tuple(dataset.relevant_docs[i]),
+            tuple(dict.fromkeys(dataset.relevant_docs[i])),
             tuple(base.rankings.get(i, ())[:_FOUND]),
             tuple(tuned.rankings.get(i, ())[:_FOUND]),
         )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.errors import ConfigError, DatasetError
+from llama_index_lora_embed.evaluation.loops import run_to_end
 from llama_index_lora_embed.evaluation.measures import DEPTH, measure
-from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, means, relevance
-from llama_index_lora_embed.evaluation.vectors import run_to_end
-
-if TYPE_CHECKING:
-    from llama_index.core.schema import NodeWithScore
+from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, judged_digest, means, relevance
+from llama_index_lora_embed.evaluation.vectors import checked_workers, in_turns
 
 _AT = 10  # what the deepest measures but map@100 look at
 
@@ -25,7 +22,7 @@ def evaluate_index(
 
     Whatever the retriever is made of counts: approximate search, filters, reranking, `similarity_top_k`. Beside the
     measures of `evaluate_retrieval` there are hit_rate and mrr over all that it returned, as LlamaIndex's
-    `RetrieverEvaluator` has them.
+    `RetrieverEvaluator` has them; map@100 is there only if the retriever returns as many.
 
     Args:
         retriever: `index.as_retriever(similarity_top_k=10)`, or an index, whose retriever with `similarity_top_k=10`
@@ -47,16 +44,13 @@ def evaluate_index(
         0.86
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    if num_workers is not None and (
-        isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1
-    ):
-        raise ConfigError(f"num_workers={num_workers!r}", "None or a number above 0", "num_workers=4")
-    asked = _retriever(retriever)
+    num_workers = checked_workers(num_workers)
+    asked = _retriever(retriever, "retrieve" if num_workers is None else "aretrieve")
     texts = list(dataset.queries.values())
     answers = (
         [asked.retrieve(text) for text in texts]
         if num_workers is None
-        else run_to_end(_ask_many(asked, texts, num_workers))
+        else run_to_end(in_turns([partial(asked.aretrieve, text) for text in texts], num_workers))
     )
     found = {
         q: [(node.node_id, node.score) for node in nodes or ()]
@@ -66,7 +60,10 @@ def evaluate_index(
     rankings = {q: list(dict.fromkeys(i for i, _ in nodes)) for q, nodes in found.items()}
     notes = _notes(dataset, {q: [i for i, _ in nodes] for q, nodes in found.items()})
     per_query = measure(rankings, relevance(dataset))
+    most = max(map(len, rankings.values()))
     for query_id, ranking in rankings.items():
+        if most < min(DEPTH, len(dataset.corpus)):  # it would be another measure than that of a whole ranking
+            del per_query[query_id]["map@100"]
         relevant = set(dataset.relevant_docs[query_id])
         first = next((rank for rank, i in enumerate(ranking, 1) if i in relevant), None)
         per_query[query_id] |= {"hit_rate": float(first is not None), "mrr": 1 / first if first else 0.0}
@@ -82,31 +79,23 @@ def evaluate_index(
             if all(ranked[q][i] is not None for i in ranking)
         },
         notes=notes,
+        digest=judged_digest(dataset),
     )
 
 
-def _retriever(given: Any) -> Any:
+def _retriever(given: Any, method: str) -> Any:
+    from llama_index.core.base.base_query_engine import BaseQueryEngine
     from llama_index.core.indices.base import BaseIndex
 
     if isinstance(given, BaseIndex):
         return given.as_retriever(similarity_top_k=_AT)
-    if not callable(getattr(given, "retrieve", None)):
+    if not callable(getattr(given, method, None)) or isinstance(given, BaseQueryEngine):
         raise ConfigError(
             f"a retriever of type {type(given).__name__}",
-            "something with retrieve(query), or an index",
-            "index.as_retriever(similarity_top_k=10)",
+            f"something with {method}(query), or an index",
+            "index.as_retriever(similarity_top_k=10); a query engine's is query_engine.retriever",
         )
     return given
-
-
-async def _ask_many(retriever: Any, texts: Sequence[str], at_once: int) -> list[list[NodeWithScore]]:
-    turns = asyncio.Semaphore(at_once)
-
-    async def ask(text: str) -> Any:
-        async with turns:
-            return await retriever.aretrieve(text)
-
-    return list(await asyncio.gather(*(ask(text) for text in texts)))
 
 
 def _notes(dataset: EmbeddingQAFinetuneDataset, found: dict[str, list[str]]) -> list[str]:
@@ -133,6 +122,6 @@ def _notes(dataset: EmbeddingQAFinetuneDataset, found: dict[str, list[str]]) -> 
     if unknown:
         notes.append(f"{len(unknown)} nodes are not in the dataset (e.g. {unknown[0]!r}) and count as wrong.")
     most = max((len(nodes) for nodes in found.values()), default=0)
-    if most < _AT:
-        notes.append(f"No query got more than {most} nodes, so that measures @10 and @100 are measures @{most}.")
+    if most < min(_AT, len(dataset.corpus)):
+        notes.append(f"No query got more than {most} nodes, so that measures @10 are measures @{most}.")
     return notes

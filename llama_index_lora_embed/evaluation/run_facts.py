@@ -54,7 +54,7 @@ class RunFacts:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log, each step's last word; a line that was cut short is left out."""
+    """Lines of a run's log; what a resumed run went over again counts once, a line that was cut short not at all."""
     lines: list[dict[str, Any]] = []
     try:
         text = path.read_text(encoding="utf-8")

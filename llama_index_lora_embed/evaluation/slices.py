@@ -12,10 +12,10 @@ import numpy as np
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.errors import DatasetError
 
-_KEYWORDS = 5  # words up to which what is no question is no sentence either
+_KEYWORDS = 40  # characters up to which what is no question is no sentence either
 _SOURCES = 10  # documents with the most queries; the others stand together
 _ASKS = re.compile(
-    r"\?\s*$|^\s*(?:who|what|when|where|which|whose|whom|why|how|is|are|was|were|do|does|did|can|could|should|will)\b",
+    r"[?？؟]\s*$|^\s*(?:who|what|when|where|which|whose|whom|why|how|is|are|was|were|do|does|did|can|could|should|will)\b",
     re.IGNORECASE,
 )
 
@@ -40,8 +40,9 @@ def slices_of(
     Raises:
         DatasetError: A slice of `own` has no queries, or unknown ones.
     """
-    wrong = []
-    for name, ids in (own or {}).items():
+    wrong, mine = [], {}
+    for name, given in (own or {}).items():
+        ids = mine[name] = [given] if isinstance(given, str) else list(dict.fromkeys(given))
         unknown = [i for i in ids if i not in dataset.queries]
         if not ids:
             wrong.append(f"slice {name!r} has no queries")
@@ -55,14 +56,14 @@ def slices_of(
     for by, parts in _ways(dataset, model):
         if len(parts) > 1:
             found += [(by, name, ids) for name, ids in parts.items()]
-    return found + [("own", name, list(dict.fromkeys(ids))) for name, ids in (own or {}).items()]
+    return found + [("own", name, ids) for name, ids in mine.items()]
 
 
 def _ways(dataset: EmbeddingQAFinetuneDataset, model: Any) -> Iterator[tuple[str, dict[str, list[str]]]]:
-    words = {i: len(text.split()) for i, text in dataset.queries.items()}
-    low, high = (int(np.quantile(list(words.values()), q)) for q in (1 / 3, 2 / 3))
-    names = (f"up to {low} words", f"up to {high} words", f"more than {high} words")
-    lengths = {i: names[0 if n <= low else 1 if n <= high else 2] for i, n in words.items()}
+    characters = {i: len(text.strip()) for i, text in dataset.queries.items()}  # words are not written apart everywhere
+    low, high = (int(np.quantile(list(characters.values()), q)) for q in (1 / 3, 2 / 3))
+    names = (f"up to {low} characters", f"up to {high} characters", f"more than {high} characters")
+    lengths = {i: names[0 if n <= low else 1 if n <= high else 2] for i, n in characters.items()}
     yield "length", _parts(lengths, list(dict.fromkeys(names)))
     styles = {i: _style(text) for i, text in dataset.queries.items()}
     yield "style", _parts(styles, ("question", "keywords", "statement"))
@@ -81,7 +82,7 @@ def _ways(dataset: EmbeddingQAFinetuneDataset, model: Any) -> Iterator[tuple[str
 def _style(text: str) -> str:
     if _ASKS.search(text):
         return "question"
-    return "keywords" if len(text.split()) <= _KEYWORDS else "statement"
+    return "keywords" if len(text.strip()) <= _KEYWORDS else "statement"
 
 
 def _parts(of: Mapping[str, str], order: Sequence[str]) -> dict[str, list[str]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.evaluation.compare import written
 from llama_index_lora_embed.evaluation.measures import HEADLINE
 from llama_index_lora_embed.extras import require
@@ -43,10 +46,10 @@ class Table:
         """A Markdown table under its title in bold."""
 
         def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+            return "| " + " | ".join(_as_text(" ".join(cell.split())) for cell in cells) + " |"
 
         marks = ["---" if self._left(name) else "---:" for name in self.columns]
-        return "\n".join([f"**{self.title}**", "", line(self.columns), line(marks), *map(line, self.rows)])
+        return "\n".join([f"**{_as_text(self.title)}**", "", line(self.columns), line(marks), *map(line, self.rows)])
 
     def to_rich(self) -> RichTable:
         """The table as rich prints it.
@@ -54,10 +57,11 @@ class Table:
         Raises:
             MissingExtraError: rich is not installed.
         """
-        table: RichTable = require("rich.table").Table(title=self.title, title_justify="left")
         text = require("rich.text").Text  # or rich would read "[a]" in a query as a style
+        table: RichTable = require("rich.table").Table(title=text(self.title), title_justify="left")
         for name in self.columns:
-            table.add_column(name, justify="left" if self._left(name) else "right", no_wrap=not self._left(name))
+            side: Any = "left" if self._left(name) else "right"
+            table.add_column(text(name), justify=side, no_wrap=not self._left(name))
         for row in self.rows:
             table.add_row(*(text(" ".join(cell.split())) for cell in row))
         return table
@@ -71,7 +75,12 @@ def measures_table(evaluations: Mapping[str, RetrievalEvaluation | PairEvaluatio
 
     Args:
         evaluations: Name to evaluation.
+
+    Raises:
+        ConfigError: There are none.
     """
+    if not evaluations:
+        raise ConfigError("no evaluations", "one or more by name", 'measures_table({"base": evaluation})')
     shared = [n for n in next(iter(evaluations.values())).metrics if all(n in e.metrics for e in evaluations.values())]
     rows = [(name, *(f"{e.metrics[n]:.3f}" for n in shared)) for name, e in evaluations.items()]
     return Table("Measures", ("", *map(written, shared)), rows)
@@ -164,7 +173,7 @@ def _outcome_cells(outcome: QueryOutcome, comparison: RetrievalComparison, width
     def first(found: tuple[str, ...]) -> str:
         if not found:
             return "nothing"
-        mark = "✓ " if found[0] in outcome.relevant else "✗ "
+        mark = "right: " if found[0] in outcome.relevant else "wrong: "
         return mark + shortened(comparison.dataset.corpus.get(found[0], found[0]), width)
 
     return (
@@ -174,6 +183,11 @@ def _outcome_cells(outcome: QueryOutcome, comparison: RetrievalComparison, width
         first(outcome.base_found),
         first(outcome.tuned_found),
     )
+
+
+def _as_text(text: str) -> str:
+    """Markdown that shows these very characters: no markup of whoever wrote a query."""
+    return re.sub(r"([\\|`*_\[\]~])", r"\\\1", html.escape(text, quote=False))
 
 
 def shortened(text: Any, width: int = _WIDTH) -> str:

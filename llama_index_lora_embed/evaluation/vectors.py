@@ -1,35 +1,29 @@
-"""Vectors of any LlamaIndex embedding model: some texts at a time, many requests at once, kept on disk."""
+"""Vectors of any LlamaIndex embedding model: some texts at a time, many requests at once, kept on disk by text."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import os
-import re
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from llama_index_lora_embed.data.vector_files import read_vectors, texts_digest, write_vectors
 from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.evaluation.kept_vectors import KeptVectors, identity
 from llama_index_lora_embed.evaluation.search import FloatArray
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
 _AT_ONCE = 1024  # texts whose vectors are Python lists at one time, and that are kept together
-# what does not decide a vector, and what must not be written down, by a part of its name
-_NOT_IDENTITY = re.compile(
-    r"key|token$|secret|password|auth|header|credential|timeout|retries|batch_size|num_workers|callback|cache|client"
-    r"|limiter|base_url|endpoint|progress",
-    re.IGNORECASE,
+# what no two models read alike: long enough to be cut, with capitals, digits and a question
+_PROBE = "Which of these 12 Words does it read? " + " ".join(
+    f"Part {i} of a long text, {i * 7} of it." for i in range(90)
 )
+_SAME = 0.9999  # cosine from which a probe's vector is the same model's; APIs are not exact to the last digit
 
 _T = TypeVar("_T")
 Side = Literal["query", "passage"]
@@ -64,108 +58,132 @@ class VectorMaker:
                 "a LlamaIndex BaseEmbedding",
                 'LoraEmbedding("runs/handbook"), LoraEmbedding(base_model="..."), HuggingFaceEmbedding(...), ...',
             )
-        if num_workers is not None and (
-            isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1
-        ):
-            raise ConfigError(f"num_workers={num_workers!r}", "None or a number above 0", "num_workers=4")
         self.embed_model = embed_model
-        self.num_workers = num_workers
+        self.num_workers = checked_workers(num_workers)
         self.show_progress = show_progress
-        self.folder = None if cache_folder is None else Path(cache_folder) / identity(embed_model)
+        self.cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
 
-    def queries(self, texts: list[str]) -> FloatArray:
-        """Vectors of queries, [texts, dimensions]."""
-        return self._vectors(texts, "query")
+    async def vectors(self, texts: Sequence[str], side: Side) -> FloatArray:
+        """Vectors of texts, [texts, dimensions], in an array of their own.
 
-    def passages(self, texts: list[str]) -> FloatArray:
-        """Vectors of passages, [texts, dimensions]."""
-        return self._vectors(texts, "passage")
+        With `num_workers` the model's asynchronous methods are awaited in the loop that runs this; without, nothing
+        is awaited at all.
 
-    def _vectors(self, texts: list[str], side: Side) -> FloatArray:
-        parts: list[FloatArray] = []
+        Raises:
+            ConfigError: They differ in length, or there are not as many as texts.
+            OutputDirectoryError: cache_folder cannot be written.
+        """
+        made: FloatArray | None = None
+        kept = None if self.cache_folder is None else await self._kept(self.cache_folder, side)
         with tqdm(total=len(texts), desc=f"{side} vectors", disable=not self.show_progress) as bar:
             for start in range(0, len(texts), _AT_ONCE):
-                part = texts[start : start + _AT_ONCE]
-                file = None if self.folder is None else self.folder / f"{side}-{texts_digest(part)}.npy"
-                vectors = None if file is None else read_vectors(file, len(part))
-                if vectors is None:
-                    vectors = as_array(self._make(part, side))
-                    if file is not None and np.isfinite(vectors).all():
-                        write_vectors(file, vectors)
-                parts.append(vectors)
+                part = list(texts[start : start + _AT_ONCE])
+                found = {} if kept is None else kept.read(part)
+                missing = [text for text in dict.fromkeys(part) if text not in found]
+                if missing:
+                    fresh = await self._make(missing, side)
+                    found |= dict(zip(missing, fresh, strict=True))
+                    if kept is not None:
+                        kept.write(missing, fresh)
+                rows = _one_length([found[text] for text in part])
+                if made is None:
+                    made = np.empty((len(texts), rows.shape[1]), dtype=np.float32)
+                if rows.shape[1] != made.shape[1]:
+                    raise _differing([made.shape[1], rows.shape[1]])
+                made[start : start + len(part)] = rows
                 bar.update(len(part))
-        return as_array([row for part in parts for row in part]) if _differ(parts) else np.concatenate(parts)
+        assert made is not None, "a dataset that was checked has texts"
+        return made
 
-    def _make(self, texts: list[str], side: Side) -> list[list[float]]:
+    async def _kept(self, folder: Path, side: Side) -> KeptVectors:
+        """The model's own file: by its fingerprint, or by its settings and by what it makes of a text."""
+        name, certain = identity(self.embed_model)
+        if certain:
+            return KeptVectors(folder / name / f"{side}.sqlite")
+        probe = (await self._make([_PROBE], side))[0]
+        number = 0
+        while True:  # models that tell the same of themselves have a file each
+            file = KeptVectors(folder / f"{name}-{number}" / f"{side}.sqlite")
+            before = file.read([_PROBE]).get(_PROBE)
+            if before is None:
+                file.write([_PROBE], probe[None])
+                return file
+            if before.shape == probe.shape and float(before @ probe) >= _SAME * float(
+                np.linalg.norm(before) * np.linalg.norm(probe)
+            ):
+                return file
+            number += 1
+
+    async def _make(self, texts: list[str], side: Side) -> FloatArray:
+        from llama_index_lora_embed.embedding import LoraEmbedding
+
         model = self.embed_model
+        made: Any
         if self.num_workers is not None:
-            return run_to_end(self._make_async(texts, side))
-        if side == "passage":
-            return model.get_text_embedding_batch(texts)
-        batch: Callable[[list[str]], list[list[float]]] | None = getattr(model, "get_query_embedding_batch", None)
-        return [model.get_query_embedding(text) for text in texts] if batch is None else batch(texts)
+            made = await self._make_together(texts, side, self.num_workers)
+        elif side == "passage":
+            made = model.get_text_embedding_batch(texts)
+        elif isinstance(model, LoraEmbedding):
+            made = model._get_query_embeddings(texts)  # LlamaIndex has no batches of queries
+        else:
+            made = [model.get_query_embedding(text) for text in texts]
+        count = len(made) if isinstance(made, Sequence) else 0
+        if count != len(texts):
+            raise ConfigError(
+                f"{count} vectors of {len(texts)} texts from {type(model).__name__}",
+                "a vector for each text, in their order",
+                "The embedding model leaves texts out; look at how it treats empty or repeated ones.",
+            )
+        return _one_length(made)
 
-    async def _make_async(self, texts: list[str], side: Side) -> list[list[float]]:
-        model, turns = self.embed_model, asyncio.Semaphore(self.num_workers or 1)
-
-        async def in_turn(made: Callable[[], Awaitable[_T]]) -> _T:
-            async with turns:
-                return await made()
-
+    async def _make_together(self, texts: list[str], side: Side, at_once: int) -> list[Any]:
+        model = self.embed_model
         if side == "query":
-            return await asyncio.gather(*(in_turn(lambda t=text: model.aget_query_embedding(t)) for text in texts))  # type: ignore[misc]
+            return await in_turns([lambda t=text: model.aget_query_embedding(t) for text in texts], at_once)  # type: ignore[misc]
         size = model.embed_batch_size
         batches = [texts[i : i + size] for i in range(0, len(texts), size)]
-        made = await asyncio.gather(*(in_turn(lambda b=batch: model.aget_text_embedding_batch(b)) for batch in batches))  # type: ignore[misc]
+        made = await in_turns([lambda b=batch: model.aget_text_embedding_batch(b) for batch in batches], at_once)  # type: ignore[misc]
         return [vector for vectors in made for vector in vectors]
 
 
-def identity(embed_model: BaseEmbedding) -> str:
-    """Hexadecimal digits that stand for all that decides a model's vectors, as far as it tells.
+async def in_turns(calls: Sequence[Callable[[], Awaitable[_T]]], at_once: int) -> list[_T]:
+    """Results of asynchronous calls in their order, so many under way at once; the first error stops the others."""
+    turns = asyncio.Semaphore(at_once)
 
-    That is its `fingerprint` if it has one, as `LoraEmbedding` has. Of others it is a digest of their settings without
-    keys, addresses and whatever only concerns speed, and of names, sizes and times of the files where `model_name` is
-    a folder.
-    """
-    own = getattr(embed_model, "fingerprint", None)
-    if isinstance(own, str) and re.fullmatch(r"[0-9a-f]{16,}", own):
-        return own
-    settings = {k: v for k, v in embed_model.to_dict().items() if not _NOT_IDENTITY.search(k)}
-    folder = Path(embed_model.model_name)
-    files: list[Any] = []
-    if folder.is_dir():
-        stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
-        files = [[str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-    text = json.dumps([settings, files], sort_keys=True, default=lambda value: type(value).__name__)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    async def in_turn(call: Callable[[], Awaitable[_T]]) -> _T:
+        async with turns:
+            return await call()
+
+    tasks = [asyncio.ensure_future(in_turn(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
-def as_array(vectors: Sequence[Any]) -> FloatArray:
-    """Vectors as one array, [vectors, dimensions].
+def checked_workers(num_workers: Any) -> int | None:
+    """`num_workers`, if it is None or a positive number.
 
     Raises:
-        ConfigError: They differ in length.
+        ConfigError: It is neither.
     """
-    lengths = Counter(len(vector) for vector in vectors)
-    if len(lengths) > 1:
-        shown = ", ".join(f"{count} of {length}" for length, count in lengths.most_common(5))
-        raise ConfigError(
-            f"vectors of different dimensions ({shown})",
-            "one number of dimensions",
-            "The embedding model gives texts vectors that cannot be compared; look at its settings.",
-        )
+    if num_workers is not None and (
+        isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1
+    ):
+        raise ConfigError(f"num_workers={num_workers!r}", "None or a number above 0", "num_workers=4")
+    return num_workers
+
+
+def _one_length(vectors: Sequence[Any]) -> FloatArray:
+    if len(lengths := {len(vector) for vector in vectors}) > 1:
+        raise _differing(sorted(lengths))
     return np.asarray(vectors, dtype=np.float32)
 
 
-def _differ(parts: list[FloatArray]) -> bool:
-    return len({part.shape[1] for part in parts}) > 1
-
-
-def run_to_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end, also where an event loop is running already, as in notebooks."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+def _differing(lengths: Sequence[int]) -> ConfigError:
+    return ConfigError(
+        f"vectors of different dimensions ({', '.join(map(str, lengths[:5]))})",
+        "one number of dimensions",
+        "The embedding model gives texts vectors that cannot be compared; look at its settings.",
+    )

@@ -36,6 +36,20 @@ def test_a_grade_is_a_gain():
     assert measure({"q": ["x"]}, {"q": {"x": 1e-9}})["q"]["ndcg@10"] == 1, "however small"
 
 
+def test_what_is_graded_nothing_is_not_relevant_and_small_grades_keep_their_order():
+    assert measure({"q": ["a", "b"]}, {"q": {"a": 0, "b": 1, "c": -1}})["q"]["hit@1"] == 0
+    with pytest.raises(DatasetError, match="without judgments"):
+        measure({"q": ["a"]}, {"q": {"a": 0.0}})
+    wrong_order = [measure({"q": ["a", "b"]}, {"q": {"a": 0.0001 * x, "b": 0.0014 * x}})["q"] for x in (1, 100)]
+    assert wrong_order[0] == wrong_order[1]
+    assert wrong_order[0]["ndcg@10"] < 0.7
+
+
+def test_of_a_passage_that_comes_twice_the_first_place_counts():
+    assert query_metrics(["a", "b", "a"], {"a"})["mrr@10"] == 1
+    assert query_metrics(["b", "b", "a"], {"a"})["mrr@10"] == pytest.approx(1 / 2)
+
+
 def test_ids_of_any_kind_and_answers_of_none():
     odd = ["", " ", "a b", "\ud800", "ü\n"]
     found = measure({"one": odd, "none": []}, {"one": {"\ud800": 1.0}, "none": {"x": 1.0}})

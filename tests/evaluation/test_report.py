@@ -30,8 +30,13 @@ PICTURES = {"curves", "measures", "similarities", "slices", "map"}
 def comparison():
     dataset = make_dataset(passages=60)
     dataset.queries["q0-0"] = "<script>document.title = 'hacked'</script> & so on ?"
+    dataset.queries["q1-0"] = "half a character \ud800 and $x^^$ of it ?"
+    dataset.source_documents["p2"] = dataset.source_documents["p3"] = "budget_$_2024_$^\\alpha.pdf"
     dataset.corpus["p0"] += " <img src=x onerror=alert(1)> " + "x" * 500
-    return compare_retrieval(judged(3.0, dataset), judged(1.0, dataset), dataset)
+    ids = list(dataset.queries)
+    return compare_retrieval(
+        judged(3.0, dataset), judged(1.0, dataset), dataset, slices={r"C:\$users$": ids[:20]}, names=("$a$", "b [$^^$]")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@ import asyncio
 import os
 import random
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.errors import ConfigError, DatasetError, NonFiniteLossError, OutputDirectoryError
 from llama_index_lora_embed.evaluation import aevaluate_retrieval, search
+from llama_index_lora_embed.evaluation.kept_vectors import identity
 from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
-from llama_index_lora_embed.evaluation.vectors import identity
 from tests.conftest import make_dataset
 
 NAMES = {
@@ -193,21 +196,58 @@ def test_any_embedding_model_is_judged_and_asynchronously_too():
         assert evaluation.metrics == expected.metrics
 
 
-def test_vectors_are_paid_for_once_and_kept_by_model_and_text(tmp_path):
-    dataset, model = make_dataset(), Fake()
-    first = evaluate_retrieval(model, dataset, cache_folder=tmp_path / "cache")
-    calls = len(model._calls)
-    again = evaluate_retrieval(model, dataset, cache_folder=tmp_path / "cache")
-    assert (len(model._calls), again.metrics) == (calls, first.metrics)
-    evaluate_retrieval(Fake(api_key="another", embed_batch_size=7), dataset, cache_folder=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 1, "keys and batch sizes decide nothing"
-    assert "secret" not in "".join(str(path) for path in (tmp_path / "cache").rglob("*"))
-    other = Fake(dimensions=8)
-    evaluate_retrieval(other, dataset, cache_folder=tmp_path / "cache")
-    assert other._calls, "another model has vectors of its own"
+def texts_asked_for(model):
+    """How many texts a `Fake` was asked for, but for the probe that tells models apart."""
+    return sum(count for _, count in model._calls)
+
+
+def test_vectors_are_paid_for_once_by_model_and_text(tmp_path):
+    dataset, model, cache = make_dataset(), Fake(), tmp_path / "cache"
+    first = evaluate_retrieval(model, dataset, cache_folder=cache)
+    asked, probes = texts_asked_for(model), 2
+    assert asked == 48 + 24 + probes
+    again = evaluate_retrieval(model, dataset, cache_folder=cache)
+    assert (texts_asked_for(model), again.metrics) == (asked + probes, first.metrics)
+    evaluate_retrieval(Fake(api_key="another", embed_batch_size=7), dataset, cache_folder=cache)
+    assert len(list(cache.iterdir())) == 1, "keys and batch sizes decide nothing"
+    everything = b"".join(path.read_bytes() for path in cache.rglob("*") if path.is_file())
+    assert b"secret" not in everything
     dataset.queries["q0-0"] = "something else"
-    evaluate_retrieval(model, dataset, cache_folder=tmp_path / "cache")
-    assert {kind for kind, _ in model._calls[calls:]} == {"query"}, "passages were the same"
+    dataset.corpus["a first one"] = "w1 w2"
+    evaluate_retrieval(model, dataset, cache_folder=cache)
+    assert texts_asked_for(model) == asked + 2 * probes + 2, "the one query and the one passage that are new"
+
+
+def test_models_that_tell_the_same_of_themselves_have_vectors_of_their_own(tmp_path):
+    class Private(Fake):
+        """Its vectors are decided by what no field tells."""
+
+        _shift: int = PrivateAttr(default=0)
+
+        def vector(self, text):
+            vector = super().vector(text)
+            return vector[self._shift :] + vector[: self._shift] if "?" in text else vector
+
+    dataset, models = make_dataset(), [Private(), Private(), Fake(), Fake(dimensions=8)]
+    models[1]._shift = 5
+    plain = [evaluate_retrieval(model, dataset).metrics for model in models]
+    assert plain[0] != plain[1]
+    for _ in range(2):
+        assert [evaluate_retrieval(m, dataset, cache_folder=tmp_path).metrics for m in models] == plain
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_cache_that_is_damaged_is_made_anew_and_one_that_cannot_be_is_an_error(tmp_path):
+    dataset = make_dataset()
+    first = evaluate_retrieval(Fake(), dataset, cache_folder=tmp_path)
+    for file in tmp_path.rglob("*.sqlite"):
+        file.write_bytes(b"nonsense" * 1000)
+    assert evaluate_retrieval(Fake(), dataset, cache_folder=tmp_path).metrics == first.metrics
+    model = Fake()
+    evaluate_retrieval(model, dataset, cache_folder=tmp_path)
+    assert texts_asked_for(model) == 2, "the probes"
+    with pytest.raises(OutputDirectoryError, match="cache folder"):
+        evaluate_retrieval(Fake(), dataset, cache_folder=__file__)
 
 
 def test_a_model_that_was_retrained_in_its_folder_is_another_to_the_cache(tiny_model, adapter, tmp_path):
@@ -216,8 +256,56 @@ def test_a_model_that_was_retrained_in_its_folder_is_another_to_the_cache(tiny_m
     before = identity(Fake(model_name=str(folder)))
     (folder / "modules.json").write_text((folder / "modules.json").read_text() + " ")
     assert identity(Fake(model_name=str(folder))) != before
+    assert before[1] is False
     embed_model = LoraEmbedding(adapter, device="cpu")
-    assert identity(embed_model) == embed_model.fingerprint
+    assert identity(embed_model) == (embed_model.fingerprint, True)
+    for odd in ("", "x" * 5000, "\0"):
+        assert identity(Fake(model_name=odd)) == identity(Fake(model_name=odd))
+
+
+class Client(Fake):
+    """Has what clients of APIs have: connections that belong to the loop of their first use."""
+
+    _loops: set = PrivateAttr(default_factory=set)
+
+    async def _under_way(self, value):
+        self._loops.add(id(asyncio.get_running_loop()))
+        return await super()._under_way(value)
+
+
+def test_a_client_stays_in_one_loop():
+    model, dataset = Client(embed_batch_size=5), make_dataset(passages=8)
+    for _ in range(2):
+        evaluate_retrieval(model, dataset, num_workers=3)
+    assert len(model._loops) == 1
+
+    async def inside():
+        return await aevaluate_retrieval(model := Client(), dataset), model._loops == {id(asyncio.get_running_loop())}
+
+    assert asyncio.run(inside())[1], "the caller's"
+
+
+def test_an_interrupt_stops_requests_that_wait(monkeypatch):
+    model, dataset = Client(), make_dataset()
+    evaluated = threading.Event()
+
+    async def slow(self, value):
+        evaluated.set()
+        self._running[0] += 1
+        await asyncio.sleep(0.2)
+        return value
+
+    monkeypatch.setattr(Client, "_under_way", slow)
+
+    def interrupt():
+        evaluated.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_retrieval(model, dataset, num_workers=2)
+    time.sleep(0.5)
+    assert model._running[0] <= 6, "of 48"
 
 
 def test_grades_count_in_ndcg_alone():
@@ -233,7 +321,7 @@ def test_grades_count_in_ndcg_alone():
     assert graded.per_query["q0-0"]["ndcg@10"] == pytest.approx(gain / (1 + 0.2 / np.log2(3)))
 
 
-def test_what_lies_beyond_the_measures_is_told(tiny_model):
+def test_what_lies_beyond_the_measures_is_told():
     dataset = make_dataset(passages=6)
     dataset.corpus["twin"] = dataset.corpus["p0"].upper()
     dataset.queries["q0-1"] = dataset.queries["q0-0"]
@@ -275,8 +363,18 @@ def test_what_is_no_embedding_model_or_gives_no_array_is_refused(tmp_path):
     for wrong in (0, True, "2"):
         with pytest.raises(ConfigError, match="num_workers"):
             evaluate_retrieval(Fake(), make_dataset(), num_workers=wrong)
-    with pytest.raises(OutputDirectoryError, match="cache folder"):
-        evaluate_retrieval(Fake(), make_dataset(), cache_folder=__file__)
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_a_model_that_leaves_texts_out_is_refused(num_workers):
+    class Skips(Fake):
+        def _get_text_embeddings(self, texts):
+            return super()._get_text_embeddings(texts)[:-1]
+
+    with pytest.raises(ConfigError, match="vectors of 24 texts from Skips"):
+        evaluate_retrieval(Skips(), make_dataset(), num_workers=num_workers)
+    with pytest.raises(ConfigError, match=r"query vectors of the shape \(47, 3\)"):
+        evaluate_encoders(lambda t: np.ones((len(t) - 1, 3)), lambda t: np.ones((len(t), 3)), make_dataset())
 
 
 @pytest.mark.parametrize("block", [(3, 7), (256, 5), (1, 16_384)])

@@ -1,8 +1,10 @@
 import asyncio
+from types import SimpleNamespace
 
 import pytest
-from llama_index.core import VectorStoreIndex
+from llama_index.core import MockEmbedding, VectorStoreIndex
 from llama_index.core.evaluation import RetrieverEvaluator
+from llama_index.core.llms import MockLLM
 from llama_index.core.schema import NodeWithScore, TextNode
 
 from llama_index_lora_embed import LoraEmbedding, compare_retrieval, evaluate_index, evaluate_retrieval
@@ -44,7 +46,8 @@ def test_a_retriever_is_judged_as_llama_index_judges_it(tiny_model, top_k):
         assert ours.per_query[q]["mrr"] == pytest.approx(values["mrr"], abs=1e-9)
     assert 0 < ours.metrics["mrr"] < 1
     assert evaluate_index(retriever, dataset, num_workers=4).per_query == ours.per_query
-    assert ours.notes == (["No query got more than 2 nodes, so that measures @10 and @100 are measures @2."]
+    assert "map@100" not in ours.metrics, "of ten nodes it would be another measure"
+    assert ours.notes == (["No query got more than 2 nodes, so that measures @10 are measures @2."]
                           if top_k == 2 else [])  # fmt: skip
 
 
@@ -56,6 +59,8 @@ def test_an_index_over_exact_search_is_as_good_as_the_search(tiny_model):
         assert through.metrics[name] == pytest.approx(direct.metrics[name], abs=1e-9)
     assert compare(direct, through).difference == pytest.approx(0, abs=1e-9)
     assert compare_retrieval(direct, through, dataset).won == []
+    everything = index_of(dataset, embed_model).as_retriever(similarity_top_k=24)
+    assert evaluate_index(everything, dataset).metrics["map@100"] == pytest.approx(direct.metrics["map@100"], abs=1e-6)
 
 
 def test_odd_answers_are_told_and_judged_all_the_same():
@@ -92,6 +97,10 @@ def test_what_is_no_retriever_is_refused(tiny_model):
     for wrong in (None, "index", LoraEmbedding(base_model=tiny_model, device="cpu")):
         with pytest.raises(ConfigError, match="as_retriever"):
             evaluate_index(wrong, make_dataset())
+    with pytest.raises(ConfigError, match=r"query_engine\.retriever"):
+        evaluate_index(index_of(make_dataset(), MockEmbedding(4)).as_query_engine(llm=MockLLM()), make_dataset())
+    with pytest.raises(ConfigError, match=r"aretrieve\(query\)"):
+        evaluate_index(SimpleNamespace(retrieve=lambda text: []), make_dataset(), num_workers=2)
     with pytest.raises(ConfigError, match="num_workers"):
         evaluate_index(Listed({}), make_dataset(), num_workers=0)
 

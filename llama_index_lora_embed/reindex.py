@@ -1,0 +1,354 @@
+"""From one model's index to the next one's: built alongside, judged, switched at once, and back again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.files import write_json
+from llama_index_lora_embed.errors import ConfigError, OutputDirectoryError
+from llama_index_lora_embed.evaluation import RetrievalComparison, compare_retrieval, evaluate_index
+from llama_index_lora_embed.evaluation.registry import TOLERANCE
+from llama_index_lora_embed.extras import require
+from llama_index_lora_embed.index import check, stamp
+
+if TYPE_CHECKING:
+    from llama_index.core import VectorStoreIndex
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+    from llama_index.core.schema import BaseNode
+
+_POINTER = "current"
+_TOP_K = 10
+
+
+class Place(Protocol):
+    """Where the versions of an index are, and which of them is in use."""
+
+    def read(self) -> dict[str, str]:
+        """{"current": a version, "previous": the one before}, as far as there are any."""
+        ...
+
+    def write(self, pointer: dict[str, str]) -> None:
+        """Change both at once."""
+        ...
+
+    def build(self, version: str, nodes: Sequence[BaseNode], embed_model: BaseEmbedding) -> VectorStoreIndex:
+        """An index of its own, stamped when it is whole."""
+        ...
+
+    def open(self, version: str, embed_model: BaseEmbedding) -> VectorStoreIndex:
+        """A version that was built, whose stamp is this model's."""
+        ...
+
+    def versions(self) -> list[str]:
+        """All that are there, whole or not, the oldest first."""
+        ...
+
+    def remove(self, version: str) -> None:
+        """Delete a version."""
+        ...
+
+
+class FolderPlace:
+    """Versions of an index as persisted `StorageContext`s in a folder, and a file that names the one in use.
+
+    Args:
+        folder: Made when the first version is built.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+        self._pointer = self.folder / f"{_POINTER}.json"
+
+    def read(self) -> dict[str, str]:
+        """As `Place` has it."""
+        try:
+            pointer: dict[str, str] = json.loads(self._pointer.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return pointer
+
+    def write(self, pointer: dict[str, str]) -> None:
+        """As `Place` has it."""
+        try:
+            write_json(self._pointer, pointer)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def build(self, version: str, nodes: Sequence[BaseNode], embed_model: BaseEmbedding) -> VectorStoreIndex:
+        """As `Place` has it."""
+        from llama_index.core import VectorStoreIndex
+
+        index = VectorStoreIndex(list(nodes), embed_model=embed_model)
+        try:
+            index.storage_context.persist(persist_dir=str(self.folder / version))
+        except OSError as error:
+            raise self._unwritable(error) from error
+        stamp(self.folder / version, embed_model)
+        return index
+
+    def open(self, version: str, embed_model: BaseEmbedding) -> VectorStoreIndex:
+        """As `Place` has it."""
+        from llama_index.core import StorageContext, load_index_from_storage
+
+        check(self.folder / version, embed_model, without_stamp="raise")
+        context = StorageContext.from_defaults(persist_dir=str(self.folder / version))
+        index: Any = load_index_from_storage(context, embed_model=embed_model)
+        return index  # type: ignore[no-any-return]
+
+    def versions(self) -> list[str]:
+        """As `Place` has it."""
+        return sorted(path.name for path in self.folder.glob("v-*")) if self.folder.is_dir() else []
+
+    def remove(self, version: str) -> None:
+        """As `Place` has it."""
+        shutil.rmtree(self.folder / version, ignore_errors=True)
+
+    def _unwritable(self, error: OSError) -> OutputDirectoryError:
+        return OutputDirectoryError(
+            f"an index folder {str(self.folder)!r} that cannot be written ({error})",
+            "a folder that can, with room",
+            "Change its permissions, or name another.",
+        )
+
+
+class ChromaPlace:
+    """Versions of an index as Chroma collections `<name>.<version>`, and an empty one that names the one in use.
+
+    Args:
+        client: `chromadb.PersistentClient(...)` or `chromadb.HttpClient(...)`.
+        name: Of the index; letters, digits, "_" and "-".
+
+    Raises:
+        ConfigError: The name is not allowed.
+        MissingExtraError: The extra "chroma" is not installed.
+    """
+
+    def __init__(self, client: Any, name: str) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{1,100}", name):
+            raise ConfigError(f"name={name!r}", "letters, digits, '_' and '-'", 'ChromaPlace(client, "handbook")')
+        self._vector_store = require("llama_index.vector_stores.chroma").ChromaVectorStore
+        self.client, self.name = client, name
+
+    def read(self) -> dict[str, str]:
+        """As `Place` has it."""
+        pointer = f"{self.name}.{_POINTER}"
+        if pointer not in self._names():
+            return {}
+        held = self.client.get_collection(pointer).metadata or {}
+        return {key: held[key] for key in ("current", "previous") if held.get(key)}
+
+    def write(self, pointer: dict[str, str]) -> None:
+        """As `Place` has it; one transaction of Chroma's."""
+        collection = self.client.get_or_create_collection(f"{self.name}.{_POINTER}")
+        collection.modify(metadata={"current": "", "previous": "", **pointer})
+
+    def build(self, version: str, nodes: Sequence[BaseNode], embed_model: BaseEmbedding) -> VectorStoreIndex:
+        """As `Place` has it."""
+        from llama_index.core import StorageContext, VectorStoreIndex
+
+        collection = self.client.create_collection(
+            f"{self.name}.{version}", configuration={"hnsw": {"space": "cosine"}}
+        )
+        context = StorageContext.from_defaults(vector_store=self._vector_store(chroma_collection=collection))
+        index = VectorStoreIndex(list(nodes), storage_context=context, embed_model=embed_model)
+        stamp(collection, embed_model)
+        return index
+
+    def open(self, version: str, embed_model: BaseEmbedding) -> VectorStoreIndex:
+        """As `Place` has it."""
+        from llama_index.core import VectorStoreIndex
+
+        collection = self.client.get_collection(f"{self.name}.{version}")
+        check(collection, embed_model, without_stamp="raise")
+        return VectorStoreIndex.from_vector_store(
+            self._vector_store(chroma_collection=collection), embed_model=embed_model
+        )
+
+    def versions(self) -> list[str]:
+        """As `Place` has it."""
+        start = f"{self.name}.v-"
+        return sorted(name[len(self.name) + 1 :] for name in self._names() if name.startswith(start))
+
+    def remove(self, version: str) -> None:
+        """As `Place` has it."""
+        self.client.delete_collection(f"{self.name}.{version}")
+
+    def _names(self) -> list[str]:
+        return [collection.name for collection in self.client.list_collections()]
+
+
+@dataclass(frozen=True)
+class Reindexed:
+    """What `reindex` did.
+
+    Attributes:
+        index: The new index.
+        version: What it is called.
+        previous: The version that was in use before; None if there was none.
+        switched: Whether the new one is in use now.
+        comparison: Both, as they answer; None if they were not compared.
+        reason: In one sentence.
+    """
+
+    index: VectorStoreIndex
+    version: str
+    previous: str | None
+    switched: bool
+    comparison: RetrievalComparison | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'switched' if self.switched else 'NOT SWITCHED'} to {self.version}: {self.reason}"
+
+
+def reindex(
+    place: Place | str | os.PathLike[str],
+    nodes: Sequence[BaseNode],
+    embed_model: BaseEmbedding,
+    *,
+    dataset: EmbeddingQAFinetuneDataset | None = None,
+    before: BaseEmbedding | None = None,
+    tolerance: float = TOLERANCE,
+    keep: int = 2,
+) -> Reindexed:
+    """Build an index with a new model beside the one in use, compare both, and switch if the new one is no worse.
+
+    Whoever opens the place with `open_index` gets the old index until the switch and the new one from then on. A run
+    that is killed leaves the old one in use; what it had built is removed by the next one.
+
+    Args:
+        place: A folder, or a `ChromaPlace`.
+        nodes: Everything that the index is to hold.
+        embed_model: The new model.
+        dataset: Questions about these nodes, by their ids; None switches without asking.
+        before: The model of the index in use, to ask it with; needed with `dataset` once there is one.
+        tolerance: nDCG@10 that the new index may lose: no part of the 95 % interval of the difference must lie
+            below it (`RunRegistry.gate` has the same rule).
+        keep: Versions that stay, the one in use and the one before among them.
+
+    Returns:
+        The new index, and whether it is in use. If not, it is kept all the same, so that one can look at it.
+
+    Raises:
+        ConfigError: There are no nodes, `before` is missing, or a number is out of bounds.
+        DatasetError: The dataset is inconsistent, or about other nodes.
+        OutputDirectoryError: The folder cannot be written.
+        WrongIndexError: `before` is not the model of the index in use.
+
+    Example:
+        >>> done = reindex("runs/index", nodes, new, dataset=val, before=old)  # doctest: +SKIP
+        >>> index = open_index("runs/index", new if done.switched else old)  # doctest: +SKIP
+    """
+    where = _place(place)
+    if not nodes:
+        raise ConfigError("no nodes to index", "one or more", "reindex(place, nodes, embed_model)")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
+        raise ConfigError(f"tolerance={tolerance!r}", "a number from 0 to 1", f"tolerance={TOLERANCE}")
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 2:
+        raise ConfigError(f"keep={keep!r}", "2 or more: the one in use and the one to go back to", "keep=2")
+    if dataset is not None:
+        dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
+    current = where.read().get("current")
+    old = None
+    if dataset is not None and current is not None:
+        if before is None:
+            raise ConfigError(
+                "a dataset without the model of the index in use", "both", "reindex(..., dataset=val, before=old_model)"
+            )
+        old = where.open(current, before)
+    version = _new_name(where, str(getattr(embed_model, "fingerprint", None) or "model"))
+    index = where.build(version, nodes, embed_model)
+    comparison, switch, reason = None, True, "not compared with what was in use"
+    if current is None:
+        reason = "nothing was in use before"
+    elif old is not None and dataset is not None:
+        judged = [evaluate_index(i.as_retriever(similarity_top_k=_TOP_K), dataset) for i in (old, index)]
+        comparison = compare_retrieval(judged[0], judged[1], dataset, names=("in use", "new"))
+        low, high = comparison.comparison.interval
+        switch = low >= -tolerance
+        reason = (
+            f"nDCG@10 {comparison.comparison.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) beside "
+            f"{current}; at most {tolerance:.3f} may be lost"
+        )
+    if switch:
+        where.write({"current": version, **({"previous": current} if current else {})})
+    _tidy(where, keep, version)
+    return Reindexed(index, version, current, switch, comparison, reason)
+
+
+def open_index(place: Place | str | os.PathLike[str], embed_model: BaseEmbedding) -> VectorStoreIndex:
+    """The index that is in use, if it was built with this model.
+
+    Args:
+        place: As for `reindex`.
+        embed_model: What queries will be embedded with.
+
+    Raises:
+        ConfigError: No index was built there.
+        WrongIndexError: It is of another model; the message names both.
+    """
+    where = _place(place)
+    current = where.read().get("current")
+    if current is None:
+        raise ConfigError("a place without an index in use", "what reindex has built", "reindex(place, nodes, model)")
+    return where.open(current, embed_model)
+
+
+def go_back(place: Place | str | os.PathLike[str]) -> str:
+    """Put the version before into use again; once more, and it is the newer one.
+
+    Args:
+        place: As for `reindex`.
+
+    Returns:
+        The version that is in use now.
+
+    Raises:
+        ConfigError: There is none to go back to.
+    """
+    where = _place(place)
+    pointer = where.read()
+    current, previous = pointer.get("current"), pointer.get("previous")
+    if current is None or previous is None or previous not in where.versions():
+        raise ConfigError(
+            "a place with no version before the one in use", "one that was switched", "reindex switches to a new one."
+        )
+    where.write({"current": previous, "previous": current})
+    return previous
+
+
+def _place(place: Any) -> Place:
+    if isinstance(place, (str, os.PathLike)):
+        return FolderPlace(place)
+    if not all(callable(getattr(place, name, None)) for name in ("read", "write", "build", "open", "versions")):
+        raise ConfigError(
+            f"a place of type {type(place).__name__}", "a folder or a ChromaPlace", 'ChromaPlace(client, "handbook")'
+        )
+    found: Place = place
+    return found
+
+
+def _new_name(place: Place, fingerprint: str) -> str:
+    """Names sort as they were made."""
+    start = datetime.now(timezone.utc).strftime("v-%Y%m%d-%H%M%S")
+    name, number, there = f"{start}-{fingerprint[:8]}", 1, set(place.versions())
+    while name in there:
+        name, number = f"{start}-{fingerprint[:8]}-{number + 1}", number + 1
+    return name
+
+
+def _tidy(place: Place, keep: int, newest: str) -> None:
+    """Remove what is older than the versions to keep; never the one in use, the one before it or the newest."""
+    held = {*place.read().values(), newest}
+    others = [version for version in place.versions() if version not in held]
+    for version in others[: max(0, len(others) - max(0, keep - len(held)))]:
+        place.remove(version)
