@@ -34,13 +34,16 @@ if TYPE_CHECKING:
         tune_scale,
         write_report,
     )
+    from llama_index_lora_embed.hub import push_to_hub
     from llama_index_lora_embed.index import Stamp, check, read_stamp, stamp
+    from llama_index_lora_embed.index_versions import ChromaPlace, go_back, open_index, reindex
     from llama_index_lora_embed.result import FinetuneResult
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AskingSettings": "config",
+    "ChromaPlace": "index_versions",
     "EmbeddingQAFinetuneDataset": "data",
     "FilterSettings": "config",
     "FinetuneResult": "result",
@@ -65,8 +68,12 @@ _HOME = {
     "evaluate_pairs": "evaluation",
     "evaluate_retrieval": "evaluation",
     "generate_qa_embedding_pairs": "data",
+    "go_back": "index_versions",
     "mine_hard_negatives": "data",
+    "open_index": "index_versions",
+    "push_to_hub": "hub",
     "read_stamp": "index",
+    "reindex": "index_versions",
     "split_by_source": "data",
     "stamp": "index",
     "tune_scale": "evaluation",
@@ -75,6 +82,7 @@ _HOME = {
 
 __all__ = [
     "AskingSettings",
+    "ChromaPlace",
     "EmbeddingQAFinetuneDataset",
     "FilterSettings",
     "FinetuneResult",
@@ -99,8 +107,12 @@ __all__ = [
     "evaluate_pairs",
     "evaluate_retrieval",
     "generate_qa_embedding_pairs",
+    "go_back",
     "mine_hard_negatives",
+    "open_index",
+    "push_to_hub",
     "read_stamp",
+    "reindex",
     "split_by_source",
     "stamp",
     "tune_scale",

@@ -72,7 +72,7 @@ class FolderPlace:
         """As `Place` has it."""
         try:
             pointer: dict[str, str] = json.loads(self._pointer.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         return pointer
 
@@ -339,7 +339,7 @@ def _place(place: Any) -> Place:
 
 def _new_name(place: Place, fingerprint: str) -> str:
     """Names sort as they were made."""
-    start = datetime.now(timezone.utc).strftime("v-%Y%m%d-%H%M%S")
+    start = datetime.now(timezone.utc).strftime("v-%Y%m%d-%H%M%S-%f")
     name, number, there = f"{start}-{fingerprint[:8]}", 1, set(place.versions())
     while name in there:
         name, number = f"{start}-{fingerprint[:8]}-{number + 1}", number + 1
