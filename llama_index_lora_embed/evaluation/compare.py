@@ -117,7 +117,7 @@ def compare(
         len(differences),
         int((differences > 0).sum()),
         int((differences < 0).sum()),
-        describe_basis(base.origins) + (" Those are too few to tell." if few else ""),
+        " ".join([describe_basis(base.origins), *_by_kind(base, differences), *(["Those are too few to tell."] * few)]),
     )
 
 
@@ -278,6 +278,24 @@ def _correlation(left: Numbers, right: Numbers, weights: Numbers) -> float:
 def _draws(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """How often each of `count` pairs is in a resample of as many."""
     return np.bincount(rng.integers(count, size=count), minlength=count)
+
+
+def _by_kind(base: RetrievalEvaluation, differences: Numbers) -> list[str]:
+    """A sentence where made-up questions of one kind gain and those of another do not; else nothing.
+
+    Sentences cut from passages gain whatever is trained on such; titles are nearer to what people ask
+    (benchmarks/README.md, "Verdicts").
+    """
+    kinds: dict[str, list[float]] = {}
+    for query_id, difference in zip(base.per_query, differences, strict=True):
+        origin = base.query_origins.get(query_id, _UNKNOWN)
+        if origin not in (PEOPLE, _UNKNOWN):
+            kinds.setdefault(origin, []).append(float(difference))
+    means = {origin: float(np.mean(values)) for origin, values in kinds.items() if len(values) >= FEWEST}
+    if len(means) < 2 or min(means.values()) > max(means.values()) / 2 or max(means.values()) <= 0:
+        return []
+    told = ", ".join(f"{mean:+.3f} on {len(kinds[o])} made by {o.replace('_', ' ')}" for o, mean in means.items())
+    return [f"Kinds of questions disagree ({told}): the lowest is the safest guess."]
 
 
 def describe_basis(origins: dict[str, int]) -> str:

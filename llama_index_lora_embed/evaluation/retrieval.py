@@ -61,6 +61,7 @@ class RetrievalEvaluation:
         similarities: Query id to the scores of its ranking; a retriever may give none.
         relevant_similarities: Query id to the cosine of each of its relevant passages, wherever they were ranked.
         sample: Some vectors; None of a retriever.
+        query_origins: Query id to how it was made, where the dataset says so.
         digest: Of queries, corpus and judgments, so that only evaluations of the same ones are compared; empty if it is
             not known.
         notes: What there is to know of dataset and answers beside the measures, a sentence each.
@@ -75,6 +76,7 @@ class RetrievalEvaluation:
     relevant_similarities: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     sample: VectorSample | None = field(default=None, repr=False)
     notes: list[str] = field(default_factory=list)
+    query_origins: dict[str, str] = field(default_factory=dict, repr=False)
     digest: str = field(default="", repr=False)
 
     def scores(self, measure: str) -> list[float]:
@@ -194,6 +196,7 @@ def _judge(queries: FloatArray, passages: FloatArray, dataset: EmbeddingQAFinetu
         },
         sample=_sample(dataset, queries, passages, place),
         notes=[*notes_on(dataset), *_notes_on_vectors(queries, passages)],
+        query_origins=dict(dataset.query_origins or {}),
         digest=judged_digest(dataset),
     )
 

@@ -79,6 +79,7 @@ def evaluate_index(
             if all(ranked[q][i] is not None for i in ranking)
         },
         notes=notes,
+        query_origins=dict(dataset.query_origins or {}),
         digest=judged_digest(dataset),
     )
 

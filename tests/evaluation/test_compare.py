@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -67,6 +69,26 @@ def test_a_verdict_names_the_questions_that_it_rests_on(base):
     assert "20 asked by people" in asked
     assert "flatter" not in asked
     assert "flatter" not in describe_basis({"unknown": 3})
+
+
+def of_kinds(scores, kinds):
+    """An evaluation whose questions were made in these ways."""
+    made = evaluation(scores, {kind: kinds.count(kind) for kind in set(kinds)})
+    return replace(made, query_origins={f"q{i}": kind for i, kind in enumerate(kinds)})
+
+
+def test_kinds_of_made_up_questions_that_disagree_are_told(base):
+    kinds = ["title"] * 100 + ["inverse_cloze"] * 100
+    one_sided = np.concatenate([base[:100], base[100:] + 0.1])
+    text = str(compare(of_kinds(base, kinds), of_kinds(one_sided, kinds)))
+    assert text.startswith("BETTER")
+    assert "disagree (+0.000 on 100 made by title, +0.100 on 100 made by inverse cloze)" in text
+    for quiet in (base + 0.1, base, base - 0.1):
+        assert "disagree" not in str(compare(of_kinds(base, kinds), of_kinds(quiet, kinds)))
+    few = ["title"] * 5 + ["inverse_cloze"] * 195
+    assert "disagree" not in str(compare(of_kinds(base, few), of_kinds(one_sided, few))), "five tell nothing"
+    people = ["people"] * 100 + ["title"] * 100
+    assert "disagree" not in str(compare(of_kinds(base, people), of_kinds(one_sided, people)))
 
 
 def pair_evaluation(similarities, labels):
