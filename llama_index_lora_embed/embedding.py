@@ -6,12 +6,14 @@ import asyncio
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from llama_index_lora_embed.errors import AdapterError, ConfigError
+from llama_index_lora_embed.exported import EXPORT_NAME, Export, ExportedModel
 from llama_index_lora_embed.many_adapters import ManyAdapters, absolute, checked_names
 from llama_index_lora_embed.texts import check_text, check_texts, count_tokens, longest_first
 from llama_index_lora_embed.vector_cache import OwnEntries, asking
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from llama_index_lora_embed.adapter import Manifest
+    from llama_index_lora_embed.export import Certificate
     from llama_index_lora_embed.shared_base import Adapter
 
 _BATCH_SIZE = 256
@@ -42,7 +45,7 @@ class LoraEmbedding(ManyAdapters):
     ingestion cache sees a retrained model as a new one.
 
     Args:
-        adapter_path: Folder or Hub id of the adapter; None for the untuned base.
+        adapter_path: Folder or Hub id of the adapter, or folder of an export; None for the untuned base.
         base_model: Folder or Hub id of the base, where it is not the place recorded in the adapter, or where
             there is no adapter.
         revision: Commit of the adapter (of `base_model`, where there is none or several) on the Hub.
@@ -164,6 +167,9 @@ class LoraEmbedding(ManyAdapters):
             ConfigError: The model is shared with others, who would get what it is told.
         """
         model = self._ready()
+        if isinstance(self._model, ExportedModel):
+            source = f"It was made from {self._model.facts.name!r}."
+            raise ConfigError("a model that was exported", "one of torch", source)
         if self._shared is not None:
             raise ConfigError(
                 "the model of an embedding model with adapters, which others in the process share",
@@ -190,6 +196,9 @@ class LoraEmbedding(ManyAdapters):
             self._load_several()
             return
         prompts: dict[str, Any] = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
+        if self.adapter_path is not None and (Path(self.adapter_path) / EXPORT_NAME).exists():
+            self._take(*self._exported(Path(self.adapter_path)))
+            return
         if self.adapter_path is not None:
             loaded = models.load_adapter(
                 self.adapter_path,
@@ -218,6 +227,40 @@ class LoraEmbedding(ManyAdapters):
             model = models.load_base(base, **self._base_loading(), **prompts)
             manifest, digest = None, fingerprint(model, base.weights_sha256, None)
         self._take(model, manifest, digest)
+
+    def _exported(self, folder: Path) -> tuple[Any, None, str]:
+        """An exported model and its fingerprint.
+
+        Raises:
+            AdapterError: The export is damaged.
+            ConfigError: Something is asked of it that was decided when it was exported.
+        """
+        facts = Export.read(folder)
+        decided = ("base_model", "query_prompt", "passage_prompt", "pooling", "window", "truncate_dim")
+        given = [name for name in decided if getattr(self, name) is not None]
+        given += ["adapter_scale"] if self.adapter_scale != 1 else []
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} for a model that was exported", "none of these", "Export a model that has them."
+            )
+        return ExportedModel(folder, facts), None, facts.fingerprint
+
+    def export(self, path: str | os.PathLike[str], **settings: Any) -> Certificate:
+        """`export.export_model`: write this model for ONNX Runtime or OpenVINO, fp32 or int8.
+
+        Args:
+            path: Folder to write; `LoraEmbedding(path)` loads it.
+            **settings: texts, queries, backend, precision, min_cosine and min_agreement, as `export_model` has them.
+
+        Returns:
+            How near its vectors are to these.
+
+        Example:
+            >>> embed_model.export("runs/handbook-int8", texts=texts, precision="int8")  # doctest: +SKIP
+        """
+        from llama_index_lora_embed.export import export_model
+
+        return export_model(self, path, **settings)
 
     def _base_loading(self) -> dict[str, Any]:
         return {

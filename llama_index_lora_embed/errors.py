@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "DatasetError",
     "DeviceMemoryError",
+    "ExportError",
     "HubError",
     "JournalError",
     "JournalInUseError",
@@ -127,6 +128,10 @@ class UnsafeCheckpointError(AdapterError):
 
 class OutputDirectoryError(LoraEmbedError):
     """The output directory cannot be written, or writing there would destroy somebody's files."""
+
+
+class ExportError(LoraEmbedError):
+    """A model cannot be exported, or what was exported is too far from it."""
 
 
 class HubError(LoraEmbedError):

@@ -18,7 +18,6 @@ from llama_index_lora_embed.evaluation.pairs import PairEvaluation
 from llama_index_lora_embed.evaluation.retrieval_comparison import QueryOutcome, RetrievalComparison
 from llama_index_lora_embed.evaluation.run_facts import RunFacts
 from llama_index_lora_embed.evaluation.tables import Table, comparison_tables, measures_table, shortened
-from llama_index_lora_embed.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +76,8 @@ def write_report(
         MissingExtraError: The extra "report" is not installed.
         OutputDirectoryError: The page or a picture cannot be written; an older page is unchanged.
     """
-    jinja2 = require("jinja2")
+    import jinja2
+
     facts = run if isinstance(run, RunFacts) or run is None else RunFacts.read(run)
     if isinstance(comparison, RetrievalComparison):
         verdict, line, notes = comparison.comparison, str(comparison), comparison.notes

@@ -119,7 +119,7 @@ def test_what_cannot_be_reported_is_refused_and_an_older_page_stays(comparison, 
 
 
 def test_without_the_extra_the_error_is_the_install_command(comparison, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'llama-index-lora-embed\[report\]'"):
         write_report(tmp_path / "page.html", comparison)
     assert not list(tmp_path.iterdir())
