@@ -13,7 +13,7 @@ from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from llama_index_lora_embed.errors import AdapterError, ConfigError
-from llama_index_lora_embed.exported import EXPORT_NAME, Export, ExportedModel
+from llama_index_lora_embed.exported import EXPORT_NAME, ExportedModel, open_export
 from llama_index_lora_embed.many_adapters import ManyAdapters, absolute, checked_names
 from llama_index_lora_embed.texts import check_text, check_texts, count_tokens, longest_first
 from llama_index_lora_embed.vector_cache import OwnEntries, asking
@@ -98,6 +98,7 @@ class LoraEmbedding(ManyAdapters):
     _model: Any = PrivateAttr(default=None)
     _manifest: Any = PrivateAttr(default=None)
     _unit_length: bool = PrivateAttr(default=False)
+    _lent: bool = PrivateAttr(default=False)
 
     def __init__(
         self,
@@ -176,6 +177,7 @@ class LoraEmbedding(ManyAdapters):
                 "one of its own",
                 "LoraEmbedding(path, merge=False).sentence_transformer",
             )
+        self._lent = True
         return model
 
     def _ready(self) -> SentenceTransformer:
@@ -197,7 +199,10 @@ class LoraEmbedding(ManyAdapters):
             return
         prompts: dict[str, Any] = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
         if self.adapter_path is not None and (Path(self.adapter_path) / EXPORT_NAME).exists():
-            self._take(*self._exported(Path(self.adapter_path)))
+            decided = ("base_model", "query_prompt", "passage_prompt", "pooling", "window", "truncate_dim")
+            given = [name for name in decided if getattr(self, name) is not None]
+            exported: Any = open_export(Path(self.adapter_path), given + ["adapter_scale"] * (self.adapter_scale != 1))
+            self._take(exported, None, exported.facts.fingerprint)
             return
         if self.adapter_path is not None:
             loaded = models.load_adapter(
@@ -227,23 +232,6 @@ class LoraEmbedding(ManyAdapters):
             model = models.load_base(base, **self._base_loading(), **prompts)
             manifest, digest = None, fingerprint(model, base.weights_sha256, None)
         self._take(model, manifest, digest)
-
-    def _exported(self, folder: Path) -> tuple[Any, None, str]:
-        """An exported model and its fingerprint.
-
-        Raises:
-            AdapterError: The export is damaged.
-            ConfigError: Something is asked of it that was decided when it was exported.
-        """
-        facts = Export.read(folder)
-        decided = ("base_model", "query_prompt", "passage_prompt", "pooling", "window", "truncate_dim")
-        given = [name for name in decided if getattr(self, name) is not None]
-        given += ["adapter_scale"] if self.adapter_scale != 1 else []
-        if given:
-            raise ConfigError(
-                f"{', '.join(given)} for a model that was exported", "none of these", "Export a model that has them."
-            )
-        return ExportedModel(folder, facts), None, facts.fingerprint
 
     def export(self, path: str | os.PathLike[str], **settings: Any) -> Certificate:
         """`export.export_model`: write this model for ONNX Runtime or OpenVINO, fp32 or int8.
@@ -332,6 +320,7 @@ class LoraEmbedding(ManyAdapters):
                     most_tokens=self.tokens_per_pass,
                     most_texts=self.embed_batch_size,
                     unit_length=self._unit_length,
+                    fused=not self._lent,  # whoever has the model may change its weights in ways that nobody sees
                 )
         rows: list[Embedding] = vectors.tolist()
         return rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llama_index_lora_embed.adapter import file_digest
-from llama_index_lora_embed.errors import AdapterError
+from llama_index_lora_embed.errors import AdapterError, ConfigError
 from llama_index_lora_embed.extras import require
 
 if TYPE_CHECKING:
@@ -142,6 +142,26 @@ class ExportedModel:
 
         arrays = [features[name].numpy() for name in self.facts.inputs]
         return {"sentence_embedding": torch.from_numpy(self._run(arrays))}
+
+
+def open_export(folder: Path, given: Sequence[str]) -> ExportedModel:
+    """The exported model in a folder.
+
+    Args:
+        folder: With an `export.json`.
+        given: Arguments that somebody has given, of those that were decided when it was exported.
+
+    Raises:
+        AdapterError: The export is damaged.
+        ConfigError: There are such arguments.
+        MissingExtraError: The backend is not installed.
+    """
+    facts = Export.read(folder)
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} for a model that was exported", "none of these", "Export a model that has them."
+        )
+    return ExportedModel(folder, facts)
 
 
 def _threads() -> int:

@@ -3,7 +3,7 @@
 from llama_index_lora_embed.evaluation.compare import Comparison, Verdict, compare, compare_pairs
 from llama_index_lora_embed.evaluation.measures import measure
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation, evaluate_pair_encoders, evaluate_pairs
-from llama_index_lora_embed.evaluation.registry import Gate, RunRegistry, Version, VersionComparison
+from llama_index_lora_embed.evaluation.registry import RunRegistry
 from llama_index_lora_embed.evaluation.report import write_report
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, aevaluate_retrieval, evaluate_retrieval
 from llama_index_lora_embed.evaluation.retrieval_comparison import (
@@ -24,6 +24,7 @@ from llama_index_lora_embed.evaluation.tables import (
     print_comparison,
     to_markdown,
 )
+from llama_index_lora_embed.evaluation.versions import Gate, Version, VersionComparison
 
 __all__ = [
     "Canary",
