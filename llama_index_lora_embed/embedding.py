@@ -201,7 +201,10 @@ class LoraEmbedding(ManyAdapters):
         if self.adapter_path is not None and (Path(self.adapter_path) / EXPORT_NAME).exists():
             decided = ("base_model", "query_prompt", "passage_prompt", "pooling", "window", "truncate_dim")
             given = [name for name in decided if getattr(self, name) is not None]
-            exported: Any = open_export(Path(self.adapter_path), given + ["adapter_scale"] * (self.adapter_scale != 1))
+            given += ["adapter_scale"] if self.adapter_scale != 1 else []
+            given += ["merge"] if not self.merge else []
+            given += ["device"] if self.device not in (None, "cpu") else []
+            exported: Any = open_export(Path(self.adapter_path), given)
             self._take(exported, None, exported.facts.fingerprint)
             return
         if self.adapter_path is not None:

@@ -115,14 +115,14 @@ def export_model(
     asked = texts[:_QUERIES] if queries is None else list(dict.fromkeys(check_texts(queries)))[:_QUERIES]
     limits = _checked(backend, precision, texts, asked, min_cosine, min_agreement)
     model = _exportable(embed_model)
-    target = Path(path).expanduser().absolute()
+    target = _free(Path(path).expanduser().resolve(), embed_model)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging_beside(target) as staging, embed_model._lock:
             inputs = _write_graph(model, staging, backend, precision, texts)
             facts = _facts(embed_model, model, staging, backend, precision, inputs)
             certificate = _certify(model, ExportedModel(staging, facts), texts, asked)
-            if certificate.median_cosine < limits[0] or certificate.agreement < limits[1]:
+            if not (certificate.median_cosine >= limits[0] and certificate.agreement >= limits[1]):  # NaN is neither
                 raise ExportError(
                     f"an export to {backend} in {precision} that is too far from the plain model: {certificate}",
                     f"a median cosine of {limits[0]} and an agreement of {limits[1]:.0%} or more",
@@ -138,6 +138,20 @@ def export_model(
             "Free some space, or name another path.",
         ) from error
     return certificate
+
+
+def _free(target: Path, embed_model: LoraEmbedding) -> Path:
+    """The folder to write, if nothing but an export is there, nor in `<path>.previous`, which it becomes."""
+    sources = [Path(p).resolve() for p in (embed_model.adapter_path, embed_model.base_model) if p and Path(p).exists()]
+    for folder in (target, target.with_name(target.name + ".previous")):
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if folder in sources or (taken and not (folder / EXPORT_NAME).is_file()):
+            raise OutputDirectoryError(
+                f"{str(folder)!r}, which holds something else than an export",
+                "a new or empty folder, or one that export has written",
+                "Name another path; nothing was changed.",
+            )
+    return target
 
 
 def _checked(
@@ -166,7 +180,9 @@ def _checked(
 def _exportable(embed_model: LoraEmbedding) -> SentenceTransformer:
     from llama_index_lora_embed.windows import window_of
 
+    lent = embed_model._lent
     model = embed_model.sentence_transformer
+    embed_model._lent = lent  # nobody keeps it
     if window_of(model) is not None:
         raise ConfigError(
             "a model that reads long texts in windows", "one that reads each text at once", "Train one without window=."
@@ -294,6 +310,8 @@ def _certify(plain: SentenceTransformer, exported: Any, texts: list[str], querie
     both = (plain, exported)
     passages = [_unit(encode(model, texts, "document")) for model in both]
     asked = [_unit(encode(model, queries, "query")) for model in both]
+    if not all(np.isfinite(vectors).all() for vectors in (*passages, *asked)):
+        raise ExportError("vectors with NaN or infinity in them", "numbers", "Serve the model plainly, in float32.")
     cosines = (passages[0] * passages[1]).sum(axis=1)
     top = min(_TOP, len(texts) - 1)
     nearest = [np.argsort(-(q @ p.T), axis=1, kind="stable")[:, :top] for q, p in zip(asked, passages, strict=True)]

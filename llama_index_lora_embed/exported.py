@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -68,11 +67,12 @@ class Export:
         try:
             data = json.loads((folder / EXPORT_NAME).read_text(encoding="utf-8"))
             facts = cls(**{field.name: data[field.name] for field in fields(cls)})
+            digests, _ = dict(facts.files), MODEL_FILES[facts.backend]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AdapterError(
                 f"an unreadable {folder / EXPORT_NAME} ({error})", "the file as export wrote it", "Export again."
             ) from error
-        for name, digest in facts.files.items():
+        for name, digest in digests.items():
             path = folder / name
             if not path.is_file() or file_digest(path) != digest:
                 state = "changed or cut short" if path.is_file() else "missing"
@@ -167,7 +167,7 @@ def open_export(folder: Path, given: Sequence[str]) -> ExportedModel:
 def _threads() -> int:
     import torch
 
-    return int(os.environ.get("OMP_NUM_THREADS") or 0) or torch.get_num_threads()
+    return torch.get_num_threads()
 
 
 def _onnx(file: str, inputs: list[str]) -> Any:

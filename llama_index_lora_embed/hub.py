@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import asdict, replace
@@ -31,7 +32,8 @@ def push_to_hub(
     """Upload an adapter directory as one commit; `LoraEmbedding(repo_id, revision=...)` loads it from there.
 
     Every file is checked against its digest first. The model card is the directory's README.md, with the repository in
-    its examples unless somebody has edited it. Paths of this computer are left out of what is uploaded.
+    its examples unless somebody has edited it. What `finetune()` wrote is uploaded, without paths of this computer, and
+    nothing else that lies there.
 
     Args:
         adapter_path: A directory that this package wrote.
@@ -49,7 +51,7 @@ def push_to_hub(
 
     Raises:
         AdapterError: The directory is damaged, or not one of this package.
-        ConfigError: The base lies in a folder, where nobody else would find it.
+        ConfigError: The base lies in a folder, where nobody else would find it, or base_model is no id.
         HubError: The Hub cannot be reached, or does not allow it; nothing was committed.
 
     Example:
@@ -58,13 +60,21 @@ def push_to_hub(
     """
     from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     path = Path(adapter_path).expanduser()
     manifest = adapter.check_files(path)
     if manifest is None:
         raise AdapterError(
             f"{str(path)!r} without a {MANIFEST_NAME}", "an adapter directory that this package wrote", "Train one."
+        )
+    if base_model is not None and (
+        not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) or base_model.startswith(".") or Path(base_model).exists()
+    ):
+        raise ConfigError(
+            f"base_model={base_model!r}",
+            "the base's id on the Hub",
+            'base_model="sentence-transformers/all-MiniLM-L6-v2"',
         )
     if base_model is None and manifest.base.get("revision") is None:
         raise ConfigError(
@@ -75,7 +85,10 @@ def push_to_hub(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder) / "adapter"
-        shutil.copytree(path, staging)
+        for name in (*manifest.files, MANIFEST_NAME, _CARD):  # and nothing else that somebody has put there
+            if (path / name).exists():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path / name, staging / name)
         _for_others(staging, manifest, repo_id, base_model)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -89,9 +102,10 @@ def push_to_hub(
                 commit_message=commit_message
                 or f"{manifest.verdict.split(':')[0] or 'LoRA adapter'}, fingerprint {manifest.fingerprint[:12]}",
             )
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, HTTPError, OSError) as error:
+        except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError, ValueError, RuntimeError) as error:
+            said = (str(error).splitlines() or [""])[0]
             raise HubError(
-                f"no commit to {repo_id!r} ({type(error).__name__}: {str(error).splitlines()[0]})",
+                f"no commit to {repo_id!r} ({type(error).__name__}: {said})",
                 "a repository that can be written",
                 "Log in with `hf auth login`, pass token=, or check the name and HF_HUB_OFFLINE.",
             ) from error
@@ -101,15 +115,14 @@ def push_to_hub(
 def _for_others(directory: Path, manifest: adapter.Manifest, repo_id: str, base_model: str | None) -> None:
     """Change a copy of an adapter directory so that it names nothing of this computer."""
     card, config = directory / _CARD, directory / adapter.CONFIG_NAME
-    own_card = card.exists() and card.read_text(encoding="utf-8") != model_card(manifest)
+    own_card = card.exists() and card.read_text(encoding="utf-8", errors="replace") != model_card(manifest)
     if base_model is not None:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        settings |= {"base_model_name_or_path": base_model, "revision": None}
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
         manifest = replace(manifest, base={**manifest.base, "model_id": base_model, "revision": None})
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings |= {"base_model_name_or_path": manifest.base["model_id"], "revision": manifest.base["revision"]}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     if manifest.parent is not None:
-        parent = {**manifest.parent, "path": Path(str(manifest.parent.get("path", ""))).name}
-        manifest = replace(manifest, parent=parent)
+        manifest = replace(manifest, parent={**manifest.parent, "path": ""})
     if not own_card:
         card.write_text(model_card(manifest, repo_id, base_on_hub=True), encoding="utf-8")
     manifest = replace(manifest, files=adapter.digests(directory))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.files import write_json
-from llama_index_lora_embed.errors import ConfigError, OutputDirectoryError
+from llama_index_lora_embed.errors import ConfigError, OutputDirectoryError, WrongIndexError
 from llama_index_lora_embed.evaluation import RetrievalComparison, compare_retrieval, evaluate_index
 from llama_index_lora_embed.evaluation.registry import TOLERANCE
 from llama_index_lora_embed.extras import require
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _POINTER = "current"
 _TOP_K = 10
+_NAME = re.compile(r"v-\d{8}-\d{6}-\d{6}-[\w]{1,8}(-\d+)?")  # what `_new_name` makes, and nothing of anybody else's
 
 
 class Place(Protocol):
@@ -74,6 +75,10 @@ class FolderPlace:
             pointer: dict[str, str] = json.loads(self._pointer.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        except ValueError as error:
+            raise WrongIndexError(
+                f"an unreadable {str(self._pointer)!r} ({error})", 'JSON with "current" in it', "Name a version in it."
+            ) from error
         return pointer
 
     def write(self, pointer: dict[str, str]) -> None:
@@ -87,7 +92,7 @@ class FolderPlace:
         """As `Place` has it."""
         from llama_index.core import VectorStoreIndex
 
-        index = VectorStoreIndex(list(nodes), embed_model=embed_model)
+        index = VectorStoreIndex(_bare(nodes), embed_model=embed_model)
         try:
             index.storage_context.persist(persist_dir=str(self.folder / version))
         except OSError as error:
@@ -106,7 +111,9 @@ class FolderPlace:
 
     def versions(self) -> list[str]:
         """As `Place` has it."""
-        return sorted(path.name for path in self.folder.glob("v-*")) if self.folder.is_dir() else []
+        if not self.folder.is_dir():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
     def remove(self, version: str) -> None:
         """As `Place` has it."""
@@ -159,7 +166,7 @@ class ChromaPlace:
             f"{self.name}.{version}", configuration={"hnsw": {"space": "cosine"}}
         )
         context = StorageContext.from_defaults(vector_store=self._vector_store(chroma_collection=collection))
-        index = VectorStoreIndex(list(nodes), storage_context=context, embed_model=embed_model)
+        index = VectorStoreIndex(_bare(nodes), storage_context=context, embed_model=embed_model)
         stamp(collection, embed_model)
         return index
 
@@ -175,8 +182,9 @@ class ChromaPlace:
 
     def versions(self) -> list[str]:
         """As `Place` has it."""
-        start = f"{self.name}.v-"
-        return sorted(name[len(self.name) + 1 :] for name in self._names() if name.startswith(start))
+        start = f"{self.name}."
+        versions = (name[len(start) :] for name in self._names() if name.startswith(start))
+        return sorted(version for version in versions if _NAME.fullmatch(version))
 
     def remove(self, version: str) -> None:
         """As `Place` has it."""
@@ -223,7 +231,7 @@ def reindex(
     """Build an index with a new model beside the one in use, compare both, and switch if the new one is no worse.
 
     Whoever opens the place with `open_index` gets the old index until the switch and the new one from then on. A run
-    that is killed leaves the old one in use; what it had built is removed by the next one.
+    that is killed leaves the old one in use; what it had built is removed by a later one.
 
     Args:
         place: A folder, or a `ChromaPlace`.
@@ -242,7 +250,7 @@ def reindex(
         ConfigError: There are no nodes, `before` is missing, or a number is out of bounds.
         DatasetError: The dataset is inconsistent, or about other nodes.
         OutputDirectoryError: The folder cannot be written.
-        WrongIndexError: `before` is not the model of the index in use.
+        WrongIndexError: `before` is not the model of the index in use, or another run has switched meanwhile.
 
     Example:
         >>> done = reindex("runs/index", nodes, new, dataset=val, before=old)  # doctest: +SKIP
@@ -280,8 +288,14 @@ def reindex(
             f"{current}; at most {tolerance:.3f} may be lost"
         )
     if switch:
+        if where.read().get("current") != current or version not in where.versions():
+            raise WrongIndexError(
+                "an index that another reindex has switched meanwhile",
+                f"{current!r} in use, as when this one began",
+                "Run one at a time; nothing was switched by this one.",
+            )
         where.write({"current": version, **({"previous": current} if current else {})})
-    _tidy(where, keep, version)
+    _tidy(where, keep, version, current)
     return Reindexed(index, version, current, switch, comparison, reason)
 
 
@@ -326,10 +340,17 @@ def go_back(place: Place | str | os.PathLike[str]) -> str:
     return previous
 
 
+def _bare(nodes: Sequence[BaseNode]) -> list[BaseNode]:
+    """Nodes without vectors: those that they have may be another model's, and an index would take them."""
+    return [node.model_copy(update={"embedding": None}) for node in nodes]
+
+
 def _place(place: Any) -> Place:
     if isinstance(place, (str, os.PathLike)):
         return FolderPlace(place)
-    if not all(callable(getattr(place, name, None)) for name in ("read", "write", "build", "open", "versions")):
+    if not all(
+        callable(getattr(place, name, None)) for name in ("read", "write", "build", "open", "versions", "remove")
+    ):
         raise ConfigError(
             f"a place of type {type(place).__name__}", "a folder or a ChromaPlace", 'ChromaPlace(client, "handbook")'
         )
@@ -346,9 +367,12 @@ def _new_name(place: Place, fingerprint: str) -> str:
     return name
 
 
-def _tidy(place: Place, keep: int, newest: str) -> None:
-    """Remove what is older than the versions to keep; never the one in use, the one before it or the newest."""
+def _tidy(place: Place, keep: int, newest: str, before: str | None) -> None:
+    """Remove versions older than the one that was in use before, but for those to keep.
+
+    What is newer may be another run's, which is building it; if that was killed, it is older the next time.
+    """
     held = {*place.read().values(), newest}
-    others = [version for version in place.versions() if version not in held]
+    others = [version for version in place.versions() if version not in held and before and version < before]
     for version in others[: max(0, len(others) - max(0, keep - len(held)))]:
         place.remove(version)

@@ -150,3 +150,40 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tuned, ad
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputDirectoryError, match="cannot be written"):
         tuned.export(tmp_path / "file" / "x", texts=texts)
+
+
+def test_what_is_no_export_is_not_written_over(tuned, adapter, texts, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    (tmp_path / "new.previous").mkdir()
+    (tmp_path / "new.previous" / "only_copy.txt").write_text("mine")
+    for target in (tmp_path / "work", tmp_path / "new", adapter):
+        with pytest.raises(OutputDirectoryError, match="something else than an export"):
+            tuned.export(target, texts=texts)
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "new.previous" / "only_copy.txt").read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+
+
+def test_numbers_that_are_none_are_no_certificate(tuned, texts, tmp_path, monkeypatch):
+    from llama_index_lora_embed import export
+
+    encode = export.encode
+
+    def broken(model, some, task):
+        vectors = encode(model, some, task)
+        vectors[0, 0] = np.nan
+        return vectors
+
+    monkeypatch.setattr(export, "encode", broken)
+    with pytest.raises(ExportError, match="NaN"):
+        tuned.export(tmp_path / "x", texts=texts)
+    assert not (tmp_path / "x").exists()
+    assert not tuned._lent, "it goes on with oneDNN's products"
+
+
+def test_what_was_decided_is_not_asked_for_again(exports):
+    path, _ = exports["onnx", "fp32"]
+    with pytest.raises(ConfigError, match="merge, device for a model that was exported"):
+        LoraEmbedding(path, merge=False, device="cuda")
+    assert LoraEmbedding(path, device="cpu").fingerprint

@@ -122,16 +122,24 @@ def test_a_card_that_somebody_wrote_stays(hub, adapter, base, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(adapter, mine)
     (mine / "README.md").write_text("---\ntags: [mine]\n---\nmy own words")
+    (mine / ".env").write_text("SECRET=1")
+    (mine / "keys").symlink_to(tmp_path)
     done = push(mine, "me/mine", hub, tmp_path / "cache", base_model=base)
     assert done.returncode == 0, done.stderr
     assert b"my own words" in hub.files("me/mine", "main")[1]["README.md"]
     assert (mine / "README.md").read_text().endswith("my own words")
+    pushed = {name for name in hub.files("me/mine", "main")[1] if name != ".gitattributes"}
+    manifest = json.loads((mine / "finetune.json").read_text())
+    assert pushed == {*manifest["files"], "finetune.json", "README.md"}, "nothing else that lies there"
 
 
 def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(hub, adapter, tiny_model, tmp_path):
     asked = len(hub.requests)
     with pytest.raises(ConfigError, match="base_model="):
         push_to_hub(adapter, "me/none")
+    for wrong in ("", "/home/me/base", "~/base", "./base", "C:\\base", str(tiny_model)):
+        with pytest.raises(ConfigError, match="id on the Hub"):
+            push_to_hub(adapter, "me/none", base_model=wrong)
     broken = tmp_path / "broken"
     shutil.copytree(adapter, broken)
     (broken / "adapter_config.json").write_text("{}")
@@ -145,7 +153,7 @@ def test_a_hub_that_refuses_or_is_not_there_is_named(hub, adapter, base, tmp_pat
     refused = push(adapter, "me/other", hub, tmp_path / "cache", token="hf_wrong", base_model=base)
     assert "HubError: got no commit to 'me/other'" in refused.stderr
     assert ("me/other", "main") not in hub.heads
-    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+    with pytest.raises(HubError, match="OfflineModeIsEnabled"):
         push_to_hub(adapter, "me/other", base_model=base)  # the tests themselves are offline
     with pytest.raises(HubError, match="not/a/name"):
         push_to_hub(adapter, "not/a/name", base_model=base)

@@ -141,3 +141,44 @@ def test_a_folder_that_was_moved_is_the_same_index(tmp_path, nodes, base):
     shutil.move(tmp_path / "index", tmp_path / "elsewhere")
     assert found(tmp_path / "elsewhere", base)
     assert json.loads((tmp_path / "elsewhere" / "current.json").read_text()) == {"current": done.version}
+
+
+def test_vectors_that_nodes_bring_along_are_not_taken_for_the_new_models(place, nodes, base, tuned):
+    embedded = base([node.model_copy() for node in nodes])
+    assert embedded[0].embedding
+    reindex(place, embedded, tuned)
+    hit = open_index(place, tuned).as_retriever(similarity_top_k=1).retrieve(nodes[3].text)[0]
+    own = tuned.get_query_embedding(nodes[3].text), tuned.get_text_embedding(nodes[3].text)
+    assert hit.node_id == nodes[3].node_id
+    if not isinstance(place, ChromaPlace):  # whose scores are of another kind
+        assert hit.score == pytest.approx(sum(a * b for a, b in zip(*own, strict=True)), abs=1e-3)
+    assert embedded[0].embedding, "the user's nodes are as they were"
+
+
+def test_what_others_have_put_there_stays(tmp_path, nodes, base):
+    for name in ("v-notes", "v-1", "vision"):
+        (tmp_path / "index" / name).mkdir(parents=True)
+        (tmp_path / "index" / name / "thesis.txt").write_text("mine")
+    for _ in range(4):
+        reindex(tmp_path / "index", nodes, base)
+    assert {p.name for p in (tmp_path / "index").iterdir()} > {"v-notes", "v-1", "vision"}
+    (tmp_path / "index" / "current.json").write_text("")
+    with pytest.raises(WrongIndexError, match="unreadable"):
+        open_index(tmp_path / "index", base)
+
+
+def test_of_two_at_once_one_switches(place, nodes, base, tuned, monkeypatch):
+    reindex(place, nodes, base)
+    build, others = LoraEmbedding.get_text_embedding_batch, []
+
+    def meanwhile(self, *args, **kwargs):
+        if not others:
+            others.append(None)
+            others.append(reindex(place, nodes, base))
+        return build(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraEmbedding, "get_text_embedding_batch", meanwhile)
+    with pytest.raises(WrongIndexError, match="has switched meanwhile"):
+        reindex(place, nodes, tuned)
+    assert others[1].switched
+    assert found(place, base)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PATIENCE = 60  # seconds that one process waits for another to have written
 # what does not decide a vector, and what a digest should not be made of, by a part of its name
 _NOT_IDENTITY = re.compile(
-    r"key|token$|secret|password|auth|header|credential|timeout|retries|batch_size|num_workers|callback|cache|client"
+    r"key$|token$|secret|password|^auth|authori|header|credential|timeout|retries|batch_size|num_workers|callback|cache|client"
     r"|limiter|progress",
     re.IGNORECASE,
 )
@@ -57,11 +57,17 @@ class KeptVectors:
                     self.file.unlink()
                 return {}
             raise self._unwritable(error) from error
-        vectors = {keys[key]: np.frombuffer(vector, dtype=np.float32) for key, vector in found}
+        whole = [(key, vector) for key, vector in found if len(vector) % 4 == 0]  # bytes of a float32
+        vectors = {keys[key]: np.frombuffer(vector, dtype=np.float32) for key, vector in whole}
         return {text: vector for text, vector in vectors.items() if len(vector) and np.isfinite(vector).all()}
 
-    def write(self, texts: Sequence[str], vectors: FloatArray) -> None:
+    def write(self, texts: Sequence[str], vectors: FloatArray, *, replace: bool = True) -> None:
         """Keep vectors; those that are NaN or infinite are not.
+
+        Args:
+            texts: Whose they are.
+            vectors: [texts, dimensions].
+            replace: Whether what is there already gives way.
 
         Raises:
             OutputDirectoryError: The file cannot be written.
@@ -69,7 +75,7 @@ class KeptVectors:
         rows = [(_key(t), v.tobytes()) for t, v in zip(texts, vectors, strict=True) if np.isfinite(v).all()]
         with self._writing() as database:
             database.execute("CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB) WITHOUT ROWID")
-            database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
+            database.executemany(f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO vectors VALUES (?, ?)", rows)
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

@@ -6,11 +6,15 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar, cast
+
+from llama_index_lora_embed.errors import ConfigError
 
 _T = TypeVar("_T")
 _LOCK = threading.Lock()
-_RUNNING: dict[int, asyncio.AbstractEventLoop] = {}  # by process, because threads do not survive a fork
+# by process, because threads do not survive a fork
+_RUNNING: dict[int, tuple[asyncio.AbstractEventLoop, threading.Thread]] = {}
 
 
 def run_to_end(work: Coroutine[Any, Any, _T]) -> _T:
@@ -19,12 +23,32 @@ def run_to_end(work: Coroutine[Any, Any, _T]) -> _T:
     It is always the same loop, because the clients of API models belong to the one that they were first used in. Ctrl-C
     and a notebook's stop button cancel the work.
     """
-    future = asyncio.run_coroutine_threadsafe(work, _loop())
+    loop = _loop()
+    with suppress(RuntimeError):  # no loop is running here
+        if asyncio.get_running_loop() is loop:
+            work.close()
+            raise ConfigError(
+                "an evaluation that is started from within another one's requests",
+                "one at a time",
+                "Await aevaluate_retrieval there.",
+            )
+    future = asyncio.run_coroutine_threadsafe(_guarded(work), loop)
     try:
-        return future.result()
+        result, stop = future.result()
     except BaseException:
         future.cancel()
         raise
+    if stop is not None:
+        raise stop
+    return cast(_T, result)
+
+
+async def _guarded(work: Coroutine[Any, Any, _T]) -> tuple[_T | None, BaseException | None]:
+    """What would end the loop's thread is handed to whoever waits."""
+    try:
+        return await work, None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return None, stop
 
 
 def run_without_waiting(work: Coroutine[Any, Any, _T]) -> _T:
@@ -40,7 +64,10 @@ def run_without_waiting(work: Coroutine[Any, Any, _T]) -> _T:
 
 def _loop() -> asyncio.AbstractEventLoop:
     with _LOCK:
-        if os.getpid() not in _RUNNING:
-            loop = _RUNNING[os.getpid()] = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="lora-embed-evaluation", daemon=True).start()
-        return _RUNNING[os.getpid()]
+        known = _RUNNING.get(os.getpid())
+        if known is None or not known[1].is_alive():
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=loop.run_forever, name="lora-embed-evaluation", daemon=True)
+            known = _RUNNING[os.getpid()] = loop, thread
+            thread.start()
+        return known[0]

@@ -29,6 +29,14 @@ def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDAr
     """
     import torch
 
+    # an evaluation in training's precision is about the vectors; scores are always float32
+    with torch.autocast("cpu", enabled=False):
+        return _nearest(queries, passages, depth)
+
+
+def _nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDArray[np.int64], FloatArray]:
+    import torch
+
     depth = min(depth, len(passages))
     rows = np.empty((len(queries), depth), dtype=np.int64)
     scores = np.empty((len(queries), depth), dtype=np.float32)

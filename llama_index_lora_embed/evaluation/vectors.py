@@ -95,19 +95,23 @@ class VectorMaker:
         assert made is not None, "a dataset that was checked has texts"
         return made
 
-    async def _kept(self, folder: Path, side: Side) -> KeptVectors:
-        """The model's own file: by its fingerprint, or by its settings and by what it makes of a text."""
+    async def _kept(self, folder: Path, side: Side) -> KeptVectors | None:
+        """The model's own file, by its fingerprint, or by its settings and by what it makes of a text; or None."""
         name, certain = identity(self.embed_model)
         if certain:
             return KeptVectors(folder / name / f"{side}.sqlite")
         probe = (await self._make([_PROBE], side))[0]
+        if not np.isfinite(probe).all():
+            return None
         number = 0
         while True:  # models that tell the same of themselves have a file each
             file = KeptVectors(folder / f"{name}-{number}" / f"{side}.sqlite")
+            if _PROBE not in file.read([_PROBE]):
+                file.write([_PROBE], probe[None], replace=False)  # another process may be the first
             before = file.read([_PROBE]).get(_PROBE)
-            if before is None:
+            if before is None:  # damaged
                 file.write([_PROBE], probe[None])
-                return file
+                before = probe
             if before.shape == probe.shape and float(before @ probe) >= _SAME * float(
                 np.linalg.norm(before) * np.linalg.norm(probe)
             ):

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.errors import ConfigError, DatasetError, NonFiniteLossError, OutputDirectoryError
-from llama_index_lora_embed.evaluation import aevaluate_retrieval, search
+from llama_index_lora_embed.evaluation import aevaluate_retrieval, loops, search
 from llama_index_lora_embed.evaluation.kept_vectors import identity
 from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
 from tests.conftest import make_dataset
@@ -285,6 +285,30 @@ def test_a_client_stays_in_one_loop():
     assert asyncio.run(inside())[1], "the caller's"
 
 
+def test_work_within_work_is_refused_and_the_loop_lives_on():
+    async def inside():
+        return evaluate_retrieval(Fake(), make_dataset(passages=4), num_workers=2)
+
+    with pytest.raises(ConfigError, match="Await aevaluate_retrieval"):
+        loops.run_to_end(inside())
+
+    async def dies():
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        loops.run_to_end(dies())
+    assert evaluate_retrieval(Fake(), make_dataset(passages=4), num_workers=2).passages == 4
+
+
+def test_a_model_without_a_vector_of_the_probe_is_not_cached(tmp_path):
+    class Overflows(Fake):
+        def vector(self, text):
+            return [float("nan")] * 24 if len(text) > 1000 else super().vector(text)
+
+    evaluate_retrieval(Overflows(), make_dataset(), cache_folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupt_stops_requests_that_wait(monkeypatch):
     model, dataset = Client(), make_dataset()
     evaluated = threading.Event()
@@ -389,3 +413,13 @@ def test_search_in_blocks_is_exact_with_ties_in_the_order_of_rows(block, monkeyp
     assert (rows == expected).all()
     assert (scores == np.take_along_axis(every, expected, axis=1)).all()
     assert search.nearest(queries, passages, 100)[0].shape == (9, 40)
+
+
+def test_scores_are_float32_whatever_the_vectors_were_made_in():
+    rng = np.random.default_rng(2)
+    queries, passages = (rng.normal(size=(n, 64)).astype(np.float32) for n in (20, 300))
+    expected = search.nearest(queries, passages, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = search.nearest(queries, passages, 20)
+    assert (found[0] == expected[0]).all()
+    assert (found[1] == expected[1]).all()
