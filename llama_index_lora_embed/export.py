@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_index_lora_embed.adapter import digests, replace_directory, staging_beside
+from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.encoding import encode
 from llama_index_lora_embed.errors import ConfigError, ExportError, OutputDirectoryError
 from llama_index_lora_embed.exported import (
@@ -163,9 +164,7 @@ def _checked(
     if precision not in _LIMITS:
         problems.append(f"precision={precision!r}: expected 'fp32' or 'int8'")
     for name, value in (("min_cosine", min_cosine), ("min_agreement", min_agreement)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1
-        ):
+        if value is not None and not is_share(value):
             problems.append(f"{name}={value!r}: expected a number from 0 to 1")
     if len(texts) < _FEWEST:
         problems.append(f"{len(texts)} different texts: expected {_FEWEST} or more of those that will be embedded")

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llama_index_lora_embed.config.base import is_int, is_share
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.files import write_json
 from llama_index_lora_embed.errors import ConfigError, OutputDirectoryError, WrongIndexError
@@ -259,9 +260,9 @@ def reindex(
     where = _place(place)
     if not nodes:
         raise ConfigError("no nodes to index", "one or more", "reindex(place, nodes, embed_model)")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
+    if not is_share(tolerance):
         raise ConfigError(f"tolerance={tolerance!r}", "a number from 0 to 1", f"tolerance={TOLERANCE}")
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 2:
+    if not is_int(keep, 2):
         raise ConfigError(f"keep={keep!r}", "2 or more: the one in use and the one to go back to", "keep=2")
     if dataset is not None:
         dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")

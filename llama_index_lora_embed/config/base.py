@@ -45,3 +45,8 @@ def is_int(value: Any, least: int) -> bool:
 def is_number(value: Any, above: float) -> bool:
     """Whether it is a finite number, no bool, above `above`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above
+
+
+def is_share(value: Any) -> bool:
+    """Whether it is a number, no bool, from 0 to 1."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1

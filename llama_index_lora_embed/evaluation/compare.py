@@ -102,18 +102,12 @@ def compare(
             "two of one kind",
             "Evaluate both models on one dataset, with the same function.",
         )
-    if base.per_query.keys() != tuned.per_query.keys():
-        raise DatasetError(
-            "two evaluations of different queries",
-            "the same dataset for both",
-            "Evaluate both on one dataset.",
-        )
-    check_same_corpus(base, tuned)
+    check_same_dataset(base, tuned)
     differences = np.array([tuned.per_query[i][_METRIC] - base.per_query[i][_METRIC] for i in base.per_query])
     found = paired_intervals(differences[:, None], seed=seed)[0]
     few = len(differences) < FEWEST
     return Comparison(
-        Verdict.NO_CLEAR_DIFFERENCE if few else verdict_of(found),
+        Verdict.NO_CLEAR_DIFFERENCE if few else _verdict(found),
         float(differences.mean()),
         found,
         len(differences),
@@ -123,12 +117,18 @@ def compare(
     )
 
 
-def check_same_corpus(base: RetrievalEvaluation, tuned: RetrievalEvaluation) -> None:
+def check_same_dataset(base: RetrievalEvaluation, tuned: RetrievalEvaluation) -> None:
     """See that two evaluations are of one dataset, as far as they tell.
 
     Raises:
-        DatasetError: They searched different passages, or were judged differently.
+        DatasetError: They asked different queries, searched different passages, or were judged differently.
     """
+    if base.per_query.keys() != tuned.per_query.keys():
+        raise DatasetError(
+            "two evaluations of different queries",
+            "the same dataset for both",
+            "Evaluate both on one dataset.",
+        )
     if base.passages != tuned.passages or (base.digest and tuned.digest and base.digest != tuned.digest):
         raise DatasetError(
             f"two evaluations of different datasets ({base.passages} and {tuned.passages} passages)",
@@ -178,7 +178,7 @@ def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0)
     if few:
         basis += " Those are too few to tell."
     return Comparison(
-        Verdict.NO_CLEAR_DIFFERENCE if few else verdict_of(found),
+        Verdict.NO_CLEAR_DIFFERENCE if few else _verdict(found),
         tuned.metrics[base.metric] - base.metrics[base.metric],
         found,
         len(base.labels),
@@ -189,7 +189,7 @@ def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0)
     )
 
 
-def verdict_of(interval: tuple[float, float]) -> Verdict:
+def _verdict(interval: tuple[float, float]) -> Verdict:
     """BETTER or WORSE if the whole interval is on one side of 0."""
     if interval[0] > 0:
         return Verdict.BETTER

@@ -39,7 +39,7 @@ def curves(log: Sequence[Mapping[str, Any]], best_step: int | None = None) -> Fi
     figure, (left, right) = _panels(2)
     losses = [(line["step"], line["loss"]) for line in log if isinstance(line.get("loss"), (int, float))]
     left.plot(*zip(*losses, strict=True), color=_TUNED, marker="o", markersize=3) if losses else _nothing(left)
-    _label(left, "training loss", "step", "")
+    _label(left, "training loss", "step")
     for name, style in zip((*HEADLINE, "roc_auc", "spearman"), ("-", "-", ":", "-", ":", "-", "-"), strict=True):
         points = [(x["step"], x[f"eval_{name}"]) for x in log if isinstance(x.get(f"eval_{name}"), (int, float))]
         if points:
@@ -50,7 +50,7 @@ def curves(log: Sequence[Mapping[str, Any]], best_step: int | None = None) -> Fi
         right.legend(frameon=False, fontsize=8)
     else:
         _nothing(right)
-    _label(right, "validation", "step", "")
+    _label(right, "validation", "step")
     return figure
 
 
@@ -76,7 +76,7 @@ def bars(evaluations: Mapping[str, RetrievalEvaluation], *, seed: int = 0) -> Fi
     axes.set_xticks(np.arange(len(names)), [written(n) for n in names])
     axes.set_ylim(0, 1)
     axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(evaluations))
-    _label(axes, "measures with 95 % intervals", "", "")
+    _label(axes, "measures with 95 % intervals", "")
     return figure
 
 
@@ -97,7 +97,7 @@ def distributions(evaluations: Mapping[str, RetrievalEvaluation]) -> Figure:
         _two_histograms(
             axes, right, [s for s in wrong if s is not None], ("relevant passages", "the best other passage")
         )
-        _label(axes, label, "cosine similarity to the query", "")
+        _label(axes, label, "cosine similarity to the query")
     return figure
 
 
@@ -108,7 +108,7 @@ def pair_distributions(evaluations: Mapping[str, PairEvaluation]) -> Figure:
         positive = evaluation.labels > (0.5 if evaluation.binary else float(np.median(evaluation.labels)))
         names = ("labelled 1", "labelled 0") if evaluation.binary else ("upper half of the labels", "lower half")
         _two_histograms(axes, evaluation.similarities[positive], evaluation.similarities[~positive], names)
-        _label(axes, label, "cosine similarity", "")
+        _label(axes, label, "cosine similarity")
     return figure
 
 
@@ -133,7 +133,7 @@ def slices(comparison: RetrievalComparison) -> Figure:
     axes.axvline(0, color="#343a40", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_plain(f"{name[:40]} ({count})") for name, count, _ in rows], fontsize=8)
     axes.invert_yaxis()
-    _label(axes, "nDCG@10 by slice, difference with 95 % interval", "", "")
+    _label(axes, "nDCG@10 by slice, difference with 95 % interval", "")
     return figure
 
 
@@ -172,7 +172,7 @@ def vector_map(samples: Mapping[str, VectorSample], seed: int = 0) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend(frameon=False, fontsize=8)
-        _label(axes, label, "", "")
+        _label(axes, label, "")
     return figure
 
 
@@ -191,7 +191,7 @@ def trend(points: Sequence[tuple[str, float, tuple[float, float] | None]], metri
             spread = [[max(0.0, value - around[0])], [max(0.0, around[1] - value)]]
             axes.errorbar(place, value, yerr=spread, fmt="none", ecolor=_BASE, capsize=3)
     axes.set_xticks(range(len(points)), [_plain(name) for name, _, _ in points], rotation=30, ha="right", fontsize=8)
-    _label(axes, f"{written(metric)} by version", "", "")
+    _label(axes, f"{written(metric)} by version", "")
     return figure
 
 
@@ -235,10 +235,9 @@ def _nothing(axes: Axes) -> None:
     axes.text(0.5, 0.5, "not recorded", ha="center", va="center", color=_BASE, transform=axes.transAxes)
 
 
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
+def _label(axes: Axes, title: str, x: str) -> None:
     axes.set_title(_plain(title), loc="left", fontsize=10)
     axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
     axes.tick_params(labelsize=8)
 
 

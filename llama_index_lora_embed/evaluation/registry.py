@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_index_lora_embed.adapter import Manifest
+from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.files import write_json
 from llama_index_lora_embed.embedding import LoraEmbedding
@@ -228,7 +229,7 @@ class RunRegistry:
             ConfigError: The name is unknown, or tolerance no number from 0 to 1.
             DatasetError: The two were not judged on the same dataset.
         """
-        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
+        if not is_share(tolerance):
             raise ConfigError(f"tolerance={tolerance!r}", "a number from 0 to 1", f"tolerance={TOLERANCE}")
         candidate, used = self._find(name), self.in_use()
         self._check_there(candidate)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 from llama_index_lora_embed.evaluation.bootstrap import paired_intervals, sign_test
-from llama_index_lora_embed.evaluation.compare import Comparison, Verdict, check_same_corpus, compare
+from llama_index_lora_embed.evaluation.compare import Comparison, Verdict, check_same_dataset, compare
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, judged_digest
 from llama_index_lora_embed.evaluation.slices import slices_of
 
@@ -216,7 +217,7 @@ def compare_retrieval(
         ... # doctest: +SKIP
         BETTER: nDCG@10 +0.107 (95 % interval +0.086 to +0.128), 274 queries won, 113 lost of 790. ...
     """
-    if isinstance(canary_limit, bool) or not isinstance(canary_limit, (int, float)) or not 0 <= canary_limit <= 1:
+    if not is_share(canary_limit):
         raise ConfigError(f"canary_limit={canary_limit!r}", "a number from 0 to 1", f"canary_limit={CANARY_LIMIT}")
     if len(set(names)) != 2 or len(names) != 2 or not all(isinstance(name, str) and name.strip() for name in names):
         raise ConfigError(f"names={names!r}", "two different texts", 'names=("base", "tuned")')
@@ -296,12 +297,10 @@ def differences(
         seed: Of the resamples.
 
     Raises:
-        DatasetError: The two are of different queries.
+        DatasetError: The two are of different queries or passages.
     """
     ids = list(base.per_query if query_ids is None else query_ids)
-    if base.per_query.keys() != tuned.per_query.keys():
-        raise DatasetError("two evaluations of different queries", "the same dataset for both", "Evaluate both on one.")
-    check_same_corpus(base, tuned)
+    check_same_dataset(base, tuned)
     chosen = [n for n in (names or base.metrics) if n in base.metrics and n in tuned.metrics]
     before, after = (
         np.array([[evaluation.per_query[i][name] for name in chosen] for i in ids]) for evaluation in (base, tuned)

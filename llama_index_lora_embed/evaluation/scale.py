@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.embedding import LoraEmbedding
 from llama_index_lora_embed.errors import ConfigError
@@ -63,7 +64,7 @@ def tune_scale(
         >>> sweep = tune_scale("runs/handbook", val_dataset)  # doctest: +SKIP
         >>> embed_model = LoraEmbedding("runs/handbook", adapter_scale=sweep.best)  # doctest: +SKIP
     """
-    wrong = [repr(s) for s in scales if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 <= s <= 1]
+    wrong = [repr(s) for s in scales if not is_share(s)]
     if wrong or not scales:
         raise ConfigError(f"scales with {', '.join(wrong) or 'none in it'}", "numbers from 0 to 1", f"scales={SCALES}")
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset, "dataset")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
+from llama_index_lora_embed.config.base import is_int
 from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.evaluation.kept_vectors import KeptVectors, identity
 from llama_index_lora_embed.evaluation.search import FloatArray
@@ -172,11 +173,10 @@ def checked_workers(num_workers: Any) -> int | None:
     Raises:
         ConfigError: It is neither.
     """
-    if num_workers is not None and (
-        isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1
-    ):
+    if num_workers is not None and not is_int(num_workers, 1):
         raise ConfigError(f"num_workers={num_workers!r}", "None or a number above 0", "num_workers=4")
-    return num_workers
+    workers: int | None = num_workers
+    return workers
 
 
 def _one_length(vectors: Sequence[Any]) -> FloatArray:

@@ -44,7 +44,8 @@ def test_texts_of_users_are_no_markup():
 
 
 def test_it_prints_where_there_is_little_but_latin(comparison):
-    to_markdown(comparison).encode("cp1252")
+    text = to_markdown(comparison)
+    assert text.encode("cp1252").decode("cp1252") == text
 
 
 def test_a_terminal_of_any_width_shows_it(comparison):
