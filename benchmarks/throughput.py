@@ -12,7 +12,8 @@ length, and texts of 8 to 320 words, the short ones more common, in random order
 that slows down slows both; printed are medians and ranges.
 
 `--exports` adds the model exported to ONNX Runtime and OpenVINO, in fp32 and int8, and with `--data` the nDCG@10 of
-each on tenk_val, by an adapter that is trained on tenk_train at the engine's defaults (or is given by `--adapter`).
+each on tenk_val, by an adapter that is trained on tenk_train at the engine's defaults (or is given by `--adapter`), and
+how near bfloat16 comes to float32 there.
 """
 
 from __future__ import annotations
@@ -89,15 +90,33 @@ def exports_of(ours: LoraEmbedding, folder: Path, texts: list[str]) -> dict[str,
     return made
 
 
-def quality(data: Path, adapter: str | None, model: str, folder: Path) -> dict[str, float]:
-    """nDCG@10 on tenk_val of the plain model and of its exports, calibrated by tenk_train's passages."""
+def quality(data: Path, adapter: str | None, model: str, folder: Path) -> dict[str, Any]:
+    """nDCG@10 on tenk_val of the plain model and of its exports, calibrated by tenk_train's passages; and bfloat16."""
     if adapter is None:
         engine = LoraFinetuneEngine(data / "tenk_train.json", model, str(folder / "tuned"), device="cpu")
         adapter = engine.finetune().adapter_path
     plain = LoraEmbedding(adapter, device="cpu")
     val, train = (EmbeddingQAFinetuneDataset.from_json(data / f"tenk_{side}.json") for side in ("val", "train"))
     models = {"plain": plain, **exports_of(plain, folder / "tuned-exports", list(train.corpus.values()))}
-    return {name: round(evaluate_retrieval(each, val).metrics["ndcg@10"], 4) for name, each in models.items()}
+    found = {name: round(evaluate_retrieval(each, val).metrics["ndcg@10"], 4) for name, each in models.items()}
+    return {"ndcg@10": found, "bfloat16": in_bfloat16(plain, val)}
+
+
+def in_bfloat16(plain: LoraEmbedding, data: EmbeddingQAFinetuneDataset) -> dict[str, float]:
+    """How near bfloat16's vectors are to float32's, and the share of queries whose ten best passages are the same."""
+
+    def vectors() -> list[Any]:
+        made = [plain.get_text_embedding_batch(list(data.corpus.values())),
+                plain._get_query_embeddings(list(data.queries.values()))]  # fmt: skip
+        return [np.array(each) / np.linalg.norm(each, axis=1, keepdims=True) for each in made]
+
+    exact = vectors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = vectors()
+    best = [np.argsort(-(queries @ passages.T), axis=1)[:, :10] for passages, queries in (exact, rounded)]
+    same = [set(a) == set(b) for a, b in zip(*best, strict=True)]
+    cosines = (exact[0] * rounded[0]).sum(axis=1)
+    return {"median_cosine": round(float(np.median(cosines)), 6), "identical_top_10": round(float(np.mean(same)), 4)}
 
 
 def measure(
@@ -165,7 +184,7 @@ def main() -> None:
             words = ["the", "filing", "of", "revenue", "drivers", "risk", "and", "liability", "insurance", "platform"]
             report = measure(model, args.texts, args.repeats, batch, words, 1.0, args.exports)
             if args.data:
-                report["ndcg@10"] = quality(args.data, args.adapter, model, Path(folder))
+                report["tenk_val"] = quality(args.data, args.adapter, model, Path(folder))
     results = {
         "corpora": report,
         "texts": 100 if args.smoke else args.texts,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import nn
 
+from llama_index_lora_embed.cores import cores, passes_at_once
 from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.fast_linear import fast_linear
 from llama_index_lora_embed.texts import longest_first
@@ -27,11 +30,18 @@ if TYPE_CHECKING:
 Task = Literal["query", "document"]
 Vectors = npt.NDArray[np.float32]
 
+_Product = tuple[torch.Tensor, torch.Tensor, float]
+
 NO_ADAPTER = "__base__"
 """peft's name for no adapter in a mixed batch."""
 # measured with MiniLM on two cores (benchmarks/README.md); an accelerator needs more to be busy
 _TOKENS_AT_ONCE = {"cpu": 2048}
 _TOKENS_ON_ACCELERATORS = 65_536
+_TOKENS_OF_A_CORE = 1024
+# that are worth a thread: of a pass, Python's part takes some milliseconds, and threads wait for each other in it
+_FEWEST_CHARACTERS, _FEWEST_TEXTS = 1500, 4
+_SAMPLE = 1000  # characters that show how many tokens there are in others
+_ROWS = threading.local()  # what `_adapters` reads: each thread computes another pass
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -62,7 +72,8 @@ def encode(
         most_tokens: In a forward pass, padding included; None for `tokens_at_once`. A longer text goes alone.
         most_texts: In a forward pass.
         unit_length: Scale vectors to length 1, after `model.truncate_dim` has cut them.
-        fused: Take oneDNN's matrix products where they are faster (`fast_linear`).
+        fused: On processors, take oneDNN's matrix products where they are faster (`fast_linear`), and compute a pass
+            on each core at once (`passes_at_once`).
 
     Returns:
         float32 [texts, dimension].
@@ -72,12 +83,29 @@ def encode(
     order = longest_first(texts)
     limit = model.max_seq_length or 512
     most = most_texts or len(order)
-    made: list[torch.Tensor] = []
     placed: list[int] = []
     per_character, start = 1.0, 0  # tokens, as the batch before has shown; most scripts have fewer than characters
-    model.eval()
-    faster = fast_linear(model) if fused and isinstance(model, nn.Module) else nullcontext()
-    with torch.inference_mode(), faster:
+    if len(order) > 1:
+        sample = texts[order[0]][:_SAMPLE]
+        seen, _ = _tokens(model.preprocess([sample], prompt=None, task=task))
+        per_character = min(1.0, seen / max(1, len(sample))) if seen < limit else 1.0
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # once: it takes a millisecond
+    if any(module.training for module in modules):
+        model.eval()
+    fused = fused and bool(modules)
+    all_cores = cores(model.device) if fused else 1
+    threads = min(all_cores, len(texts) // _FEWEST_TEXTS, sum(map(len, texts)) // _FEWEST_CHARACTERS)
+    threads = max(1, threads)
+    if threads > 1:
+        most_tokens = min(most_tokens, _TOKENS_OF_A_CORE)
+        most = min(most, math.ceil(len(order) / threads))
+    most_at_first = most
+    with (
+        torch.inference_mode(),
+        fast_linear(modules) if fused else nullcontext(),
+        nullcontext() if adapters is None else _adapters(modules, {*adapters}),
+        passes_at_once(threads, all_cores // threads) as passes,
+    ):
         while start < len(order):
             characters = len(texts[order[start]]) + len(prompt or "")
             width = min(limit, math.ceil(characters * per_character) + 8)
@@ -92,22 +120,34 @@ def encode(
             if tokens > most_tokens and count > 1:  # another script has more tokens for as many characters
                 most = max(1, min(count - 1, count * most_tokens // tokens))
                 continue
-            most = most_texts or len(order)
+            most = most_at_first
             names = None if adapters is None else _for_rows([adapters[i] for i in batch], features)
-            with _adapters(model, names):
-                vectors = model(batch_to_device(features, model.device), task=task)["sentence_embedding"]
-            if model.truncate_dim is not None:
-                vectors = truncate_embeddings(vectors, model.truncate_dim)
-            if unit_length:
-                vectors = nn.functional.normalize(vectors, dim=-1)
-            made.append(vectors.float().cpu())
+            passes.add(partial(_vectors, model, features, names, task, unit_length))
             placed += batch
             start += count
+        made = passes.results()
     if not made:
         return np.zeros((0, model.get_embedding_dimension() or 0), dtype=np.float32)
     out = np.empty((len(texts), made[0].shape[1]), dtype=np.float32)
     out[placed] = torch.cat(made).numpy()
     return out
+
+
+@torch.inference_mode()
+def _vectors(
+    model: SentenceTransformer, features: dict[str, Any], names: list[str] | None, task: Task, unit_length: bool
+) -> torch.Tensor:
+    """float32 [texts, dimension] of one forward pass, on the processor."""
+    _ROWS.of_pass = None if names is None else _Rows(names)
+    try:
+        vectors: torch.Tensor = model(batch_to_device(features, model.device), task=task)["sentence_embedding"]
+    finally:
+        _ROWS.of_pass = None
+    if model.truncate_dim is not None:
+        vectors = truncate_embeddings(vectors, model.truncate_dim)
+    if unit_length:
+        vectors = nn.functional.normalize(vectors, dim=-1)
+    return vectors.float().cpu()
 
 
 def _tokens(features: dict[str, Any]) -> tuple[int, int]:
@@ -126,30 +166,39 @@ def _for_rows(names: list[str], features: dict[str, Any]) -> list[str]:
     return [name for name, count in zip(names, features[COUNTS].tolist(), strict=True) for _ in range(count)]
 
 
+class _Rows:
+    """Which adapter each row of a batch is computed with.
+
+    Attributes:
+        names: Of each row, or `NO_ADAPTER`.
+        runs: Of neighbours with one adapter its name, and how many they are.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.runs = [(name, len(list(neighbours))) for name, neighbours in groupby(names)]
+
+
 @contextmanager
-def _adapters(model: nn.Module, names: list[str] | None) -> Iterator[None]:
-    """Within it, peft's layers compute each row of a batch with the adapter of that name.
+def _adapters(modules: Sequence[nn.Module], names: set[str]) -> Iterator[None]:
+    """Within it, peft's layers compute each row of a pass with the adapter that `_ROWS.of_pass` has for it.
 
     What `PeftModel.forward(adapter_names=...)` does; a model that got its adapters by `load_adapter`, as those of
     sentence-transformers do, has no such argument. Linear layers, nearly all, add the products of neighbouring rows in
     place, which takes a few operations for each adapter less than peft's copies of rows do.
     """
-    if names is None:
-        yield
-        return
-    runs = _runs(names)
     hooks, changed, disabled = [], [], []
     try:
-        for module in model.modules():
-            if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear and not module.merged:
-                module.forward = partial(_linear, module, runs, len(names))  # type: ignore[method-assign]
+        for module in modules:
+            base: Any = module.get_base_layer() if type(module) is LoraLinear and not module.merged else None
+            if type(module) is LoraLinear and type(base) is nn.Linear:
+                module.forward = partial(_linear, base, _products(module, names))  # type: ignore[method-assign]
                 changed.append(module)
             elif isinstance(module, LoraLayer):
                 if module.disable_adapters:  # which peft looks at before it looks at names
                     module._disable_adapters = False
                     disabled.append(module)
-                given = partial(_with_names, names=names)
-                hooks.append(module.register_forward_pre_hook(given, with_kwargs=True))
+                hooks.append(module.register_forward_pre_hook(_with_names, with_kwargs=True))
         yield
     finally:
         for module in changed:
@@ -160,30 +209,33 @@ def _adapters(model: nn.Module, names: list[str] | None) -> Iterator[None]:
             hook.remove()
 
 
-def _runs(names: list[str]) -> list[tuple[str, int, int]]:
-    """Name, first row and last (exclusive) of neighbours with one adapter."""
-    starts = [i for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
-    spans = zip(starts, [*starts[1:], len(names)], strict=True)
-    return [(names[start], start, end) for start, end in spans if names[start] != NO_ADAPTER]
+def _products(layer: LoraLinear, names: set[str]) -> dict[str, _Product]:
+    """What the layer's adapters multiply with: [in, rank], [rank, out], and the scale of their product."""
+    down: Any = layer.lora_A
+    up: Any = layer.lora_B
+    return {name: (down[name].weight.T, up[name].weight.T, layer.scaling[name]) for name in names & down.keys()}
 
 
-def _linear(layer: LoraLinear, runs: list[tuple[str, int, int]], rows: int, x: torch.Tensor) -> torch.Tensor:
-    one = runs[0][0] if len(runs) == 1 and runs[0][2] - runs[0][1] == rows else None
-    if one is None and runs and len(x) != rows:
+def _linear(base: nn.Linear, products: dict[str, _Product], x: torch.Tensor) -> torch.Tensor:
+    rows: _Rows = _ROWS.of_pass
+    runs, count = rows.runs, len(rows.names)
+    if len(runs) > 1 and len(x) != count:
         raise ConfigError(
-            f"a layer that gets {len(x)} rows for a batch of {rows} texts",
+            f"a layer that gets {len(x)} rows for a batch of {count} texts",
             "a model whose layers keep texts apart, to mix adapters in a batch",
             "Embed the texts of each adapter by themselves: LoraEmbedding(path).",
         )
-    y: torch.Tensor = layer.get_base_layer()(x)
-    for name, start, end in runs if one is None else [(one, 0, len(x))]:
-        if name in layer.lora_A:
-            down: Any = layer.lora_A[name].weight
-            up: Any = layer.lora_B[name].weight
-            small = x[start:end].reshape(-1, x.shape[-1]) @ down.T
-            y[start:end].view(-1, y.shape[-1]).addmm_(small, up.T, alpha=layer.scaling[name])
+    y: torch.Tensor = base(x)
+    flat: Any = x.reshape(-1, x.shape[-1])
+    out: Any = y.view(-1, y.shape[-1])
+    tokens = len(flat) // count  # of a row, where there are several adapters
+    sizes = [len(flat)] if len(runs) == 1 else [size * tokens for _, size in runs]
+    for (name, _), part, made in zip(runs, flat.split(sizes), out.split(sizes), strict=True):
+        if name in products:
+            down, up, scale = products[name]
+            made.addmm_(part @ down, up, alpha=scale)
     return y
 
 
-def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": names}
+def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": _ROWS.of_pass.names}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +46,7 @@ _CALIBRATION = 200  # texts by which int8's ranges are set
 # (median cosine, share of the ten nearest that is the same) below which an export is refused
 _LIMITS: dict[str, tuple[float, float]] = {"fp32": (0.9999, 0.99), "int8": (0.97, 0.85)}
 _OPSET = 18
+_ONNX_BYTES = 1.9e9  # protobuf's 2 GB, less what the graph itself takes
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def export_model(
                     f"a median cosine of {limits[0]} and an agreement of {limits[1]:.0%} or more",
                     "Export in fp32, or lower min_cosine and min_agreement and measure the index (evaluate_index).",
                 )
-            written = Export(**{**asdict(facts), "certificate": asdict(certificate), "files": digests(staging)})
+            written = replace(facts, certificate=asdict(certificate))
             (staging / EXPORT_NAME).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
             replace_directory(staging, target)
     except OSError as error:
@@ -245,6 +245,11 @@ def _to_onnx(
 ) -> None:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module)
+    size = sum(parameter.nbytes for parameter in graph.parameters())
+    if size > _ONNX_BYTES:
+        raise ConfigError(
+            f"a model of {size / 1e9:.1f} GB", "one of less than 2 GB, which an ONNX file holds", 'backend="openvino"'
+        )
     # sizes that no example fixes, so that any batch and any length can be computed
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     whole = folder / ("whole.onnx" if precision == "int8" else MODEL_FILES["onnx"])
@@ -271,7 +276,8 @@ def _to_openvino(
         converted.reshape({port: [-1, -1] for port in converted.inputs})
     if precision == "int8":
         nncf = require("nncf")
-        batches = [model.preprocess([text]) for text in texts[:_CALIBRATION]]
+        prompt = model.prompts.get("document") or None
+        batches = [model.preprocess([text], prompt=prompt, task="document") for text in texts[:_CALIBRATION]]
         converted = nncf.quantize(
             converted,
             nncf.Dataset(batches, lambda features: [features[name].cpu().numpy() for name in graph.inputs]),
@@ -285,12 +291,9 @@ def _facts(
     embed_model: LoraEmbedding, model: SentenceTransformer, folder: Path, backend: Backend, precision: Precision,
     inputs: list[str],
 ) -> Export:  # fmt: skip
-    files = digests(folder)
-    source = str(embed_model.fingerprint)
-    decides = json.dumps([source, backend, precision, files], sort_keys=True)
-    return Export(
-        fingerprint=hashlib.sha256(decides.encode()).hexdigest(),
-        source=source,
+    facts = Export(
+        fingerprint="",
+        source=str(embed_model.fingerprint),
         name=embed_model.model_name,
         backend=backend,
         precision=precision,
@@ -299,9 +302,10 @@ def _facts(
         max_seq_length=embed_model.max_seq_length,
         prompts={task: model.prompts.get(task) or "" for task in ("query", "document")},
         certificate={},
-        files=files,
+        files=digests(folder),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+    return replace(facts, fingerprint=facts.decided())
 
 
 def _certify(plain: SentenceTransformer, exported: Any, texts: list[str], queries: list[str]) -> Certificate:
@@ -329,19 +333,24 @@ def _unit(vectors: Any) -> Any:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without what exporters tell of their own progress."""
-    root, level = logging.getLogger(), logging.getLogger().level
+    root = logging.getLogger()  # which quantisation itself writes to; a filter holds nothing else back
     noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "nncf")]
     before = [logger.level for logger in noisy]
     try:
-        for logger in (root, *noisy):
+        root.addFilter(_is_error)
+        for logger in noisy:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        root.setLevel(level)
+        root.removeFilter(_is_error)
         for logger, was in zip(noisy, before, strict=True):
             logger.setLevel(was)

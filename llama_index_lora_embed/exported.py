@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -30,7 +31,7 @@ class Export:
     """`export.json`: what was exported from which model, and how near it is to it.
 
     Attributes:
-        fingerprint: Of the exported model.
+        fingerprint: Of the exported model: a SHA-256 of everything here that decides its vectors.
         source: Fingerprint of the model that it was made from.
         name: That model's `model_name`.
         backend: "onnx" or "openvino".
@@ -72,12 +73,21 @@ class Export:
             raise AdapterError(
                 f"an unreadable {folder / EXPORT_NAME} ({error})", "the file as export wrote it", "Export again."
             ) from error
+        if facts.fingerprint != facts.decided():
+            raise AdapterError(
+                f"{str(folder / EXPORT_NAME)!r}, which was changed", "as export wrote it", "Export again."
+            )
         for name, digest in digests.items():
             path = folder / name
             if not path.is_file() or file_digest(path) != digest:
                 state = "changed or cut short" if path.is_file() else "missing"
                 raise AdapterError(f"{str(path)!r}, which is {state}", "the file as export wrote it", "Export again.")
         return facts
+
+    def decided(self) -> str:
+        """What the fingerprint must be."""
+        about = (self.source, self.backend, self.precision, self.inputs, self.max_seq_length, self.prompts, self.files)
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 class ExportedModel:

@@ -16,7 +16,12 @@ from llama_index_lora_embed.config.base import is_int, is_share
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.files import write_json
 from llama_index_lora_embed.errors import ConfigError, OutputDirectoryError, WrongIndexError
-from llama_index_lora_embed.evaluation import RetrievalComparison, compare_retrieval, evaluate_index
+from llama_index_lora_embed.evaluation import (
+    RetrievalComparison,
+    RetrievalEvaluation,
+    compare_retrieval,
+    evaluate_index,
+)
 from llama_index_lora_embed.evaluation.registry import TOLERANCE
 from llama_index_lora_embed.extras import require
 from llama_index_lora_embed.index import check, stamp
@@ -267,21 +272,21 @@ def reindex(
     if dataset is not None:
         dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
     current = where.read().get("current")
-    old = None
+    judged = None
     if dataset is not None and current is not None:
         if before is None:
             raise ConfigError(
                 "a dataset without the model of the index in use", "both", "reindex(..., dataset=val, before=old_model)"
             )
-        old = where.open(current, before)
+        # before anything is built: it may know other nodes than the dataset
+        judged = _judged(where.open(current, before), dataset)
     version = _new_name(where, str(getattr(embed_model, "fingerprint", None) or "model"))
     index = where.build(version, nodes, embed_model)
     comparison, switch, reason = None, True, "not compared with what was in use"
     if current is None:
         reason = "nothing was in use before"
-    elif old is not None and dataset is not None:
-        judged = [evaluate_index(i.as_retriever(similarity_top_k=_TOP_K), dataset) for i in (old, index)]
-        comparison = compare_retrieval(judged[0], judged[1], dataset, names=("in use", "new"))
+    elif judged is not None and dataset is not None:
+        comparison = compare_retrieval(judged, _judged(index, dataset), dataset, names=("in use", "new"))
         low, high = comparison.comparison.interval
         switch = low >= -tolerance
         reason = (
@@ -298,6 +303,10 @@ def reindex(
         where.write({"current": version, **({"previous": current} if current else {})})
     _tidy(where, keep, version, current)
     return Reindexed(index, version, current, switch, comparison, reason)
+
+
+def _judged(index: VectorStoreIndex, dataset: EmbeddingQAFinetuneDataset) -> RetrievalEvaluation:
+    return evaluate_index(index.as_retriever(similarity_top_k=_TOP_K), dataset)
 
 
 def open_index(place: Place | str | os.PathLike[str], embed_model: BaseEmbedding) -> VectorStoreIndex:

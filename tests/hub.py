@@ -21,6 +21,7 @@ class Hub:
     Attributes:
         commits: (repository, commit) to the files of then, by path.
         heads: (repository, branch) to its last commit.
+        objects: Large files that were uploaded, by their SHA-256, as git-lfs has them.
         requests: "METHOD path" of everything that was asked.
         url: Where it is.
     """
@@ -28,6 +29,7 @@ class Hub:
     def __init__(self) -> None:
         self.commits: dict[tuple[str, str], dict[str, bytes]] = {}
         self.heads: dict[tuple[str, str], str] = {}
+        self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.url = ""
 
@@ -59,6 +61,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._json({"error": "Invalid credentials"}, 401)
+        if parts[2:] == ["info", "lfs", "objects", "batch"]:
+            return self._json(self._uploads(json.loads(content)["objects"]))
+        if parts == ["verify"]:
+            asked = json.loads(content)
+            known = len(hub.objects.get(asked["oid"], b"")) == asked["size"]
+            return self._json({} if known else {"error": "not uploaded"}, 200 if known else 404)
         if parts == ["api", "repos", "create"]:
             asked = json.loads(content)
             repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
@@ -73,14 +81,34 @@ class _Handler(BaseHTTPRequestHandler):
             hub.heads.setdefault((repo, parts[5]), hub.heads[repo, "main"])
             return self._json({})
         if verb == "preupload":
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                     for f in json.loads(content)["files"]]  # fmt: skip
+            files = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                      "shouldIgnore": False, "oid": None} for f in json.loads(content)["files"]]  # fmt: skip
             return self._json({"files": files})
         assert verb == "commit", self.path
         lines = [json.loads(line) for line in content.splitlines()]
         changes = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
+        changes |= {x["value"]["path"]: hub.objects[x["value"]["oid"]] for x in lines if x["key"] == "lfsFile"}
         number = hub.commit(repo, parts[5], changes)
         return self._json({"commitUrl": f"{hub.url}/{repo}/commit/{number}", "commitOid": number, "success": True})
+
+    def do_PUT(self) -> None:
+        """A large file, at the address that `_uploads` gave."""
+        self.hub.requests.append(f"PUT {self.path}")
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        oid = self.path.rsplit("/", 1)[-1]
+        if hashlib.sha256(content).hexdigest() != oid:
+            return self._json({"error": "other content than was announced"}, 400)
+        self.hub.objects[oid] = content
+        return self._json({})
+
+    def _uploads(self, asked: list[dict[str, Any]]) -> dict[str, Any]:
+        objects = []
+        for each in asked:
+            actions = {"upload": {"href": f"{self.hub.url}/objects/{each['oid']}"},
+                       "verify": {"href": f"{self.hub.url}/verify"}}  # fmt: skip
+            there = each["oid"] in self.hub.objects
+            objects.append({**each, "authenticated": True, **({} if there else {"actions": actions})})
+        return {"transfer": "basic", "objects": objects}
 
     def _download(self, body: bool) -> None:
         hub, parts = self.hub, unquote(urlsplit(self.path).path).strip("/").split("/")

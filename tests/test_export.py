@@ -1,6 +1,7 @@
 """Every backend is a new model until proven: exported, certified, loaded, compared, refused."""
 
 import json
+import logging
 import pickle
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import TextNode
 
-from llama_index_lora_embed import LoraEmbedding, check, evaluate_retrieval, stamp
+from llama_index_lora_embed import LoraEmbedding, check, evaluate_retrieval, export, stamp
 from llama_index_lora_embed.errors import AdapterError, ConfigError, ExportError, OutputDirectoryError, WrongIndexError
 from tests.conftest import make_dataset, make_tiny_model
 
@@ -113,6 +114,20 @@ def test_a_base_alone_with_prompts_is_exported(tmp_path, texts):
     assert exported.get_query_embedding("w5 w6") != pytest.approx(exported.get_text_embedding("w5 w6"), abs=1e-3)
 
 
+def test_a_model_that_no_onnx_file_holds_is_told_where_to_go(tuned, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_ONNX_BYTES", 1000)
+    with pytest.raises(ConfigError, match=r"less than 2 GB[\s\S]*openvino"):
+        tuned.export(tmp_path / "x", texts=texts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_others_log_meanwhile_is_not_lost(caplog):
+    with export._quietly():
+        logging.getLogger("their.app").warning("a warning of another thread")
+        logging.warning("quantisation speaks like this")
+    assert [record.message for record in caplog.records] == ["a warning of another thread"]
+
+
 def test_a_damaged_export_is_refused(exports, tmp_path):
     for kind, file in ((("onnx", "fp32"), "model.onnx"), (("openvino", "fp32"), "model.bin")):
         copy = tmp_path / kind[0]
@@ -124,6 +139,12 @@ def test_a_damaged_export_is_refused(exports, tmp_path):
             LoraEmbedding(copy)
         (copy / file).unlink()
         with pytest.raises(AdapterError, match="missing"):
+            LoraEmbedding(copy)
+        shutil.copy(exports[kind][0] / file, copy / file)
+        facts = json.loads((copy / "export.json").read_text())
+        facts["prompts"]["query"] = "another prompt"  # other vectors under the same fingerprint
+        (copy / "export.json").write_text(json.dumps(facts))
+        with pytest.raises(AdapterError, match=r"export\.json.*was changed"):
             LoraEmbedding(copy)
         (copy / "export.json").write_text("{}")
         with pytest.raises(AdapterError, match=r"unreadable .*export\.json"):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
+from transformers.activations import GELUActivation
 
 from llama_index_lora_embed import LoraEmbedding, fast_linear
 from llama_index_lora_embed.encoding import encode
@@ -48,7 +49,7 @@ def test_weights_that_change_are_ordered_again(counted):
     model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
 
     def fused():
-        with torch.inference_mode(), fast_linear.fast_linear(model):
+        with torch.inference_mode(), fast_linear.fast_linear(model.modules()):
             return model(x)
 
     def changed(change):
@@ -81,7 +82,7 @@ def test_weights_that_change_are_ordered_again(counted):
 @needs_onednn
 def test_gradients_autocast_and_empty_batches_go_torchs_way(counted):
     model, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
-    with fast_linear.fast_linear(model):
+    with fast_linear.fast_linear(model.modules()):
         model(x).sum().backward()
         assert model[0].weight.grad is not None
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -90,6 +91,25 @@ def test_gradients_autocast_and_empty_batches_go_torchs_way(counted):
             assert model(torch.zeros(0, 8)).shape == (0, 4)
             assert model(x.double().float()).shape == (3, 4)
     assert len(counted) == 1
+
+
+@needs_onednn
+def test_gelu_takes_no_memory_of_its_own_where_nothing_is_learnt(counted):
+    model, x = nn.Sequential(nn.Linear(8, 4), GELUActivation()), torch.randn(3, 8)
+    with torch.no_grad():
+        expected = model(x)
+    kept = []
+    model[0].register_forward_hook(lambda *args: kept.append(args[2]))
+    with fast_linear.fast_linear(model.modules()):
+        with torch.inference_mode():
+            made = model(x)
+        assert kept[0].data_ptr() == made.data_ptr()
+        assert torch.allclose(made, expected, atol=1e-6)
+        learnt = model(x)
+    assert kept[1].data_ptr() != learnt.data_ptr()
+    learnt.sum().backward()
+    assert model[0].weight.grad is not None
+    assert not [module for module in model if "forward" in module.__dict__]
 
 
 @needs_onednn
@@ -113,6 +133,6 @@ def test_another_torch_and_large_models_go_torchs_way(monkeypatch, counted):
     for name, value in (("_MOST_BYTES", 10), ("_is_right", lambda: False)):
         with monkeypatch.context() as patch:
             patch.setattr(fast_linear, name, value)
-            with torch.inference_mode(), fast_linear.fast_linear(model):
+            with torch.inference_mode(), fast_linear.fast_linear(model.modules()):
                 assert torch.equal(model(x), expected)
     assert not counted

@@ -1,5 +1,6 @@
 """To the Hub and back, in a process that knows nothing but the Hub's address."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -64,7 +65,10 @@ def pushed(hub, base, adapter, tmp_path_factory):
 
 def test_what_was_pushed_loads_from_the_hub_with_the_same_vectors(hub, pushed, adapter, tmp_path):
     assert pushed == hub.heads["me/handbook", "main"]
+    weights = (Path(adapter) / "adapter_model.safetensors").read_bytes()
+    assert hub.objects[hashlib.sha256(weights).hexdigest()] == weights, "as a large file"
     code = """
+import hashlib
 import json
 from llama_index_lora_embed import LoraEmbedding
 from sentence_transformers import SentenceTransformer

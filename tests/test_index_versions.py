@@ -123,6 +123,7 @@ def test_what_cannot_be_reindexed_is_refused_before_anything_is_built(place, nod
     other = make_dataset(prefix="other")
     with pytest.raises(DatasetError, match="none of which is in the dataset"):
         reindex(place, nodes, tuned, dataset=other, before=base)
+    assert len(versions(place)) == 1, "nothing was built"
     assert found(place, base), "still in use"
     with pytest.raises(ConfigError, match="a folder or a ChromaPlace"):
         reindex(5, nodes, base)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from llama_index.core import VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import TextNode
@@ -312,6 +313,18 @@ def test_loading_several_says_nothing_of_missing_weights(paths, capfd):
     assert "newly initialized" not in said
 
 
+def test_passes_that_are_computed_at_once_have_each_their_own_adapters(many, alone):
+    texts = [f"{text} {TEXTS[i % 5]}" for i, text in enumerate(TEXTS * 9)]
+    names = cycling(texts, [None, *alone])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        mixed = many.get_mixed_embeddings(texts, names)
+    finally:
+        torch.set_num_threads(before)
+    assert distance(mixed, own_vectors(alone, texts, names)) < 1e-5
+
+
 def test_layers_that_do_not_keep_texts_apart_are_not_mixed(paths, alone, monkeypatch):
     """As in Longformer and XLNet, whose layers see tokens first."""
     gc.collect()
@@ -319,11 +332,11 @@ def test_layers_that_do_not_keep_texts_apart_are_not_mixed(paths, alone, monkeyp
     names = cycling(TEXTS, [None, "legal", "hr"])
     original, refused = encoding._linear, []
 
-    def tokens_first(layer, runs, rows, x):
-        if len(runs) > 1 or (runs and runs[0][2] - runs[0][1] < rows):
-            refused.append(rows)
+    def tokens_first(base, products, x):
+        if len(encoding._ROWS.of_pass.runs) > 1:
+            refused.append(len(encoding._ROWS.of_pass.names))
             raise ConfigError("rows", "texts", "mend")
-        return original(layer, runs, rows, x)
+        return original(base, products, x)
 
     monkeypatch.setattr(encoding, "_linear", tokens_first)
     assert distance(many.get_mixed_embeddings(TEXTS, names), own_vectors(alone, TEXTS, names)) < 1e-5
