@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import nn
 
-from llama_index_lora_embed.cores import cores, passes_at_once
+from llama_index_lora_embed.cores import passes_at_once, passes_of
 from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.fast_linear import fast_linear
 from llama_index_lora_embed.texts import longest_first
@@ -69,7 +69,8 @@ def encode(
         task: Which of the two.
         prompt: Instead of the model's for this task.
         adapters: Of each text the name of the peft adapter, or `NO_ADAPTER`; None leaves those that are active.
-        most_tokens: In a forward pass, padding included; None for `tokens_at_once`. A longer text goes alone.
+        most_tokens: In all forward passes that are computed at once, padding included; None for `tokens_at_once`, or
+            1,024 for each core. A longer text goes alone.
         most_texts: In a forward pass.
         unit_length: Scale vectors to length 1, after `model.truncate_dim` has cut them.
         fused: On processors, take oneDNN's matrix products where they are faster (`fast_linear`), and compute a pass
@@ -78,7 +79,6 @@ def encode(
     Returns:
         float32 [texts, dimension].
     """
-    most_tokens = most_tokens or tokens_at_once(model.device)
     prompt = model.prompts.get(task) if prompt is None else prompt
     order = longest_first(texts)
     limit = model.max_seq_length or 512
@@ -93,18 +93,19 @@ def encode(
     if any(module.training for module in modules):
         model.eval()
     fused = fused and bool(modules)
-    all_cores = cores(model.device) if fused else 1
-    threads = min(all_cores, len(texts) // _FEWEST_TEXTS, sum(map(len, texts)) // _FEWEST_CHARACTERS)
-    threads = max(1, threads)
+    threads = passes_of(model.device, modules) if fused else 1
+    if min(len(texts) // _FEWEST_TEXTS, sum(map(len, texts)) // _FEWEST_CHARACTERS) < threads:
+        threads = 1  # and all cores share a pass
     if threads > 1:
-        most_tokens = min(most_tokens, _TOKENS_OF_A_CORE)
+        most_tokens = _TOKENS_OF_A_CORE if most_tokens is None else max(1, most_tokens // threads)
         most = min(most, math.ceil(len(order) / threads))
+    most_tokens = most_tokens or tokens_at_once(model.device)
     most_at_first = most
     with (
         torch.inference_mode(),
         fast_linear(modules) if fused else nullcontext(),
         nullcontext() if adapters is None else _adapters(modules, {*adapters}),
-        passes_at_once(threads, all_cores // threads) as passes,
+        passes_at_once(threads) as passes,
     ):
         while start < len(order):
             characters = len(texts[order[start]]) + len(prompt or "")
@@ -122,7 +123,8 @@ def encode(
                 continue
             most = most_at_first
             names = None if adapters is None else _for_rows([adapters[i] for i in batch], features)
-            passes.add(partial(_vectors, model, features, names, task, unit_length))
+            compute = partial(_vectors, model, features, names, task, unit_length)
+            passes.add(compute, alone=tokens > most_tokens)  # a longer text takes all memory
             placed += batch
             start += count
         made = passes.results()
@@ -216,8 +218,17 @@ def _products(layer: LoraLinear, names: set[str]) -> dict[str, _Product]:
     return {name: (down[name].weight.T, up[name].weight.T, layer.scaling[name]) for name in names & down.keys()}
 
 
+def _rows_of_pass() -> _Rows:
+    rows: _Rows | None = getattr(_ROWS, "of_pass", None)
+    if rows is None:
+        raise ConfigError(
+            "a call of the model from another thread, while it embeds", "embed_model's methods", "Use them."
+        )
+    return rows
+
+
 def _linear(base: nn.Linear, products: dict[str, _Product], x: torch.Tensor) -> torch.Tensor:
-    rows: _Rows = _ROWS.of_pass
+    rows = _rows_of_pass()
     runs, count = rows.runs, len(rows.names)
     if len(runs) > 1 and len(x) != count:
         raise ConfigError(
@@ -233,9 +244,12 @@ def _linear(base: nn.Linear, products: dict[str, _Product], x: torch.Tensor) -> 
     for (name, _), part, made in zip(runs, flat.split(sizes), out.split(sizes), strict=True):
         if name in products:
             down, up, scale = products[name]
-            made.addmm_(part @ down, up, alpha=scale)
+            if torch.is_autocast_enabled(x.device.type):  # which has no product in place
+                made.add_((part @ down) @ up, alpha=scale)
+            else:
+                made.addmm_(part @ down, up, alpha=scale)
     return y
 
 
 def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": _ROWS.of_pass.names}
+    return args, {**kwargs, "adapter_names": _rows_of_pass().names}

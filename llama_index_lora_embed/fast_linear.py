@@ -39,7 +39,7 @@ def fast_linear(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     modules = list(modules)
     layers = [layer for layer in modules if isinstance(layer, nn.Linear) and _can_be(layer)]
-    gelus = [module for module in modules if type(module) is GELUActivation and module.act is nn.functional.gelu]
+    gelus = [module for module in modules if _can_be_in_place(module)]
     if not layers or sum(layer.weight.nbytes for layer in layers) > _MOST_BYTES or not _is_right():
         yield
         return
@@ -47,7 +47,7 @@ def fast_linear(modules: Iterable[nn.Module]) -> Iterator[None]:
         for layer in layers:
             layer.forward = partial(_product, layer)  # type: ignore[method-assign]
         for gelu in gelus:
-            gelu.forward = _gelu  # type: ignore[method-assign, assignment]
+            gelu.forward = _gelu
         yield
     finally:
         for module in [*layers, *gelus]:
@@ -59,6 +59,11 @@ def _can_be(layer: nn.Linear) -> bool:
         return False
     weight = layer.weight
     return weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.is_inference()
+
+
+def _can_be_in_place(module: nn.Module) -> bool:
+    plain = type(module) is GELUActivation and module.act is nn.functional.gelu
+    return plain and "forward" not in module.__dict__
 
 
 def _product(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -112,6 +112,14 @@ def test_gelu_takes_no_memory_of_its_own_where_nothing_is_learnt(counted):
     assert not [module for module in model if "forward" in module.__dict__]
 
 
+def test_somebody_elses_forward_stays():
+    gelu = GELUActivation()
+    gelu.forward = lambda x: x + 7
+    with torch.inference_mode(), fast_linear.fast_linear([nn.Linear(2, 2), gelu]):
+        assert float(gelu(torch.zeros(1))) == 7
+    assert float(gelu(torch.zeros(1))) == 7
+
+
 @needs_onednn
 def test_whoever_has_the_model_may_change_it_in_any_way(adapter, counted):
     embed_model = LoraEmbedding(adapter, merge=False, device="cpu")

@@ -314,7 +314,7 @@ def test_loading_several_says_nothing_of_missing_weights(paths, capfd):
 
 
 def test_passes_that_are_computed_at_once_have_each_their_own_adapters(many, alone):
-    texts = [f"{text} {TEXTS[i % 5]}" for i, text in enumerate(TEXTS * 9)]
+    texts = [f"{text} {TEXTS[i % 5]}" for i, text in enumerate(TEXTS * (5000 // sum(map(len, TEXTS)) + 1))]
     names = cycling(texts, [None, *alone])
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -323,6 +323,14 @@ def test_passes_that_are_computed_at_once_have_each_their_own_adapters(many, alo
     finally:
         torch.set_num_threads(before)
     assert distance(mixed, own_vectors(alone, texts, names)) < 1e-5
+
+
+def test_within_an_autocast_they_are_mixed_as_well(many, alone):
+    names = cycling(TEXTS, [None, *alone])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = many.get_mixed_embeddings(TEXTS, names)
+    assert many._shared._mixes
+    assert distance(mixed, own_vectors(alone, TEXTS, names)) < 0.05
 
 
 def test_layers_that_do_not_keep_texts_apart_are_not_mixed(paths, alone, monkeypatch):
