@@ -194,7 +194,7 @@ def _adapters(modules: Sequence[nn.Module], names: set[str]) -> Iterator[None]:
         for module in modules:
             base: Any = module.get_base_layer() if type(module) is LoraLinear and not module.merged else None
             if type(module) is LoraLinear and type(base) is nn.Linear:
-                module.forward = partial(_linear, base, _products(module, names))  # type: ignore[method-assign]
+                module.__dict__["forward"] = partial(_linear, base, _products(module, names))
                 changed.append(module)
             elif isinstance(module, LoraLayer):
                 if module.disable_adapters:  # which peft looks at before it looks at names
@@ -204,7 +204,7 @@ def _adapters(modules: Sequence[nn.Module], names: set[str]) -> Iterator[None]:
         yield
     finally:
         for module in changed:
-            del module.forward
+            del module.__dict__["forward"]
         for module in disabled:
             module._disable_adapters = True
         for hook in hooks:

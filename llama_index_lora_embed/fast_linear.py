@@ -22,6 +22,7 @@ from transformers.activations import GELUActivation
 from llama_index_lora_embed.precision import keep_few_kernels
 
 _MOST_BYTES = 1 << 29  # of a model's linear weights, which are in memory twice then
+_THIN = 32  # in or out, as a LoRA's products have: those take as long with oneDNN, or longer
 _TOLERANCE = 1e-5  # of the largest value; what the order of a float32 sum makes
 # by layer: (address and version of the weight that was ordered, the ordered one)
 _ORDERED: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = WeakKeyDictionary()
@@ -45,9 +46,9 @@ def fast_linear(modules: Iterable[nn.Module]) -> Iterator[None]:
         return
     try:
         for layer in layers:
-            layer.forward = partial(_product, layer)  # type: ignore[method-assign]
+            layer.__dict__["forward"] = partial(_product, layer)  # torch's own way of setting takes long
         for gelu in gelus:
-            gelu.forward = _gelu
+            gelu.__dict__["forward"] = _gelu
         yield
     finally:
         for module in [*layers, *gelus]:
@@ -58,6 +59,8 @@ def _can_be(layer: nn.Linear) -> bool:
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
     weight = layer.weight
+    if min(weight.shape) < _THIN:
+        return False
     return weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.is_inference()
 
 

@@ -46,7 +46,7 @@ def test_vectors_are_those_of_sentence_transformers(tiny_model, counted, task):
 @needs_onednn
 def test_weights_that_change_are_ordered_again(counted):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
+    model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(3, 64)
 
     def fused():
         with torch.inference_mode(), fast_linear.fast_linear(model.modules()):
@@ -67,10 +67,10 @@ def test_weights_that_change_are_ordered_again(counted):
             layer.weight.mul_(2)
 
     def replaced():
-        layer.weight = nn.Parameter(torch.randn(4, 8))
+        layer.weight = nn.Parameter(torch.randn(32, 64))
 
     def data_replaced():
-        layer.weight.data = torch.randn(4, 8)
+        layer.weight.data = torch.randn(32, 64)
 
     for change in (in_place, replaced, data_replaced):
         second = changed(change)
@@ -81,21 +81,21 @@ def test_weights_that_change_are_ordered_again(counted):
 
 @needs_onednn
 def test_gradients_autocast_and_empty_batches_go_torchs_way(counted):
-    model, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
+    model, x = nn.Sequential(nn.Linear(64, 32, bias=False)), torch.randn(3, 64)
     with fast_linear.fast_linear(model.modules()):
         model(x).sum().backward()
         assert model[0].weight.grad is not None
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             assert model(x).dtype == torch.bfloat16
         with torch.no_grad():
-            assert model(torch.zeros(0, 8)).shape == (0, 4)
-            assert model(x.double().float()).shape == (3, 4)
+            assert model(torch.zeros(0, 64)).shape == (0, 32)
+            assert model(x.double().float()).shape == (3, 32)
     assert len(counted) == 1
 
 
 @needs_onednn
 def test_gelu_takes_no_memory_of_its_own_where_nothing_is_learnt(counted):
-    model, x = nn.Sequential(nn.Linear(8, 4), GELUActivation()), torch.randn(3, 8)
+    model, x = nn.Sequential(nn.Linear(64, 32), GELUActivation()), torch.randn(3, 64)
     with torch.no_grad():
         expected = model(x)
     kept = []
@@ -135,7 +135,7 @@ def test_whoever_has_the_model_may_change_it_in_any_way(adapter, counted):
 
 
 def test_another_torch_and_large_models_go_torchs_way(monkeypatch, counted):
-    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
+    model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(3, 64)
     with torch.no_grad():
         expected = model(x)
     for name, value in (("_MOST_BYTES", 10), ("_is_right", lambda: False)):
