@@ -98,9 +98,8 @@ def encode(
         threads = 1  # and all cores share a pass
     if threads > 1:
         most_tokens = _TOKENS_OF_A_CORE if most_tokens is None else max(1, most_tokens // threads)
-        most = min(most, math.ceil(len(order) / threads))
     most_tokens = most_tokens or tokens_at_once(model.device)
-    most_at_first = most
+    added = 0
     with (
         torch.inference_mode(),
         fast_linear(modules) if fused else nullcontext(),
@@ -110,7 +109,8 @@ def encode(
         while start < len(order):
             characters = len(texts[order[start]]) + len(prompt or "")
             width = min(limit, math.ceil(characters * per_character) + 8)
-            count = min(most, len(order) - start, max(1, most_tokens // width))
+            idle = threads - added % threads  # what is left is shared out among them
+            count = min(most, math.ceil((len(order) - start) / idle), max(1, most_tokens // width))
             batch = order[start : start + count]
             if adapters is not None:  # neighbours with one adapter are computed together
                 batch.sort(key=adapters.__getitem__)
@@ -121,10 +121,11 @@ def encode(
             if tokens > most_tokens and count > 1:  # another script has more tokens for as many characters
                 most = max(1, min(count - 1, count * most_tokens // tokens))
                 continue
-            most = most_at_first
+            most = most_texts or len(order)
             names = None if adapters is None else _for_rows([adapters[i] for i in batch], features)
             compute = partial(_vectors, model, features, names, task, unit_length)
             passes.add(compute, alone=tokens > most_tokens)  # a longer text takes all memory
+            added += 1
             placed += batch
             start += count
         made = passes.results()
