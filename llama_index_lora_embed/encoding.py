@@ -223,7 +223,9 @@ def _rows_of_pass() -> _Rows:
     rows: _Rows | None = getattr(_ROWS, "of_pass", None)
     if rows is None:
         raise ConfigError(
-            "a call of the model from another thread, while it embeds", "embed_model's methods", "Use them."
+            "a model that is called from another thread while it embeds",
+            "calls of the embedding model alone",
+            "Embed through its own methods: get_text_embedding_batch, get_mixed_embeddings.",
         )
     return rows
 
