@@ -26,6 +26,7 @@ import random
 import shutil
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +44,7 @@ from speed.machine import load, machine
 from transformers import AutoModel
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
+from llama_index_lora_embed.export import certificate_of
 
 EVEN_WORDS = 120
 SHORTEST, LONGEST = 8, 320
@@ -103,20 +105,16 @@ def quality(data: Path, adapter: str | None, model: str, folder: Path) -> dict[s
 
 
 def in_bfloat16(plain: LoraEmbedding, data: EmbeddingQAFinetuneDataset) -> dict[str, float]:
-    """How near bfloat16's vectors are to float32's, and the share of queries whose ten best passages are the same."""
+    """How near bfloat16's vectors are to float32's, as an export's certificate says it."""
 
-    def vectors() -> list[Any]:
-        made = [plain.get_text_embedding_batch(list(data.corpus.values())),
-                plain._get_query_embeddings(list(data.queries.values()))]  # fmt: skip
-        return [np.array(each) / np.linalg.norm(each, axis=1, keepdims=True) for each in made]
+    def vectors() -> tuple[Any, Any]:
+        passages = plain.get_text_embedding_batch(list(data.corpus.values()))
+        return np.array(passages), np.array(plain._get_query_embeddings(list(data.queries.values())))
 
     exact = vectors()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = vectors()
-    best = [np.argsort(-(queries @ passages.T), axis=1)[:, :10] for passages, queries in (exact, rounded)]
-    same = [set(a) == set(b) for a, b in zip(*best, strict=True)]
-    cosines = (exact[0] * rounded[0]).sum(axis=1)
-    return {"median_cosine": round(float(np.median(cosines)), 6), "identical_top_10": round(float(np.mean(same)), 4)}
+    return asdict(certificate_of(*zip(exact, rounded, strict=True)))
 
 
 def measure(

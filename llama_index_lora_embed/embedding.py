@@ -167,6 +167,12 @@ class LoraEmbedding(ManyAdapters):
         Raises:
             ConfigError: The model is shared with others, who would get what it is told.
         """
+        model = self._own_model()
+        self._lent = True
+        return model
+
+    def _own_model(self) -> SentenceTransformer:
+        """`sentence_transformer` for those who keep nothing of it."""
         model = self._ready()
         if isinstance(self._model, ExportedModel):
             source = f"It was made from {self._model.facts.name!r}."
@@ -177,7 +183,6 @@ class LoraEmbedding(ManyAdapters):
                 "one of its own",
                 "LoraEmbedding(path, merge=False).sentence_transformer",
             )
-        self._lent = True
         return model
 
     def _ready(self) -> SentenceTransformer:

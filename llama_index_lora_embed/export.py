@@ -179,9 +179,7 @@ def _checked(
 def _exportable(embed_model: LoraEmbedding) -> SentenceTransformer:
     from llama_index_lora_embed.windows import window_of
 
-    lent = embed_model._lent
-    model = embed_model.sentence_transformer
-    embed_model._lent = lent  # nobody keeps it
+    model = embed_model._own_model()
     if window_of(model) is not None:
         raise ConfigError(
             "a model that reads long texts in windows", "one that reads each text at once", "Train one without window=."
@@ -311,17 +309,30 @@ def _facts(
 def _certify(plain: SentenceTransformer, exported: Any, texts: list[str], queries: list[str]) -> Certificate:
     """Compare both on the same texts and queries."""
     both = (plain, exported)
-    passages = [_unit(encode(model, texts, "document")) for model in both]
-    asked = [_unit(encode(model, queries, "query")) for model in both]
+    passages = [encode(model, texts, "document") for model in both]
+    return certificate_of(passages, [encode(model, queries, "query") for model in both])
+
+
+def certificate_of(passages: Sequence[Any], asked: Sequence[Any]) -> Certificate:
+    """How near a model's vectors are to another's.
+
+    Args:
+        passages: Of both models, the plain one first, [texts, dimension].
+        asked: Of both, [queries, dimension].
+
+    Raises:
+        ExportError: There are NaN or infinite ones.
+    """
+    passages, asked = [_unit(each) for each in passages], [_unit(each) for each in asked]
     if not all(np.isfinite(vectors).all() for vectors in (*passages, *asked)):
         raise ExportError("vectors with NaN or infinity in them", "numbers", "Serve the model plainly, in float32.")
     cosines = (passages[0] * passages[1]).sum(axis=1)
-    top = min(_TOP, len(texts) - 1)
+    top = min(_TOP, len(cosines) - 1)
     nearest = [np.argsort(-(q @ p.T), axis=1, kind="stable")[:, :top] for q, p in zip(asked, passages, strict=True)]
     same = [len(set(a) & set(b)) / top for a, b in zip(*nearest, strict=True)]
     return Certificate(
-        len(texts),
-        len(queries),
+        len(cosines),
+        len(same),
         float(np.median(cosines)),
         float(cosines.min()),
         float(np.mean(same)),

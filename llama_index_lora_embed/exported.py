@@ -127,10 +127,6 @@ class ExportedModel:
         """It is its own only module."""
         return self
 
-    def eval(self) -> ExportedModel:
-        """It is never in training."""
-        return self
-
     def get_embedding_dimension(self) -> int:
         """Length of a vector."""
         return self.facts.dimensions
