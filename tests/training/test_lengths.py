@@ -5,6 +5,7 @@ from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.presets import longest_input
 from llama_index_lora_embed.texts import count_tokens
 from llama_index_lora_embed.training.lengths import choose_length
+from llama_index_lora_embed.windows import add_windows
 
 
 @pytest.fixture
@@ -38,6 +39,13 @@ def test_many_short_questions_do_not_hide_long_passages(model):
 def test_the_length_stops_at_the_models_positions(model):
     truncation = choose_length(model, [words(3)], [words(100)] * 3, 0.95, None)
     assert (model.max_seq_length, truncation.cut_after) == (64, 3)
+    assert "window=64 reads them whole" in str(truncation)
+
+
+def test_windows_are_named_only_where_they_read_more(model):
+    assert choose_length(model, [words(3)], [words(100)], 0.95, 24).window is None, "a length of the user's own"
+    add_windows(model, 32)
+    assert choose_length(model, [words(3)], [words(9000)], 0.95, None).window is None
 
 
 def test_short_training_texts_do_not_lower_the_bases_own_limit(model):
