@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             ) from error
         if not isinstance(data, dict):
             raise DatasetError(f"JSON of type {type(data).__name__} in {str(path)!r}", "a JSON object", mend)
+        _share_ids(data)
         return cls(**data)
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -117,8 +118,10 @@ class EmbeddingQAFinetuneDataset(BaseModel):
 
     def digest(self) -> str:
         """SHA-256 (hex) over all fields; the same content gives the same digest in any order of keys."""
-        text = json.dumps(self.model_dump(exclude_none=True), sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for piece in _json_pieces(self):
+            digest.update(piece.encode())
+        return digest.hexdigest()
 
     def order_digest(self) -> str:
         """SHA-256 (hex) over all fields and the order of questions and passages, which decides what batches hold."""
@@ -266,3 +269,35 @@ def _is_text(value: Any) -> bool:
 def normalise(text: str) -> str:
     """A text for comparison: lower case, single spaces."""
     return " ".join(text.lower().split())
+
+
+def _share_ids(data: dict[str, Any]) -> None:
+    """Have equal ids be one string in memory; json makes a new one for each that is no key."""
+    known: dict[str, str] = {}
+
+    def shared(value: Any) -> Any:
+        return known.setdefault(value, value) if isinstance(value, str) else value
+
+    for name in ("corpus", "queries"):
+        if isinstance(ids := data.get(name), dict):
+            known.update(zip(ids, ids, strict=True))
+    for name in ("relevant_docs", "hard_negatives", "source_documents", "query_origins"):
+        if isinstance(entries := data.get(name), dict):
+            for key, value in entries.items():
+                entries[key] = [shared(i) for i in value] if isinstance(value, list) else shared(value)
+
+
+def _json_pieces(dataset: EmbeddingQAFinetuneDataset) -> Iterator[str]:
+    """JSON of all fields that are not None, keys sorted, entry by entry: in one piece it is as large as the corpus."""
+    fields = {name: value for name in type(dataset).model_fields if (value := getattr(dataset, name)) is not None}
+    for number, name in enumerate(sorted(fields)):
+        yield f"{', ' if number else '{'}{json.dumps(name)}: "
+        value = fields[name]
+        if not isinstance(value, dict):
+            yield json.dumps(value)
+            continue
+        yield "{"
+        for at, key in enumerate(sorted(value)):
+            yield f"{', ' if at else ''}{json.dumps(key)}: {json.dumps(value[key], sort_keys=True)}"
+        yield "}"
+    yield "}"

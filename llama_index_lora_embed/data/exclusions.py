@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,9 +28,23 @@ _GUARDS_KEPT = 4096
 _normalised = lru_cache(maxsize=1 << 13)(normalise)
 
 
+class _Itself(dict[str, str]):
+    """Ids to ids; one that is not there leads to itself, which most passages of a large corpus do."""
+
+    def __missing__(self, key: str) -> str:
+        return key
+
+
+class _Alone(dict[str, list[str]]):
+    """Document id to its passages; without documents, each passage is its own."""
+
+    def __missing__(self, key: str) -> list[str]:
+        return [key]
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """What is known of the passages without a model.
+    """What is known of the passages without a model. Of the many passages that share nothing, nothing is held.
 
     Attributes:
         dataset: Whose corpus it is.
@@ -37,9 +52,10 @@ class Corpus:
         first: Passage id to the first id with exactly its text.
         alike: Passage id to the first id with its text but for case and spaces.
         near: Passage id to an id that all passages with nearly its text have in common.
-        homes: First id, as in `alike`, to the documents in which its text stands.
+        elsewhere: First id, as in `alike`, to all documents in which its text stands, if these are several.
         documents: Document id to its passages, in the order of the corpus.
         place: Passage id to its position in its document.
+        texts: How many texts there are, but for case and spaces.
     """
 
     dataset: EmbeddingQAFinetuneDataset
@@ -47,9 +63,10 @@ class Corpus:
     first: dict[str, str]
     alike: dict[str, str]
     near: dict[str, str]
-    homes: dict[str, set[str]]
+    elsewhere: dict[str, set[str]]
     documents: dict[str, list[str]]
     place: dict[str, int]
+    texts: int
 
     @classmethod
     def of(cls, dataset: EmbeddingQAFinetuneDataset, near_duplicates: Mapping[str, str]) -> Corpus:
@@ -66,20 +83,31 @@ class Corpus:
                 unknown,
             )
         exact: dict[str, str] = {}
-        normal: dict[str, str] = {}
-        first: dict[str, str] = {}
-        alike: dict[str, str] = {}
-        homes: dict[str, set[str]] = {}
-        documents: dict[str, list[str]] = {}
+        normal: dict[bytes, str] = {}
+        first, alike, near = _Itself(), _Itself(), _Itself()
+        elsewhere: dict[str, set[str]] = {}
+        documents = _Alone()
         for passage_id, text in dataset.corpus.items():
-            first[passage_id] = exact.setdefault(text, passage_id)
-            alike[passage_id] = normal.setdefault(normalise(text), passage_id)
-            homes.setdefault(alike[passage_id], set()).add(dataset.source_of(passage_id))
-            documents.setdefault(dataset.source_of(passage_id), []).append(passage_id)
+            source = dataset.source_of(passage_id)
+            if (same := exact.setdefault(text, passage_id)) != passage_id:
+                first[passage_id] = same
+            if (head := normal.setdefault(_digest(normalise(text)), passage_id)) != passage_id:
+                alike[passage_id] = head
+                if source != dataset.source_of(head) or head in elsewhere:
+                    elsewhere.setdefault(head, {dataset.source_of(head)}).add(source)
+            if dataset.source_documents:
+                documents.setdefault(source, []).append(passage_id)
         place = {i: at for ids in documents.values() for at, i in enumerate(ids)}
         kin = {alike[i]: alike[root] for i, root in near_duplicates.items() if alike[i] != alike[root]}
-        near = {i: kin.get(head, head) for i, head in alike.items()}
-        return cls(dataset, list(exact.values()), first, alike, near, homes, documents, place)
+        for passage_id in dataset.corpus:
+            if (root := kin.get(alike[passage_id], alike[passage_id])) != passage_id:
+                near[passage_id] = root
+        return cls(dataset, list(exact.values()), first, alike, near, elsewhere, documents, place, len(normal))
+
+    def homes(self, passage_id: str) -> set[str]:
+        """The documents in which the passage's text stands."""
+        head = self.alike[passage_id]
+        return self.elsewhere.get(head) or {self.dataset.source_of(head)}
 
 
 class Guard:
@@ -104,7 +132,7 @@ class Guard:
         for document, ids in self.by_document.items():
             passages = corpus.documents[document]
             if window is not None:
-                places = (corpus.place[i] for i in ids)
+                places = (corpus.place.get(i, 0) for i in ids)
                 passages = [i for at in places for i in passages[max(0, at - window) : at + window + 1]]
             self.siblings |= {corpus.alike[i] for i in passages}
 
@@ -125,7 +153,7 @@ class Guard:
         Only ends are looked up in the other: of two chunks, the end of the one is what the other begins with,
         while beginnings are equal throughout a document where indexing puts its title or metadata first.
         """
-        shared = self.corpus.homes[self.corpus.alike[passage_id]] & self.by_document.keys()
+        shared = self.corpus.homes(passage_id) & self.by_document.keys()
         if not shared:
             return False
         text = _normalised(self.corpus.dataset.corpus[passage_id])
@@ -176,9 +204,14 @@ class FalseNegatives:
     ) -> None:
         self.corpus = Corpus.of(dataset, near_duplicates or {})
         self.window = window
-        self._answers: dict[str, set[str]] = {}  # by wording, because one title can be several nodes'
+        # answers of wordings that are asked more than once, because one title can be several nodes'
+        self._answers: dict[bytes, set[str]] = {}
+        asked: dict[bytes, str] = {}
         for query_id, text in dataset.queries.items():
-            self._answers.setdefault(normalise(text), set()).update(dataset.relevant_docs[query_id])
+            wording = _digest(normalise(text))
+            if (before := asked.setdefault(wording, query_id)) != query_id:
+                answers = self._answers.setdefault(wording, set(dataset.relevant_docs[before]))
+                answers.update(dataset.relevant_docs[query_id])
         self._guards: dict[str, Guard] = {}
 
     def guard(self, query_id: str) -> Guard:
@@ -188,7 +221,8 @@ class FalseNegatives:
         if found is None:
             if len(self._guards) >= _GUARDS_KEPT:
                 self._guards.clear()
-            found = self._guards[wording] = Guard(self.corpus, wording, self._answers[wording], self.window or 0)
+            answers = self._answers.get(_digest(wording)) or set(self.corpus.dataset.relevant_docs[query_id])
+            found = self._guards[wording] = Guard(self.corpus, wording, answers, self.window or 0)
         return found
 
     def places(self, passage_ids: Sequence[str]) -> Places:
@@ -198,7 +232,7 @@ class FalseNegatives:
             alike = self.corpus.alike[passage_id]
             places.alike.setdefault(alike, []).append(at)
             places.near.setdefault(self.corpus.near[passage_id], []).append(at)
-            for document in self.corpus.homes[alike]:
+            for document in self.corpus.homes(passage_id):
                 places.documents.setdefault(document, []).append(at)
         return places
 
@@ -231,7 +265,7 @@ class FalseNegatives:
         yield from (("alike", key) for key in guard.siblings)
         if self.window < 2:
             for document, ids in guard.by_document.items():
-                passages, places = self.corpus.documents[document], (self.corpus.place[i] for i in ids)
+                passages, places = self.corpus.documents[document], (self.corpus.place.get(i, 0) for i in ids)
                 for passage_id in dict.fromkeys(i for at in places for i in passages[max(0, at - 2) : at + 3]):
                     if guard.overlaps(passage_id):
                         yield "alike", self.corpus.alike[passage_id]
@@ -242,7 +276,12 @@ class FalseNegatives:
         yield "near", self.corpus.near[passage_id]
         yield "alike", alike
         if self.window is None:
-            yield from (("document", key) for key in self.corpus.homes[alike])
+            yield from (("document", key) for key in self.corpus.homes(passage_id))
+
+
+def _digest(text: str) -> bytes:
+    """Stands for a text in a dictionary, in fewer bytes."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def too_close(score: float, positive: float, settings: MiningSettings) -> str | None:

@@ -99,23 +99,41 @@ def _alike(count: int, shingles: Callable[[int], Shingles], threshold: float) ->
     """(number of a text, number of the earlier text that it is like); shingles are made anew, not kept."""
     if count < 2:
         return
-    from datasketch import MinHash, MinHashLSH
+    from datasketch import MinHash
 
-    bands, rows = _bands(threshold)
-    index = MinHashLSH(num_perm=_PERMUTATIONS, params=(bands, rows))
     permutations = MinHash(num_perm=_PERMUTATIONS, scheme="affine32").permutations
     signatures = np.zeros((count, _PERMUTATIONS), dtype=np.uint32)
     for number in range(count):
-        own = shingles(number)
         sketch = MinHash(_PERMUTATIONS, hashfunc=_itself, permutations=permutations, scheme="affine32")
-        sketch.update_batch((own & np.uint64(0xFFFFFFFF)).tolist())
+        sketch.update_batch((shingles(number) & np.uint64(0xFFFFFFFF)).tolist())
         signatures[number] = sketch.hashvalues
-        for other in _likeliest(sorted(index.query(sketch)), signatures, number, threshold):
+    keys = _shared_bands(signatures, *_bands(threshold))
+    index: dict[tuple[int, int], list[int]] = {}
+    for number in np.flatnonzero(keys.any(axis=1)).tolist():
+        own, met = shingles(number), [(band, key) for band, key in enumerate(keys[number].tolist()) if key]
+        candidates = sorted({other for at in met for other in index.get(at, ())})
+        for other in _likeliest(candidates, signatures, number, threshold):
             if _jaccard(own, shingles(other)) >= threshold:
                 yield number, other
                 break
         else:
-            index.insert(number, sketch, check_duplication=False)
+            for at in met:
+                index.setdefault(at, []).append(number)
+
+
+def _shared_bands(signatures: NDArray[Any], bands: int, rows: int) -> NDArray[np.int64]:
+    """[texts, bands]: a number above 0 that texts share which are equal in this band, 0 where no other text is.
+
+    That is all that locality-sensitive hashing finds, in four bytes a permutation instead of an index of every text.
+    """
+    keys = np.zeros((len(signatures), bands), dtype=np.int64)
+    for band in range(bands):
+        part = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
+        _, place, often = np.unique(
+            part.view(np.dtype((np.void, part.itemsize * rows))).ravel(), return_inverse=True, return_counts=True
+        )
+        keys[:, band] = np.where(often[place] > 1, place + 1, 0)
+    return keys
 
 
 def _likeliest(candidates: list[int], signatures: NDArray[Any], number: int, threshold: float) -> Sequence[int]:

@@ -127,9 +127,9 @@ def mine_hard_negatives(
 
         near_duplicates = near_duplicate_groups(dataset.corpus)
     corpus = Corpus.of(dataset, near_duplicates)
-    if len(corpus.homes) < 2:
+    if corpus.texts < 2:
         raise DatasetError(
-            f"a corpus with {len(corpus.homes)} different text(s)",
+            f"a corpus with {corpus.texts} different text(s)",
             "at least two: a negative is another passage than the answer",
             "Add documents; passages without questions are mined too.",
         )

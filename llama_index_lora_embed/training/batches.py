@@ -28,7 +28,7 @@ _CHUNK = 8
 NEGATIVE, IGNORED, CURATED = 0.0, -1.0, -2.0
 
 
-@dataclass
+@dataclass(slots=True)
 class TrainingGroup:
     """One passage and the questions that it answers.
 
@@ -61,7 +61,9 @@ def make_groups(dataset: EmbeddingQAFinetuneDataset, use_all_docs: bool) -> list
             text = cut or dataset.corpus[passage_id]
             group = groups.setdefault((passage_id, text), TrainingGroup(text, passage_id))
             group.query_ids.append(query_id)
-    if len({normalise(dataset.corpus[group.passage_id]) for group in groups.values()}) < 2:
+    texts = (normalise(dataset.corpus[group.passage_id]) for group in groups.values())
+    first = next(texts, None)
+    if all(text == first for text in texts):
         raise DatasetError(
             "a training set with questions about one passage only",
             "at least two different passages: each is told from the others of its batch",

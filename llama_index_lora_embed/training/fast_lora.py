@@ -101,6 +101,7 @@ def _is_plain(layer: LoraLinear) -> bool:
     base = layer.get_base_layer()
     return (
         type(base) is nn.Linear
+        and "forward" not in layer.__dict__  # accelerate puts its own there
         and list(layer.active_adapters) == [_NAME]
         and not layer.lora_variant
         and not layer.merged_adapters

@@ -6,18 +6,23 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llama_index_lora_embed.errors import warn_user
+
 logger = logging.getLogger(__name__)
 TEXT_IDS = "text_ids"
 """Key in a chunk of token tensors: which text each row is, int [rows]."""
+_LEFT_FREE = 1 << 30  # bytes of a disk that are not ours to fill
 
 
 def text_id(task: str, text: str, window: int = 0) -> int:
@@ -31,14 +36,17 @@ class _CapturedError(Exception):
 
 
 class HiddenStates:
-    """Rows of vectors by number, in memory up to a bound and in a temporary file beyond it.
+    """Rows of vectors by number, in memory up to a bound and in a temporary file beyond it, while its disk has room.
 
     Args:
         memory: Bytes to hold in memory.
+        folder: Where the file may be; None for the system's own folder.
     """
 
-    def __init__(self, memory: int) -> None:
+    def __init__(self, memory: int, folder: Path | None = None) -> None:
         self.left = memory
+        self.folder = folder
+        self.full = False
         self.held: dict[int, Tensor] = {}
         self.places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
         self.file: Any = None
@@ -47,25 +55,39 @@ class HiddenStates:
         return number in self.held or number in self.places
 
     def put(self, number: int, rows: Tensor) -> None:
-        """Keep [tokens, width] under a number."""
+        """Keep [tokens, width] under a number, if there is room for it."""
         size = rows.numel() * rows.element_size()
         if size <= self.left:
             self.left -= size
             self.held[number] = rows.clone()
-            return
+        elif not self.full:
+            try:
+                self._write(number, rows, size)
+            except OSError as error:
+                self.full = True
+                warn_user(
+                    f"Outputs of frozen layers are kept for {len(self.held) + len(self.places)} texts, with no room "
+                    f"for more ({error}). Training goes on and computes the others in each epoch. "
+                    "frozen_cache_mb is how much memory they may take."
+                )
+
+    def _write(self, number: int, rows: Tensor, size: int) -> None:
         if self.file is None:
-            self.file = tempfile.TemporaryFile(prefix="hidden-states-")  # noqa: SIM115  # closed with the object
+            # unbuffered, so that a full disk shows here; closed with the object
+            self.file = tempfile.TemporaryFile(prefix="hidden-states-", dir=self.folder, buffering=0)  # noqa: SIM115
+        if shutil.disk_usage(self.folder or tempfile.gettempdir()).free < size + _LEFT_FREE:
+            raise OSError(f"less than {_LEFT_FREE >> 20} MB would be left free on the disk")
         place = self.file.seek(0, os.SEEK_END)
-        self.file.write(rows.contiguous().view(torch.uint8).numpy().tobytes())
+        if self.file.write(rows.contiguous().view(torch.uint8).numpy().tobytes()) != size:
+            raise OSError("the disk took less than was written")
         self.places[number] = (place, rows.shape, rows.dtype)
 
-    def get(self, number: int) -> Tensor:
-        """What was put there."""
-        if number in self.held:
-            return self.held[number]
+    def get(self, number: int) -> Tensor | None:
+        """What was put there; None if there was no room."""
+        if number not in self.places:
+            return self.held.get(number)
         place, shape, dtype = self.places[number]
         size = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
-        self.file.flush()
         self.file.seek(place)
         return torch.frombuffer(bytearray(self.file.read(size)), dtype=dtype).view(shape)
 
@@ -91,15 +113,16 @@ class FrozenPrefix:
         layers: The transformer's layers.
         first: Index of the first layer with something to train; above 0.
         memory: Bytes of hidden states to hold in memory; more go into a temporary file.
+        folder: Where that may be; None for the system's own folder.
     """
 
-    def __init__(self, layers: nn.ModuleList, first: int, memory: int) -> None:
+    def __init__(self, layers: nn.ModuleList, first: int, memory: int, folder: Path | None = None) -> None:
         self.layers = layers
         self.first = first
-        self.states = HiddenStates(memory)
+        self.states = HiddenStates(memory, folder)
 
     @classmethod
-    def of(cls, model: nn.Module, memory: int) -> FrozenPrefix | None:
+    def of(cls, model: nn.Module, memory: int, folder: Path | None = None) -> FrozenPrefix | None:
         """Of a model; None where training begins in the first layer, or where something else is trained, too."""
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         for name, module in model.named_modules():
@@ -107,7 +130,7 @@ class FrozenPrefix:
                 numbers = [re.match(rf"{re.escape(name)}\.(\d+)\.", path) for path in trained]
                 if numbers and all(numbers):
                     first = min(int(found[1]) for found in numbers if found)
-                    return cls(module, first, memory) if first else None
+                    return cls(module, first, memory, folder) if first else None
         return None
 
     def __call__(self, model: nn.Module, inner: nn.Module, chunk: dict[str, Any]) -> Any:
@@ -121,12 +144,16 @@ class FrozenPrefix:
         features = dict(chunk)
         numbers = features.pop(TEXT_IDS).tolist()
         mask = features["attention_mask"].bool()
+        kept = []
         for row, number in enumerate(numbers):
-            if number not in self.states:
+            states = self.states.get(number)
+            if states is None:
                 # alone and without padding: the same digits whatever else a batch holds, in a resumed run, too
                 own = {name: _row(value, row, mask) for name, value in features.items()}
-                self.states.put(number, self._below(inner, own)[0].cpu())
-        rows = torch.cat([self.states.get(number) for number in numbers])
+                states = self._below(inner, own)[0].cpu()
+                self.states.put(number, states)
+            kept.append(states)
+        rows = torch.cat(kept)
         padded = torch.zeros(*mask.shape, rows.shape[-1], dtype=torch.float32, device=mask.device)
         padded[mask] = rows.to(mask.device, torch.float32)
         with self._skipping(padded):
@@ -180,11 +207,15 @@ class FrozenPrefix:
 
         handle = self.layers[self.first].register_forward_pre_hook(replace, with_kwargs=True)
         lower = [self.layers[i] for i in range(self.first)]
+        before = [layer.__dict__.get("forward") for layer in lower]  # accelerate puts its own there
         for layer in lower:
             layer.forward = nothing
         try:
             yield
         finally:
             handle.remove()
-            for layer in lower:
-                del layer.forward
+            for layer, own in zip(lower, before, strict=True):
+                if own is None:
+                    del layer.forward
+                else:
+                    layer.forward = own

@@ -168,7 +168,7 @@ def train(
         trainer.add_callback(callback)
     if checkpoint is None or others:
         best(model, 0)
-    prefix = _frozen_prefix(model, settings, plan)
+    prefix = _frozen_prefix(model, settings, plan, trainer, run_dir)
     with ExitStack() as stack:
         if prefix is not None:
             stack.callback(prefix.states.close)
@@ -222,22 +222,36 @@ def set_length(
     return truncation
 
 
-def _frozen_prefix(model: SentenceTransformer, settings: TrainingSettings, plan: TrainingPlan) -> FrozenPrefix | None:
-    """Have the loss keep the outputs of frozen layers, if there are some below and more than one epoch needs them."""
-    loss = plan.inputs["loss"]
-    if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or settings.epochs < 2:
+def _frozen_prefix(
+    model: SentenceTransformer, settings: TrainingSettings, plan: TrainingPlan, trainer: LoraTrainer, run_dir: Path
+) -> FrozenPrefix | None:
+    """Have the loss keep the outputs of frozen layers, if there are some below and more than one epoch needs them.
+
+    Not together with gradient checkpointing, which may run the layers again when nothing knows their texts any more.
+    """
+    loss, args = plan.inputs["loss"], trainer.args
+    steps = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps  # in an epoch
+    if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or trainer.steps_in_all() <= steps:
         return None
-    loss.prefix = FrozenPrefix.of(model, int(settings.frozen_cache_mb * 2**20))
-    if loss.prefix is not None:
-        batch = plan.inputs["data_collator"]([{"group": 0}, {"group": 1}])
+    if args.gradient_checkpointing or args.activation_checkpointing:
+        return None
+    memory = int(settings.frozen_cache_mb * 2**20)
+    prefix = FrozenPrefix.of(model, memory, run_dir)
+    if prefix is not None:
+        groups = len(plan.inputs["train_dataset"])
+        batch = plan.inputs["data_collator"]([{"group": i} for i in range(min(groups, max(2, processes.world_size())))])
         names = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids")]
-        chunk = {key[len(names[0]) :]: value for key, value in batch.items() if key.startswith(names[0])}
-        chunk = {
-            key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in chunk.items()
-        }
         model.eval()
-        if not loss.prefix.agrees(model, chunk, _PREFIX_TOLERANCE):
-            loss.prefix = None
+        for name in (names[0], names[-1]):  # questions and passages
+            chunk = {key[len(name) :]: value for key, value in batch.items() if key.startswith(name)}
+            chunk = {key: v.to(model.device) if isinstance(v, torch.Tensor) else v for key, v in chunk.items()}
+            if not prefix.agrees(model, chunk, _PREFIX_TOLERANCE):
+                warn_user(
+                    "This model's frozen layers cannot be computed apart from the others: lora_layers trains the upper "
+                    "ones alone, in the time of a whole pass for each step."
+                )
+                return None
+        loss.prefix = FrozenPrefix.of(model, memory, run_dir)  # what was tried was float32
     return loss.prefix
 
 
