@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llama_index_lora_embed.errors import ConfigError
 from llama_index_lora_embed.presets import SHORTEST_WINDOW, longest_input
+from llama_index_lora_embed.texts import count_tokens
 
 COUNTS = "windows"
 """Key in the features: into how many windows each text went, int [texts]; absent where each is one."""
@@ -204,6 +205,16 @@ MODULES: Mapping[str, type[nn.Module]] = {
 def window_of(model: SentenceTransformer) -> int | None:
     """Tokens in a window of this model; None where texts are not split."""
     return getattr(model[0], "window", None)
+
+
+def windows_in(model: SentenceTransformer, texts: list[str], prompt: str = "") -> list[int]:
+    """Into how many windows each text goes; 1 each for a model without windows."""
+    window = window_of(model)
+    if window is None or not texts:
+        return [1] * len(texts)
+    frame, *lengths = count_tokens(model, ["", *texts], prompt)
+    room = max(1, window - frame)
+    return [max(1, math.ceil((min(n, model.max_seq_length or n) - frame) / room)) for n in lengths]
 
 
 def longest_text(model: SentenceTransformer) -> int:

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine, ObjectiveSettings
 from speed.contenders import Job
 from speed.measure import Curve, Recorder, count_tokens, linear_layers, one_question_each, read_dataset
 from speed.plain_trainer import BATCH_SIZE, LEARNING_RATE, LIKE_FOR_LIKE_EPOCHS, like_for_like_length
@@ -80,6 +80,8 @@ def run(job: Job, recorder: Recorder) -> None:
     dataset = EmbeddingQAFinetuneDataset.from_json(job.train)
     like_for_like = job.contender == "d2"
     if like_for_like:
+        if taken := settings.keys() & {"lora_layers", "lora_config", "window", "batch_size", "epochs", "val_fraction"}:
+            raise ValueError(f"setting {job.setting!r} with d2, which has its own {', '.join(sorted(taken))}")
         base = SentenceTransformer(job.model, device=job.device)
         dataset = EmbeddingQAFinetuneDataset.coerce(one_question_each(read_dataset(job.train)), "dataset")
         settings |= {
@@ -89,6 +91,8 @@ def run(job: Job, recorder: Recorder) -> None:
             "learning_rate": LEARNING_RATE,
             "epochs": LIKE_FOR_LIKE_EPOCHS,
             "val_fraction": 0.0,
+            # (b2)'s loss has no masks, so that the curves are of one loss
+            "objective": ObjectiveSettings(sibling_window=0, mask_near_duplicates=False),
         }
     evaluations = off_the_clock(recorder)
     recorder.begin()

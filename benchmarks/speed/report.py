@@ -70,11 +70,13 @@ def summarise(runs: list[Run], target: float | None) -> dict[str, dict[str, dict
         for figure in rows[0]:
             values = [row[figure] for row in rows]
             known = [value for value in values if value is not None]
-            if known:
+            if known and figure == "to target s":
                 # a seed that never got there is worse than any that did
                 ordered = sorted(known) + [None] * (len(values) - len(known))
                 middle = median(known) if len(known) == len(values) else ordered[len(ordered) // 2]
                 cells[figure] = {"median": middle, "min": min(known), "max": ordered[-1], "values": values}
+            elif known:  # of the runs that were not stopped before
+                cells[figure] = {"median": median(known), "min": min(known), "max": max(known), "values": values}
         summary[name] = cells
     return summary
 
@@ -141,4 +143,6 @@ def _cell(cell: dict[str, Any] | None, digits: int) -> str:
 
     if len(cell["values"]) == 1:
         return number(cell["median"])
-    return f"{number(cell['median'])} ({number(cell['min'])} to {number(cell['max'])})"
+    known = sum(value is not None for value in cell["values"])
+    some = "" if known == len(cell["values"]) or cell["max"] is None else f"; {known} of {len(cell['values'])} runs"
+    return f"{number(cell['median'])} ({number(cell['min'])} to {number(cell['max'])}{some})"

@@ -17,7 +17,7 @@ from llama_index_lora_embed.data.exclusions import FalseNegatives
 from llama_index_lora_embed.errors import ConfigError, DatasetError
 from llama_index_lora_embed.training import processes
 from llama_index_lora_embed.training.prefix import TEXT_IDS, text_id
-from llama_index_lora_embed.windows import COUNTS
+from llama_index_lora_embed.windows import COUNTS, windows_in
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -94,7 +94,8 @@ class GroupCollator:
         groups: What the indices in the rows mean.
         false_negatives: What is ignored; None takes the defaults of `ObjectiveSettings` without near-duplicates.
         soft: See above.
-        mini_batch_size: Texts in a chunk, so many that are encoded in one go; None for 8 passages or 32 questions.
+        mini_batch_size: Texts in a chunk, or windows of long ones, so many that are encoded in one go; None for 8
+            passages or 32 questions.
         rank: Number of this process, from 0.
         world: How many processes there are.
     """
@@ -188,14 +189,27 @@ class GroupCollator:
         texts = texts[self.rank :: self.world]
         size = self.mini_batch_size or size
         prompt = self.model.prompts.get(task) or None
-        for number, start in enumerate(range(0, len(texts), size)):
-            chunk = texts[start : start + size]
+        for number, chunk in enumerate(self._chunks(texts, prompt or "", size)):
             features = self.model.preprocess(chunk, prompt=prompt, task=task)
             for key, value in features.items():
                 batch[f"{letter}{number}_{key}"] = value
             counts = features[COUNTS].tolist() if COUNTS in features else [1] * len(chunk)
             ids = [text_id(task, text, i) for text, count in zip(chunk, counts, strict=True) for i in range(count)]
             batch[f"{letter}{number}_{TEXT_IDS}"] = torch.tensor(ids)
+
+    def _chunks(self, texts: list[str], prompt: str, size: int) -> Iterator[list[str]]:
+        """Neighbours of no more than `size` rows for the model, which are texts, or the windows of long ones."""
+        rows = windows_in(self.model, texts, prompt)
+        chunk: list[str] = []
+        left = size
+        for text, needed in zip(texts, rows, strict=True):
+            if chunk and needed > left:
+                yield chunk
+                chunk, left = [], size
+            chunk.append(text)
+            left -= needed
+        if chunk:
+            yield chunk
 
 
 class GroupBatchSampler(DefaultBatchSampler):

@@ -13,6 +13,7 @@ from llama_index_lora_embed import models
 from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.precision import computing_in
 from llama_index_lora_embed.presets import upper_modules
+from llama_index_lora_embed.training import prefix as prefix_module
 from llama_index_lora_embed.training.batches import make_groups
 from llama_index_lora_embed.training.fast_lora import fast_lora
 from llama_index_lora_embed.training.lora import add_lora
@@ -187,6 +188,63 @@ def test_kept_outputs_go_to_disk_beyond_the_bound(tiny_model):
     assert all(states.get(number).equal(row) for number, row in rows.items())
     states.close()
     assert 3 not in states
+
+
+def refuse(*args):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("trouble", ["full", "nearly full", "short write"])
+def test_a_full_disk_costs_time_and_not_the_run(tiny_model, tmp_path, monkeypatch, trouble):
+    names = upper_modules(models.load_base(models.describe_base(tiny_model)), 0.5)
+    model, loss, batch = prepared(tiny_model, LoraConfig(r=4, target_modules=names))
+    plain = gradients(model, loss, batch)
+    loss.prefix = FrozenPrefix.of(model, 1000, tmp_path)
+    if trouble == "full":
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda **kwargs: refuse())
+    elif trouble == "nearly full":
+        monkeypatch.setattr(prefix_module, "_LEFT_FREE", 1 << 60)
+    else:
+        loss.prefix.states.file = type("Short", (), {"seek": lambda *a: 0, "write": lambda *a: 1, "close": refuse})()
+    with pytest.warns(UserWarning, match="no room for more"):
+        first = gradients(model, loss, batch)
+    assert_same(first, plain)
+    assert_same(gradients(model, loss, batch), plain)
+    assert not loss.prefix.states.places
+    if trouble != "short write":
+        loss.prefix.states.close()
+        assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_nothing_would_read_again_are_not_kept(tiny_model, tmp_path, monkeypatch):
+    kept = []
+    put = HiddenStates.put
+    monkeypatch.setattr(HiddenStates, "put", lambda self, *args: (kept.append(args[0]), put(self, *args)))
+    arguments = {"lora_layers": 0.5, "precision": "fp32"}
+    engine(tiny_model, tmp_path / "checkpointed", **arguments).finetune(gradient_checkpointing=True)
+    engine(tiny_model, tmp_path / "one", **arguments).finetune(max_steps=1)
+    assert not kept
+    engine(tiny_model, tmp_path / "all", **arguments).finetune()
+    assert kept
+
+
+def test_a_model_whose_layers_are_not_kept_says_so(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(FrozenPrefix, "agrees", lambda *args: False)
+    with pytest.warns(UserWarning, match="cannot be computed apart"):
+        engine(tiny_model, tmp_path / "run", lora_layers=0.5).finetune()
+
+
+def test_what_others_put_in_a_layers_place_is_there_again_afterwards(tiny_model):
+    names = upper_modules(models.load_base(models.describe_base(tiny_model)), 0.5)
+    model, loss, batch = prepared(tiny_model, LoraConfig(r=4, target_modules=names))
+    loss.prefix = FrozenPrefix.of(model, 1 << 20)
+    layer, lora = loss.prefix.layers[0], next(m for m in model.modules() if isinstance(m, LoraLinear))
+    theirs = [layer.forward, lora.forward]
+    layer.forward, lora.forward = theirs
+    with fast_lora(model) as changed:
+        gradients(model, loss, batch)
+    assert [layer.__dict__["forward"], lora.__dict__["forward"]] == theirs
+    assert changed == len([m for m in model.modules() if isinstance(m, LoraLinear)]) - 1
 
 
 def test_where_training_begins_in_the_first_layer_nothing_is_kept(tiny_model):

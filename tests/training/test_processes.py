@@ -35,6 +35,13 @@ def gradient(path, rank=0):
     return {name.removeprefix("module."): tensor for name, tensor in stored.items()}
 
 
+def test_three_processes_keep_what_frozen_layers_put_out(tiny_model, tmp_path):
+    launcher = [*TORCHRUN[:-1], "3"]
+    done = run(launcher, tiny_model, tmp_path / "run", arguments={"batch_size": 4, "lora_layers": 0.5})
+    assert done.returncode == 0, done.stderr
+    assert said(tmp_path / "run", 2) == said(tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_model, tmp_path_factory):
     """One process with batches of 32."""
