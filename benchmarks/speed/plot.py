@@ -34,6 +34,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.axhline(results["target_ndcg@10"], color="grey", linestyle="--", linewidth=1, label="(a)'s last step")
     machine = results["machine"]
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("seconds, evaluations apart")
     axes.set_ylabel(f"nDCG@10 on {results['arguments']['test']}")
     axes.set_title(f"{machine['processor']}, {machine['cores']} cores", fontsize=10)
