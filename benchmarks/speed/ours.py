@@ -10,6 +10,7 @@ the test set's word on the directory that was written.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig
@@ -24,7 +25,13 @@ from speed.plain_trainer import BATCH_SIZE, LEARNING_RATE, LIKE_FOR_LIKE_EPOCHS,
 # One line for each setting: arguments of LoraFinetuneEngine.
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
+    # one trick less each
     "fp32": {"precision": "fp32"},
+    "pefts-lora": {"fused_lora": False},
+    "torchs-attention": {"fused_attention": False},
+    "whole-batch": {"objective": ObjectiveSettings(mini_batch_size=None)},
+    "frozen-each-time": {"lora_layers": 0.5, "frozen_cache_mb": 0},
+    # others
     "quality": {"window": 512, "batch_size": 64, "epochs": 5, "lora_layers": 0.66, "val_fraction": 0.0},
     "upper-half": {"lora_layers": 0.5},
     "windows": {"window": 192},
@@ -92,7 +99,9 @@ def run(job: Job, recorder: Recorder) -> None:
             "epochs": LIKE_FOR_LIKE_EPOCHS,
             "val_fraction": 0.0,
             # (b2)'s loss has no masks, so that the curves are of one loss
-            "objective": ObjectiveSettings(sibling_window=0, mask_near_duplicates=False),
+            "objective": replace(
+                settings.get("objective", ObjectiveSettings()), sibling_window=0, mask_near_duplicates=False
+            ),
         }
     evaluations = off_the_clock(recorder)
     recorder.begin()
