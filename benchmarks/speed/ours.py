@@ -87,22 +87,22 @@ def run(job: Job, recorder: Recorder) -> None:
     dataset = EmbeddingQAFinetuneDataset.from_json(job.train)
     like_for_like = job.contender == "d2"
     if like_for_like:
-        if taken := settings.keys() & {"lora_layers", "lora_config", "window", "batch_size", "epochs", "val_fraction"}:
-            raise ValueError(f"setting {job.setting!r} with d2, which has its own {', '.join(sorted(taken))}")
         base = SentenceTransformer(job.model, device=job.device)
         dataset = EmbeddingQAFinetuneDataset.coerce(one_question_each(read_dataset(job.train)), "dataset")
-        settings |= {
+        own = {
             "lora_config": LoraConfig(r=16, lora_alpha=32, target_modules=linear_layers(base)),
             "max_seq_length": like_for_like_length(base),
             "batch_size": BATCH_SIZE,
             "learning_rate": LEARNING_RATE,
             "epochs": LIKE_FOR_LIKE_EPOCHS,
             "val_fraction": 0.0,
-            # (b2)'s loss has no masks, so that the curves are of one loss
-            "objective": replace(
-                settings.get("objective", ObjectiveSettings()), sibling_window=0, mask_near_duplicates=False
-            ),
         }
+        if taken := settings.keys() & {*own, "lora_layers", "window"}:
+            raise ValueError(f"setting {job.setting!r} with d2, which has its own {', '.join(sorted(taken))}")
+        # (b2)'s loss has no masks, so that the curves are of one loss
+        objective = settings.get("objective", ObjectiveSettings())
+        objective = replace(objective, sibling_window=0, mask_near_duplicates=False)
+        settings |= {**own, "objective": objective}
     evaluations = off_the_clock(recorder)
     recorder.begin()
     engine = LoraFinetuneEngine(

@@ -104,6 +104,11 @@ class Corpus:
                 near[passage_id] = root
         return cls(dataset, list(exact.values()), first, alike, near, elsewhere, documents, place, len(normal))
 
+    def around(self, document: str, passage_ids: Iterable[str], window: int) -> list[str]:
+        """A document's passages up to so many places before or after these of it, and themselves."""
+        passages, places = self.documents[document], (self.place.get(i, 0) for i in passage_ids)
+        return [i for at in places for i in passages[max(0, at - window) : at + window + 1]]
+
     def homes(self, passage_id: str) -> set[str]:
         """The documents in which the passage's text stands."""
         head = self.alike[passage_id]
@@ -130,10 +135,7 @@ class Guard:
         self.near = {corpus.near[i] for i in positives}
         self.siblings: set[str] = set()
         for document, ids in self.by_document.items():
-            passages = corpus.documents[document]
-            if window is not None:
-                places = (corpus.place.get(i, 0) for i in ids)
-                passages = [i for at in places for i in passages[max(0, at - window) : at + window + 1]]
+            passages = corpus.documents[document] if window is None else corpus.around(document, ids, window)
             self.siblings |= {corpus.alike[i] for i in passages}
 
     def reason(self, passage_id: str, own: set[str]) -> str | None:
@@ -265,8 +267,7 @@ class FalseNegatives:
         yield from (("alike", key) for key in guard.siblings)
         if self.window < 2:
             for document, ids in guard.by_document.items():
-                passages, places = self.corpus.documents[document], (self.corpus.place.get(i, 0) for i in ids)
-                for passage_id in dict.fromkeys(i for at in places for i in passages[max(0, at - 2) : at + 3]):
+                for passage_id in dict.fromkeys(self.corpus.around(document, ids, 2)):
                     if guard.overlaps(passage_id):
                         yield "alike", self.corpus.alike[passage_id]
 

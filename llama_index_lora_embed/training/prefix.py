@@ -44,15 +44,12 @@ class HiddenStates:
     """
 
     def __init__(self, memory: int, folder: Path | None = None) -> None:
-        self.left = memory
+        self.memory = self.left = memory
         self.folder = folder
         self.full = False
         self.held: dict[int, Tensor] = {}
         self.places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
         self.file: Any = None
-
-    def __contains__(self, number: int) -> bool:
-        return number in self.held or number in self.places
 
     def put(self, number: int, rows: Tensor) -> None:
         """Keep [tokens, width] under a number, if there is room for it."""
@@ -92,8 +89,9 @@ class HiddenStates:
         return torch.frombuffer(bytearray(self.file.read(size)), dtype=dtype).view(shape)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Forget everything; there is as much room as before."""
         self.held, self.places = {}, {}
+        self.left, self.full = self.memory, False
         if self.file is not None:
             self.file.close()
             self.file = None

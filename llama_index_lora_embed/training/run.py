@@ -230,14 +230,13 @@ def _frozen_prefix(
     Not together with gradient checkpointing, which may run the layers again when nothing knows their texts any more.
     """
     loss, args = plan.inputs["loss"], trainer.args
-    steps = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps  # in an epoch
-    if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or trainer.steps_in_all() <= steps:
+    if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb:
         return None
     if args.gradient_checkpointing or args.activation_checkpointing:
         return None
-    memory = int(settings.frozen_cache_mb * 2**20)
-    prefix = FrozenPrefix.of(model, memory, run_dir)
-    if prefix is not None:
+    prefix = FrozenPrefix.of(model, int(settings.frozen_cache_mb * 2**20), run_dir)
+    steps = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps  # in an epoch
+    if prefix is not None and trainer.steps_in_all() > steps:
         groups = len(plan.inputs["train_dataset"])
         batch = plan.inputs["data_collator"]([{"group": i} for i in range(min(groups, max(2, processes.world_size())))])
         names = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids")]
@@ -251,7 +250,8 @@ def _frozen_prefix(
                     "ones alone, in the time of a whole pass for each step."
                 )
                 return None
-        loss.prefix = FrozenPrefix.of(model, memory, run_dir)  # what was tried was float32
+        prefix.states.close()  # what was tried was float32
+        loss.prefix = prefix
     return loss.prefix
 
 
