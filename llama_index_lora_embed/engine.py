@@ -98,6 +98,8 @@ class LoraFinetuneEngine:
         temperature: Of the default loss.
         lora_layers: Share of the layers that the default LoRA adapts, from the last one down; below 1, what the frozen
             ones below put out is computed once for all epochs.
+        base_dropout: Train with the dropout that the base's configuration has, and without outputs of frozen layers
+            that are kept. It takes longer, and gained nothing where it was tried.
         fused_lora: Compute a LoRA layer's training step in few large operations.
         fused_attention: On processors with bfloat16, compute attention in blocks that their cache holds.
         frozen_cache_mb: Memory for the outputs of frozen layers, see `TrainingSettings`; 0 computes them in every step.
@@ -155,6 +157,7 @@ class LoraFinetuneEngine:
         precision: Literal["auto", "bf16", "fp32"] = _D.precision,
         temperature: float = _D.temperature,
         lora_layers: float = _D.lora_layers,
+        base_dropout: bool = _D.base_dropout,
         fused_lora: bool = _D.fused_lora,
         fused_attention: bool = _D.fused_attention,
         frozen_cache_mb: float = _D.frozen_cache_mb,
@@ -179,6 +182,7 @@ class LoraFinetuneEngine:
             learning_rate=learning_rate,
             temperature=temperature,
             lora_layers=lora_layers,
+            base_dropout=base_dropout,
             fused_lora=fused_lora,
             fused_attention=fused_attention,
             frozen_cache_mb=frozen_cache_mb,

@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     # one trick less each
     "fp32": {"precision": "fp32"},
+    "base-dropout": {"base_dropout": True},
     "pefts-lora": {"fused_lora": False},
     "torchs-attention": {"fused_attention": False},
     "whole-batch": {"objective": ObjectiveSettings(mini_batch_size=None)},

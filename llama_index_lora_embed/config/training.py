@@ -34,6 +34,7 @@ class TrainingSettings(Settings):
         lora_r: Rank of the default LoRA.
         lora_alpha: Scale numerator of the default LoRA (scale = alpha / r).
         lora_layers: Share of the layers that the default LoRA adapts, counted from the last one.
+        base_dropout: Train with the dropout that the base's configuration has; see `training.trainer`.
         fused_lora: Compute a LoRA layer's training step in few large operations (`training.fast_lora`).
         fused_attention: On processors with bfloat16, compute attention in blocks that their cache holds
             (`fast_attention`).
@@ -70,6 +71,7 @@ class TrainingSettings(Settings):
     lora_r: int = 16
     lora_alpha: int = 32
     lora_layers: float = 1.0
+    base_dropout: bool = False
     fused_lora: bool = True
     fused_attention: bool = True
     frozen_cache_mb: float = 1024.0
@@ -124,7 +126,14 @@ class TrainingSettings(Settings):
         need("lora_layers", is_number(self.lora_layers, above=0.0) and self.lora_layers <= 1,
              "a number above 0, at most 1")  # fmt: skip
         need("frozen_cache_mb", is_number(self.frozen_cache_mb, above=-1e-12), "a number of at least 0")
-        for name in ("fused_lora", "fused_attention", "save_checkpoints", "show_progress_bar", "trust_remote_code"):
+        for name in (
+            "base_dropout",
+            "fused_lora",
+            "fused_attention",
+            "save_checkpoints",
+            "show_progress_bar",
+            "trust_remote_code",
+        ):
             need(name, isinstance(getattr(self, name), bool), "True or False")
         return found
 

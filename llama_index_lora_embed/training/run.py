@@ -144,6 +144,7 @@ def train(
         return LoraTrainer(
             best_so_far=best,
             precision=precision,
+            base_dropout=settings.base_dropout,
             warmup_ratio=None if "warmup_steps" in extra else settings.warmup_ratio,
             recorded=recorded,
             found={"step": asdict(step)},
@@ -227,10 +228,11 @@ def _frozen_prefix(
 ) -> FrozenPrefix | None:
     """Have the loss keep the outputs of frozen layers, if there are some below and more than one epoch needs them.
 
-    Not together with gradient checkpointing, which may run the layers again when nothing knows their texts any more.
+    Not together with gradient checkpointing, which may run the layers again when nothing knows their texts any more,
+    nor with the base's dropout, by which they put out something else each time.
     """
     loss, args = plan.inputs["loss"], trainer.args
-    if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb:
+    if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or settings.base_dropout:
         return None
     if args.gradient_checkpointing or args.activation_checkpointing:
         return None

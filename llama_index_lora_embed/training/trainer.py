@@ -35,11 +35,12 @@ _LOSS_WEIGHTS = "loss.safetensors"
 
 
 class LoraTrainer(SentenceTransformerTrainer):
-    """The trainer with one adapter, no dropout in the frozen base, and checkpoints that are whole or absent.
+    """The trainer with one adapter, no dropout in the frozen base unless asked for, and whole checkpoints or none.
 
     Args:
         best_so_far: Saved with each checkpoint, and loaded from it.
         precision: Of the steps: "bf16" or "fp32".
+        base_dropout: Leave the frozen base's dropout on.
         warmup_ratio: Share of all steps; None leaves warmup to the arguments.
         recorded: The run's data and settings, for checkpoints.
         found: What was found out by trying, for checkpoints.
@@ -52,6 +53,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         *,
         best_so_far: BestSoFar,
         precision: str,
+        base_dropout: bool = False,
         warmup_ratio: float | None,
         recorded: dict[str, Any],
         found: dict[str, Any] | None = None,
@@ -60,6 +62,7 @@ class LoraTrainer(SentenceTransformerTrainer):
     ) -> None:
         self.best_so_far = best_so_far
         self.precision = precision
+        self.base_dropout = base_dropout
         self.warmup_ratio = warmup_ratio
         self.recorded = recorded
         self.found = found or {}
@@ -167,8 +170,12 @@ class LoraTrainer(SentenceTransformerTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss with the frozen base's dropout off; a dropout of the LoRA's own stays on."""
-        model.eval()
+        """The loss with the frozen base's dropout off; a dropout of the LoRA's own stays on.
+
+        The base's costs time (random numbers, and torch's slower attention) and changed nothing in what was learnt:
+        CONTRIBUTING.md.
+        """
+        model.train(self.base_dropout)
         for module in model.modules():
             if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_dropout"):
                 module.lora_dropout.train()

@@ -17,6 +17,7 @@ from llama_index_lora_embed.training import prefix as prefix_module
 from llama_index_lora_embed.training.batches import make_groups
 from llama_index_lora_embed.training.fast_lora import fast_lora
 from llama_index_lora_embed.training.lora import add_lora
+from llama_index_lora_embed.training.loss import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives import training_plan
 from llama_index_lora_embed.training.prefix import TEXT_IDS, FrozenPrefix, HiddenStates
 from llama_index_lora_embed.training.run import set_length
@@ -270,6 +271,26 @@ def test_a_whole_run_learns_the_same_with_each_switch(tiny_model, tmp_path, swit
     ours, theirs = weights(tmp_path / "fast"), weights(tmp_path / "slow")
     assert all(torch.allclose(w, theirs[n], atol=2e-4) for n, w in ours.items())
     assert all(".layer.1." in n for n in ours), "the upper half of two layers"
+
+
+def test_the_bases_dropout_is_off_unless_it_is_asked_for(tiny_model, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(self, *args, **kwargs):
+        drops = [m for m in self.model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+        seen.append((len(drops), {module.training for module in drops}, self.prefix is None))
+        return forward(self, *args, **kwargs)
+
+    forward = MaskedInfoNCELoss.forward
+    monkeypatch.setattr(MaskedInfoNCELoss, "forward", watched)
+    results = {}
+    for wanted in (False, True):
+        seen.clear()
+        results[wanted] = engine(tiny_model, tmp_path / str(wanted), lora_layers=0.5, base_dropout=wanted).finetune()
+        assert seen
+        # what frozen layers put out cannot be kept where they drop something else each time
+        assert all(count > 0 and on == {wanted} and without == wanted for count, on, without in seen)
+    assert results[False].fingerprint != results[True].fingerprint
 
 
 def test_a_stopped_run_with_frozen_layers_resumes_bit_by_bit(tiny_model, tmp_path, monkeypatch):
