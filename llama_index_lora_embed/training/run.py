@@ -237,24 +237,25 @@ def _frozen_prefix(
     if args.gradient_checkpointing or args.activation_checkpointing:
         return None
     prefix = FrozenPrefix.of(model, int(settings.frozen_cache_mb * 2**20), run_dir)
+    if prefix is None:
+        return None
     steps = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps  # in an epoch
-    if prefix is not None and trainer.steps_in_all() > steps:
-        groups = len(plan.inputs["train_dataset"])
-        batch = plan.inputs["data_collator"]([{"group": i} for i in range(min(groups, max(2, processes.world_size())))])
-        names = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids")]
-        model.eval()
-        for name in (names[0], names[-1]):  # questions and passages
-            chunk = {key[len(name) :]: value for key, value in batch.items() if key.startswith(name)}
-            chunk = {key: v.to(model.device) if isinstance(v, torch.Tensor) else v for key, v in chunk.items()}
-            if not prefix.agrees(model, chunk, _PREFIX_TOLERANCE):
-                warn_user(
-                    "This model's frozen layers cannot be computed apart from the others: lora_layers trains the upper "
-                    "ones alone, in the time of a whole pass for each step."
-                )
-                return None
-        prefix.states.close()  # what was tried was float32
-        loss.prefix = prefix
-    return loss.prefix
+    if trainer.steps_in_all() <= steps:
+        return None
+    groups = len(plan.inputs["train_dataset"])
+    batch = plan.inputs["data_collator"]([{"group": i} for i in range(min(groups, max(2, processes.world_size())))])
+    chunks, _ = trainer.collect_features(trainer._prepare_inputs(batch))
+    model.eval()
+    for chunk in (chunks[0], chunks[-1]):  # questions and passages
+        if not prefix.agrees(model, chunk, _PREFIX_TOLERANCE):
+            warn_user(
+                "This model's frozen layers cannot be computed apart from the others: lora_layers trains the upper "
+                "ones alone, in the time of a whole pass for each step."
+            )
+            return None
+    prefix.states.close()  # what was tried was float32
+    loss.prefix = prefix
+    return prefix
 
 
 def _fill_in(best: BestSoFar, model: SentenceTransformer, start: dict[str, torch.Tensor]) -> None:
