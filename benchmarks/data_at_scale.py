@@ -20,9 +20,9 @@ import time
 
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
-from llama_index_lora_embed import FilterSettings, split_by_source
-from llama_index_lora_embed.data import NeighbourMaker, dataset_from_nodes, split_report
-from llama_index_lora_embed.data.build import default_makers
+from llama_index_lora_embed.config import QueryFilterSettings
+from llama_index_lora_embed.data import NeighbourQueryGenerator, dataset_from_nodes, split_by_source, split_report
+from llama_index_lora_embed.data.build import default_query_generators
 
 WORDS = [f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu", "se", "ran") for b in ("b", "d", "st", "v", "nd") for c in
          ("en", "ior", "al", "um", "esh", "ity", "os", "ance")]  # fmt: skip
@@ -52,9 +52,11 @@ def measure(count: int) -> dict[str, object]:
     nodes = make_nodes(count)
     with_nodes = peak_mb()
     started = time.perf_counter()
-    dataset, report = dataset_from_nodes(nodes, [*default_makers(), NeighbourMaker()])
+    dataset, report = dataset_from_nodes(nodes, [*default_query_generators(), NeighbourQueryGenerator()])
     made, with_questions = time.perf_counter(), peak_mb()
-    dataset, report = dataset_from_nodes(nodes, [*default_makers(), NeighbourMaker()], filters=FilterSettings())
+    dataset, report = dataset_from_nodes(
+        nodes, [*default_query_generators(), NeighbourQueryGenerator()], filters=QueryFilterSettings()
+    )
     filtered, with_filters = time.perf_counter(), peak_mb()
     train, val = split_by_source(dataset)
     split = split_report(train, val)

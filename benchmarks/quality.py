@@ -28,8 +28,9 @@ from llama_index.core.schema import TextNode
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine, MiningSettings
-from llama_index_lora_embed.windows import add_windows
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine
+from llama_index_lora_embed.config import MiningSettings
+from llama_index_lora_embed.models.windows import add_windows
 
 
 def load(path: str) -> SentenceTransformer:

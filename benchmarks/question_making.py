@@ -20,9 +20,9 @@ from typing import Any
 from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
 from llama_index.core.schema import TextNode
 
-from llama_index_lora_embed import AskingSettings, LLMQuestionMaker
-from llama_index_lora_embed.data import dataset_from_nodes
-from llama_index_lora_embed.extras import require
+from llama_index_lora_embed.config import LLMSettings
+from llama_index_lora_embed.core.optional import require
+from llama_index_lora_embed.data import LLMQueryGenerator, dataset_from_nodes
 
 
 class SlowLLM(CustomLLM):
@@ -66,10 +66,10 @@ def main() -> None:
     llm = SlowLLM(latency=args.latency)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        maker = LLMQuestionMaker(
-            llm=llm, journal=f"{folder}/journal.jsonl", settings=AskingSettings(in_flight=args.in_flight)
+        generator = LLMQueryGenerator(
+            llm=llm, journal=f"{folder}/journal.jsonl", settings=LLMSettings(in_flight=args.in_flight)
         )
-        ours, _ = dataset_from_nodes(nodes, [maker])
+        ours, _ = dataset_from_nodes(nodes, [generator])
         ours_seconds = time.perf_counter() - started
         started = time.perf_counter()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

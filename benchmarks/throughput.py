@@ -44,7 +44,7 @@ from speed.machine import load, machine
 from transformers import AutoModel
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
-from llama_index_lora_embed.export import certificate_of
+from llama_index_lora_embed.embedding.export import certificate_of
 
 EVEN_WORDS = 120
 SHORTEST, LONGEST = 8, 320

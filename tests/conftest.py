@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for
 
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LabelledPairs, LoraFinetuneEngine
 
 
 def shown(value: object) -> str:
@@ -98,6 +99,24 @@ def make_dataset(
     )
 
 
+def make_engine(
+    model: str | Path,
+    path: str | Path,
+    dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None = None,
+    **kwargs: Any,
+) -> LoraFinetuneEngine:
+    """The engine of the tests: a quiet, short run on the processor; `kwargs` are the engine's own and win."""
+    settings = {
+        "batch_size": 8,
+        "epochs": 4,
+        "learning_rate": 5e-3,
+        "val_dataset": make_dataset(passages=10, seed=7, prefix="v"),
+        "show_progress_bar": False,
+        "device": "cpu",
+    }
+    return LoraFinetuneEngine(dataset or make_dataset(), str(model), str(path), **{**settings, **kwargs})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_is_heard() -> None:
     """Whoever runs the tests in the background has it ignored, and an ignored signal stays ignored in training."""
@@ -164,20 +183,8 @@ def nodes() -> list[TextNode]:
 @pytest.fixture(scope="session")
 def adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter directory that the engine trained on the tiny model. Copy it before changing it."""
-    from llama_index_lora_embed import LoraFinetuneEngine
-
     path = tmp_path_factory.mktemp("run") / "adapter"
-    engine = LoraFinetuneEngine(
-        make_dataset(),
-        tiny_model,
-        str(path),
-        batch_size=8,
-        epochs=6,
-        val_dataset=make_dataset(passages=10, seed=7, prefix="v"),
-        show_progress_bar=False,
-        learning_rate=5e-3,
-        device="cpu",
-    )
+    engine = make_engine(tiny_model, path, epochs=6)
     result = engine.finetune()
     assert result.best_step > 0, "the fixture must have learnt something"
     return path

@@ -15,7 +15,7 @@ import torch
 
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
 from llama_index_lora_embed.config import ObjectiveSettings
-from llama_index_lora_embed.errors import DeviceMemoryError
+from llama_index_lora_embed.core.errors import DeviceMemoryError
 from tests.architectures import qwen3
 from tests.conftest import make_dataset
 
@@ -65,7 +65,7 @@ def test_a_stopped_run_resumes_on_a_gpu(tiny_model, tmp_path, monkeypatch):
     import signal
 
     from llama_index_lora_embed.training.trainer import LoraTrainer
-    from tests.training.stops import signal_in
+    from tests.training.checkpointing.stops import signal_in
 
     signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 7)
     with pytest.raises(KeyboardInterrupt):

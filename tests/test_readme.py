@@ -10,7 +10,7 @@ import pytest
 from llama_index.core.schema import TextNode
 
 from tests.conftest import make_dataset
-from tests.data.llms import FakeLLM
+from tests.llms import FakeLLM
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -63,14 +63,14 @@ def test_training_further(namespace, tiny_model):
 def test_several_adapters_and_a_stamp(namespace, tiny_model, adapter):
     from llama_index.core import VectorStoreIndex
 
-    from llama_index_lora_embed import read_stamp
+    from llama_index_lora_embed.deployment import read_index_stamp
 
     for name in ("legal", "hr"):
         shutil.copytree(adapter, f"runs/{name}")
     namespace["VectorStoreIndex"] = VectorStoreIndex
     run(SNIPPETS[4], namespace, tiny_model)
     assert len(namespace["vectors"]) == 3
-    assert read_stamp(namespace["index"]).fingerprint == namespace["legal"].fingerprint
+    assert read_index_stamp(namespace["index"]).fingerprint == namespace["legal"].fingerprint
 
 
 def test_is_it_better_now(namespace, tiny_model, capsys):
@@ -81,7 +81,7 @@ def test_is_it_better_now(namespace, tiny_model, capsys):
     run(SNIPPETS[5], namespace, tiny_model)
     printed = capsys.readouterr().out
     assert "95 % interval" in printed
-    assert "canary" in printed
+    assert "Regression set" in printed
     assert Path("report.html").stat().st_size > 100_000
     assert namespace["registry"].in_use().name == "v1"
 

@@ -17,7 +17,8 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine, ObjectiveSettings
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine
+from llama_index_lora_embed.config import ObjectiveSettings
 from speed.contenders import Job
 from speed.measure import Curve, Recorder, count_tokens, linear_layers, one_question_each, read_dataset
 from speed.plain_trainer import BATCH_SIZE, LEARNING_RATE, LIKE_FOR_LIKE_EPOCHS, like_for_like_length
@@ -71,7 +72,7 @@ def off_the_clock(recorder: Recorder) -> list[int]:
         How many there were, in a list of one.
     """
     calls = [0]
-    encoders = importlib.import_module("llama_index_lora_embed.evaluation.encoders")
+    encoders = importlib.import_module("llama_index_lora_embed.engines.evaluator")
     evaluate_model = encoders.evaluate_model
 
     def timed(*args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ Importing this module imports nothing heavy.
 
 from llama_index_lora_embed.config.mining import MiningSettings
 from llama_index_lora_embed.config.objective import FOR_PAIRS, IN_BATCH, OBJECTIVES, ObjectiveSettings
-from llama_index_lora_embed.config.questions import NEAR_DUPLICATE, AskingSettings, FilterSettings
+from llama_index_lora_embed.config.questions import NEAR_DUPLICATE, LLMSettings, QueryFilterSettings
 from llama_index_lora_embed.config.training import TrainingSettings
 
 __all__ = [
@@ -15,10 +15,10 @@ __all__ = [
     "MANIFEST_NAME",
     "NEAR_DUPLICATE",
     "OBJECTIVES",
-    "AskingSettings",
-    "FilterSettings",
+    "LLMSettings",
     "MiningSettings",
     "ObjectiveSettings",
+    "QueryFilterSettings",
     "TrainingSettings",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
-from llama_index_lora_embed.errors import ConfigError
+from llama_index_lora_embed.core.errors import ConfigError
 
 S = TypeVar("S", bound="Settings")
 

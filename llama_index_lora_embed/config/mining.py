@@ -75,7 +75,7 @@ class MiningSettings(Settings):
         need("show_progress_bar", isinstance(self.show_progress_bar, bool), "True or False")
         return found
 
-    def lasting(self) -> dict[str, Any]:
+    def result_affecting(self) -> dict[str, Any]:
         """Those that decide which negatives are found; a resumed run may have others of the rest."""
         passing = ("show_progress_bar", "audit", "batch_size", "memory_mb", "use_faiss")
         return {name: value for name, value in asdict(self).items() if name not in passing}

@@ -127,6 +127,6 @@ class ObjectiveSettings(Settings):
             "objectives train"
         ]
 
-    def lasting(self, pairs: bool) -> dict[str, Any]:
+    def result_affecting(self, pairs: bool) -> dict[str, Any]:
         """What decides what is learnt, the default's name written out."""
         return {**asdict(self), "name": self.name_for(pairs)}

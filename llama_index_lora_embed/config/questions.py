@@ -10,7 +10,7 @@ from llama_index_lora_embed.config.base import Settings, is_int, is_number
 
 
 @dataclass(frozen=True)
-class AskingSettings(Settings):
+class LLMSettings(Settings):
     """How an LLM is asked.
 
     Attributes:
@@ -60,7 +60,7 @@ stand apart, or a run of ten words added."""
 
 
 @dataclass(frozen=True)
-class FilterSettings(Settings):
+class QueryFilterSettings(Settings):
     """Which questions are dropped before training. None or False switches a filter off.
 
     Attributes:
@@ -69,7 +69,7 @@ class FilterSettings(Settings):
         max_characters: The same for scripts that write no spaces; 600 are 60 long words.
         repeated: Drop a question that was asked before about the same passage.
         max_passages_per_wording: Wordings asked about more passages than this say too little about each of them;
-            all of theirs are dropped. 3, as for titles that nodes share (`TitleMaker`).
+            all of theirs are dropped. 3, as for titles that nodes share (`TitleQueryGenerator`).
         near_duplicate_questions: Jaccard similarity of character 3-shingles from which a question about the same
             document counts as asked before. 0.85 lets a plural or a comma differ, and keeps "hypertension" from
             "hypotension" in a question of usual length; questions with different numbers are never the same.

@@ -141,7 +141,7 @@ class TrainingSettings(Settings):
         """Plain values for the manifest."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def lasting(self) -> dict[str, Any]:
+    def result_affecting(self) -> dict[str, Any]:
         """Those that decide which weights are written; a resumed run may have others of the rest."""
         passing = ("show_progress_bar", "device", "save_checkpoints", "checkpoint_save_steps",
                    "checkpoint_save_total_limit", "trust_remote_code")  # fmt: skip

@@ -1,4 +1,4 @@
-"""From nodes and question makers to a dataset, with a count of everything left out."""
+"""From nodes and question generators to a dataset, with a count of everything left out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode, MetadataMode
 
-from llama_index_lora_embed.config import FilterSettings
-from llama_index_lora_embed.data.asking import AskReport
+from llama_index_lora_embed.config import QueryFilterSettings
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
-from llama_index_lora_embed.data.filters import FilterReport, filter_questions
-from llama_index_lora_embed.data.makers import InverseClozeMaker, TitleMaker
-from llama_index_lora_embed.data.questions import FirstOf, QuestionMaker, embed_text
+from llama_index_lora_embed.data.filters.rules import QueryFilterReport, filter_queries
+from llama_index_lora_embed.data.llm.client import LLMReport
+from llama_index_lora_embed.data.questions.base import FirstOf, QueryGenerator, embed_text
+from llama_index_lora_embed.data.questions.heuristic import InverseClozeQueryGenerator, TitleQueryGenerator
 from llama_index_lora_embed.data.split import SplitReport
-from llama_index_lora_embed.errors import ConfigError, DatasetError
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class BuildReport:
     Attributes:
         nodes: Nodes given.
         passages: Passages in the dataset.
-        questions: Questions kept, by maker.
+        questions: Questions kept, by generator.
         skipped: Nodes and questions left out, by reason.
-        asked: What an LLM was asked, by maker.
+        asked: What an LLM was asked, by generator.
         filtered: What the filters dropped; None if there were none.
         split: What went to validation; None if nothing was held out.
     """
@@ -39,8 +39,8 @@ class BuildReport:
     passages: int
     questions: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
-    asked: dict[str, AskReport] = field(default_factory=dict)
-    filtered: FilterReport | None = None
+    asked: dict[str, LLMReport] = field(default_factory=dict)
+    filtered: QueryFilterReport | None = None
     split: SplitReport | None = None
 
     def __str__(self) -> str:
@@ -57,17 +57,17 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
 
 
-def default_makers() -> list[QuestionMaker]:
+def default_query_generators() -> list[QueryGenerator]:
     """What needs neither labels nor an LLM: a node's title, or inverse cloze where it has none."""
-    return [FirstOf(TitleMaker(), InverseClozeMaker())]
+    return [FirstOf(TitleQueryGenerator(), InverseClozeQueryGenerator())]
 
 
 def dataset_from_nodes(
     nodes: Sequence[BaseNode],
-    makers: Iterable[QuestionMaker] | None = None,
+    generators: Iterable[QueryGenerator] | None = None,
     *,
     seed: int = 0,
-    filters: FilterSettings | None = None,
+    filters: QueryFilterSettings | None = None,
     embed_model: BaseEmbedding | Callable[[], BaseEmbedding] | None = None,
 ) -> tuple[EmbeddingQAFinetuneDataset, BuildReport]:
     """Make a dataset from nodes.
@@ -75,9 +75,9 @@ def dataset_from_nodes(
     Args:
         nodes: LlamaIndex nodes. Those without text (images, say) are counted and left out; those whose text
             another node has already stay in the corpus, but no questions are made about them.
-        makers: Question makers, each run over all nodes; None runs `TitleMaker`, and
-            `InverseClozeMaker` on the nodes that have no title.
-        seed: Given to every maker.
+        generators: Question generators, each run over all nodes; None runs `TitleQueryGenerator`, and
+            `InverseClozeQueryGenerator` on the nodes that have no title.
+        seed: Given to every generator.
         filters: Which questions to drop; None keeps all.
         embed_model: For the round-trip filter: an embedding model, or what makes one when it is needed.
 
@@ -85,11 +85,12 @@ def dataset_from_nodes(
         The dataset, whose corpus is the nodes' texts as indexing embeds them, and the report.
 
     Raises:
-        ConfigError: `nodes` is not a sequence of nodes, a maker lacks `name` or `make`, or `filters` cannot be used.
-        DatasetError: Two different nodes share an id, no node has text, or no maker found a question.
+        ConfigError: `nodes` is not a sequence of nodes, a generator lacks `name` or `generate`, or `filters` cannot be
+            used.
+        DatasetError: Two different nodes share an id, no node has text, or no generator found a question.
     """
-    makers = default_makers() if makers is None else list(makers)
-    _check_arguments(nodes, makers, filters)
+    generators = default_query_generators() if generators is None else list(generators)
+    _check_arguments(nodes, generators, filters)
     corpus: dict[str, str] = {}
     sources: dict[str, str] = {}
     skipped: Counter[str] = Counter()
@@ -131,36 +132,36 @@ def dataset_from_nodes(
         training_passages={},
         relevance_scores={},
     )
-    made = _add_questions(dataset, usable, makers, seed, skipped)
+    made = _add_questions(dataset, usable, generators, seed, skipped)
     if not dataset.queries:
-        names = ", ".join(maker.name for maker in makers)
+        names = ", ".join(generator.name for generator in generators)
         raise DatasetError(
-            f"no question from {len(usable)} node(s) by {names or 'no maker at all'}",
+            f"no question from {len(usable)} node(s) by {names or 'no generator at all'}",
             "at least one",
-            "Pass other makers, or nodes with a title or with two sentences or more.",
+            "Pass other generators, or nodes with a title or with two sentences or more.",
         )
-    asked = _asked(makers)
+    asked = _asked(generators)
     filtered = None
     if filters is not None:
-        dataset, filtered = filter_questions(dataset, filters, embed_model=embed_model)
+        dataset, filtered = filter_queries(dataset, filters, embed_model=embed_model)
         if not dataset.queries:
             raise DatasetError(
                 f"{filtered.given} question(s), of which the filters left none",
                 "at least one",
-                "Look at what was dropped, and switch filters off with filters=FilterSettings(...) or filters=None:",
+                "Look at what was dropped, and switch filters off: filters=QueryFilterSettings(...) or None.",
                 [f"{count} x {reason}" for reason, count in filtered.dropped.items()],
             )
         made = Counter(dataset.origins())
     return dataset, BuildReport(len(nodes), len(corpus), dict(made), dict(skipped), asked, filtered)
 
 
-def _asked(makers: Iterable[Any]) -> dict[str, AskReport]:
-    """What LLMs were asked, by the name of the maker; a number is added where a name comes again."""
-    asked: dict[str, AskReport] = {}
-    for maker in makers:
-        found = _asked(getattr(maker, "makers", ()))
-        if isinstance(report := getattr(maker, "report", None), AskReport):
-            found[maker.name] = report
+def _asked(generators: Iterable[Any]) -> dict[str, LLMReport]:
+    """What LLMs were asked, by the name of the generator; a number is added where a name comes again."""
+    asked: dict[str, LLMReport] = {}
+    for generator in generators:
+        found = _asked(getattr(generator, "generators", ()))
+        if isinstance(report := getattr(generator, "report", None), LLMReport):
+            found[generator.name] = report
         for name, report in found.items():
             again = sum(other.split(" #")[0] == name for other in asked)
             asked[f"{name} #{again + 1}" if again else name] = report
@@ -170,18 +171,18 @@ def _asked(makers: Iterable[Any]) -> dict[str, AskReport]:
 def _add_questions(
     dataset: EmbeddingQAFinetuneDataset,
     nodes: list[BaseNode],
-    makers: list[QuestionMaker],
+    generators: list[QueryGenerator],
     seed: int,
     skipped: Counter[str],
 ) -> Counter[str]:
-    """Add what the makers find to the dataset; returns the number kept by maker."""
+    """Add what the generators find to the dataset; returns the number kept by generator."""
     assert dataset.query_origins is not None
     assert dataset.training_passages is not None
     assert dataset.relevance_scores is not None
     made: Counter[str] = Counter()
     asked: set[tuple[str, str]] = set()
-    for maker in makers:
-        for question in maker.make(nodes, seed=seed):
+    for generator in generators:
+        for question in generator.generate(nodes, seed=seed):
             text = question.text.strip()
             if not text or question.node_id not in dataset.corpus:
                 skipped["question empty or about no node"] += 1
@@ -195,19 +196,19 @@ def _add_questions(
                 continue
             asked.add((normalise(text), question.node_id))
             # an id made from the content: the same question gets the same id in every run
-            query_id = hashlib.sha256(f"{question.maker}\0{question.node_id}\0{text}".encode()).hexdigest()[:16]
+            query_id = hashlib.sha256(f"{question.generator}\0{question.node_id}\0{text}".encode()).hexdigest()[:16]
             dataset.queries[query_id] = text
             dataset.relevant_docs[query_id] = [question.node_id]
-            dataset.query_origins[query_id] = question.maker
+            dataset.query_origins[query_id] = question.generator
             if passage != dataset.corpus[question.node_id]:
                 dataset.training_passages[query_id] = passage
             if question.score != 1:
                 dataset.relevance_scores[query_id] = {question.node_id: question.score}
-            made[question.maker] += 1
+            made[question.generator] += 1
     return made
 
 
-def _check_arguments(nodes: Any, makers: list[Any], filters: Any) -> None:
+def _check_arguments(nodes: Any, generators: list[Any], filters: Any) -> None:
     problems: list[str] = []
     if isinstance(nodes, (str, bytes)) or not isinstance(nodes, Sequence):
         problems.append(f"nodes of type {type(nodes).__name__}: expected a list of LlamaIndex nodes")
@@ -217,18 +218,18 @@ def _check_arguments(nodes: Any, makers: list[Any], filters: Any) -> None:
             kind = type(nodes[wrong[0]]).__name__
             problems.append(f"nodes[{wrong[0]}] of type {kind} ({len(wrong)} such): expected a LlamaIndex node")
     problems += [
-        f"makers[{i}] of type {type(maker).__name__}: expected an object with .name and .make(nodes, seed=...)"
-        for i, maker in enumerate(makers)
-        if isinstance(maker, type) or not isinstance(maker, QuestionMaker)
+        f"generators[{i}] of type {type(generator).__name__}: expected an object with .name and .generate(nodes, seed=)"
+        for i, generator in enumerate(generators)
+        if isinstance(generator, type) or not isinstance(generator, QueryGenerator)
     ]
-    if isinstance(filters, FilterSettings):
+    if isinstance(filters, QueryFilterSettings):
         problems += filters.problems()
     elif filters is not None:
-        problems.append(f"filters of type {type(filters).__name__}: expected FilterSettings or None")
+        problems.append(f"filters of type {type(filters).__name__}: expected QueryFilterSettings or None")
     if problems:
         raise ConfigError(
             f"{len(problems)} unusable argument(s)",
-            "nodes and question makers",
+            "nodes and question generators",
             "Documents become nodes with SentenceSplitter().get_nodes_from_documents(documents).",
             problems,
         )

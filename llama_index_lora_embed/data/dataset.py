@@ -12,10 +12,10 @@ from typing import Any
 
 from llama_index.core.bridge.pydantic import BaseModel, Field, ValidationError
 
-from llama_index_lora_embed.data.files import write_json
-from llama_index_lora_embed.errors import DatasetError
+from llama_index_lora_embed.core.errors import DatasetError
+from llama_index_lora_embed.core.files import write_json
 
-PEOPLE = "people"
+HUMAN = "people"
 """Origin of a question that a person asked."""
 
 
@@ -100,15 +100,15 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         Raises:
             DatasetError: The file is missing, is not JSON, or holds something else.
         """
-        mend = "Write one with dataset.save_json(path), or check the path."
+        hint = "Write one with dataset.save_json(path), or check the path."
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DatasetError(
-                f"{str(path)!r}, which cannot be read: {error}", "a dataset's JSON file", mend
+                f"{str(path)!r}, which cannot be read: {error}", "a dataset's JSON file", hint
             ) from error
         if not isinstance(data, dict):
-            raise DatasetError(f"JSON of type {type(data).__name__} in {str(path)!r}", "a JSON object", mend)
+            raise DatasetError(f"JSON of type {type(data).__name__} in {str(path)!r}", "a JSON object", hint)
         _share_ids(data)
         return cls(**data)
 
@@ -192,7 +192,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             raise DatasetError(
                 f"a {name} with {len(self.queries)} queries and {len(self.corpus)} passages",
                 "at least one of each",
-                "Check that your nodes have text and that the question makers found something.",
+                "Check that your nodes have text and that the question generators found something.",
             )
         if problems := self.problems():
             raise DatasetError(

@@ -1,4 +1,4 @@
-"""llama-index-finetuning's `generate_qa_embedding_pairs`, on the journalled question maker."""
+"""llama-index-finetuning's `generate_qa_embedding_pairs`, on the journalled question generator."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llama_index.core.llms import LLM
 from llama_index.core.schema import BaseNode, MetadataMode
 from tqdm.auto import tqdm
 
-from llama_index_lora_embed.config import AskingSettings
-from llama_index_lora_embed.data.asking import run_sync
+from llama_index_lora_embed.config import LLMSettings
+from llama_index_lora_embed.core.concurrency import run_sync
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.build import dataset_from_nodes
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.llm_questions import LLMQuestionMaker
-from llama_index_lora_embed.data.prompts import STYLES, search_prompt, style_variables
-from llama_index_lora_embed.data.questions import Question, embed_text
-from llama_index_lora_embed.errors import ConfigError, DatasetError
+from llama_index_lora_embed.data.questions.base import GeneratedQuery, embed_text
+from llama_index_lora_embed.data.questions.llm import LLMQueryGenerator
+from llama_index_lora_embed.data.questions.prompts import STYLES, search_prompt, style_variables
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,12 @@ DEFAULT_QA_GENERATE_PROMPT_TMPL = str(
 
 @dataclass(frozen=True)
 class _Made:
-    """Questions that are there already, as a maker."""
+    """Questions that are there already, as a generator."""
 
-    questions: list[Question]
+    questions: list[GeneratedQuery]
     name: str = "llm"
 
-    def make(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> list[Question]:
+    def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> list[GeneratedQuery]:
         return self.questions
 
 
@@ -65,12 +65,12 @@ async def agenerate_qa_embedding_pairs(
     if not isinstance(save_every, int) or save_every < 1:
         raise ConfigError(f"save_every={save_every!r}", "a whole number of at least 1", "500 is the default.")
     default = qa_generate_prompt_tmpl == DEFAULT_QA_GENERATE_PROMPT_TMPL
-    maker = LLMQuestionMaker(
+    generator = LLMQueryGenerator(
         llm=llm,
         num_questions=num_questions_per_chunk,
         prompt=None if default else qa_generate_prompt_tmpl,
         journal=f"{output_path}.journal.jsonl",
-        settings=AskingSettings(attempts=retry_limit, on_failure=on_failure, show_progress=verbose),
+        settings=LLMSettings(attempts=retry_limit, on_failure=on_failure, show_progress=verbose),
     )
     nodes = list(nodes)
     questions = _from_the_old_package(nodes, output_path)
@@ -79,15 +79,15 @@ async def agenerate_qa_embedding_pairs(
     dataset: EmbeddingQAFinetuneDataset | None = None
     for end in range(save_every, len(nodes) + save_every, save_every):
         chunk = [node for node in nodes[end - save_every : end] if node.node_id not in known]
-        questions += await maker.amake(chunk)
+        questions += await generator.agenerate(chunk)
         if verbose:
-            tqdm.write(f"nodes {end - save_every} to {min(end, len(nodes))}: {maker.report}")
+            tqdm.write(f"nodes {end - save_every} to {min(end, len(nodes))}: {generator.report}")
         if questions:
             dataset, _ = dataset_from_nodes(nodes[:end], [_Made(questions)])
             dataset.save_json(output_path)
     if dataset is None:
         raise DatasetError(
-            f"no question about {len(nodes)} node(s): {maker.report}",
+            f"no question about {len(nodes)} node(s): {generator.report}",
             "at least one",
             "Check the LLM and that the nodes have text.",
         )
@@ -149,7 +149,7 @@ def generate_qa_embedding_pairs(
     )
 
 
-def _from_the_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[Question]:
+def _from_the_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[GeneratedQuery]:
     """Questions of a file that llama-index-finetuning wrote, about nodes whose text is still the same.
 
     The file is kept aside before it is replaced: its answers are in no journal, and a later start wants them again.
@@ -166,7 +166,7 @@ def _from_the_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[Q
         if old.corpus.get(node.node_id) in (embed_text(node), node.get_content(metadata_mode=MetadataMode.NONE))
     }
     return [
-        Question(text, passage_id, "llm")
+        GeneratedQuery(text, passage_id, "llm")
         for query_id, text in old.queries.items()
         for passage_id in old.relevant_docs.get(query_id, [])[:1]
         if passage_id in unchanged

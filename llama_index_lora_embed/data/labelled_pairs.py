@@ -16,9 +16,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError, warn_user
+from llama_index_lora_embed.core.files import write_json
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
-from llama_index_lora_embed.data.files import write_json
-from llama_index_lora_embed.data.labelled_sources import (
+from llama_index_lora_embed.data.grouping import draw_groups, groups_sharing
+from llama_index_lora_embed.data.readers.files import Entry, PairsReport, path_entries
+from llama_index_lora_embed.data.readers.labelled import (
     Columns,
     Scale,
     choose_columns,
@@ -28,9 +31,6 @@ from llama_index_lora_embed.data.labelled_sources import (
     read_rows,
     scale_hint,
 )
-from llama_index_lora_embed.data.pair_files import Entry, PairsReport, path_entries
-from llama_index_lora_embed.data.split import draw_groups, groups_sharing
-from llama_index_lora_embed.errors import ConfigError, DatasetError, SplitError, warn_user
 
 _PARTS = 5  # of graded labels in a split
 _CONTRADICTION = 0.5  # half of the scale; people who grade differ by less than that
@@ -65,8 +65,8 @@ class LabelledPairs:
                 raise DatasetError(f"{name}={values!r:.80}", "a list", "Pass one value for each pair.")
             object.__setattr__(self, name, [number(value) if name == "scores" else value for value in values])
         if self.symmetric not in (True, False):
-            mend = "False if the first texts are queries."
-            raise DatasetError(f"symmetric={self.symmetric!r:.80}", "True or False", mend)
+            hint = "False if the first texts are queries."
+            raise DatasetError(f"symmetric={self.symmetric!r:.80}", "True or False", hint)
         object.__setattr__(self, "symmetric", bool(self.symmetric))
 
     def __len__(self) -> int:
@@ -166,8 +166,8 @@ class LabelledPairs:
         """
         if not os.path.isfile(path) or _saved(path) is not None:
             got = f"{os.fspath(path)!r}, which is {'what save_json wrote' if os.path.isfile(path) else 'no file'}"
-            mend = "Check the path; what save_json wrote is read with LabelledPairs.from_json(path)."
-            raise DatasetError(got, "a table, or JSON with one pair in each line", mend)
+            hint = "Check the path; what save_json wrote is read with LabelledPairs.from_json(path)."
+            raise DatasetError(got, "a table, or JSON with one pair in each line", hint)
         report = PairsReport()
         entries = list(path_entries(Path(path), "", report))
         if report.skipped:
@@ -188,15 +188,15 @@ class LabelledPairs:
         """
         if isinstance(dataset, Mapping) or not hasattr(dataset, "column_names"):
             keys = f" with the splits {', '.join(map(repr, dataset))}" if isinstance(dataset, Mapping) else ""
-            mend = "Pass one split, as in dataset['train']."
-            raise DatasetError(f"a {type(dataset).__name__}{keys}", "a datasets.Dataset", mend)
+            hint = "Pass one split, as in dataset['train']."
+            raise DatasetError(f"a {type(dataset).__name__}{keys}", "a datasets.Dataset", hint)
         label = choose_columns(list(dataset.column_names or ()), columns)[2] if dataset.column_names else ""
         classes = getattr((getattr(dataset, "features", None) or {}).get(label), "names", None) or []
         if entailed := [number for number, name in enumerate(classes) if name.lower().startswith("entail")]:
-            mend = (
+            hint = (
                 f'dataset.map(lambda row: {{"score": float(row[{label!r}] == {entailed[0]})}}) adds a column of them.'
             )
-            raise DatasetError(f"labels that stand for {', '.join(classes)}", "labels that grow with likeness", mend)
+            raise DatasetError(f"labels that stand for {', '.join(classes)}", "labels that grow with likeness", hint)
         return cls._read(numbered(dataset), columns, scale, symmetric, None)
 
     @classmethod
@@ -313,8 +313,8 @@ class LabelledPairs:
             SplitError: All pairs hang together, or a side would have one label only.
         """
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-            mend = "0.1 holds out a tenth of the pairs."
-            raise ConfigError(f"fraction={fraction!r}", "a number above 0 and below 1", mend)
+            hint = "0.1 holds out a tenth of the pairs."
+            raise ConfigError(f"fraction={fraction!r}", "a number above 0 and below 1", hint)
         self.check("pairs to split")
         groups = groups_sharing(self.texts1, self.texts2)
         random.Random(seed).shuffle(groups)

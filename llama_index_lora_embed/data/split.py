@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError, warn_user
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
-from llama_index_lora_embed.data.near_duplicates import near_duplicate_groups
-from llama_index_lora_embed.errors import ConfigError, SplitError, warn_user
+from llama_index_lora_embed.data.filters.near_duplicates import near_duplicate_groups
+from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
+
+logger = logging.getLogger(__name__)
 
 FEWEST_DOCUMENTS = 10
 """Documents with questions, below which `split_by_source` warns. Questions about one document succeed or fail together,
@@ -191,45 +194,81 @@ def _tied_queries(dataset: EmbeddingQAFinetuneDataset, texts: dict[str, str]) ->
     return list(groups.values())
 
 
-def groups_sharing(texts1: Sequence[str], texts2: Sequence[str]) -> list[list[int]]:
-    """Indices of pairs in groups that share a text, directly or through other pairs."""
-    parent: dict[str, str] = {}
-
-    def find(item: str) -> str:
-        while parent.setdefault(item, item) != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
-
-    for first, second in zip(texts1, texts2, strict=True):
-        parent[find(normalise(first))] = find(normalise(second))
-    groups: defaultdict[str, list[int]] = defaultdict(list)
-    for index, text in enumerate(texts1):
-        groups[find(normalise(text))].append(index)
-    return list(groups.values())
+Trainable = EmbeddingQAFinetuneDataset | LabelledPairs
+"""What an adapter can be trained on, and judged by."""
 
 
-def draw_groups(groups: list[list[int]], strata: list[int], fraction: float) -> set[int]:
-    """Pairs to hold out: whole groups, so that each stratum comes near to its share and none is used up."""
-    total, held = Counter(strata), Counter[int]()
-    wanted = {stratum: max(2 / len(total), fraction * count) for stratum, count in total.items()}  # two pairs in all
-    found: set[int] = set()
-    counted = [(group, Counter(strata[i] for i in group)) for group in groups]
+def hold_out(
+    dataset: Trainable, fraction: float, seed: int, max_passages: int, in_vain: Sequence[str] = ()
+) -> tuple[Trainable, Trainable | None, str]:
+    """Split a training set into training and validation; warns where it cannot be split.
 
-    def fits(counts: Counter[int]) -> bool:
-        return all(held[stratum] + count < total[stratum] for stratum, count in counts.items())
+    Args:
+        dataset: Checked.
+        fraction: Share of the questions or pairs to hold out.
+        seed: Of the draw.
+        max_passages: Passages searched in the validation set.
+        in_vain: Settings of the user's that have no effect where nothing is held out; the warning names them.
 
-    def off(added: Counter[int]) -> float:
-        return sum((wanted[stratum] - held[stratum] - added[stratum]) ** 2 for stratum in total)
+    Returns:
+        Training set, validation set (None where it cannot be split), and how it was split, in words.
+    """
+    try:
+        if isinstance(dataset, LabelledPairs):
+            note = "The pairs were held out of the training set; no text of theirs was trained on."
+            return *dataset.split(fraction, seed), note
+        train, val = split_by_source(dataset, fraction, seed=seed, max_passages=max_passages)
+    except SplitError as error:
+        idle = f" Without effect: {', '.join(in_vain)}." if in_vain else ""
+        warn_user(f"Nothing is held out to judge by: {error}{idle}")
+        return dataset, None, ""
+    if train.source_documents:
+        return train, val, "The questions were held out of the training set by source document."
+    note = (
+        "The questions were held out of the training set by passage, because it does not record source documents: "
+        "neighbouring passages may have been trained on."
+    )
+    return train, val, note
 
-    for group, counts in counted:
-        if fits(counts) and off(counts) < off(Counter()):
-            held.update(counts)
-            found.update(group)
-    for stratum in total:  # a group too large to be near its share, where no other has this stratum
-        fitting = [(group, counts) for group, counts in counted if counts[stratum] and fits(counts)]
-        if fitting and not held[stratum]:
-            group, counts = min(fitting, key=lambda item: len(item[0]))
-            held.update(counts)
-            found.update(group)
-    return found
+
+def drop_overlap(train: Trainable, val: Trainable, *, drop: bool) -> Trainable:
+    """The training set, if it trains on nothing that `val` asks for; datasets of two kinds are not compared.
+
+    Raises:
+        DatasetError: It does, and `drop` is off or would leave nothing.
+    """
+    if isinstance(train, LabelledPairs):
+        return _pairs_without_overlap(train, val, drop) if isinstance(val, LabelledPairs) else train
+    if isinstance(val, LabelledPairs):
+        return train
+    shared = train.overlap(val)
+    if not shared:
+        return train
+    if not drop or len(shared) == len(train.queries):
+        raise DatasetError(
+            f"{len(shared)} of {len(train.queries)} training questions about passages that val_dataset asks for",
+            "a val_dataset about documents that are not trained on: a score on known answers says nothing",
+            "Split by document with split_by_source(dataset), drop them from training with on_overlap='drop', or "
+            "accept it with on_overlap='allow'. The questions:",
+            [f"query {query_id!r}: {train.queries[query_id]!r:.80}" for query_id in shared],
+        )
+    logger.warning("%d training questions about passages of val_dataset were dropped", len(shared))
+    left = set(shared)
+    return train.subset((i for i in train.queries if i not in left), train.corpus)
+
+
+def _pairs_without_overlap(train: LabelledPairs, val: LabelledPairs, drop: bool) -> LabelledPairs:
+    shared = train.overlap(val)
+    if not shared:
+        return train
+    if not drop or len(shared) == len(train):
+        raise DatasetError(
+            f"{len(shared)} of {len(train)} training pairs that are in val_dataset too",
+            "a val_dataset of other pairs: a score on known pairs says nothing",
+            "Split with dataset.split(), drop them from training with on_overlap='drop', or accept it with "
+            "on_overlap='allow'. The pairs:",
+            [f"pair {i}: {train.texts1[i]!r:.60} and {train.texts2[i]!r:.60}" for i in shared],
+        )
+    logger.warning("%d training pairs of val_dataset were dropped", len(shared))
+    left = set(shared)
+    return train.subset(i for i in range(len(train)) if i not in left).check("dataset")

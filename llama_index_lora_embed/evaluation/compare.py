@@ -8,18 +8,18 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_lora_embed.data.dataset import PEOPLE
-from llama_index_lora_embed.errors import DatasetError
-from llama_index_lora_embed.evaluation.bootstrap import FEWEST, interval, paired_intervals
+from llama_index_lora_embed.core.errors import DatasetError
+from llama_index_lora_embed.data.dataset import HUMAN
 from llama_index_lora_embed.evaluation.pairs import Numbers, PairEvaluation
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation
+from llama_index_lora_embed.evaluation.significance import FEWEST, interval, paired_intervals
 
 _PAIR_RESAMPLES = 1000
 _METRIC = "ndcg@10"
 _WRITTEN = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "roc_auc": "ROC-AUC", "spearman": "Spearman"}
 _FEWEST = 5  # pairs of each label, or twice as many graded ones; resamples of fewer hardly differ
 _ROUNDING = 1e-9  # ranks are counts and their halves; what is smaller than this is no difference
-# origins that say nothing of who asked; everything else but PEOPLE was made up
+# origins that say nothing of who asked; everything else but HUMAN was made up
 _UNKNOWN = "unknown"
 # models that were judged by made-up and by real questions (benchmarks/verdicts.py; benchmarks/README.md, "Verdicts")
 _TRIALS, _RIGHT = 17, 8
@@ -291,7 +291,7 @@ def _by_kind(base: RetrievalEvaluation, differences: Numbers) -> list[str]:
     kinds: dict[str, list[float]] = {}
     for query_id, difference in zip(base.per_query, differences, strict=True):
         origin = base.query_origins.get(query_id, _UNKNOWN)
-        if origin not in (PEOPLE, _UNKNOWN):
+        if origin not in (HUMAN, _UNKNOWN):
             kinds.setdefault(origin, []).append(float(difference))
     means = {origin: float(np.mean(values)) for origin, values in kinds.items() if len(values) >= FEWEST}
     if len(means) < 2 or min(means.values()) > max(means.values()) / 2 or max(means.values()) <= 0:
@@ -306,8 +306,8 @@ def describe_basis(origins: dict[str, int]) -> str:
     Args:
         origins: Number of questions by how they were made.
     """
-    made_up = {name: count for name, count in origins.items() if name not in (PEOPLE, _UNKNOWN)}
-    people, unknown = origins.get(PEOPLE, 0), origins.get(_UNKNOWN, 0)
+    made_up = {name: count for name, count in origins.items() if name not in (HUMAN, _UNKNOWN)}
+    people, unknown = origins.get(HUMAN, 0), origins.get(_UNKNOWN, 0)
     parts = [f"{people} asked by people"] if people else []
     parts += [f"{count} made by {name.replace('_', ' ')}" for name, count in made_up.items()]
     parts += [f"{unknown} of unknown origin"] if unknown else []

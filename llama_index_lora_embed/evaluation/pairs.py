@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_index_lora_embed.core.concurrency import run_in_loop, run_without_waiting
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
-from llama_index_lora_embed.evaluation.loops import run_to_end, run_without_waiting
+from llama_index_lora_embed.evaluation.embeddings import Embedder
 from llama_index_lora_embed.evaluation.retrieval import Encode, unit_vectors
-from llama_index_lora_embed.evaluation.vectors import VectorMaker
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -88,8 +88,8 @@ def evaluate_pairs(
         DatasetError: The pairs cannot be judged by; see `LabelledPairs.check`.
         NonFiniteLossError: Vectors are NaN or infinite.
     """
-    maker = VectorMaker(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
-    run = run_without_waiting if num_workers is None else run_to_end
+    maker = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    run = run_without_waiting if num_workers is None else run_in_loop
     return evaluate_pair_encoders(
         lambda texts: run(maker.vectors(texts, "query")),
         lambda texts: run(maker.vectors(texts, "passage")),

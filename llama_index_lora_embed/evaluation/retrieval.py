@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llama_index_lora_embed.core.concurrency import run_in_loop, run_without_waiting
+from llama_index_lora_embed.core.errors import ConfigError, NonFiniteLossError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
-from llama_index_lora_embed.errors import ConfigError, NonFiniteLossError
-from llama_index_lora_embed.evaluation.loops import run_to_end, run_without_waiting
-from llama_index_lora_embed.evaluation.measures import DEPTH, measure
+from llama_index_lora_embed.evaluation.embeddings import Embedder
+from llama_index_lora_embed.evaluation.metrics import DEPTH, measure
 from llama_index_lora_embed.evaluation.search import FloatArray, nearest
-from llama_index_lora_embed.evaluation.vectors import VectorMaker
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -121,8 +121,8 @@ def evaluate_retrieval(
         0.748
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    maker = VectorMaker(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
-    run = run_without_waiting if num_workers is None else run_to_end
+    maker = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    run = run_without_waiting if num_workers is None else run_in_loop
     return _judge(*run(_vectors_of_both(maker, dataset)), dataset)
 
 
@@ -139,11 +139,11 @@ async def aevaluate_retrieval(
     Results and errors are the same. The search runs in a thread, so that the loop stays free.
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    maker = VectorMaker(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    maker = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
     return await asyncio.to_thread(_judge, *await _vectors_of_both(maker, dataset), dataset)
 
 
-async def _vectors_of_both(maker: VectorMaker, dataset: EmbeddingQAFinetuneDataset) -> tuple[FloatArray, FloatArray]:
+async def _vectors_of_both(maker: Embedder, dataset: EmbeddingQAFinetuneDataset) -> tuple[FloatArray, FloatArray]:
     """Of queries in the order of the dataset, and of passages in that of their ids."""
     queries = await maker.vectors(list(dataset.queries.values()), "query")
     return queries, await maker.vectors([dataset.corpus[i] for i in sorted(dataset.corpus)], "passage")

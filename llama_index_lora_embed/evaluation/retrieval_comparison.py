@@ -1,4 +1,4 @@
-"""Two embedding models side by side on a dataset: measures, verdict, queries won and lost, slices, a canary."""
+"""Two embedding models side by side on a dataset: measures, verdict, queries won and lost, slices, a regression_set."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_index_lora_embed.config.base import is_share
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.errors import ConfigError, DatasetError
-from llama_index_lora_embed.evaluation.bootstrap import paired_intervals, sign_test
 from llama_index_lora_embed.evaluation.compare import Comparison, Verdict, check_same_dataset, compare
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, judged_digest
+from llama_index_lora_embed.evaluation.significance import paired_intervals, sign_test
 from llama_index_lora_embed.evaluation.slices import slices_of
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-CANARY_LIMIT = 0.02
+REGRESSION_LIMIT = 0.02
 """Mean nDCG@10 that a general dataset may lose: on 790 queries a difference of that size is beyond chance
 (benchmarks/README.md), and a user of search would hardly notice less."""
 
@@ -96,7 +96,7 @@ class SliceOutcome:
 
 
 @dataclass(frozen=True)
-class Canary:
+class RegressionCheck:
     """A second dataset, on what the model is not tuned for.
 
     Attributes:
@@ -117,7 +117,7 @@ class Canary:
     def __str__(self) -> str:
         low, high = self.measured.interval
         return (
-            f"{'canary alive' if self.alive else 'CANARY DEAD'}: nDCG@10 {self.measured.difference:+.3f} "
+            f"{'regression set held' if self.alive else 'REGRESSED'}: nDCG@10 {self.measured.difference:+.3f} "
             f"(95 % interval {low:+.3f} to {high:+.3f}) on {self.queries} general queries, "
             f"-{self.limit:.3f} allowed"
         )
@@ -132,7 +132,7 @@ class RetrievalComparison:
         measures: Every measure by name.
         queries: Every query's outcome, the most gained first and the most lost last.
         slices: Some of the queries at a time.
-        canary: What a general dataset says; None if there was none.
+        regression_set: What a general dataset says; None if there was none.
         base: Evaluation of the base.
         tuned: Evaluation of the tuned model.
         dataset: What both were evaluated on.
@@ -143,7 +143,7 @@ class RetrievalComparison:
     measures: dict[str, Difference]
     queries: list[QueryOutcome] = field(repr=False)
     slices: list[SliceOutcome] = field(repr=False)
-    canary: Canary | None
+    regression_set: RegressionCheck | None
     base: RetrievalEvaluation = field(repr=False)
     tuned: RetrievalEvaluation = field(repr=False)
     dataset: EmbeddingQAFinetuneDataset = field(repr=False)
@@ -151,7 +151,7 @@ class RetrievalComparison:
 
     @property
     def verdict(self) -> Verdict:
-        """BETTER, NO CLEAR DIFFERENCE or WORSE on the dataset itself; the canary has its own word."""
+        """BETTER, NO CLEAR DIFFERENCE or WORSE on the dataset itself; the regression_set has its own word."""
         return self.comparison.verdict
 
     @property
@@ -171,7 +171,7 @@ class RetrievalComparison:
 
     def __str__(self) -> str:
         """The verdict in one line."""
-        return f"{self.comparison}{'' if self.canary is None else f' {self.canary}.'}"
+        return f"{self.comparison}{'' if self.regression_set is None else f' {self.regression_set}.'}"
 
 
 def compare_retrieval(
@@ -179,8 +179,8 @@ def compare_retrieval(
     tuned: BaseEmbedding | RetrievalEvaluation,
     dataset: EmbeddingQAFinetuneDataset,
     *,
-    canary: EmbeddingQAFinetuneDataset | tuple[RetrievalEvaluation, RetrievalEvaluation] | None = None,
-    canary_limit: float = CANARY_LIMIT,
+    regression_set: EmbeddingQAFinetuneDataset | tuple[RetrievalEvaluation, RetrievalEvaluation] | None = None,
+    regression_limit: float = REGRESSION_LIMIT,
     slices: Mapping[str, Sequence[str]] | None = None,
     names: tuple[str, str] = ("base", "tuned"),
     num_workers: int | None = None,
@@ -194,9 +194,9 @@ def compare_retrieval(
         base: The model to compare with, or its evaluation on this dataset.
         tuned: The model that is to be better, or its evaluation.
         dataset: Questions, corpus and judgments that neither was trained on.
-        canary: General questions on which the tuned model must not lose more than `canary_limit`; or both models'
-            evaluations on them, where base and tuned are evaluations too.
-        canary_limit: Drop of the mean nDCG@10 that is allowed there, 0 to 1.
+        regression_set: General queries on which the tuned model must not lose more than `regression_limit`; or both
+            models' evaluations on them, where base and tuned are evaluations too.
+        regression_limit: Drop of the mean nDCG@10 that is allowed there, 0 to 1.
         slices: Further slices by name, as query ids; beside those by length, style, origin, source document and whether
             the tuned model cuts the relevant passage.
         names: What to call the two.
@@ -206,8 +206,8 @@ def compare_retrieval(
         show_progress: Show bars.
 
     Raises:
-        ConfigError: canary_limit is no number from 0 to 1, or a canary dataset is given for evaluations, or a model's
-            vectors cannot be compared.
+        ConfigError: regression_limit is no number from 0 to 1, or a regression_set dataset is given for evaluations, or
+            a model's vectors cannot be compared.
         DatasetError: The dataset is empty or inconsistent, was not the one of the evaluations, or a slice has no
             queries or unknown ones.
         NonFiniteLossError: Vectors are NaN or infinite.
@@ -217,8 +217,10 @@ def compare_retrieval(
         ... # doctest: +SKIP
         BETTER: nDCG@10 +0.107 (95 % interval +0.086 to +0.128), 274 queries won, 113 lost of 790. ...
     """
-    if not is_share(canary_limit):
-        raise ConfigError(f"canary_limit={canary_limit!r}", "a number from 0 to 1", f"canary_limit={CANARY_LIMIT}")
+    if not is_share(regression_limit):
+        raise ConfigError(
+            f"regression_limit={regression_limit!r}", "a number from 0 to 1", f"regression_limit={REGRESSION_LIMIT}"
+        )
     if len(set(names)) != 2 or len(names) != 2 or not all(isinstance(name, str) and name.strip() for name in names):
         raise ConfigError(f"names={names!r}", "two different texts", 'names=("base", "tuned")')
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
@@ -230,22 +232,24 @@ def compare_retrieval(
         return evaluate_retrieval(model, on, **settings)  # type: ignore[arg-type]
 
     parts = slices_of(dataset, tuned, slices)  # before hours of embedding, because it can be refused
-    if isinstance(canary, tuple):
-        if len(canary) != 2 or not all(isinstance(evaluation, RetrievalEvaluation) for evaluation in canary):
+    if isinstance(regression_set, tuple):
+        if len(regression_set) != 2 or not all(
+            isinstance(evaluation, RetrievalEvaluation) for evaluation in regression_set
+        ):
             raise ConfigError(
-                f"canary with {', '.join(type(evaluation).__name__ for evaluation in canary) or 'nothing'} in it",
+                f"regression_set with {', '.join(type(one).__name__ for one in regression_set) or 'nothing'} in it",
                 "a dataset, or the evaluations of base and tuned on one",
-                "canary=(evaluate_retrieval(base, general), evaluate_retrieval(tuned, general))",
+                "regression_set=(evaluate_retrieval(base, general), evaluate_retrieval(tuned, general))",
             )
-        on_canary = canary
-    elif canary is not None:
+        on_canary = regression_set
+    elif regression_set is not None:
         if isinstance(base, RetrievalEvaluation) or isinstance(tuned, RetrievalEvaluation):
             raise ConfigError(
-                "a canary dataset with a model that is already an evaluation",
-                "both models, or both models' evaluations of the canary",
-                "canary=(evaluate_retrieval(base, general), evaluate_retrieval(tuned, general))",
+                "a regression_set dataset with a model that is already an evaluation",
+                "both models, or both models' evaluations of the regression_set",
+                "regression_set=(evaluate_retrieval(base, general), evaluate_retrieval(tuned, general))",
             )
-        canary = EmbeddingQAFinetuneDataset.coerce(canary, "canary").check("canary")
+        regression_set = EmbeddingQAFinetuneDataset.coerce(regression_set, "regression_set").check("regression_set")
     before, after, digest = evaluated(base, dataset), evaluated(tuned, dataset), judged_digest(dataset)
     for evaluation, name in zip((before, after), names, strict=True):
         if evaluation.per_query.keys() != dataset.queries.keys() or evaluation.digest not in ("", digest):
@@ -255,8 +259,8 @@ def compare_retrieval(
                 "evaluations of the dataset itself",
                 "Pass the dataset that both were evaluated on.",
             )
-    if canary is not None and not isinstance(canary, tuple):
-        on_canary = evaluated(base, canary), evaluated(tuned, canary)
+    if regression_set is not None and not isinstance(regression_set, tuple):
+        on_canary = evaluated(base, regression_set), evaluated(tuned, regression_set)
     return RetrievalComparison(
         compare(before, after, seed=seed),
         differences(before, after, seed=seed),
@@ -266,11 +270,11 @@ def compare_retrieval(
             for by, name, ids in parts
         ],
         None
-        if canary is None
-        else Canary(
+        if regression_set is None
+        else RegressionCheck(
             differences(*on_canary, names=["ndcg@10"], seed=seed)["ndcg@10"],
             len(on_canary[0].per_query),
-            float(canary_limit),
+            float(regression_limit),
         ),
         before,
         after,

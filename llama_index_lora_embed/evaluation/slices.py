@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.errors import DatasetError
 
 _KEYWORDS = 40  # characters up to which what is no question is no sentence either
 _SOURCES = 10  # documents with the most queries; the others stand together

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from llama_index_lora_embed.training import processes
-from llama_index_lora_embed.training.stopping import EvaluationStoppedError, StopRequest
+from llama_index_lora_embed.training import distributed
+from llama_index_lora_embed.training.checkpointing.signals import EvaluationStoppedError, StopRequest
 from llama_index_lora_embed.training.trainer import LoraTrainer
 
 
@@ -33,10 +33,10 @@ class Evaluator(TrainerCallback):
         self.patience = patience
         self.stop = stop
         self.stopping = False
-        if processes.world_size() == 1:  # else one process would leave while the others wait for it
+        if distributed.world_size() == 1:  # else one process would leave while the others wait for it
             trainer.best_so_far.interruptible = stop.interruptible
 
-    def make_up(self, state: TrainerState) -> bool:
+    def catch_up(self, state: TrainerState) -> bool:
         """Do what the checkpoint's own run did not come to any more, before the first step.
 
         Returns:
@@ -118,7 +118,7 @@ class RunLog(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append a line."""
-        if not processes.is_main() or not logs:
+        if not distributed.is_main() or not logs:
             return
         values = {name: _number(value) for name, value in logs.items()}
         line = json.dumps({"step": state.global_step, **values, "time": round(time.time(), 3)})

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.texts import count_tokens
-from llama_index_lora_embed.windows import longest_text, window_of
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.models.tokens import count_tokens
+from llama_index_lora_embed.models.windows import longest_text, window_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -17,8 +17,14 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from llama_index_lora_embed.config import TrainingSettings
-from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.presets import lora_target_modules, upper_modules
+from llama_index_lora_embed.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from sentence_transformers import SentenceTransformer
+
+from llama_index_lora_embed.core.errors import AdapterError, NonFiniteLossError
 
 # initialisations that leave the base's vectors as they are, and those that would change its weights
 _UNCHANGED = re.compile(r"gaussian|orthogonal", re.IGNORECASE)
@@ -214,3 +220,116 @@ def train_further(model: SentenceTransformer) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def lora_target_modules(model: SentenceTransformer) -> list[str]:
+    """Names of the linear layers that the default LoRA adapts: all those inside the transformer's layers.
+
+    Looked up in the model instead of assumed, so that fused projections are found. What stands outside the layers
+    (BERT's unused pooler, an output head) is left alone, and so are the routers of a mixture of experts, whose
+    choice of experts is not what retrieval has to learn.
+
+    Returns:
+        Module suffixes as peft's `target_modules` takes them, e.g. "attention.self.query"; whole names where a
+        suffix would also mean a module outside the layers.
+
+    Raises:
+        ConfigError: The model has no transformer layers with linear modules.
+    """
+    import torch
+
+    transformer = model.transformers_model
+    linear: dict[str, Any] = {}
+    if transformer is not None:
+        linear = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    routers = _router_widths(transformer)
+    targets: dict[str, list[str]] = {}
+    outside: list[str] = []
+    for name, module in linear.items():
+        match = re.match(r"^.*?\.?\d+\.(.+)$", name)  # the part after the layer's number
+        if match and module.out_features not in routers:
+            targets.setdefault(match[1], []).append(name)
+        else:
+            outside.append(name)
+    if not targets:
+        raise ConfigError(
+            f"a model of type {type(transformer).__name__} without linear modules in numbered layers",
+            "a transformer encoder or decoder",
+            "Name the modules yourself: lora_config=peft.LoraConfig(target_modules=[...]).",
+        )
+    names: list[str] = []
+    for suffix, whole in targets.items():
+        ambiguous = any(name == suffix or name.endswith(f".{suffix}") for name in outside)
+        names += whole if ambiguous else [suffix]
+    return sorted(names)
+
+
+def upper_modules(model: SentenceTransformer, share: float) -> list[str]:
+    """Names of the linear layers that the default LoRA adapts, in the upper layers only.
+
+    Args:
+        model: Loaded base.
+        share: Of the layers, from the last one down; 1 gives `lora_target_modules`.
+
+    Raises:
+        ConfigError: The model has no transformer layers with linear modules.
+    """
+    import torch
+
+    targets = lora_target_modules(model)
+    if share >= 1:
+        return targets
+    found: list[tuple[int, str]] = []
+    for name, module in model.transformers_model.named_modules():  # type: ignore[union-attr]
+        match = re.match(r"^(?:.*?\.)?(\d+)\.(.+)$", name)
+        if match and isinstance(module, torch.nn.Linear) and (match[2] in targets or name in targets):
+            found.append((int(match[1]), name))
+    layers = 1 + max(number for number, _ in found)
+    first = layers - max(1, math.ceil(share * layers))
+    return [name for number, name in found if number >= first]
+
+
+def _router_widths(transformer: Any) -> set[int]:
+    """Output sizes that only routers have: one score for each expert, or a single gate."""
+    config = getattr(transformer, "config", None)
+    counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    experts = {count for count in counts if isinstance(count, int) and count > 0}
+    return experts | {1} if experts else set()
+
+
+def adapter_weights(model: SentenceTransformer) -> dict[str, Tensor]:
+    """A copy of the adapter's weights on the CPU, by peft's names."""
+    state = get_peft_model_state_dict(model.transformers_model, adapter_name="default")
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def restore_weights(model: SentenceTransformer, weights: dict[str, Tensor]) -> None:
+    """Put adapter weights into the model.
+
+    Raises:
+        AdapterError: Names do not fit one to one.
+    """
+    shapes, stored = ({name: w.shape for name, w in of.items()} for of in (adapter_weights(model), weights))
+    if odd := sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name)):
+        raise AdapterError(
+            f"adapter weights with {len(odd)} name(s) that do not fit (e.g. {odd[0]}: "
+            f"{stored.get(odd[0], 'none')} stored, {shapes.get(odd[0], 'none')} in the model)",
+            "the weights of the same LoRA on the same base",
+            "Start without resume_from_checkpoint, or restore lora_config.",
+        )
+    set_peft_model_state_dict(model.transformers_model, dict(weights), adapter_name="default")
+
+
+def check_finite(model: SentenceTransformer, where: str) -> None:
+    """Refuse weights that are NaN or infinite, before anything is overwritten with them.
+
+    Raises:
+        NonFiniteLossError: There are some.
+    """
+    bad = [name for name, tensor in adapter_weights(model).items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise NonFiniteLossError(
+            f"{len(bad)} adapter weight(s) with NaN or infinity {where} (e.g. {bad[0]})",
+            "numbers",
+            "Lower learning_rate or set precision='fp32'; nothing was written, and earlier checkpoints are intact.",
+        )

@@ -21,15 +21,16 @@ from transformers import GradientCheckpointingLayer, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from llama_index_lora_embed.adapter import WEIGHTS_NAME
-from llama_index_lora_embed.errors import NonFiniteLossError, warn_user
-from llama_index_lora_embed.precision import computing_in
-from llama_index_lora_embed.training import processes
-from llama_index_lora_embed.training.batches import GroupBatchSampler, GroupCollator, RowBatchSampler
-from llama_index_lora_embed.training.best import BestSoFar, check_finite, restore_weights
-from llama_index_lora_embed.training.checkpoints import step_of, write_checkpoint
-from llama_index_lora_embed.training.memory import out_of_memory
-from llama_index_lora_embed.windows import COUNTS
+from llama_index_lora_embed.core.errors import NonFiniteLossError, warn_user
+from llama_index_lora_embed.models.adapter_directory import WEIGHTS_NAME
+from llama_index_lora_embed.models.kernels.precision import computing_in
+from llama_index_lora_embed.models.windows import COUNTS
+from llama_index_lora_embed.training import distributed
+from llama_index_lora_embed.training.checkpointing.checkpoints import step_of, write_checkpoint
+from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
+from llama_index_lora_embed.training.efficiency.auto_batch_size import out_of_memory
+from llama_index_lora_embed.training.lora import check_finite, restore_weights
+from llama_index_lora_embed.training.objectives.collator import ExampleBatchSampler, GroupBatchSampler, GroupCollator
 
 _LOSS_WEIGHTS = "loss.safetensors"
 
@@ -51,7 +52,7 @@ class LoraTrainer(SentenceTransformerTrainer):
     def __init__(
         self,
         *,
-        best_so_far: BestSoFar,
+        best_so_far: CheckpointSelection,
         precision: str,
         base_dropout: bool = False,
         warmup_ratio: float | None,
@@ -91,15 +92,15 @@ class LoraTrainer(SentenceTransformerTrainer):
         """
         collator: Any = self.data_collator
         rows: Any = self.train_dataset
-        world, size = processes.world_size(), self.args.train_batch_size
-        sampler: GroupBatchSampler | RowBatchSampler
+        world, size = distributed.world_size(), self.args.train_batch_size
+        sampler: GroupBatchSampler | ExampleBatchSampler
         if isinstance(collator, GroupCollator):
             sampler = GroupBatchSampler(rows, size * world, False, seed=self.args.seed)
         else:
             make: Any = self.args.batch_sampler
-            if getattr(make, "func", make) is not RowBatchSampler:  # the user's own choice
+            if getattr(make, "func", make) is not ExampleBatchSampler:  # the user's own choice
                 return super().get_train_dataloader()
-            sampler = make(rows, size, False, seed=self.args.seed, rank=processes.rank(), world=world)
+            sampler = make(rows, size, False, seed=self.args.seed, rank=distributed.rank(), world=world)
         loader: DataLoader[Any] = DataLoader(
             rows,
             batch_sampler=sampler,
@@ -138,7 +139,7 @@ class LoraTrainer(SentenceTransformerTrainer):
                 pieces=getattr(collator, "mini_batch_size", None),
                 can_piece=isinstance(collator, GroupCollator) and not again,
             ) from error
-        if processes.highest(int(not torch.isfinite(loss))):
+        if distributed.highest(int(not torch.isfinite(loss))):
             raise NonFiniteLossError(
                 f"a loss of {loss.item()} at step {self.state.global_step + 1}",
                 "a finite number",
@@ -217,7 +218,7 @@ class LoraTrainer(SentenceTransformerTrainer):
             self._note_callbacks()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
-        if processes.is_main():
+        if distributed.is_main():
             target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             try:
                 write_checkpoint(target, write, self.recorded, self.args.save_total_limit, self.found)
@@ -229,7 +230,7 @@ class LoraTrainer(SentenceTransformerTrainer):
                     f"({type(error).__name__}: {error}). Earlier checkpoints are intact. "
                     + ("" if self.control.should_training_stop else "Training goes on: free some space until the next.")
                 )
-        self.saved_step = processes.share(self.saved_step)
+        self.saved_step = distributed.share(self.saved_step)
 
     def save_now(self) -> bool:
         """Save a checkpoint of the present step, unless there is one; whether there is one now."""
@@ -238,7 +239,7 @@ class LoraTrainer(SentenceTransformerTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return self.saved_step == self.state.global_step
 
-    def take_up(self, checkpoint: Path) -> None:
+    def load_checkpoint(self, checkpoint: Path) -> None:
         """Load weights, evaluations and state of a checkpoint, to look at them before training goes on."""
         self._load_from_checkpoint(str(checkpoint))
         self.evaluations_forgotten = True  # what is evaluated from here on must survive the loading in train()
@@ -256,9 +257,9 @@ class LoraTrainer(SentenceTransformerTrainer):
             own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         finally:
             shutil.rmtree(folder)
-        if processes.world_size() == 1:
+        if distributed.world_size() == 1:
             return own
-        gathered: list[Any] = [None] * processes.world_size()
+        gathered: list[Any] = [None] * distributed.world_size()
         dist.all_gather_object(gathered, own)
         return {name: state for part in gathered for name, state in part.items()}
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedError
-from llama_index_lora_embed.errors import DatasetError
+from llama_index_lora_embed.core.errors import DatasetError
 from tests.conftest import make_dataset
 
 

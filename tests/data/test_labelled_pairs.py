@@ -12,8 +12,8 @@ import pytest
 from sentence_transformers.sentence_transformer.readers import InputExample
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LabelledPairs
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError
 from llama_index_lora_embed.data.dataset import normalise
-from llama_index_lora_embed.errors import ConfigError, DatasetError, SplitError
 
 ROWS = [("a cat", "a kitten", 1), ("a cat sleeps", "rain falls", 0), ("a dog", "a hound", 1)]
 
@@ -325,7 +325,7 @@ def test_classes_of_entailment_are_no_degrees_of_likeness():
     )
     with pytest.raises(DatasetError, match=r"row\['label'\] == 0") as caught:
         LabelledPairs.from_hf(dataset)
-    mended = eval(caught.value.mend.split(" adds")[0], {"dataset": dataset})
+    mended = eval(caught.value.hint.split(" adds")[0], {"dataset": dataset})
     assert LabelledPairs.from_hf(mended).scores == [1.0, 0.0]
 
 
@@ -452,7 +452,7 @@ def test_pairs_that_hang_on_one_text_cannot_be_split():
     pairs = LabelledPairs(["the query"] * 20, [f"p{i}" for i in range(20)], [i % 2 for i in range(20)])
     with pytest.raises(SplitError, match=r"'the query' stands in 20 .*") as caught:
         pairs.split()
-    assert "validation pairs of your own" in caught.value.mend
+    assert "validation pairs of your own" in caught.value.hint
 
 
 def test_a_label_that_would_be_on_one_side_only_cannot_be_split():

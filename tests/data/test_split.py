@@ -2,9 +2,9 @@ import warnings
 
 import pytest
 
-from llama_index_lora_embed import split_by_source
+from llama_index_lora_embed.core.errors import ConfigError, SplitError
+from llama_index_lora_embed.data import split_by_source
 from llama_index_lora_embed.data.split import split_report
-from llama_index_lora_embed.errors import ConfigError, SplitError
 from tests.conftest import make_dataset
 
 

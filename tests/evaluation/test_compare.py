@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from llama_index_lora_embed import LabelledPairs
-from llama_index_lora_embed.errors import DatasetError
+from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.evaluation import RetrievalEvaluation, Verdict, compare, compare_pairs
 from llama_index_lora_embed.evaluation.compare import _auc_differences, _spearman_differences, describe_basis
 from llama_index_lora_embed.evaluation.pairs import evaluate_pair_encoders

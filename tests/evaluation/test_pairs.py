@@ -14,8 +14,9 @@ from sentence_transformers.sentence_transformer.evaluation import (
 )
 from sklearn.metrics import roc_auc_score
 
-from llama_index_lora_embed import LabelledPairs, LoraEmbedding, evaluate_pairs
-from llama_index_lora_embed.errors import ConfigError, DatasetError, NonFiniteLossError
+from llama_index_lora_embed import LabelledPairs, LoraEmbedding
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, NonFiniteLossError
+from llama_index_lora_embed.evaluation import evaluate_pairs
 from llama_index_lora_embed.evaluation.pairs import best_threshold, evaluate_pair_encoders, pair_metrics
 from tests.conftest import WORDS
 

@@ -17,9 +17,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, evaluate_retrieval
-from llama_index_lora_embed.errors import ConfigError, DatasetError, NonFiniteLossError, OutputDirectoryError
-from llama_index_lora_embed.evaluation import aevaluate_retrieval, loops, search
-from llama_index_lora_embed.evaluation.kept_vectors import identity
+from llama_index_lora_embed.core import concurrency
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, NonFiniteLossError, OutputDirectoryError
+from llama_index_lora_embed.evaluation import aevaluate_retrieval, search
+from llama_index_lora_embed.evaluation.embedding_cache import identity
 from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
 from tests.conftest import make_dataset
 
@@ -290,13 +291,13 @@ def test_work_within_work_is_refused_and_the_loop_lives_on():
         return evaluate_retrieval(Fake(), make_dataset(passages=4), num_workers=2)
 
     with pytest.raises(ConfigError, match="Await aevaluate_retrieval"):
-        loops.run_to_end(inside())
+        concurrency.run_in_loop(inside())
 
     async def dies():
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        loops.run_to_end(dies())
+        concurrency.run_in_loop(dies())
     assert evaluate_retrieval(Fake(), make_dataset(passages=4), num_workers=2).passages == 4
 
 

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, Verdict, compare_retrieval
-from llama_index_lora_embed.errors import ConfigError, DatasetError
-from llama_index_lora_embed.evaluation import compare, evaluate_retrieval
-from llama_index_lora_embed.evaluation.bootstrap import interval, paired_intervals, sign_test
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, compare_retrieval
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError
+from llama_index_lora_embed.evaluation import Verdict, compare, evaluate_retrieval
 from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
+from llama_index_lora_embed.evaluation.significance import interval, paired_intervals, sign_test
 from llama_index_lora_embed.evaluation.slices import slices_of
 from tests.conftest import make_dataset
 
@@ -69,23 +69,28 @@ def test_queries_won_and_lost_with_what_each_model_found(many, both):
 
 
 def test_a_canary_dies_of_a_drop_beyond_its_limit(many, both):
-    better, worse = compare_retrieval(*both, many, canary=both), compare_retrieval(*both, many, canary=both[::-1])
-    assert better.canary.alive
+    better, worse = (
+        compare_retrieval(*both, many, regression_set=both),
+        compare_retrieval(*both, many, regression_set=both[::-1]),
+    )
+    assert better.regression_set.alive
     assert str(better).endswith("general queries, -0.020 allowed.")
-    assert not worse.canary.alive
-    assert "CANARY DEAD" in str(worse)
+    assert not worse.regression_set.alive
+    assert "REGRESSED" in str(worse)
     assert worse.verdict is Verdict.BETTER, "of the dataset itself"
-    drop = -worse.canary.measured.difference
-    assert compare_retrieval(*both, many, canary=both[::-1], canary_limit=drop + 1e-6).canary.alive
-    assert not compare_retrieval(*both, many, canary=both[::-1], canary_limit=drop - 1e-6).canary.alive
+    drop = -worse.regression_set.measured.difference
+    assert compare_retrieval(*both, many, regression_set=both[::-1], regression_limit=drop + 1e-6).regression_set.alive
+    assert not compare_retrieval(
+        *both, many, regression_set=both[::-1], regression_limit=drop - 1e-6
+    ).regression_set.alive
     for wrong in (-0.1, 2, True, "0.1"):
-        with pytest.raises(ConfigError, match="canary_limit"):
-            compare_retrieval(*both, many, canary=both, canary_limit=wrong)
-    with pytest.raises(ConfigError, match="a canary dataset"):
-        compare_retrieval(*both, many, canary=make_dataset())
+        with pytest.raises(ConfigError, match="regression_limit"):
+            compare_retrieval(*both, many, regression_set=both, regression_limit=wrong)
+    with pytest.raises(ConfigError, match="a regression_set dataset"):
+        compare_retrieval(*both, many, regression_set=make_dataset())
     for wrong in ((make_dataset(), make_dataset()), (*both, both[0]), ()):
-        with pytest.raises(ConfigError, match="canary with"):
-            compare_retrieval(*both, many, canary=wrong)
+        with pytest.raises(ConfigError, match="regression_set with"):
+            compare_retrieval(*both, many, regression_set=wrong)
 
 
 def test_names_are_two_and_differ(many, both):
@@ -97,11 +102,11 @@ def test_names_are_two_and_differ(many, both):
 def test_models_are_evaluated_on_dataset_and_canary(tiny_model, adapter, tmp_path):
     dataset, general = make_dataset(passages=10, seed=7, prefix="v"), make_dataset(passages=30, seed=9)
     base, tuned = LoraEmbedding(base_model=tiny_model, device="cpu"), LoraEmbedding(adapter, device="cpu")
-    found = compare_retrieval(base, tuned, dataset, canary=general, cache_folder=tmp_path / "vectors")
+    found = compare_retrieval(base, tuned, dataset, regression_set=general, cache_folder=tmp_path / "vectors")
     assert found.base.metrics == evaluate_retrieval(base, dataset).metrics
     assert found.tuned.metrics == evaluate_retrieval(tuned, dataset).metrics
-    assert found.canary.queries == 60
-    assert found.canary.measured.tuned == pytest.approx(evaluate_retrieval(tuned, general).metrics["ndcg@10"])
+    assert found.regression_set.queries == 60
+    assert found.regression_set.measured.tuned == pytest.approx(evaluate_retrieval(tuned, general).metrics["ndcg@10"])
     assert {path.name for path in (tmp_path / "vectors").iterdir()} == {base.fingerprint, tuned.fingerprint}
 
 

@@ -1,11 +1,11 @@
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from llama_index_lora_embed.errors import ConfigError
-from llama_index_lora_embed.presets import longest_input
-from llama_index_lora_embed.texts import count_tokens
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.models.prompts import longest_input
+from llama_index_lora_embed.models.tokens import count_tokens
+from llama_index_lora_embed.models.windows import add_windows
 from llama_index_lora_embed.training.lengths import choose_length
-from llama_index_lora_embed.windows import add_windows
 
 
 @pytest.fixture

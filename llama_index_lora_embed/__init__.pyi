@@ -1,0 +1,12 @@
+from .core import LoraEmbedError as LoraEmbedError
+from .data import EmbeddingQAFinetuneDataset as EmbeddingQAFinetuneDataset
+from .data import LabelledPairs as LabelledPairs
+from .data import generate_qa_embedding_pairs as generate_qa_embedding_pairs
+from .embedding import LoraEmbedding as LoraEmbedding
+from .engines import FinetuneResult as FinetuneResult
+from .engines import LoraFinetuneEngine as LoraFinetuneEngine
+from .engines import SentenceTransformersFinetuneEngine as SentenceTransformersFinetuneEngine
+from .evaluation import compare_retrieval as compare_retrieval
+from .evaluation import evaluate_retrieval as evaluate_retrieval
+
+__version__: str

@@ -1,0 +1,386 @@
+"""Questions that would teach nothing, or something wrong, dropped and counted."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama_index_lora_embed.config import QueryFilterSettings
+from llama_index_lora_embed.core.errors import NonFiniteLossError, warn_user
+from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset, normalise
+from llama_index_lora_embed.data.filters.language import detect, may_be_same
+from llama_index_lora_embed.data.filters.near_duplicates import is_unspaced, near_duplicate_groups, tokens_of
+
+if TYPE_CHECKING:
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+
+NEIGHBOUR = "neighbour"
+NOT_WRITTEN = frozenset({HUMAN, "title", "inverse_cloze", NEIGHBOUR})
+"""Origins of questions that were asked by people or cut from the documents. All others count as written for the
+dataset, by an LLM mostly, and so do those that say nothing of their origin."""
+
+_RUN = 4  # words; n-grams of four are rarely shared by chance
+_UNSPACED_FACTOR = 2  # characters to a word where no spaces are written
+_TEXTS_AT_ONCE = 1024
+_PASSAGES_AT_ONCE = 8192
+
+# What only a reader of the passage can mean. Each needs a telling word beside "text" or "author", because "How is
+# text aligned?" and "Who is the author of Faust?" are good questions; "according to article 5" is one, too.
+_NO_NUMBER = r"(?! \w?\.? ?\d)"
+_TEXT_EN = r"(?:passage|excerpt|text|paragraph|snippet|context)"
+_SOURCE_EN = rf"(?:{_TEXT_EN}|document|article|section){_NO_NUMBER}"
+_SOURCE_DE = rf"(?:text\w*|abschnitts?|passage|auszugs?|absatz(?:es)?|dokuments?|artikels?|kontexts?){_NO_NUMBER}"
+_SOURCE_FR = rf"(?:texte|passage|extrait|paragraphe|document|article|contexte){_NO_NUMBER}"
+_SOURCE_ES = rf"(?:texto|pasaje|fragmento|extracto|p[áa]rrafo|documento|art[íi]culo|contexto){_NO_NUMBER}"
+SPEAKS_OF_PASSAGE = {
+    "en": (
+        r"\bthis (?:passage|excerpt|text|paragraph|snippet)\b(?! messages?\b)",
+        rf"\bthe (?:given|provided|above|following|preceding) (?:{_SOURCE_EN}|information|content)\b",
+        rf"\b{_TEXT_EN} (?:above|provided|given)\b|\bbased on the (?:information|content) (?:provided|given|above)\b",
+        rf"\b(?:according to|based on|as (?:stated|described|mentioned) in) (?:the|this) {_SOURCE_EN}",
+        rf"\b(?:mentioned|described|discussed|stated|provided|listed|given) (?:in|by) (?:the|this) {_SOURCE_EN}",
+        rf"\bdo(?:es)? (?:the|this) {_SOURCE_EN} (?:say|state|mention|describe|suggest|discuss|explain|imply|tell)\b",
+        r"\bthe excerpt\b|\bthe passage\b(?! (?:of|through|from|to|into|between|across|along)\b)",
+        r"^(?:what|who|which) (?:is|are|does|do) the text\b|^the text (?:is|describes|discusses|explains|says)\b",
+        r"\baccording to the authors?\b|\bdo(?:es)? the authors? (?!need|have|retain|own|get|hold|keep|pay)\w+",
+        r"\bthe authors? (?:say|state|mention|argue|describe|suggest|claim|propose|conclude|explain|believe|think)s?\b",
+    ),
+    "de": (
+        rf"\b(?:laut|gemäß|nach) (?:dem|der|diesem|dieser|des)(?: \w+en)? {_SOURCE_DE}\b|\blaut {_SOURCE_DE}\b",
+        r"\b(?:dieser|diese|dieses|diesen|diesem) (?:text|abschnitt|passage|textstelle|auszug)\b",
+        rf"\bim (?:\w+en )?{_SOURCE_DE} (?:erwähnt|genannt|beschrieben|erklärt|angegeben|gesagt)\b",
+        rf"\b(?:obige|vorliegende|gegebene|angegebene)[nmrs]? {_SOURCE_DE}\b",
+        r"\b(?:laut|nach|gemäß) (?:dem|der|den) autor(?:in|en)?\b|\b(?:meint|sagt|schreibt|behauptet|argumentiert|"
+        r"empfiehlt|erwähnt|beschreibt) (?:der|die) autor(?:in|en)?\b",
+    ),
+    "fr": (
+        rf"\b(?:selon|d['’]apr[èe]s) (?:le |la |l['’]|ce |cet |cette ){_SOURCE_FR}\b",
+        r"\b(?:dans ce texte|ce passage|cet extrait|ce paragraphe)\b",
+        rf"\b{_SOURCE_FR} (?:ci-dessus|fourni|donn[ée])|\bmentionn\w+ dans (?:le |l['’]|ce |cet ){_SOURCE_FR}\b",
+        r"\b(?:selon|d['’]apr[èe]s) (?:l['’]auteure?|les auteurs)\b|\bl['’]auteure? (?:dit|affirme|mentionne|d[ée]crit|"
+        r"explique|sugg[èe]re|propose|pense)\b|\bque (?:dit|pense|affirme) l['’]auteur",
+    ),
+    "es": (
+        rf"\b(?:según|de acuerdo (?:con|a)) (?:el|este) {_SOURCE_ES}\b",
+        r"\ben este (?:texto|p[áa]rrafo)\b|\beste (?:pasaje|fragmento|extracto)\b",
+        rf"\b{_SOURCE_ES} (?:anterior|proporcionado|dado|de arriba)\b|\bmencionad\w+ en el {_SOURCE_ES}\b",
+        r"\bsegún (?:el autor|la autora|los autores)\b|\b(?:dice|afirma|menciona|describe|sugiere|propone|piensa) "
+        r"(?:el autor|la autora)\b",
+    ),
+    # no word boundaries here: the looks around keep 日本文化, 文本文件, 线上文档 and the like
+    "zh": (
+        r"(?:根据|依据|按照)(?:本|该|这篇|这段|以上|上述|所给|给定|提供|的)*(?:文章|文本|文档|段落|短文|原文|上下文|文段|材料)",
+        r"(?:从|在)(?:本|该|这篇|这段|以上|上述|所给|给定|提供|的)+(?:文章|文本|文档|段落|短文|原文|上下文|文段|材料|文)",
+        r"这段(?:文字|话|文本|文章)|这篇文章|该(?:文章|段落|文本|段文字)|(?:^|[，,。在从])文中|(?:^|[，,。在从据如])上文(?!化|件|档|字)",
+        r"(?<![日文基版样剧脚])本文(?!化|件|字|档|学|明)|(?:上述|以上)(?:文字|文本|段落|文章|材料|信息)",
+        r"作者(?:认为|指出|提到|提出|建议|描述|强调|主张|如何看)",
+    ),
+}
+_SPEAKS = re.compile("|".join(f"(?:{p})" for patterns in SPEAKS_OF_PASSAGE.values() for p in patterns), re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class QueryFilterReport:
+    """What became of the questions.
+
+    Attributes:
+        given: Questions before.
+        kept: Questions after; with the sum of `dropped` this makes `given`.
+        dropped: Questions dropped, by reason; each counts once, for the first reason that was found.
+        examples: Some of the dropped questions, by reason.
+        notes: What a user ought to know besides.
+    """
+
+    given: int
+    kept: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.kept} of {self.given} questions kept"]
+        for reason, count in self.dropped.items():
+            lines.append(f"  {count} dropped: {reason}")
+            lines += [f"    {' '.join(text.split())[:100]!r}" for text in self.examples.get(reason, [])]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+Drops = Iterator[tuple[str, str]]  # (query id, reason)
+
+
+def filter_queries(
+    dataset: EmbeddingQAFinetuneDataset,
+    settings: QueryFilterSettings | None = None,
+    *,
+    embed_model: BaseEmbedding | Callable[[], BaseEmbedding] | None = None,
+) -> tuple[EmbeddingQAFinetuneDataset, QueryFilterReport]:
+    """Drop the questions that are not worth training on.
+
+    The filters run in this order, each on what the one before left: unreadable and too long; repeated, too
+    general, nearly repeated; about a copy of an earlier passage; copied from the passage; speaking of the passage;
+    in another language; not found again (round trip). People's questions are only dropped where the same one is
+    there twice for the same passages, and theirs stays when a written one says the same. Copying, speaking of the
+    passage, language and round trip are looked at in written questions only (see `NOT_WRITTEN`).
+
+    Args:
+        dataset: Questions and corpus; it is not changed.
+        settings: What to drop; None takes `QueryFilterSettings()`.
+        embed_model: For the round trip: a LlamaIndex embedding model, or a function that makes one and is called
+            only if there is something to judge. None leaves the round trip out.
+
+    Returns:
+        The dataset of the questions kept, in their order and with the whole corpus, and the report.
+
+    Raises:
+        ConfigError: A setting cannot be used.
+        NonFiniteLossError: `embed_model` gives NaN or infinity.
+    """
+    settings = (settings or QueryFilterSettings()).checked()
+    left = list(dataset.queries)
+    reasons: dict[str, str] = {}
+    notes: list[str] = []
+    for find in (_unreadable, _repeated, _too_general, _nearly_repeated, _about_copies, _copied, _speaking, _foreign):
+        reasons.update(find(dataset, left, settings))
+        left = [i for i in left if i not in reasons]
+    if embed_model is not None and settings.round_trip_k is not None:
+        lost, note = _round_trip(dataset, left, settings, embed_model)
+        reasons.update(dict.fromkeys(lost, f"answer not among the {settings.round_trip_k} nearest passages"))
+        notes += note
+        left = [i for i in left if i not in reasons]
+    dropped = Counter(reasons.values())
+    examples: dict[str, list[str]] = {reason: [] for reason in dropped}
+    for query_id, reason in reasons.items():
+        if len(examples[reason]) < settings.examples:
+            examples[reason].append(dataset.queries[query_id])
+    report = QueryFilterReport(len(dataset.queries), len(left), dict(dropped), examples, notes)
+    return dataset.subset(left, dataset.corpus), report
+
+
+def _origin(dataset: EmbeddingQAFinetuneDataset, query_id: str) -> str:
+    return (dataset.query_origins or {}).get(query_id, "unknown")
+
+
+def _written(dataset: EmbeddingQAFinetuneDataset, query_ids: Iterable[str]) -> list[str]:
+    return [i for i in query_ids if _origin(dataset, i) not in NOT_WRITTEN]
+
+
+def _people_first(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str]) -> list[str]:
+    return sorted(query_ids, key=lambda i: _origin(dataset, i) != HUMAN)
+
+
+def _answers(dataset: EmbeddingQAFinetuneDataset, query_id: str) -> list[str]:
+    return [i for i in dataset.relevant_docs.get(query_id, []) if i in dataset.corpus]
+
+
+def _unreadable(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
+    for query_id in query_ids:
+        text, origin = dataset.queries[query_id], _origin(dataset, query_id)
+        if origin == HUMAN:
+            continue
+        if settings.unreadable and not any(map(str.isalnum, text)):
+            yield query_id, "no letter or digit"
+        elif settings.unreadable and any(unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() for c in text):
+            yield query_id, "control characters"
+        elif origin == NEIGHBOUR:
+            continue  # a whole chunk is what it is meant to be
+        elif settings.max_words is not None and len(text.split()) > settings.max_words:
+            yield query_id, f"more than {settings.max_words} words"
+        elif settings.max_characters is not None and len(text) > settings.max_characters:
+            yield query_id, f"more than {settings.max_characters} characters"
+
+
+def _repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
+    """A wording that all of the question's passages have already."""
+    if not settings.repeated:
+        return
+    asked: dict[str, set[str]] = {}
+    for query_id in _people_first(dataset, query_ids):
+        answers = _answers(dataset, query_id)
+        before = asked.setdefault(normalise(dataset.queries[query_id]), set())
+        if answers and before.issuperset(answers):
+            yield query_id, "asked before about the same passage"
+        before.update(answers)
+
+
+def _too_general(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
+    if settings.max_passages_per_wording is None:
+        return
+    # a set of answers counts once: a question that somebody found ten answers to is not ten questions
+    answers: dict[str, set[tuple[str, ...]]] = {}
+    for query_id in query_ids:
+        answers.setdefault(normalise(dataset.queries[query_id]), set()).add(tuple(_answers(dataset, query_id)))
+    for query_id in query_ids:
+        many = len(answers[normalise(dataset.queries[query_id])]) > settings.max_passages_per_wording
+        if many and _origin(dataset, query_id) != HUMAN:
+            yield query_id, f"the same words about more than {settings.max_passages_per_wording} passages"
+
+
+def _nearly_repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
+    if settings.near_duplicate_questions is None:
+        return
+    texts, within = {}, {}
+    for query_id in _people_first(dataset, query_ids):
+        if _origin(dataset, query_id) != NEIGHBOUR:
+            texts[query_id] = text = dataset.queries[query_id]
+            about = set(_answers(dataset, query_id))
+            if _origin(dataset, query_id) in NOT_WRITTEN - {HUMAN}:
+                about = {f"passage:{i}" for i in about}  # the chunks of a document rightly share its title
+            else:
+                about = {f"source:{dataset.source_of(i)}" for i in about}
+            within[query_id] = "\0".join([*sorted(about), "", *_tellers(text)])
+    groups = near_duplicate_groups(texts, settings.near_duplicate_questions, within=within, characters=True)
+    for query_id in query_ids:
+        if groups.get(query_id, query_id) != query_id and _origin(dataset, query_id) != HUMAN:
+            yield query_id, "nearly the same asked before about the same document"
+
+
+def _tellers(text: str) -> list[str]:
+    """What makes similar questions different: numbers, and single capitals after the first word (type A, type B)."""
+    return sorted({token for token in tokens_of(text) if any(map(str.isdigit, token))}) + sorted(
+        set(re.findall(r"(?<=\s)[A-Z]\b", text))
+    )
+
+
+def _about_copies(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
+    """Only passages with questions are compared: the first one of a group that has any keeps them."""
+    if settings.near_duplicate_passages is None:
+        return
+    asked = {i for query_id in query_ids for i in _answers(dataset, query_id)}
+    texts = {i: text for i, text in dataset.corpus.items() if i in asked}
+    groups = near_duplicate_groups(texts, settings.near_duplicate_passages)
+    copies = {i for i, first in groups.items() if i != first}
+    for query_id in query_ids:
+        answers = _answers(dataset, query_id)
+        if answers and copies.issuperset(answers) and _origin(dataset, query_id) != HUMAN:
+            yield query_id, "about a copy of an earlier passage"
+
+
+def _copied(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
+    if settings.max_copied is None:
+        return
+    for query_id in _written(dataset, query_ids):
+        question = tokens_of(dataset.queries[query_id])
+        if any(
+            copied_share(question, passage, settings.copy_min_words) > settings.max_copied
+            for passage in _trained_against(dataset, query_id)
+        ):
+            yield query_id, "copied from the passage"
+
+
+def copied_share(question: list[str], passage: str, min_words: int) -> float:
+    """Share of the question's runs of four words that stand in the passage, 0 to 1.
+
+    Runs, since a question rightly has single words of its answer; a share, since a long quotation within a longer
+    question is none of its own words either. In scripts that write no spaces two characters count as a word.
+
+    Args:
+        question: Its `tokens_of`.
+        passage: The text that the question is trained against.
+        min_words: Shorter questions get 0.
+    """
+    factor = _UNSPACED_FACTOR if 2 * sum(map(is_unspaced, question)) > len(question) else 1
+    run = _RUN * factor
+    if len(question) < max(run, min_words * factor):
+        return 0.0
+    tokens = tokens_of(passage)
+    there = {tuple(tokens[i : i + run]) for i in range(len(tokens) - run + 1)}
+    runs = [tuple(question[i : i + run]) for i in range(len(question) - run + 1)]
+    return sum(r in there for r in runs) / len(runs)
+
+
+def _trained_against(dataset: EmbeddingQAFinetuneDataset, query_id: str) -> list[str]:
+    passage = (dataset.training_passages or {}).get(query_id)
+    return [dataset.corpus[i] for i in _answers(dataset, query_id)] if passage is None else [passage]
+
+
+def _speaking(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
+    if settings.speaks_of_passage:
+        for query_id in _written(dataset, query_ids):
+            if _SPEAKS.search(" ".join(dataset.queries[query_id].split())):
+                yield query_id, "speaks of the passage"
+
+
+def _foreign(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
+    if not settings.other_language:
+        return
+    languages: dict[str, str | None] = {}
+    for query_id in _written(dataset, query_ids):
+        own = detect(dataset.queries[query_id])
+        answers = _answers(dataset, query_id) if own else []
+        for passage_id in answers:
+            if passage_id not in languages:
+                languages[passage_id] = detect(dataset.corpus[passage_id])
+        if answers and not any(may_be_same(own, languages[i]) for i in answers):
+            yield query_id, "in another language than its passage"
+
+
+def _round_trip(
+    dataset: EmbeddingQAFinetuneDataset,
+    query_ids: list[str],
+    settings: QueryFilterSettings,
+    embed_model: BaseEmbedding | Callable[[], BaseEmbedding],
+) -> tuple[list[str], list[str]]:
+    """(questions whose answers are not found again, notes)."""
+    judged = [i for i in _written(dataset, query_ids) if _answers(dataset, i)]
+    if not judged:
+        return [], []
+    from llama_index.core.base.embeddings.base import BaseEmbedding
+
+    # asked first, because LlamaIndex's embedding models can be called, too
+    model = embed_model if isinstance(embed_model, BaseEmbedding) else embed_model()
+    ranks = _ranks(dataset, judged, model)
+    lost = [i for i, rank in zip(judged, ranks, strict=True) if rank >= (settings.round_trip_k or 0)]
+    if len(lost) <= settings.round_trip_max_dropped * len(judged):
+        return lost, []
+    note = (
+        f"the round trip was not applied: it would have dropped {len(lost)} of {len(judged)} questions "
+        f"({len(lost) / len(judged):.0%}, more than {settings.round_trip_max_dropped:.0%}), which says more about the "
+        "embedding model than about the questions"
+    )
+    warn_user(note[0].upper() + note[1:] + ".")
+    return [], [note]
+
+
+def _ranks(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], model: BaseEmbedding) -> NDArray[np.int64]:
+    """Number of passages nearer to each question than its nearest answer.
+
+    Holds one vector for each passage of the corpus, and scores of 1,024 questions by 8,192 passages at a time.
+    """
+    passages = {i: row for row, i in enumerate(dataset.corpus)}
+    vectors = _embedded(list(dataset.corpus.values()), model.get_text_embedding_batch)
+    ranks = np.zeros(len(query_ids), dtype=np.int64)
+    for start in range(0, len(query_ids), _TEXTS_AT_ONCE):
+        some = query_ids[start : start + _TEXTS_AT_ONCE]
+        questions = _embedded([dataset.queries[i] for i in some], lambda t: [model.get_query_embedding(x) for x in t])
+        best = [
+            (vectors[[passages[a] for a in _answers(dataset, i)]] @ row).max()
+            for i, row in zip(some, questions, strict=True)
+        ]
+        # an equal text must not count as nearer for a rounding error
+        bound = np.asarray(best, dtype=np.float32)[:, None] + np.float32(1e-6)
+        for at in range(0, len(vectors), _PASSAGES_AT_ONCE):
+            nearer = questions @ vectors[at : at + _PASSAGES_AT_ONCE].T > bound
+            ranks[start : start + len(some)] += nearer.sum(axis=1)
+    return ranks
+
+
+def _embedded(texts: list[str], embed: Callable[[list[str]], Any]) -> NDArray[np.float32]:
+    """Unit vectors [texts, dimensions], made in pieces because lists of floats take eight times the memory."""
+    pieces = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        piece = np.asarray(embed(texts[start : start + _TEXTS_AT_ONCE]), dtype=np.float32)
+        if not np.isfinite(piece).all():
+            raise NonFiniteLossError(
+                "vectors with NaN or infinity in them from the embed_model of the round trip",
+                "numbers",
+                "Pass another embed_model, or round_trip_k=None.",
+            )
+        pieces.append(piece / np.maximum(np.linalg.norm(piece, axis=1, keepdims=True), 1e-12))
+    return np.concatenate(pieces).astype(np.float32, copy=False)

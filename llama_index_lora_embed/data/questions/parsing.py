@@ -1,0 +1,200 @@
+"""From what an LLM wrote to the questions in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llama_index_lora_embed.data.dataset import normalise
+
+_MAX_CHARACTERS = 300
+"""Longer lines are prose. The longest of 3,000 questions of people in MedQuAD has 190 characters."""
+_STYLES = {
+    "question": r"question|frage|pregunta|domanda|pergunta|вопрос|问题|問題|質問|질문",
+    "keywords": r"keywords?(?: search)?|stichwörter|schlüsselwörter|suchwörter|mots[- ]clés|palabras clave|关键词",
+    "paraphrase": r"paraphrased?|umschreibung|paráfrasis|改写|改寫",
+    "conversational": r"conversational|umgangssprachlich|conversationnelle?|conversacional|对话|口语",
+}
+_STYLE = "|".join(f"(?P<{name}>{words})" for name, words in _STYLES.items())
+_THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"^\s*```\w*\s*$", re.MULTILINE)
+_MARK = re.compile(
+    r"(?:[-*•–—·‣▪]+\s+"  # bullets
+    r"|[(\[]?\d{1,3}[.):\]]+(?:\s+|(?=\D))"  # 1.  1)  (1)
+    r"|\(?[a-h][.)]\s+"  # a)
+    r"|\d{1,3}\s*[、．]\s*"
+    r"|(?:q|question|query|frage|pregunta|问题|問題|質問)\s*#?\s*\d{1,3}\s*[:.)：-]\s*"  # Question 1:
+    r"|(?:q|query|search query)\s*[:：]\s*)",
+    re.IGNORECASE,
+)
+# "question: ...", or "[question] ..." where the bracket closes it
+_IN_BRACKETS = _STYLE.replace("?P<", "?P<in_")
+_TAG = re.compile(
+    rf"(?:[*_]*(?:{_STYLE})[*_]*\s*[:：–]\s*[*_]*|[\[(<](?:{_IN_BRACKETS})[\])>]\s*[:：-]?)\s*", re.IGNORECASE
+)
+_CLOSING_TAG = re.compile(r"\s*</\w+>$")
+_QUOTES = "\"'`*_“”„«»‘’「」『』"
+_NO_QUERY = re.compile(
+    # preambles
+    r"(?:(?:here (?:are|is)|sure|certainly|of course|okay|ok|below|the following|these are|based on the|hier sind"
+    r"|natürlich|voici|bien sûr|aquí|claro|ecco|certo)\b.*[:.!]$"
+    r"|here (?:are|is) (?:the |some |\w+ )?(?:\w+ )?(?:search )?(?:queries|questions)\b|(?:以下|当然|好的).*[:：。]$"
+    # refusals
+    r"|(?:i(?:'|’)?m|i am) (?:so )?sorry|sorry\b|i apologi[sz]e|unfortunately\b|as an ai\b"
+    r"|(?:i (?:can(?:'|’)?t|cannot|can not|won(?:'|’)?t)|(?:(?:i(?:'|’)?m|i am) )?(?:unable|not able) to)\b.{0,40}"
+    r"\b(?:generate|create|provide|help|assist|answer|fulfil|comply|write|do|make|see|access|produce)"
+    r"|there (?:is|are) (?:no|not) (?:enough |sufficient )?(?:information|context)|please provide\b"
+    r"|the (?:provided |given )?(?:text|passage|context) (?:does not|doesn(?:'|’)?t|is (?:empty|too short|not))\b"
+    r"|no (?:suitable |relevant )?(?:questions?|quer(?:y|ies))(?:\W*$| (?:can|could|were|found)\b)"
+    r"|(?:n/a|none|null|nil|undefined)\W*$"
+    r"|es tut mir leid|leider\b|désolée?\b|je (?:suis désolé|ne peux pas)|lo siento|no puedo\b|mi dispiace|non posso\b"
+    r"|desculpe|не могу|извините|抱歉|对不起|很抱歉|申し訳|无法|無法|我(?:不能|无法)"
+    # errors, answers, remarks
+    r"|(?:error|rate limit|too many requests|internal server error|bad gateway|service unavailable)\b.{0,60}"
+    r"(?:\d{3}|exceeded|reached|limit|error)|let me know\b|i hope\b|hope this\b|feel free\b|would you like\b"
+    r"|(?:these|the above) (?:questions|queries)\b|\(?note(?: that)?\b\s*[:,]?"
+    r"|(?:a|answer|antwort|réponse|respuesta|答)\s*[:：]|(?:passage|explanation)\s*[:：])",
+    re.IGNORECASE,
+)
+_TEXT_KEYS = ("query", "question", "text", "search_query")
+_JSON_STRING = r'"(?P<text>(?:[^"\\]|\\.)*)"'
+_CUT_VALUE = re.compile(rf'"(?:{"|".join((*_TEXT_KEYS, *_STYLES))})"\s*:\s*{_JSON_STRING}')
+_CUT_ITEM = re.compile(rf"[\[,]\s*{_JSON_STRING}")
+
+
+@dataclass(frozen=True)
+class ParsedQuery:
+    """A question as it stood in an answer.
+
+    Attributes:
+        text: Without numbering, bullets, quotes and tags.
+        style: The style that the answer tagged it with, or None.
+    """
+
+    text: str
+    style: str | None = None
+
+
+@dataclass(frozen=True)
+class _Line:
+    text: str
+    style: str | None = None
+    marked: bool = False  # numbered, tagged, or out of JSON
+
+
+def parse_queries(answer: Any, limit: int | None = None) -> list[ParsedQuery]:
+    """The questions in an answer, one a line or as JSON; preambles, refusals and remarks are dropped.
+
+    Where some lines are numbered, bulleted or tagged with a style, only those count.
+
+    Args:
+        answer: Text of the answer; anything else holds no question.
+        limit: Questions at most; None for all.
+
+    Returns:
+        Questions in their order, each wording once; empty where there is none.
+    """
+    if not isinstance(answer, str):
+        return []
+    text = strip_thoughts(_FENCE.sub("", answer))
+    lines = [_undress(line) for line in text.splitlines()]
+    if (in_json := _json_lines(text)) is not None:
+        lines = in_json
+    elif marked := [line for line in lines if line.marked and _is_query(line)]:
+        lines = marked
+    found: dict[str, ParsedQuery] = {}
+    for line in lines:
+        if _is_query(line):
+            found.setdefault(normalise(line.text), ParsedQuery(line.text, line.style))
+    return list(found.values())[:limit]
+
+
+def strip_thoughts(answer: str) -> str:
+    """An answer without what a reasoning model wrote in front of it."""
+    return _THOUGHT.sub("", answer).strip()
+
+
+def _json_lines(text: str) -> list[_Line] | None:
+    """What stands in the answer's JSON, also if something is written around it or its end is missing; None if none."""
+    starts = [match.start() for match in re.finditer(r"^\s*[\[{]", text, re.MULTILINE)]
+    if not starts:
+        return None
+    decoder, lines, place = json.JSONDecoder(), [], starts[0]
+    broken = False
+    for start in starts:
+        if start < place:
+            continue  # inside what was read already
+        body = text[start:].lstrip()
+        try:
+            value, length = decoder.raw_decode(body)
+        except (ValueError, RecursionError):
+            broken = True
+            continue
+        place = len(text) - len(body) + length
+        lines += list(_from_json(value))
+    if broken and not lines and re.match(r'\s*(?:\[\s*["{\[]|\{\s*")', text[starts[0] :]):
+        cut = list(_CUT_VALUE.finditer(text)) or list(_CUT_ITEM.finditer(text))
+        lines = [_undress(_unescape(match["text"]), marked=True) for match in cut]
+    # a line in brackets that is no JSON ("[question] ...") is a line like others
+    return lines if lines or not broken else None
+
+
+def _unescape(text: str) -> str:
+    try:
+        return str(json.loads(f'"{text}"'))
+    except ValueError:
+        return text
+
+
+def _from_json(value: Any, style: str | None = None) -> Iterator[_Line]:
+    if isinstance(value, str):
+        yield _undress(value, style, marked=True)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _from_json(item, style)
+    elif isinstance(value, dict) and "error" not in value:
+        told = next((s for key in ("style", "type", "kind") if isinstance(s := value.get(key), str)), None)
+        for key, item in value.items():
+            if isinstance(item, str) and (key in _TEXT_KEYS or _style_of(key)):
+                yield from _from_json(item, _style_of(told) if told else _style_of(key))
+            elif isinstance(item, (list, dict)):
+                yield from _from_json(item, _style_of(key))
+
+
+def _undress(line: str, style: str | None = None, marked: bool = False) -> _Line:
+    """A line without control characters, bullets, numbers, quotes and tags."""
+    line = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in line)
+    line = " ".join(line.split())
+    for _ in range(3):  # "1. **Question:** ..." wears several layers
+        bare = line.lstrip("#> ")  # headings and quotations in Markdown
+        if mark := _MARK.match(bare):
+            bare, marked = bare[mark.end() :], True
+        bare = bare.strip(_QUOTES + " ")
+        if tag := _TAG.match(bare):
+            style, marked = (tag.lastgroup or "").removeprefix("in_"), True
+            bare = _CLOSING_TAG.sub("", bare[tag.end() :])
+        if bare == line:
+            break
+        line = bare
+    return _Line(line, style, marked)
+
+
+def _is_query(line: _Line) -> bool:
+    text = line.text
+    if len(text) > _MAX_CHARACTERS or sum(c.isalpha() for c in text) < 2:
+        return False
+    # under half letters and spaces is no language: markup, noise
+    if 2 * sum(c.isalnum() or c.isspace() for c in text) < len(text):
+        return False
+    if text.endswith((":", "：")) or text[0] in "<{[|":
+        return False
+    return line.style is not None or not _NO_QUERY.match(text)
+
+
+def _style_of(text: str) -> str | None:
+    match = re.match(_STYLE, text, re.IGNORECASE)
+    return match.lastgroup if match else None

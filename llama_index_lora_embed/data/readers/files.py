@@ -1,0 +1,171 @@
+"""Files of pairs, entry by entry: tables, JSON lines, JSON lists and BEIR folders; what cannot be read is counted."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError
+
+Entry: TypeAlias = "tuple[str, Any]"  # (where it stands, what stands there)
+
+PLACES = 20
+"""Skips that a report names, as many as an error shows."""
+
+
+@dataclass
+class PairsReport:
+    """What became of the rows; filled while they are read.
+
+    Attributes:
+        rows: Rows read, those included that were skipped later, without those that could not be parsed.
+        pairs: Pairs used as positives.
+        negatives: (query, hard negative) pairs used.
+        columns: What was taken from which column.
+        largest_grade: What labels were divided by; 1 if none was above 1.
+        skipped: What was left out, by reason.
+        places: The first 20 skips with their line or row number.
+    """
+
+    rows: int = 0
+    pairs: int = 0
+    negatives: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+    largest_grade: float = 1.0
+    skipped: Counter[str] = field(default_factory=Counter)
+    places: list[str] = field(default_factory=list)
+
+    def skip(self, reason: str, where: str = "", detail: object = "") -> None:
+        """Count something left out; `where` is a file and line, or a row."""
+        self.skipped[reason] += 1
+        if where and len(self.places) < PLACES:
+            self.places.append(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
+
+    @property
+    def counts(self) -> str:
+        """Reasons with their numbers."""
+        return ", ".join(f"{reason}: {count}" for reason, count in self.skipped.items())
+
+
+def path_entries(path: Path, split: str, report: PairsReport) -> Iterator[Entry]:
+    """Yield the rows of a file as mappings (or what JSON has in their place), or a BEIR folder's judgements.
+
+    Raises:
+        ConfigError: The file has another ending.
+        DatasetError: There is no such file, it is UTF-16, or the folder lacks a file.
+    """
+    if path.is_dir():
+        yield from _beir_entries(path, split, report)
+        return
+    if not path.is_file():
+        raise DatasetError(f"{str(path)!r}, which is not there", "a file or a BEIR folder", "Check the path.")
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    readers = {".csv": _table, ".tsv": _table, ".jsonl": _json_lines, ".json": _json_list}
+    if suffix not in readers:
+        raise ConfigError(
+            f"{str(path)!r}",
+            f"a file that ends in {', '.join(readers)} (or .gz after it)",
+            "Other formats can be read with pandas or datasets; pass the DataFrame or Dataset.",
+        )
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opener(path, "rb") as start:
+            if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise DatasetError(f"{str(path)!r} in UTF-16", "UTF-8", "Save it as UTF-8 (in Excel: CSV UTF-8).")
+        # bytes that are not UTF-8 become half characters, which are found, and counted, in the rows that hold them
+        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            yield from readers[suffix](file, path.name, report)
+    except (OSError, EOFError, zlib.error) as error:
+        report.skip("rest of a file that cannot be read", path.name, error)
+
+
+def _table(file: IO[str], name: str, report: PairsReport) -> Iterator[Entry]:
+    first = file.readline()
+    marks = "\t,;|" if ".tsv" in name.lower() else ",;\t|"
+    mark = max(marks, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
+    # strict, so that a quote that is never closed is an error and not a passage that holds the rest of the file
+    reader = csv.reader(chain([first], file), delimiter=mark, strict=True)
+    header: list[str] = []
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            report.skip("row that cannot be read", f"{name}, lines {start} to {reader.line_num}", error)
+            continue
+        if not header:
+            header = [cell.strip() for cell in cells]
+        elif (len(cells) < len(header) and any(cells)) or any(cells[len(header) :]):
+            detail = f"{len(cells)} cells under {len(header)} columns"
+            report.skip("row that cannot be read", f"{name}, line {start}", detail)
+        elif any(cells):
+            yield f"{name}, line {start}", dict(zip(header, cells, strict=False))  # empty cells may be left over
+
+
+def _json_lines(file: IO[str], name: str, report: PairsReport) -> Iterator[Entry]:
+    for number, line in enumerate(file, 1):
+        where = f"{name}, line {number}"
+        try:
+            if line.strip():
+                yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            report.skip("row that cannot be read", where, error)
+
+
+def _json_list(file: IO[str], name: str, report: PairsReport) -> Iterator[Entry]:
+    """One list, or lines, which many call .json too."""
+    is_list = file.read(1) == "["
+    file.seek(0)
+    if not is_list:
+        yield from _json_lines(file, name, report)
+        return
+    try:
+        for number, entry in enumerate(json.load(file), 1):
+            yield f"{name}, entry {number}", entry
+    except (ValueError, RecursionError) as error:
+        report.skip("list that cannot be read", name, error)
+
+
+def _beir_entries(folder: Path, split: str, report: PairsReport) -> Iterator[Entry]:
+    packed = {name: folder / f"{name}.gz" for name in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")}
+    paths = {name: path if path.is_file() else folder / name for name, path in packed.items()}
+    if missing := [f"no {name}" for name, path in paths.items() if not path.is_file()]:
+        splits = ", ".join(sorted(path.name.split(".")[0] for path in folder.glob("qrels/*.tsv*"))) or "none"
+        raise DatasetError(
+            f"the folder {str(folder)!r} with the splits: {splits}",
+            f"a BEIR folder with corpus.jsonl, queries.jsonl and qrels/{split}.tsv",
+            "Pass split=... for other qrels, or the path of one file of pairs.",
+            missing,
+        )
+    corpus, queries, qrels = paths.values()
+    judged = [(w, (row.get("query-id"), row.get("corpus-id"), row)) for w, row in path_entries(qrels, split, report)]
+    asked = _texts(queries, {query for _, (query, _, _) in judged}, report)
+    texts = _texts(corpus, {passage for _, (_, passage, _) in judged}, report)
+    for where, (query, passage, row) in judged:
+        if query in asked and passage in texts:
+            cells = {"query": asked[query]["text"], "node_id": passage, "passage": texts[passage]}
+            yield where, {**cells, "score": row.get("score")}
+        else:
+            report.skip("judgement about a query or passage that is not there", where)
+
+
+def _texts(path: Path, wanted: set[Any], report: PairsReport) -> dict[str, dict[str, Any]]:
+    """Title and text by id, of the wanted ones."""
+    found: dict[str, dict[str, Any]] = {}
+    for where, row in path_entries(path, "", report):
+        key = str(row.get("_id")) if isinstance(row, dict) else ""
+        if key in wanted:
+            texts = {"title": row.get("title"), "text": row.get("text")}
+            if found.setdefault(key, texts) != texts:
+                report.skip("id that had another text before", where)
+    return found

@@ -1,0 +1,263 @@
+"""Sources of pairs (a query log, labelled pairs, a BEIR folder): their columns, labels and cells, read as `Pair`s.
+
+A label of 0 or less says that the passage does not answer. Where the largest label is above 1 (TREC's 1 to 3,
+ratings of 1 to 5), every label is divided by it, so that the best is 1; a rating of 1 out of 5 is then a weak answer
+(0.2), not a wrong one. That takes two readings, so that an iterator is first read into memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, warn_user
+from llama_index_lora_embed.data.readers.files import PLACES, Entry, PairsReport, path_entries
+
+# the first name that a source has is taken; upper case and signs between words do not matter
+_NAMES = {
+    "query": "query question anchor sentence1 query_text search_query search_term user_query utterance prompt q",
+    "passage": "passage positive pos positive_passages context chunk document paragraph text content answer response "
+    "sentence2 passage_text document_text doc",
+    "node_id": "node_id chunk_id passage_id corpus_id doc_id document_id pid",
+    "score": "score label relevance relevant rating grade similarity is_relevant",
+    "source_document": "source_document url uri source file_name file_path file link doc_id document_id",
+    "negatives": "negatives negative neg negative_passages hard_negative",
+}
+_NEGATIVE = re.compile(r"(hard)?neg(ative)?s?(passages?|texts?|docs?|documents?)?\d*")
+_WORD_GRADES = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query and a passage that somebody put together.
+
+    Attributes:
+        query: The query as it was asked.
+        passage: The passage's text; None where only its id is known.
+        node_id: The passage's id; None where the source has none.
+        score: How well the passage answers, at most 1; 0 says that it does not.
+        negatives: Texts that do not answer the query.
+        source_document: The document that the passage was cut from.
+    """
+
+    query: str
+    passage: str | None = None
+    node_id: str | None = None
+    score: float = 1.0
+    negatives: tuple[str, ...] = ()
+    source_document: str | None = None
+
+
+def read_pairs(source: Any, *, columns: Mapping[str, str | None] | None = None, split: str = "train") -> Iterator[Pair]:
+    """Read pairs one after another; rows that cannot be used are left out, and counted in a warning at the end.
+
+    Args:
+        source: One of
+            - the path of a .csv, .tsv, .jsonl or .json file (UTF-8; also with .gz after it). The first line of a
+              table names its columns; comma, semicolon, tab and | are told apart by it. A .json file is one list, or
+              lines as in .jsonl;
+            - a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv). Only judged passages are kept in
+              memory; a title goes in a line of its own before the text;
+            - a `datasets.Dataset`, a dict of them by split, or a pandas DataFrame;
+            - an iterable of mappings, of (query, passage) or (query, passage, label) tuples, or of `Pair`s.
+        columns: Where columns have unusual names: {"query": ..., "passage": ..., "node_id": ..., "score": ...,
+            "negatives": ..., "source_document": ...}, as far as needed; None as a name leaves that field out.
+        split: Which qrels of a BEIR folder, or which split of a dict of datasets.
+
+    Returns:
+        Pairs in the order of the source. A label of 0 or less is a score of 0; labels above 1 are divided by the
+        largest that occurs. A label that is there but empty is a skipped row: nobody judged it.
+
+    Raises:
+        ConfigError: No query or passage column was recognised, or `columns` names one that is not there.
+        DatasetError: The source is missing or has no row that can be read.
+    """
+    found, report = open_pairs(source, columns, split)
+
+    def pairs() -> Iterator[Pair]:
+        yield from (pair for _, pair in found)
+        if report.skipped:
+            left_out = f"{report.skipped.total()} row(s) were left out ({report.counts})"
+            warn_user(f"{left_out}, first: {'; '.join(report.places[:3])}")
+
+    return pairs()
+
+
+def open_pairs(
+    source: Any, columns: Mapping[str, str | None] | None, split: str
+) -> tuple[Iterator[tuple[str, Pair]], PairsReport]:
+    """Read the source once for its columns and its largest label; takes and raises what `read_pairs` does.
+
+    Returns:
+        (where it stands, pair) for each usable row, and for each passage where a row lists several; and the report,
+        which is filled while they are read.
+    """
+    source = list(source) if isinstance(source, Iterator) else source
+    asked = columns or {}
+    names = {_squeezed(name) for name in _NAMES["score"].split()}
+    found: dict[str, bool] = {}  # column to whether it may hold labels
+    largest: defaultdict[str, float] = defaultdict(lambda: 1.0)
+    first = PairsReport()
+    for _, row in _rows(source, split, first):
+        for column, value in row.items():
+            if column not in found:
+                found[column] = column == asked.get("score") or _squeezed(column) in names
+            if found[column]:
+                with contextlib.suppress(ValueError):
+                    largest[column] = max(largest[column], _grade(value))
+    if not found:
+        raise nothing_usable("source", first)
+    chosen, negatives = _choose(list(found), asked)
+    shown = {**chosen, **({"negatives": ", ".join(negatives)} if negatives else {})}
+    report = PairsReport(columns=shown, largest_grade=largest[chosen.get("score", "")])
+
+    def pairs() -> Iterator[tuple[str, Pair]]:
+        for where, row in _rows(source, split, report):
+            report.rows += 1
+            try:
+                yield from ((where, pair) for pair in _pairs_of(row, chosen, negatives, report.largest_grade))
+            except UnicodeEncodeError:
+                report.skip("text that is not UTF-8", where)
+            except ValueError as error:
+                report.skip(str(error), where)
+
+    return pairs(), report
+
+
+def _pairs_of(row: Mapping[str, Any], columns: dict[str, str], negatives: list[str], largest: float) -> list[Pair]:
+    cell = {name: row.get(column) for name, column in columns.items()}
+    query = _text(cell["query"])
+    if not query:
+        raise ValueError("row without query")
+    passages: list[str | None] = [*_texts(cell.get("passage"))]
+    node_id = _text(cell.get("node_id")) or None
+    if not passages and not node_id:
+        raise ValueError("row without passage")
+    score = max(0.0, _grade(cell["score"]) / largest) if columns.get("score") in row else 1.0
+    wrong = tuple(text for column in negatives for text in _texts(row.get(column)))
+    source = _text(cell.get("source_document")) or None
+    if len(passages) > 1:
+        node_id = None  # one id cannot name several passages
+    return [Pair(query, text, node_id, score, wrong, source) for text in passages or [None]]
+
+
+def nothing_usable(name: str, report: PairsReport) -> DatasetError:
+    """The error for a source of which nothing is left."""
+    return DatasetError(
+        f"a {name} without a usable row ({report.counts or 'it is empty'})",
+        "at least one query with a passage that answers it",
+        "Check that the file is whole, is UTF-8, and has labels above 0 if it has labels."
+        " Pairs that only name a node's id need the nodes: QueryLogGenerator(source).",
+        report.places,
+    )
+
+
+def _choose(found: list[str], asked: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
+    """(what is in which column, columns of negatives)."""
+    problems = [f"columns[{what!r}]: expected one of {', '.join(_NAMES)}" for what in asked if what not in _NAMES]
+    problems += [f"columns[{k!r}]={v!r}: no such column" for k, v in asked.items() if v is not None and v not in found]
+    chosen = {what: column for what, column in asked.items() if column is not None}
+    free = {_squeezed(column): column for column in reversed(found) if column not in chosen.values()}
+    for what, names in _NAMES.items():
+        fitting = [
+            free[key] for key in map(_squeezed, names.split()) if free.get(key, "") not in ("", *chosen.values())
+        ]
+        if what not in asked and fitting:
+            chosen[what] = fitting[0]
+    negatives = [column for key, column in reversed(free.items()) if _NEGATIVE.fullmatch(key)]
+    if "negatives" in asked:
+        negatives = [chosen["negatives"]] if "negatives" in chosen else []
+    chosen.pop("negatives", None)
+    if "query" not in chosen:
+        problems.append(f"no column for the query, such as {_NAMES['query']}")
+    if not {"passage", "node_id"} & set(chosen):
+        problems.append(f"no column for the passage or its node's id, such as {_NAMES['passage']} {_NAMES['node_id']}")
+    if problems:
+        raise ConfigError(
+            f"the columns {', '.join(map(repr, found[:PLACES]))}",
+            "one for the query, and one for the passage or its node's id",
+            'Name them, as in columns={"query": "my_column", "passage": "my_other_column"}; '
+            "the first line of a table must hold the names.",
+            problems,
+        )
+    return chosen, negatives
+
+
+def _rows(source: Any, split: str, report: PairsReport) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where it stands, its cells by column) of each row, from the source's start."""
+    for where, entry in _entries(source, split, report):
+        if isinstance(entry, Pair):
+            yield where, vars(entry)
+        elif isinstance(entry, Mapping):
+            yield where, {str(key): value for key, value in entry.items()}
+        elif isinstance(entry, (tuple, list)) and len(entry) in (2, 3):
+            yield where, dict(zip(("query", "passage", "score"), entry, strict=False))
+        else:
+            report.skip("row that is neither a mapping nor (query, passage[, label])", where)
+
+
+def _entries(source: Any, split: str, report: PairsReport) -> Iterator[Entry]:
+    if isinstance(source, (str, os.PathLike)):
+        return path_entries(Path(source), split, report)
+    if isinstance(source, Mapping) and split in source:
+        source = source[split]
+    elif isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):
+        keys = f" with the keys {', '.join(map(repr, source))}" if isinstance(source, Mapping) else ""
+        raise ConfigError(
+            f"a source of type {type(source).__name__}{keys}",
+            "a path, a datasets.Dataset, or an iterable of mappings or (query, passage[, label]) tuples",
+            "Of a dict of datasets by split, split=... takes one.",
+        )
+    if hasattr(source, "itertuples"):  # a DataFrame would be iterated by column
+        source = source.to_dict("records")
+    return ((f"row {number}", entry) for number, entry in enumerate(source, 1))
+
+
+def _text(value: Any) -> str:
+    """A cell's text without blanks around it; "" if it holds nothing that can be seen.
+
+    Raises:
+        UnicodeEncodeError: It has bytes that were not UTF-8, or half of a surrogate pair.
+    """
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value  # pandas' ids
+    if value is None or isinstance(value, (bool, bytes, Mapping, list, tuple)) or type(value).__name__ == "NAType":
+        return ""
+    text = str(value).strip()
+    text.encode()
+    return text if any(char.isprintable() and not char.isspace() for char in text) else ""
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a cell: one, a list of them, or objects with text and perhaps a title."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [text for item in items if (text := _titled(item) if isinstance(item, Mapping) else _text(item))]
+
+
+def _titled(row: Mapping[str, Any]) -> str:
+    return "\n".join(filter(None, (_text(row.get("title")), _text(row.get("text")))))
+
+
+def _grade(value: Any) -> float:
+    word = "" if value is None else str(value).strip().lower()
+    if word in ("", "nan", "<na>"):
+        raise ValueError("row with an empty label")
+    try:
+        grade = _WORD_GRADES[word] if word in _WORD_GRADES else float(word)
+    except ValueError:
+        grade = math.nan
+    if not math.isfinite(grade):
+        raise ValueError("label that is no number")
+    return grade
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.lower())

@@ -1,0 +1,37 @@
+"""After training: export, the Hub, registered versions, stamped indexes and their replacement."""
+
+from llama_index_lora_embed.deployment.hub import push_to_hub
+from llama_index_lora_embed.deployment.index_stamp import IndexStamp, read_index_stamp, stamp_index, verify_index
+from llama_index_lora_embed.deployment.registry import RunRegistry
+from llama_index_lora_embed.deployment.reindex import (
+    ChromaIndexStore,
+    FolderIndexStore,
+    IndexStore,
+    Reindexed,
+    open_index,
+    reindex,
+    roll_back,
+)
+from llama_index_lora_embed.deployment.versions import Gate, Version, VersionComparison
+from llama_index_lora_embed.embedding.export import Certificate, export_model
+
+__all__ = [
+    "Certificate",
+    "ChromaIndexStore",
+    "FolderIndexStore",
+    "Gate",
+    "IndexStamp",
+    "IndexStore",
+    "Reindexed",
+    "RunRegistry",
+    "Version",
+    "VersionComparison",
+    "export_model",
+    "open_index",
+    "push_to_hub",
+    "read_index_stamp",
+    "reindex",
+    "roll_back",
+    "stamp_index",
+    "verify_index",
+]

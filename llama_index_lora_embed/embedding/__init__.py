@@ -1,0 +1,5 @@
+"""Adapter directory to LlamaIndex embedding model."""
+
+from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
+
+__all__ = ["LoraEmbedding"]

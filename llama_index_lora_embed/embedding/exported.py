@@ -1,0 +1,200 @@
+"""A model that was exported, computed by ONNX Runtime or OpenVINO; to `encoding.encode` it is like any other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llama_index_lora_embed.core.errors import AdapterError, ConfigError
+from llama_index_lora_embed.core.files import file_digest
+from llama_index_lora_embed.core.optional import require
+
+if TYPE_CHECKING:
+    import torch
+
+EXPORT_NAME = "export.json"
+MODEL_FILES = {"onnx": "model.onnx", "openvino": "model.xml"}
+TOKENIZER = "tokenizer"
+
+Backend = Literal["onnx", "openvino"]
+Precision = Literal["fp32", "int8"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """`export.json`: what was exported from which model, and how near it is to it.
+
+    Attributes:
+        fingerprint: Of the exported model: a SHA-256 of everything here that decides its vectors.
+        source: Fingerprint of the model that it was made from.
+        name: That model's `model_name`.
+        backend: "onnx" or "openvino".
+        precision: "fp32" or "int8".
+        inputs: Names of the graph's inputs.
+        dimensions: Of its vectors.
+        max_seq_length: Tokens of a text that are read.
+        prompts: "query" and "document".
+        certificate: See `export.Certificate`.
+        files: SHA-256 of every file.
+        created: UTC, ISO 8601.
+    """
+
+    fingerprint: str
+    source: str
+    name: str
+    backend: Backend
+    precision: Precision
+    inputs: list[str]
+    dimensions: int
+    max_seq_length: int
+    prompts: dict[str, str]
+    certificate: dict[str, Any]
+    files: dict[str, str]
+    created: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Export:
+        """An export's facts, once every file was compared with its digest.
+
+        Raises:
+            AdapterError: A file is missing or changed.
+        """
+        try:
+            data = json.loads((folder / EXPORT_NAME).read_text(encoding="utf-8"))
+            facts = cls(**{field.name: data[field.name] for field in fields(cls)})
+            digests, _ = dict(facts.files), MODEL_FILES[facts.backend]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AdapterError(
+                f"an unreadable {folder / EXPORT_NAME} ({error})", "the file as export wrote it", "Export again."
+            ) from error
+        if facts.fingerprint != facts.decided():
+            raise AdapterError(
+                f"{str(folder / EXPORT_NAME)!r}, which was changed", "as export wrote it", "Export again."
+            )
+        for name, digest in digests.items():
+            path = folder / name
+            if not path.is_file() or file_digest(path) != digest:
+                state = "changed or cut short" if path.is_file() else "missing"
+                raise AdapterError(f"{str(path)!r}, which is {state}", "the file as export wrote it", "Export again.")
+        return facts
+
+    def decided(self) -> str:
+        """What the fingerprint must be."""
+        about = (self.source, self.backend, self.precision, self.inputs, self.max_seq_length, self.prompts, self.files)
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+class ExportedModel:
+    """What `encoding.encode` asks of a `SentenceTransformer`.
+
+    Args:
+        folder: Where the export is.
+        facts: What `Export.read` gave.
+
+    Raises:
+        AdapterError: The graph cannot be loaded.
+        MissingExtraError: The backend is not installed.
+    """
+
+    truncate_dim: int | None = None
+
+    def __init__(self, folder: Path, facts: Export) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        self.device = torch.device("cpu")
+        self.facts = facts
+        self.prompts = dict(facts.prompts)
+        self.max_seq_length = facts.max_seq_length
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder / TOKENIZER))
+        file = str(folder / MODEL_FILES[facts.backend])
+        try:
+            self._run = (_onnx if facts.backend == "onnx" else _openvino)(file, facts.inputs)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise AdapterError(
+                f"{file!r}, which {facts.backend} does not load ({error})",
+                "the file as export wrote it",
+                "Export again.",
+            ) from error
+
+    def __getitem__(self, place: int) -> ExportedModel:
+        """It is its own only module."""
+        return self
+
+    def get_embedding_dimension(self) -> int:
+        """Length of a vector."""
+        return self.facts.dimensions
+
+    def preprocess(self, texts: Sequence[str], prompt: str | None = None, **_: Any) -> dict[str, torch.Tensor]:
+        """Token tensors [texts, tokens]."""
+        encoded = self.tokenizer(
+            [(prompt or "") + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.max_seq_length,
+            return_tensors="pt",
+        )
+        return {name: encoded[name] for name in self.facts.inputs}
+
+    def __call__(self, features: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
+        """Vectors [texts, dimensions], float32."""
+        import torch
+
+        arrays = [features[name].numpy() for name in self.facts.inputs]
+        return {"sentence_embedding": torch.from_numpy(self._run(arrays))}
+
+
+def open_export(folder: Path, given: Sequence[str]) -> ExportedModel:
+    """The exported model in a folder.
+
+    Args:
+        folder: With an `export.json`.
+        given: Arguments that somebody has given, of those that were decided when it was exported.
+
+    Raises:
+        AdapterError: The export is damaged.
+        ConfigError: There are such arguments.
+        MissingExtraError: The backend is not installed.
+    """
+    facts = Export.read(folder)
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} for a model that was exported", "none of these", "Export a model that has them."
+        )
+    return ExportedModel(folder, facts)
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _onnx(file: str, inputs: list[str]) -> Any:
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = _threads()
+    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(arrays: list[np.ndarray[Any, Any]]) -> Any:
+        return session.run(None, dict(zip(inputs, arrays, strict=True)))[0]
+
+    return run
+
+
+def _openvino(file: str, inputs: list[str]) -> Any:
+    core = require("openvino").Core()
+    # its own choice would be bfloat16 where the processor has it, which changes who is found
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": _threads()}
+    request = core.compile_model(file, "CPU", settings).create_infer_request()
+
+    def run(arrays: list[np.ndarray[Any, Any]]) -> Any:
+        return request.infer(arrays)[0].copy()
+
+    return run

@@ -1,0 +1,62 @@
+"""A sentence-transformers model judged on whatever there is to judge by."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
+from llama_index_lora_embed.evaluation.pairs import PairEvaluation, evaluate_pair_encoders
+from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_encoders
+from llama_index_lora_embed.models.kernels.attention import fast_attention
+from llama_index_lora_embed.models.kernels.precision import computing_in, resolve_precision
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_BATCH = 16  # passages encoded at once
+
+
+def evaluate_model(
+    model: SentenceTransformer,
+    dataset: EmbeddingQAFinetuneDataset | LabelledPairs,
+    *,
+    precision: str = "fp32",
+    fused_attention: bool = True,
+    show_progress: bool = False,
+) -> RetrievalEvaluation | PairEvaluation:
+    """Evaluate a model under the prompts that it serves with.
+
+    Args:
+        model: Its prompts "query" and "document" are used.
+        dataset: Questions with judgments, or labelled pairs.
+        precision: "bf16", "fp32" or "auto" (`precision.resolve_precision`).
+        fused_attention: See `TrainingSettings`; without effect in float32.
+        show_progress: Show a bar while passages are encoded.
+
+    Raises:
+        DatasetError: The dataset is empty or inconsistent.
+        NonFiniteLossError: Vectors are NaN or infinite.
+    """
+
+    def queries(texts: list[str]) -> Any:
+        return model.encode_query(texts, show_progress_bar=False)
+
+    def passages(texts: list[str]) -> Any:
+        return model.encode_document(texts, show_progress_bar=show_progress, batch_size=_BATCH)
+
+    with ExitStack() as stack:
+        stack.enter_context(computing_in(resolve_precision(precision, model.device), model.device))
+        if fused_attention:
+            stack.enter_context(fast_attention(model))
+        if isinstance(dataset, LabelledPairs):
+            return evaluate_pair_encoders(queries, passages, dataset)
+        return evaluate_encoders(queries, passages, dataset)
+
+
+def default_metric(dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None) -> str:
+    """The measure that says which step is best: nDCG@10, or ROC-AUC for 0/1 labels, or Spearman's for graded ones."""
+    if isinstance(dataset, LabelledPairs):
+        return "roc_auc" if dataset.binary else "spearman"
+    return "ndcg@10"

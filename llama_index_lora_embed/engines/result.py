@@ -1,0 +1,304 @@
+"""What `finetune()` gives back, and what it writes down of the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError
+from llama_index_lora_embed.evaluation.metrics import HEADLINE
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from llama_index_lora_embed.config import MiningSettings, TrainingSettings
+    from llama_index_lora_embed.data import BuildReport, EmbeddingQAFinetuneDataset, LabelledPairs
+    from llama_index_lora_embed.evaluation import Comparison, RetrievalComparison, Verdict
+    from llama_index_lora_embed.models.adapter_directory import Manifest
+    from llama_index_lora_embed.models.base_model import BaseInfo
+    from llama_index_lora_embed.training.lengths import Truncation
+    from llama_index_lora_embed.training.negatives.mining import MiningReport
+    from llama_index_lora_embed.training.train import TrainingOutcome
+
+_LIBRARIES = ("sentence-transformers", "transformers", "peft", "torch", "llama-index-core")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What `finetune()` gives back; print it.
+
+    Attributes:
+        adapter_path: The adapter directory.
+        fingerprint: Of the model in it.
+        verdict: BETTER, NO CLEAR DIFFERENCE, WORSE or NOT EVALUATED.
+        summary: The verdict in one sentence, with the questions that it rests on.
+        base_metrics: Measures of the base on the validation questions, from 0 to 1; empty if not evaluated.
+        tuned_metrics: Measures of what was written.
+        comparison: The difference with its interval; None if not evaluated.
+        best_step: Step of the weights that were written, the latest of those within a standard error of the best; 0
+            means that training gained nothing.
+        steps: Steps taken.
+        history: Step and measures of every evaluation.
+        truncation: Which length was chosen and how many texts are cut.
+        train_seconds: Wall time of training, evaluations not counted.
+        precision: "bf16" or "fp32".
+        data_report: What became of the nodes; None if a dataset was passed.
+        mined: What mining found in each round; empty where none was asked for.
+        evaluations: Of the base and of what was written, query by query or pair by pair; None if not evaluated.
+        val_dataset: What they are on.
+    """
+
+    adapter_path: str
+    fingerprint: str
+    verdict: Verdict
+    summary: str
+    base_metrics: dict[str, float]
+    tuned_metrics: dict[str, float]
+    comparison: Comparison | None
+    best_step: int
+    steps: int
+    history: list[dict[str, Any]]
+    truncation: Truncation
+    train_seconds: float
+    precision: str
+    data_report: BuildReport | None = None
+    mined: tuple[MiningReport, ...] = ()
+    evaluations: tuple[Any, Any] | None = field(default=None, repr=False)
+    val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None = field(default=None, repr=False)
+
+    def compare(self) -> RetrievalComparison:
+        """Base against what was written on the validation questions: measures, slices, queries won and lost.
+
+        Raises:
+            ConfigError: There were no validation questions.
+        """
+        from llama_index_lora_embed.evaluation import RetrievalEvaluation, compare_retrieval
+
+        if self.evaluations is None or not isinstance(self.evaluations[0], RetrievalEvaluation):
+            raise ConfigError(
+                "a run that was not judged by questions", "one with a val_dataset of questions", "Train with one."
+            )
+        return compare_retrieval(*self.evaluations, self.val_dataset)  # type: ignore[arg-type]
+
+    def write_report(
+        self, path: str | os.PathLike[str] | None = None, *, figures: str | os.PathLike[str] | None = None
+    ) -> Path:
+        """One self-contained page on this run (`evaluation.write_report`).
+
+        Args:
+            path: File to write; None for `report.html` in `<adapter_path>.run`.
+            figures: Folder for its pictures as PNG files; None writes none.
+
+        Returns:
+            The file.
+
+        Raises:
+            ConfigError: The run was not evaluated.
+            MissingExtraError: The extra "report" is not installed.
+            OutputDirectoryError: The page cannot be written.
+        """
+        from llama_index_lora_embed.evaluation import PairEvaluation, RunFacts, write_report
+
+        judged: Any = self.evaluations
+        if judged is None:
+            raise ConfigError("a run that was not evaluated", "one with a val_dataset", "Train with one.")
+        return write_report(
+            path or Path(f"{self.adapter_path}.run") / "report.html",
+            judged if isinstance(judged[0], PairEvaluation) else self.compare(),
+            run=RunFacts.read(self.adapter_path, str(self.data_report or "")),
+            figures=figures,
+        )
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens per text, in training and when embedding."""
+        return self.truncation.length_after
+
+    def __str__(self) -> str:
+        lines = [self.summary]
+        if self.base_metrics:
+            shown = [name for name in HEADLINE if name in self.base_metrics] or list(self.base_metrics)
+            widths = {name: max(11, len(name) + 2) for name in shown}
+            lines.append(f"{'':8}" + "".join(f"{name:>{widths[name]}}" for name in shown))
+            for row, values in (("base", self.base_metrics), ("tuned", self.tuned_metrics)):
+                lines.append(f"{row:8}" + "".join(f"{values[name]:{widths[name]}.3f}" for name in shown))
+        lines.append(f"{self.truncation}")
+        lines.append(f"adapter of step {self.best_step} of {self.steps} in {self.adapter_path}")
+        return "\n".join(lines)
+
+
+def summarise(
+    comparison: Comparison | None, best_step: int, evaluations: int, note: str = "", continued: bool = False
+) -> str:
+    """The verdict in words.
+
+    Args:
+        comparison: None if nothing was evaluated.
+        best_step: 0 if no step beat the base.
+        evaluations: How many there were to choose the best from, the base's included.
+        note: Where the validation questions come from.
+        continued: Whether the run started from an adapter instead of the base.
+    """
+    start = "the adapter that it continues" if continued else "the base"
+    if comparison is None:
+        return "NOT EVALUATED: there was no validation set, so nobody knows whether this model is better."
+    if best_step == 0:
+        gained_nothing = f"training gained nothing; what was written gives the vectors of {start}."
+        return f"{comparison.verdict.value}: {gained_nothing} {comparison.basis} {note}".strip()
+    if continued:
+        note = f"Compared with the adapter that it continues, not with the base. {note}".strip()
+    if evaluations > 2:
+        # a maximum over several looks at the same questions is a little too high
+        note = f"{note} The best of {evaluations - 1} evaluations was chosen on these same questions.".strip()
+    return f"{comparison} {note}".strip()
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that there is to say of one run.
+
+    Attributes:
+        model: With the weights that are written.
+        base: The base model.
+        parent: Path and fingerprint of the adapter that the run continues; None if it started from the base.
+        dataset: Training set, before mining.
+        settings: Of the training.
+        outcome: What came of it.
+        summary: The verdict in words.
+        comparison: None if nothing was evaluated.
+        mining: How hard negatives were mined; None if they were not.
+        mined: What mining found in each round.
+    """
+
+    model: SentenceTransformer
+    base: BaseInfo
+    parent: dict[str, Any] | None
+    dataset: EmbeddingQAFinetuneDataset | LabelledPairs
+    settings: TrainingSettings
+    outcome: TrainingOutcome
+    summary: str
+    comparison: Comparison | None
+    mining: MiningSettings | None
+    mined: tuple[MiningReport, ...]
+
+    def manifest(self) -> Manifest:
+        """The run as `finetune.json` has it; fingerprint and file digests are added when it is written."""
+        from llama_index_lora_embed import __version__
+        from llama_index_lora_embed.models import adapter_directory
+
+        model, best = self.model, self.outcome.best
+        lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
+        targets = lora.target_modules
+        return adapter_directory.Manifest(
+            fingerprint="",
+            base=self.base.to_dict(),
+            prompts={name: model.prompts.get(name) or "" for name in ("query", "document")},
+            pooling=adapter_directory.describe_modules(model),
+            max_seq_length=int(model.max_seq_length or 0),
+            normalise=adapter_directory.normalises(model),
+            similarity=str(model.similarity_fn_name),
+            lora={
+                "r": lora.r,
+                "lora_alpha": lora.lora_alpha,
+                "target_modules": targets if isinstance(targets, str) else sorted(targets),
+            },
+            parent=self.parent,
+            dataset=self._dataset(),
+            settings={
+                **self.settings.to_dict(),
+                "precision": self.outcome.precision,
+                "mining": None if self.mining is None else asdict(self.mining),
+            },
+            metrics={}
+            if best.base is None or best.best is None
+            else {"base": best.base.metrics, "tuned": best.best.metrics},
+            verdict=self.summary,
+            best_step=None if best.base is None else best.best_step,
+            truncation=asdict(self.outcome.truncation),
+            versions={
+                "llama-index-lora-embed": __version__,
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def _dataset(self) -> dict[str, Any]:
+        from llama_index_lora_embed.data import LabelledPairs
+
+        data = self.dataset
+        if isinstance(data, LabelledPairs):
+            return {"digest": data.digest(), "pairs": len(data), "binary": data.binary, "symmetric": data.symmetric}
+        return {
+            "digest": data.digest(),
+            "queries": len(data.queries),
+            "passages": len(data.answer_ids()),
+            "origins": data.origins(),
+            "mined_negatives": [report.mean_negatives for report in self.mined],
+        }
+
+    def write(self, target: Path, run_dir: Path) -> str:
+        """Write the adapter directory; checkpoints that nobody asked for have served their purpose then.
+
+        Args:
+            target: What `adapter.check_output` has passed.
+            run_dir: Where the checkpoints are.
+
+        Returns:
+            The fingerprint of the model in it.
+
+        Raises:
+            OutputDirectoryError: It could not be written; what was trained is in the checkpoints.
+        """
+        from llama_index_lora_embed.models import adapter_directory
+        from llama_index_lora_embed.training.checkpointing import checkpoints
+
+        try:
+            written = adapter_directory.write_adapter(self.model, target, self.manifest(), self.base.weights_sha256)
+        except OutputDirectoryError as error:
+            error.hint += f" What was trained is kept in {str(run_dir)!r}: resume_from_checkpoint=True only writes it."
+            raise
+        if not self.settings.save_checkpoints:
+            checkpoints.clear_checkpoints(run_dir)
+        return written.fingerprint
+
+    def result(
+        self,
+        path: str,
+        fingerprint: str,
+        data_report: BuildReport | None,
+        val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None,
+    ) -> FinetuneResult:
+        """The run as `finetune()` gives it back.
+
+        Args:
+            path: Adapter directory.
+            fingerprint: Of the model in it.
+            data_report: What became of the nodes; None if a dataset was passed.
+            val_dataset: What it was judged by.
+        """
+        from llama_index_lora_embed.evaluation import Verdict
+
+        outcome, best = self.outcome, self.outcome.best
+        return FinetuneResult(
+            adapter_path=path,
+            fingerprint=fingerprint,
+            verdict=Verdict.NOT_EVALUATED if self.comparison is None else self.comparison.verdict,
+            summary=self.summary,
+            base_metrics={} if best.base is None else best.base.metrics,
+            tuned_metrics={} if best.best is None else best.best.metrics,
+            comparison=self.comparison,
+            best_step=best.best_step if self.comparison is not None else outcome.steps,
+            steps=outcome.steps,
+            history=best.history,
+            truncation=outcome.truncation,
+            train_seconds=outcome.train_seconds,
+            precision=outcome.precision,
+            data_report=data_report,
+            mined=self.mined,
+            evaluations=None if self.comparison is None else (best.base, best.best),
+            val_dataset=val_dataset,
+        )

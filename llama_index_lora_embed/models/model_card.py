@@ -1,0 +1,58 @@
+"""The adapter's README.md, which the Hub shows as its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_index_lora_embed.models.adapter_directory import Manifest
+
+
+_COLUMNS = 5  # those that stand first in an evaluation are what people ask for
+
+
+def _trained_on(dataset: dict[str, Any]) -> str:
+    if "pairs" in dataset:
+        return f"{dataset['pairs']} labelled pairs"
+    return f"{dataset.get('queries', 0)} questions about {dataset.get('passages', 0)} passages"
+
+
+def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_on_hub: bool = False) -> str:
+    """What was trained on what, its measures, and how to load it, as Markdown with the Hub's header.
+
+    Args:
+        manifest: Of the run.
+        place: Folder or Hub id that the examples name.
+        base_on_hub: Whether the base's name is an id on the Hub, even if it was trained on from a folder.
+    """
+    base = manifest.base["model_id"]
+    metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    lines = ["---", *(f"{key}: {value}" for key, value in metadata.items())]
+    if base_on_hub or manifest.base["revision"] is not None:
+        lines.append(f"base_model: {base}")
+    lines += [
+        *("tags: [sentence-transformers, lora, peft, llama-index]", "---"),
+        *(f"# LoRA adapter for {Path(base).name}", ""),
+        f"Trained on {_trained_on(manifest.dataset)}. {manifest.verdict}".strip(),
+    ]
+    if manifest.metrics:
+        names = list(manifest.metrics["base"])[:_COLUMNS]
+        lines += ["", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for row, values in manifest.metrics.items():
+            lines.append(f"| {row} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
+    lines += [
+        *("", "In LlamaIndex:", ""),
+        *("```python", "from llama_index_lora_embed import LoraEmbedding", ""),
+        *(f'embed_model = LoraEmbedding("{place}")', "index = VectorStoreIndex(nodes, embed_model=embed_model)", "```"),
+        *("", "In sentence-transformers:", ""),
+    ]
+    windows = any(module["type"] == "JoinWindows" for module in manifest.pooling)
+    code = ", trust_remote_code=True" if windows else ""
+    lines += [
+        *("```python", "from sentence_transformers import SentenceTransformer", ""),
+        *(f'model = SentenceTransformer("{place}"{code})', "```", ""),
+    ]
+    if windows:
+        lines += ["Long texts are read in windows, for which llama-index-lora-embed has to be installed.", ""]
+    return "\n".join(lines)

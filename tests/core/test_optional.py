@@ -1,0 +1,47 @@
+import subprocess
+import sys
+
+import pytest
+
+from llama_index_lora_embed.core.errors import MissingExtraError
+from llama_index_lora_embed.core.optional import _EXTRA_OF, require
+
+
+@pytest.mark.parametrize("module", sorted(_EXTRA_OF))
+def test_what_an_extra_installs_is_imported(module):
+    if module == "bitsandbytes":  # for GPUs only, and large
+        pytest.importorskip(module)
+    assert require(module).__name__ == module
+
+
+@pytest.mark.parametrize("module", sorted(_EXTRA_OF))
+def test_a_missing_extra_names_the_install_command(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'llama-index-lora-embed\[") as caught:
+        require(module)
+    assert isinstance(caught.value, ImportError)
+
+
+def test_without_the_extras_nothing_is_missing(tiny_model, tmp_path):
+    """The whole line runs where no extra is installed."""
+    code = f"""
+import sys, warnings
+warnings.simplefilter("ignore")
+for module in {sorted(_EXTRA_OF)!r} + ["llama_index.embeddings.huggingface"]:
+    sys.modules[module] = None
+from llama_index_lora_embed import LoraFinetuneEngine, evaluate_retrieval
+from tests.conftest import make_dataset
+out = {str(tmp_path / "out")!r}
+engine = LoraFinetuneEngine(make_dataset(), {tiny_model!r}, out, batch_size=8, epochs=1, show_progress_bar=False)
+engine.finetune()
+assert evaluate_retrieval(engine.get_finetuned_model(), engine.val_dataset).metrics
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_old_package_does_not_turn_on_everybodys_logging():
+    code = "import logging; from llama_index_lora_embed import LoraFinetuneEngine; "
+    code += "root = logging.getLogger(); assert not root.handlers and root.level == logging.WARNING, root.handlers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,242 @@
+import asyncio
+import json
+import os
+import pickle
+
+import pytest
+from llama_index.core.ingestion import IngestionPipeline
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.schema import ImageNode, TextNode
+
+from llama_index_lora_embed.config import LLMSettings
+from llama_index_lora_embed.core.errors import ConfigError, JournalError
+from llama_index_lora_embed.data import (
+    LLMQueryGenerator,
+    MetadataQueryGenerator,
+    QueryGenerator,
+    dataset_from_nodes,
+    judge_queries,
+)
+from llama_index_lora_embed.data.llm.journal import Journal
+from llama_index_lora_embed.data.questions.llm import _verdict
+from llama_index_lora_embed.data.questions.prompts import EXAM_PROMPT
+from tests.llms import FAST, FakeLLM, Structured, calm_answer, generator, some_nodes
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return str(tmp_path / "journal.jsonl")
+
+
+def test_two_questions_a_node_in_the_order_of_the_nodes(journal):
+    nodes = some_nodes()
+    made = generator(FakeLLM(), journal)
+    assert isinstance(made, QueryGenerator)
+    questions = list(made.generate(nodes))
+    assert [q.node_id for q in questions] == [node.node_id for node in nodes for _ in range(2)]
+    assert {q.generator for q in questions} == {"llm/question", "llm/keywords"}
+    assert made.report.requests == made.report.answered == 12
+    assert (made.report.prompt_tokens, made.report.completion_tokens) == (1200, 84)
+
+
+def test_nothing_is_asked_twice(journal):
+    nodes = some_nodes()
+    llm = FakeLLM()
+    first = list(generator(llm, journal).generate(nodes))
+    again = generator(llm, journal)
+    assert list(again.generate(nodes)) == first
+    assert llm.calls == 12
+    assert again.report.from_journal == 12
+
+
+def test_changed_nodes_are_asked_anew_removed_ones_dropped_and_order_does_not_matter(journal):
+    nodes = some_nodes()
+    llm = FakeLLM()
+    first = list(generator(llm, journal).generate(nodes))
+    nodes[3].text = "Chapter 3 was rewritten."
+    changed = list(generator(llm, journal).generate([*nodes[:6][::-1], TextNode(text="Chapter 99 is new.", id_="n99")]))
+    assert llm.calls == 14
+    by_node = {q.node_id for q in changed}
+    assert by_node == {"n0", "n1", "n2", "n3", "n4", "n5", "n99"}
+    unchanged = [q for q in changed if q.node_id not in ("n3", "n99")]
+    assert sorted(unchanged, key=str) == sorted((q for q in first if q.node_id in "n0 n1 n2 n4 n5"), key=str)
+    assert changed[0].node_id == "n5"
+
+
+def test_another_prompt_llm_or_setting_asks_again(journal):
+    nodes = some_nodes(2)
+    llm = FakeLLM()
+    list(generator(llm, journal).generate(nodes))
+    list(generator(llm, journal, prompt=EXAM_PROMPT).generate(nodes))
+    list(generator(llm, journal, num_questions=3).generate(nodes))
+    other = FakeLLM(system_prompt="Be brief.")
+    list(generator(other, journal).generate(nodes))
+    assert (llm.calls, other.calls) == (6, 2)
+
+
+def test_many_pipelines_at_once_in_one_loop_take_turns(journal):
+    async def all_at_once():
+        made = generator(FakeLLM(latency=0.01), journal)
+        pipelines = [IngestionPipeline(transformations=[made]).arun(nodes=some_nodes(3)) for _ in range(10)]
+        return await asyncio.gather(*pipelines)
+
+    for nodes in asyncio.run(all_at_once()):
+        assert len(list(MetadataQueryGenerator().generate(nodes))) == 6
+    assert len(list(Journal(journal))) == 3
+
+
+def test_structured_output_is_used_where_the_llm_has_it(journal):
+    questions = list(generator(Structured(), journal).generate(some_nodes(2)))
+    assert [(q.text, q.generator) for q in questions] == [("machine cleaning", "llm/keywords")] * 2
+    assert json.loads(next(iter(Journal(journal)))["answer"])["queries"]
+
+
+def test_plain_lines_are_asked_for_where_structured_output_keeps_failing(journal):
+    questions = list(generator(Structured(broken=True), journal).generate(some_nodes(1)))
+    assert len(questions) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (
+            "Die Maschine wird jeden Abend gereinigt, und zwar bevor die letzte Schicht das Haus verlässt.",
+            "Suchanfragen",
+        ),
+        ("La machine est nettoyée chaque soir avant que la dernière équipe ne quitte la maison.", "requêtes"),
+        ("La máquina se limpia todas las noches antes de que el último turno abandone el edificio.", "búsquedas"),
+        ("机器每天晚上在最后一班离开之前都要清洗干净。", "搜索查询"),
+        ("The machine is cleaned every evening before the last shift leaves the building.", "search queries"),
+        ("Машину чистят каждый вечер перед тем, как последняя смена покидает здание.", "in the language of the text"),
+    ],
+)
+def test_a_node_is_asked_about_in_its_own_language(journal, text, word):
+    llm = FakeLLM()
+    list(generator(llm, journal).generate([TextNode(text=text)]))
+    assert word in llm.prompts[0]
+    assert text in llm.prompts[0]
+
+
+def test_all_styles_come_round(journal):
+    llm = FakeLLM()
+    list(generator(llm, journal, num_questions=2).generate(some_nodes(40)))
+    for style in ("question", "keywords", "paraphrase", "conversational"):
+        assert 5 < sum(f"- {style}:" in prompt for prompt in llm.prompts) < 35
+
+
+def test_a_prompt_of_ones_own_is_used_as_it_is(journal):
+    llm = FakeLLM()
+    template = PromptTemplate("Ask {num_questions_per_chunk} about {context_str} for {whom}", whom="nurses")
+    list(generator(llm, journal, prompt=template).generate([TextNode(text="a {text} with {braces}")]))
+    assert llm.prompts == ["Ask 2 about a {text} with {braces} for nurses"]
+
+
+def test_odd_nodes_are_asked_about_or_passed_over_never_a_crash(journal):
+    llm = FakeLLM()
+    nodes = [
+        ImageNode(image="aGVsbG8=", id_="image"),
+        TextNode(text="", id_="empty"),
+        TextNode(text=" \n\t ", id_="blank"),
+        TextNode(text="x y " * 250_000, id_="megabyte"),
+        TextNode(text="日本語とрусский and 🚀 emoji عربى", id_="mixed"),
+        TextNode(text="bell \x07 and null \x00 and escape \x1b", id_="control"),
+        TextNode(text="a lone surrogate \ud800 in it", id_="surrogate"),
+        TextNode(text="first text", id_="twice"),
+        TextNode(text="second text", id_="twice"),
+    ]
+    questions = list(generator(llm, journal).generate(nodes))
+    assert {q.node_id for q in questions} == {"megabyte", "mixed", "control", "twice", "surrogate"}
+    assert max(map(len, llm.prompts)) < 4096 * 3
+    assert not any(ord(c) < 32 and c not in "\n\t" for prompt in llm.prompts for c in prompt)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"llm": "gpt-4"}, "llm='gpt-4'"),
+        ({"styles": ("question", "rhymes")}, "rhymes"),
+        ({"prompt": "Ask me anything"}, "context_str"),
+        ({"settings": LLMSettings(attempts=0, timeout=-1)}, "attempts=0"),
+        ({"settings": {"attempts": 0}}, "attempts=0"),
+        ({"styles": ()}, "styles"),
+        ({"styles": "question"}, "styles"),
+        ({"num_questions": 0}, "num_questions"),
+        ({"num_question": 7}, "num_question: no such argument"),
+        ({"journal": None}, "journal"),
+    ],
+)
+def test_wrong_arguments_are_all_named_before_anything_is_asked(journal, wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        LLMQueryGenerator(**{"llm": FakeLLM(), "journal": journal, **wrong})
+    assert not os.path.exists(journal)
+
+
+def test_a_journal_of_another_version_stops_before_the_llm_is_asked(journal):
+    with open(journal, "w") as file:
+        file.write('{"format": "llama-index-lora-embed journal", "version": 9}\n')
+    llm = FakeLLM()
+    with pytest.raises(JournalError, match="version 9"):
+        list(generator(llm, journal).generate(some_nodes(2)))
+    assert llm.calls == 0
+
+
+def test_it_works_in_an_ingestion_pipeline_and_its_questions_come_out_again(journal):
+    llm = FakeLLM()
+    nodes = IngestionPipeline(transformations=[generator(llm, journal)]).run(nodes=some_nodes(3))
+    questions = list(MetadataQueryGenerator().generate(nodes))
+    assert len(questions) == 6
+    assert {q.generator for q in questions} == {"llm/question", "llm/keywords"}
+    assert nodes[0].get_content("embed") == some_nodes(1)[0].get_content("embed")
+    arun = asyncio.run(IngestionPipeline(transformations=[generator(llm, journal)]).arun(nodes=some_nodes(3)))
+    assert [q.text for q in MetadataQueryGenerator().generate(arun)] == [q.text for q in questions]
+    assert llm.calls == 3
+
+
+def test_worker_processes_of_a_pipeline_take_turns_at_the_journal(journal):
+    nodes = IngestionPipeline(transformations=[generator(FakeLLM(), journal)]).run(nodes=some_nodes(6), num_workers=2)
+    assert len(list(MetadataQueryGenerator().generate(nodes))) == 12
+    assert len(list(Journal(journal))) == 6
+
+
+def test_it_pickles_and_its_dict_tells_settings_apart(journal):
+    made = generator(FakeLLM(), journal)
+    assert pickle.loads(pickle.dumps(made)).to_dict() == made.to_dict()
+    assert generator(FakeLLM(), journal, num_questions=3).to_dict() != made.to_dict()
+
+
+def test_a_judge_drops_questions_that_their_passage_does_not_answer(journal):
+    class Judge(FakeLLM):
+        def answer(self, prompt):
+            if "Does the text answer the query?" not in prompt:
+                return calm_answer(prompt)
+            self.calls += 1
+            return "No." if "machine number 2 " in prompt else "Yes, it does."
+
+    llm = Judge()
+    dataset, _ = dataset_from_nodes(some_nodes(4), [generator(llm, journal)])
+    for _ in range(2):
+        judged, report, dropped = judge_queries(dataset, llm, journal=journal, settings=FAST)
+        assert len(dropped) == 2
+        assert {judged.relevant_docs[i][0] for i in judged.queries} == {"n0", "n1", "n3"}
+        assert judged.corpus == dataset.corpus
+    assert llm.calls == 8
+    assert report.from_journal == 8
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ("Yes", True),
+        ("no.", False),
+        ("**Yes**, it does, no doubt", True),
+        ("<think>No obvious mismatch. The text covers it.</think>\nYes", True),
+        ("The answer is no", False),
+        ("Yes/No: No", None),
+        ("There is no doubt: yes.", None),
+        ("I cannot answer yes or no.", None),
+        ("maybe", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_read_or_left_open(answer, verdict):
+    assert _verdict(answer) is verdict

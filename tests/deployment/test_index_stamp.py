@@ -1,0 +1,261 @@
+"""An index knows its model, in every kind of store, and refuses another one."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import chromadb
+import pytest
+from llama_index.core import MockEmbedding, StorageContext, VectorStoreIndex, load_index_from_storage
+from llama_index.core.schema import TextNode
+from llama_index.core.vector_stores import SimpleVectorStore
+from llama_index.vector_stores.chroma import ChromaVectorStore
+from llama_index.vector_stores.qdrant import QdrantVectorStore
+from qdrant_client import QdrantClient
+
+from llama_index_lora_embed import LoraEmbedding
+from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, WrongIndexError
+from llama_index_lora_embed.deployment import read_index_stamp, stamp_index, verify_index
+from llama_index_lora_embed.deployment.index_stamp import STAMP_NAME
+from tests.conftest import make_dataset
+
+STORES = ["simple", "persisted", "folder", "chroma", "chroma-server", "qdrant"]
+
+
+@pytest.fixture(scope="module")
+def tuned(adapter):
+    return LoraEmbedding(adapter, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return LoraEmbedding(base_model=tiny_model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chroma_server(tmp_path_factory):
+    """Port of a real server on loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("chroma")
+    command = os.path.join(os.path.dirname(sys.executable), "chroma")
+    log = open(folder / "log", "wb")  # noqa: SIM115
+    server = subprocess.Popen(
+        [command, "run", "--path", str(folder / "data"), "--host", "127.0.0.1", "--port", str(port)],
+        stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        for _ in range(300):
+            try:
+                chromadb.HttpClient("127.0.0.1", port).heartbeat()
+                break
+            except Exception:
+                assert server.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield port
+    finally:
+        server.terminate()
+        server.wait(20)
+        log.close()
+
+
+@pytest.fixture
+def store(request, tmp_path, tuned, chroma_server):
+    """Builds an index of 24 nodes, and opens it again as another program would."""
+    nodes = [TextNode(text=text) for text in make_dataset(seed=1).corpus.values()]
+    kind = request.param
+
+    def vector_store():
+        if kind == "chroma":
+            client = chromadb.PersistentClient(str(tmp_path / "chroma"))
+        elif kind == "chroma-server":
+            client = chromadb.HttpClient("127.0.0.1", chroma_server)
+        elif kind == "qdrant":
+            clients.append(QdrantClient(path=str(tmp_path / "qdrant")))
+            return QdrantVectorStore("nodes", client=clients[-1])
+        else:
+            return SimpleVectorStore()
+        metadata = {"hnsw:space": "cosine", "owner": "us"}
+        return ChromaVectorStore(
+            chroma_collection=client.get_or_create_collection(tmp_path.name[-40:], metadata=metadata)
+        )
+
+    clients = []
+
+    def opened():
+        for client in clients:
+            client.close()
+        if kind == "folder":
+            return tmp_path / "index"
+        if kind == "persisted":
+            storage = StorageContext.from_defaults(persist_dir=str(tmp_path / "index"))
+            return load_index_from_storage(storage, embed_model=tuned)
+        if kind == "simple":
+            return built
+        return VectorStoreIndex.from_vector_store(vector_store(), embed_model=tuned)
+
+    storage = StorageContext.from_defaults(vector_store=vector_store())
+    built = VectorStoreIndex([n.model_copy() for n in nodes], storage_context=storage, embed_model=tuned)
+    if kind == "folder":
+        built.storage_context.persist(str(tmp_path / "index"))
+        return tmp_path / "index", opened, nodes, None
+
+    def persist():
+        if kind == "persisted":
+            built.storage_context.persist(str(tmp_path / "index"))
+
+    persist()
+    return built, opened, nodes, persist
+
+
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_a_stamped_index_refuses_another_model_after_it_was_reopened(store, tuned, base):
+    index, opened, nodes, persist = store
+    assert read_index_stamp(index) is None
+    made = stamp_index(index, tuned)
+    if persist:
+        persist()
+    again = opened()
+    assert read_index_stamp(again) == made
+    assert verify_index(again, tuned) == made
+    assert made.dimensions == 32
+    with pytest.raises(WrongIndexError) as caught:
+        verify_index(again, base)
+    for part in (tuned.model_name, base.model_name, made.created, made.trained, "VectorStoreIndex(nodes"):
+        assert part
+        assert part in str(caught.value)
+    with pytest.raises(WrongIndexError):
+        stamp_index(again, base)
+    assert stamp_index(again, tuned) == made, "stamping twice keeps the first date"
+    assert stamp_index(again, base, replace=True).fingerprint == base.fingerprint
+    verify_index(again, base)
+    if isinstance(again, VectorStoreIndex):
+        for node in nodes:
+            best = again.as_retriever(similarity_top_k=3).retrieve(node.text)
+            assert best[0].node.node_id == node.node_id
+            assert {hit.node.node_id for hit in best} <= {n.node_id for n in nodes}
+
+
+@pytest.mark.parametrize("store", ["chroma"], indirect=True)
+def test_other_metadata_of_a_collection_stay(store, tuned):
+    index, opened, _, _ = store
+    stamp_index(index, tuned)
+    collection = opened().vector_store._collection
+    assert collection.metadata["owner"] == "us"
+    assert stamp_index(collection, tuned) == read_index_stamp(opened().vector_store)
+
+
+def test_an_index_without_a_stamp_is_spoken_of(tuned):
+    index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
+    with pytest.warns(UserWarning, match="nobody knows"):
+        assert verify_index(index, tuned) is None
+    with pytest.raises(WrongIndexError, match="nobody knows"):
+        verify_index(index, tuned, without_stamp="raise")
+    assert verify_index(index, tuned, without_stamp="ignore") is None
+    with pytest.raises(ConfigError, match="without_stamp='no'"):
+        verify_index(index, tuned, without_stamp="no")
+
+
+def test_a_retrained_adapter_is_another_model(tuned, adapter, tmp_path, tiny_model):
+    from tests.embedding.test_many_adapters import trained
+
+    path = tmp_path / "adapter"
+    shutil.copytree(adapter, path)
+    index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
+    stamp_index(index, LoraEmbedding(path, device="cpu"))
+    verify_index(index, tuned)  # the same adapter elsewhere
+    trained(tiny_model, path, seed=3)
+    with pytest.raises(WrongIndexError, match="trained 20"):
+        verify_index(index, LoraEmbedding(path, device="cpu"))
+
+
+def test_prompts_and_scale_make_another_model(tuned, adapter):
+    index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
+    stamp_index(index, tuned)
+    for changed in ({"passage_prompt": "passage : "}, {"adapter_scale": 0.5}):
+        with pytest.raises(WrongIndexError):
+            verify_index(index, LoraEmbedding(adapter, device="cpu", **changed))
+
+
+def test_other_embedding_models_are_stamped_by_their_settings():
+    index = VectorStoreIndex([TextNode(text="w1")], embed_model=MockEmbedding(embed_dim=4, model_name="a"))
+    stamp_index(index, MockEmbedding(embed_dim=4, model_name="a"))
+    verify_index(index, MockEmbedding(embed_dim=4, model_name="a"))
+    with pytest.raises(WrongIndexError, match="'b'"):
+        verify_index(index, MockEmbedding(embed_dim=4, model_name="b"))
+
+
+def test_persisting_another_index_over_a_stamped_one_takes_the_stamp_along(tuned, base, tmp_path):
+    index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
+    stamp_index(index, tuned)
+    index.storage_context.persist(str(tmp_path))
+    verify_index(tmp_path, tuned)
+    VectorStoreIndex([TextNode(text="w1")], embed_model=base).storage_context.persist(str(tmp_path))
+    assert read_index_stamp(tmp_path) is None
+    stamp_index(tmp_path, base)
+    with pytest.raises(WrongIndexError):
+        verify_index(
+            load_index_from_storage(StorageContext.from_defaults(persist_dir=str(tmp_path)), embed_model=tuned), tuned
+        )
+
+
+def test_another_number_of_dimensions_is_another_model():
+    index = VectorStoreIndex([TextNode(text="w1")], embed_model=MockEmbedding(embed_dim=4))
+    stamp_index(index, MockEmbedding(embed_dim=4))
+    with pytest.raises(WrongIndexError, match="8 dimensions"):
+        verify_index(index, MockEmbedding(embed_dim=8))
+
+
+def test_a_damaged_stamp_is_said_to_be_one(tuned, tmp_path):
+    (tmp_path / STAMP_NAME).write_text('{"finger')
+    for call in (verify_index, stamp_index):
+        with pytest.raises(WrongIndexError, match="cannot be read"):
+            call(tmp_path, tuned)
+    stamp_index(tmp_path, tuned, replace=True)
+    verify_index(tmp_path, tuned)
+
+
+def test_a_full_or_read_only_folder_leaves_nothing_half_written(tuned, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputDirectoryError, match="No space left"):
+        stamp_index(tmp_path, tuned)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", [None, 3, {"a": 1}, object()])
+def test_what_is_no_index_is_refused(tuned, target):
+    with pytest.raises(ConfigError, match="to be stamped"):
+        stamp_index(target, tuned)
+
+
+def test_no_folder_and_stores_of_vectors_alone_are_refused(tuned, tmp_path):
+    import faiss
+    from llama_index.core.vector_stores.types import BasePydanticVectorStore
+
+    class VectorsAlone(BasePydanticVectorStore):
+        stores_text: bool = False
+
+        @property
+        def client(self):
+            return faiss.IndexFlatIP(4)
+
+        def add(self, nodes, **kwargs):
+            return []
+
+        def delete(self, ref_doc_id, **kwargs):
+            return None
+
+        def query(self, query, **kwargs):
+            return None
+
+    with pytest.raises(ConfigError, match=r"vectors alone.*stamp_index\(persist_dir"):
+        stamp_index(VectorsAlone(), tuned)
+    with pytest.raises(ConfigError, match="no folder"):
+        stamp_index(tmp_path / "nowhere", tuned)

@@ -1,0 +1,450 @@
+import inspect
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+from llama_index_lora_embed import (
+    EmbeddingQAFinetuneDataset,
+    LoraEmbedding,
+    LoraEmbedError,
+    LoraFinetuneEngine,
+    evaluate_retrieval,
+)
+from llama_index_lora_embed.config import ObjectiveSettings
+from llama_index_lora_embed.core.errors import (
+    ConfigError,
+    DatasetError,
+    SplitError,
+)
+from llama_index_lora_embed.data import FirstOf, LLMQueryGenerator, TitleQueryGenerator
+from llama_index_lora_embed.data.questions.base import embed_text
+from llama_index_lora_embed.evaluation import Verdict
+from llama_index_lora_embed.models.adapter_directory import Manifest
+from tests.conftest import make_dataset, shown
+from tests.llms import FakeLLM
+
+QUIET = {"show_progress_bar": False, "device": "cpu"}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return str(tmp_path / "runs" / "adapter")
+
+
+@pytest.fixture(autouse=True)
+def no_warnings_but_expected_ones():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*texts are longer")
+        yield
+
+
+def finetune(dataset, model, out, **kwargs):
+    engine = LoraFinetuneEngine(dataset, model, out, **{"batch_size": 8, "epochs": 2, **QUIET, **kwargs})
+    return engine, engine.finetune()
+
+
+# -- the main line ------------------------------------------------------------------------------------
+
+
+def test_the_line_from_dataset_to_embedding_model(tiny_model, dataset, val_dataset, out):
+    engine, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, epochs=6, learning_rate=5e-3)
+    embed_model = engine.get_finetuned_model()
+    assert isinstance(embed_model, BaseEmbedding)
+    assert embed_model.fingerprint == result.fingerprint == Manifest.read(out_path(result)).fingerprint
+    assert result.tuned_metrics["ndcg@10"] > result.base_metrics["ndcg@10"]
+    assert [entry["step"] for entry in result.history] == [0, 3, 6, 9, 12, 15, 18]
+    (kept,) = [entry for entry in result.history if entry["step"] == result.best_step]
+    assert result.tuned_metrics == kept["metrics"]
+    assert "20 asked by people" in result.summary
+    assert result.adapter_path == out
+    assert "tuned" in str(result)
+
+
+def out_path(result):
+    return Path(result.adapter_path)
+
+
+def test_the_reported_figures_are_those_of_what_was_written(tiny_model, dataset, val_dataset, out):
+    _, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, epochs=4, learning_rate=5e-3)
+    judged = {q: set(ids) for q, ids in val_dataset.relevant_docs.items()}
+    evaluator = InformationRetrievalEvaluator(val_dataset.queries, val_dataset.corpus, judged)
+    for path, metrics in ((tiny_model, result.base_metrics), (out, result.tuned_metrics)):
+        measured = evaluator(SentenceTransformer(path, device="cpu"))
+        assert metrics["ndcg@10"] == pytest.approx(measured["cosine_ndcg@10"], abs=1e-6)
+
+
+def test_from_nodes(tiny_model, nodes, out):
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, val_fraction=0.2, batch_size=4, **QUIET)
+    assert (engine.settings.epochs, engine.settings.learning_rate) == (2, 5e-4)
+    assert not engine.dataset.overlap(engine.val_dataset)
+    assert set(engine.dataset.query_origins.values()) == {"title", "inverse_cloze"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = engine.finetune()
+    assert "Made-up questions flatter" in result.summary
+    assert result.data_report.questions == {"title": 8, "inverse_cloze": 4}
+    assert len(engine.get_finetuned_model().get_query_embedding("w1")) == 32
+
+
+def test_from_nodes_with_questions_of_people_as_validation(tiny_model, nodes, val_dataset, out):
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, val_dataset=val_dataset, **QUIET)
+    assert engine.val_dataset == val_dataset
+    assert len(engine.dataset.queries) == 12
+
+
+def test_from_nodes_may_be_judged_by_peoples_questions_about_the_same_nodes(tiny_model, nodes, out):
+    asked = EmbeddingQAFinetuneDataset(
+        queries={"a": "w9 or w8 ?", "b": nodes[0].metadata["title"].upper()},
+        corpus={node.node_id: embed_text(node) for node in nodes},
+        relevant_docs={"a": ["n3"], "b": ["n0"]},
+    )
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, val_dataset=asked, **QUIET)
+    assert len(engine.dataset.queries) == 11, "the title that somebody asked for is not trained on"
+    assert "n3" in engine.dataset.answer_ids()
+
+
+def test_warnings_point_at_the_users_own_line(tiny_model, nodes, out):
+    with pytest.warns(UserWarning, match="6 documents") as caught:
+        engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, batch_size=4, epochs=1, **QUIET)
+    assert {warning.filename for warning in caught} == {__file__}
+    with pytest.warns(UserWarning, match="Made-up questions") as caught:
+        engine.finetune()
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_from_nodes_with_one_document_says_so(tiny_model, nodes, out):
+    with pytest.raises(SplitError, match="one source document"):
+        LoraFinetuneEngine.from_nodes(nodes[:2], tiny_model, out)
+    assert LoraFinetuneEngine.from_nodes(nodes[:2], tiny_model, out, val_fraction=0).val_dataset is None
+
+
+def test_without_validation_data_a_tenth_is_held_out_and_named(tiny_model, dataset, out):
+    engine, result = finetune(dataset, tiny_model, out, learning_rate=5e-3, epochs=6)
+    assert len(engine.val_dataset.queries) == 8
+    assert result.verdict is not Verdict.NOT_EVALUATED
+    assert "held out of the training set by source document" in result.summary
+    plain = LoraFinetuneEngine(make_dataset(sources=False), tiny_model, out)
+    assert "neighbouring passages may have been trained on" in plain._hold_out_note
+
+
+def test_without_any_validation_the_result_says_not_evaluated(tiny_model, dataset, out):
+    with pytest.warns(UserWarning, match="NOT EVALUATED"):
+        _, result = finetune(dataset, tiny_model, out, val_fraction=0)
+    assert result.verdict is Verdict.NOT_EVALUATED
+    assert result.base_metrics == {}
+    assert result.best_step == result.steps == 6
+
+
+def test_training_that_gains_nothing_says_so_and_gives_the_base(tiny_model, dataset, val_dataset, out):
+    # a rate so small that every evaluation ties with the base's, which comes first
+    with pytest.warns(UserWarning, match="gained nothing"):
+        engine, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, learning_rate=1e-12)
+    assert result.best_step == 0
+    assert result.verdict is Verdict.NO_CLEAR_DIFFERENCE
+    assert result.tuned_metrics == result.base_metrics
+    assert len(result.history) == 3
+    texts = list(val_dataset.corpus.values())
+    base = LoraEmbedding(base_model=tiny_model, device="cpu")
+    tuned = engine.get_finetuned_model().get_text_embedding_batch(texts)
+    assert np.abs(np.array(tuned) - np.array(base.get_text_embedding_batch(texts))).max() < 1e-6
+
+
+def test_the_same_seed_gives_the_same_adapter(tiny_model, dataset, val_dataset, tmp_path):
+    results = [
+        finetune(dataset, tiny_model, str(tmp_path / name), val_dataset=val_dataset, seed=seed)[1]
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert results[0].fingerprint == results[1].fingerprint != results[2].fingerprint
+
+
+def test_a_second_run_replaces_the_adapter_and_keeps_the_first(tiny_model, dataset, val_dataset, out):
+    _, first = finetune(dataset, tiny_model, out, val_dataset=val_dataset, seed=1)
+    _, second = finetune(dataset, tiny_model, out, val_dataset=val_dataset, seed=2)
+    assert LoraEmbedding(out).fingerprint == second.fingerprint
+    assert LoraEmbedding(out + ".previous").fingerprint == first.fingerprint
+    assert sorted(os.listdir(os.path.dirname(out))) == ["adapter", "adapter.previous", "adapter.run"]
+
+
+def test_another_working_directory_changes_nothing(tiny_model, dataset, val_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine = LoraFinetuneEngine(dataset, tiny_model, "relative", val_dataset=val_dataset, epochs=1, **QUIET)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    engine.finetune()
+    assert (tmp_path / "relative" / "finetune.json").exists()
+    assert engine.get_finetuned_model().max_seq_length == 16
+
+
+# -- arguments ----------------------------------------------------------------------------------------
+
+
+def test_the_arguments_are_those_of_the_old_engine_in_its_order():
+    from llama_index.finetuning import SentenceTransformersFinetuneEngine
+
+    old = inspect.signature(SentenceTransformersFinetuneEngine).parameters
+    new = inspect.signature(LoraFinetuneEngine).parameters
+    assert list(new)[: len(old)] == list(old)
+    changed = {name for name in old if name != "dataset" and old[name].default != new[name].default}
+    assert changed == {"batch_size", "epochs"}, "each of them explained in the docstring"
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in list(new.values())[len(old) :])
+    assert {"lora_config", "learning_rate", "max_seq_length", "seed"} <= new.keys()
+
+
+def test_all_wrong_arguments_are_named_at_once(tiny_model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError) as caught:
+        LoraFinetuneEngine(
+            {"queries": {}, "corpus": {}, "relevant_docs": {}},
+            "/nowhere/at/all",
+            str(tmp_path / "file"),
+            batch_size=0,
+            epochs=1.5,
+            loss="mnrl",
+            lora_config={"r": 8},
+            precision="fp16",
+            on_overlap="ignore",
+            use_all_docs="yes",
+            learning_rate=float("nan"),
+        )
+    text = "\n".join(caught.value.problems)
+    for expected in (
+        "batch_size=0", "epochs=1.5", "loss of type str", "lora_config of type dict", "precision='fp16'",
+        "use_all_docs",
+        "on_overlap='ignore'", "learning_rate=nan", "/nowhere/at/all", "which is a file", "0 queries",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+def test_a_lora_config_of_the_users_own(tiny_model, dataset, val_dataset, out):
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["query"], lora_dropout=0.1, use_rslora=True)
+    _, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, lora_config=config, learning_rate=0.01)
+    written = json.loads((out_path(result) / "adapter_config.json").read_text())
+    assert (written["r"], written["target_modules"], written["use_rslora"]) == (2, ["query"], True)
+
+
+def test_a_lora_config_that_does_not_fit_names_what_would(tiny_model, dataset, out):
+    engine = LoraFinetuneEngine(dataset, tiny_model, out, lora_config=LoraConfig(target_modules=["q_proj"]), **QUIET)
+    with pytest.raises(ConfigError, match=r"attention\.self\.query"):
+        engine.finetune()
+    assert not os.path.exists(os.path.dirname(out))
+
+
+def nested_loss(path):
+    users_own = SentenceTransformer(path, device="cpu")
+    inner = losses.MultipleNegativesRankingLoss(users_own)
+    return losses.MatryoshkaLoss(users_own, inner, matryoshka_dims=[32, 16])
+
+
+def test_a_loss_of_the_users_own_sees_the_prompts_of_serving(tiny_model, dataset, val_dataset, out):
+    seen = []
+
+    class Spy(losses.MultipleNegativesRankingLoss):
+        def forward(self, features, labels):
+            features = list(features)
+            seen.append([self.model.tokenizer.decode(column["input_ids"][0][1:3]) for column in features])
+            return super().forward(features, labels)
+
+    finetune(
+        dataset, tiny_model, out, val_dataset=val_dataset, loss=Spy, epochs=1,
+        query_prompt="query : ", passage_prompt="passage : ",
+    )  # fmt: skip
+    assert all(pair == ["query :", "passage :"] for pair in seen)
+
+
+def test_a_dense_head_is_frozen_because_the_adapter_does_not_hold_it(tiny_model, dataset, val_dataset, tmp_path):
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    model = SentenceTransformer(tiny_model, device="cpu")
+    model.insert(2, Dense(32, 8))
+    base = str(tmp_path / "dense")
+    model.save_pretrained(base)
+    engine, result = finetune(
+        dataset, base, str(tmp_path / "out"), val_dataset=val_dataset, learning_rate=5e-3, epochs=6, precision="fp32"
+    )
+    assert result.best_step > 0
+    tuned = engine.get_finetuned_model()
+    assert len(tuned.get_text_embedding("w1")) == 8
+    assert evaluate_retrieval(tuned, val_dataset).metrics["ndcg@10"] == pytest.approx(result.tuned_metrics["ndcg@10"])
+    written = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert written[2].linear.weight.equal(model[2].linear.weight)
+
+
+@pytest.mark.parametrize("as_what", ["class", "instance", "nested", "callable"])
+def test_a_loss_of_sentence_transformers(tiny_model, dataset, val_dataset, out, as_what):
+    loss = {
+        "class": losses.MultipleNegativesRankingLoss,
+        "instance": losses.MultipleNegativesRankingLoss(SentenceTransformer(tiny_model, device="cpu")),
+        "nested": nested_loss(tiny_model),
+        "callable": lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4),
+    }[as_what]
+    _, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, loss=loss, epochs=4, learning_rate=5e-3)
+    assert result.best_step > 0
+
+
+def test_hard_negatives_reach_a_loss_of_sentence_transformers_as_tuples(tiny_model, val_dataset, out):
+    dataset = make_dataset()
+    dataset.hard_negatives = {q: ["p20", "p21"] for q in dataset.queries if not q.startswith(("q20", "q21"))}
+    dataset.hard_negatives |= {q: ["p0"] for q in dataset.queries if q.startswith(("q20", "q21"))}
+    seen = []
+
+    class Spy(losses.MultipleNegativesRankingLoss):
+        def forward(self, features, labels):
+            features = list(features)
+            seen.append(len(features))
+            return super().forward(features, labels)
+
+    finetune(dataset, tiny_model, out, val_dataset=val_dataset, loss=Spy, epochs=1)
+    assert set(seen) == {4}, "anchor, positive and two negatives; who has one gets another passage besides"
+
+
+def test_training_arguments_of_sentence_transformers_pass_through(tiny_model, dataset, val_dataset, out):
+    engine = LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val_dataset, batch_size=8, epochs=2, **QUIET)
+    assert engine.finetune(max_steps=2).steps == 2
+    with pytest.raises(ConfigError, match="no_such_argument"):
+        engine.finetune(no_such_argument=1)
+
+
+def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval(tiny_model, nodes, out, tmp_path):
+    class Llm(FakeLLM):
+        def answer(self, prompt):
+            words = re.findall(r"w[0-9]+", prompt)
+            return f"question: {' '.join(words[:5])}\nkeywords: {'w199 ' * 4}{words[-1]} says this passage"
+
+    generator = LLMQueryGenerator(llm=Llm(), journal=str(tmp_path / "journal.jsonl"))
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=[generator], device="cpu")
+    report = engine.data_report
+    assert report.asked["llm"].answered == 12
+    assert report.filtered.given == 24
+    assert report.filtered.dropped["speaks of the passage"] == 12
+    assert report.split.val_questions == len(engine.val_dataset.queries)
+    assert set(report.questions) == {"llm/question"}
+    assert "12 answered with 12 calls" in str(report)
+    unfiltered = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=[generator], filters=None)
+    assert len(unfiltered.dataset.queries) + len(unfiltered.val_dataset.queries) == 24
+    assert unfiltered.data_report.filtered is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epoch": 3}, {"batch_size": 0}, {"val_dataset": "/nowhere.json"}, {"val_fraction": 5}, {"filters": True},
+     {"learning_rate": "x"}, {"model_id": "/nowhere"}, {"best_metric": "ndgc"}, {"quantized": True, "device": "cpu"},
+     {"objective": ObjectiveSettings("distillation", teacher="./nowhere")}, {"query_prompt": 5}, {"seed": 2**33},
+     {"allow_changes": ["nope"]}, {"val_fraction": 0, "early_stopping_patience": 2}, {"loss": lambda: 1}],
+    ids=shown,
+)  # fmt: skip
+def test_from_nodes_finds_what_is_wrong_before_it_pays_an_llm(tiny_model, nodes, out, tmp_path, wrong):
+    llm = FakeLLM()
+    generator = LLMQueryGenerator(llm=llm, journal=str(tmp_path / "journal.jsonl"))
+    arguments = {"model_id": tiny_model, "model_output_path": out, "query_generators": [generator], **wrong}
+    with pytest.raises((LoraEmbedError, TypeError)):
+        LoraFinetuneEngine.from_nodes(nodes, **arguments)
+    assert llm.calls == 0
+
+
+def test_an_llms_report_is_found_inside_other_makers(tiny_model, nodes, out, tmp_path):
+    def generator(name):
+        return LLMQueryGenerator(llm=FakeLLM(), journal=str(tmp_path / name))
+
+    generators = [FirstOf(TitleQueryGenerator(), generator("a")), generator("b")]
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=generators, filters=None)
+    assert {name: report.answered for name, report in engine.data_report.asked.items()} == {"llm": 4, "llm #2": 12}
+
+
+def test_without_llm_questions_from_nodes_loads_no_model(nodes, out, tmp_path):
+    (tmp_path / "empty").mkdir()
+    engine = LoraFinetuneEngine.from_nodes(nodes, str(tmp_path / "empty"), out)
+    assert engine.data_report.filtered is not None
+
+
+# -- data ---------------------------------------------------------------------------------------------
+
+
+def test_validation_that_overlaps_training_is_refused_dropped_or_allowed(tiny_model, dataset, out):
+    val = dataset.subset(["q0-0", "q5-1"])
+    with pytest.raises(DatasetError, match="8 of 48 training questions") as caught:
+        LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val)
+    assert any("q0-0" in problem for problem in caught.value.problems)
+    dropped = LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val, on_overlap="drop")
+    assert len(dropped.dataset.queries) == 40
+    assert not dropped.dataset.overlap(val)
+    allowed = LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val, on_overlap="allow")
+    assert len(allowed.dataset.queries) == 48
+    with pytest.raises(DatasetError, match="4 of 4"):
+        LoraFinetuneEngine(
+            dataset.subset(["q0-0", "q0-1", "q1-0", "q1-1"]), tiny_model, out, val_dataset=val, on_overlap="drop"
+        )
+
+
+def test_a_dataset_smaller_than_a_batch_works(tiny_model, val_dataset, out):
+    _, result = finetune(make_dataset(passages=3), tiny_model, out, val_dataset=val_dataset, batch_size=64)
+    assert result.steps == 2
+
+
+def test_one_passage_is_refused(tiny_model, val_dataset, out):
+    with pytest.raises(DatasetError, match="one passage only"):
+        finetune(make_dataset(passages=1), tiny_model, out, val_dataset=val_dataset)
+
+
+def test_a_training_set_that_cannot_be_split_trains_with_a_warning(tiny_model, out):
+    one_document = make_dataset(passages=2)
+    with pytest.warns(UserWarning, match="Nothing is held out"):
+        LoraFinetuneEngine(one_document, tiny_model, out)
+
+
+def test_what_is_cut_is_counted_and_said(tiny_model, val_dataset, out):
+    dataset = make_dataset()
+    dataset.corpus = {i: f"{text} {text}" for i, text in dataset.corpus.items()}
+    engine = LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val_dataset, epochs=1, batch_size=8, **QUIET)
+    with pytest.warns(UserWarning, match="24 of 72 texts are longer than the model's own limit of 16"):
+        result = engine.finetune()
+    assert (result.truncation.cut_before, result.truncation.cut_after, result.max_seq_length) == (24, 0, 24)
+    assert engine.get_finetuned_model().max_seq_length == 24
+    assert SentenceTransformer(out, device="cpu").max_seq_length == 24
+
+
+# -- the old package ----------------------------------------------------------------------------------
+
+
+def test_the_engine_belongs_to_the_old_family(tiny_model, dataset, out):
+    from llama_index.finetuning.types import BaseEmbeddingFinetuneEngine
+
+    assert isinstance(LoraFinetuneEngine(dataset, tiny_model, out), BaseEmbeddingFinetuneEngine)
+
+
+def test_datasets_pass_both_ways(tiny_model, tmp_path, out):
+    from llama_index.finetuning.embeddings.common import EmbeddingQAFinetuneDataset as Old
+
+    ours = make_dataset()
+    ours.save_json(tmp_path / "ours.json")
+    old = Old.from_json(str(tmp_path / "ours.json"))
+    assert (old.queries, old.corpus, old.relevant_docs) == (ours.queries, ours.corpus, ours.relevant_docs)
+    old.save_json(str(tmp_path / "old.json"))
+    back = EmbeddingQAFinetuneDataset.from_json(tmp_path / "old.json")
+    assert (back.queries, back.corpus, back.relevant_docs) == (ours.queries, ours.corpus, ours.relevant_docs)
+    engine = LoraFinetuneEngine(old, tiny_model, out, val_fraction=0)
+    assert engine.dataset.queries == ours.queries
+
+
+def test_bfloat16_and_float32_steps_learn_the_same(tiny_model, dataset, val_dataset, tmp_path):
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("no bfloat16 instructions here")
+    vectors = []
+    for precision in ("bf16", "fp32"):
+        engine, result = finetune(
+            dataset, tiny_model, str(tmp_path / precision), val_dataset=val_dataset, precision=precision,
+            evaluation_steps=0, epochs=3, learning_rate=5e-3,
+        )  # fmt: skip
+        assert result.precision == precision
+        vectors.append(np.array(engine.get_finetuned_model().get_text_embedding_batch(list(dataset.corpus.values()))))
+    assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.98

@@ -1,0 +1,186 @@
+"""What is wrong with the engine's arguments is found when it is made, all of it, and before anything is loaded."""
+
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers.sentence_transformer import losses
+
+from llama_index_lora_embed import LabelledPairs, LoraFinetuneEngine
+from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings
+from llama_index_lora_embed.core.errors import ConfigError, ModelNotFoundError, OutputDirectoryError
+from llama_index_lora_embed.engines.validation import _OF_BINARY_PAIRS, _OF_PAIRS
+from llama_index_lora_embed.evaluation.metrics import NAMES, query_metrics
+from llama_index_lora_embed.evaluation.pairs import pair_metrics
+from tests.conftest import make_dataset, shown
+from tests.engines.test_labelled_pairs import TRAIN as PAIRS
+from tests.engines.test_labelled_pairs import VAL as VAL_PAIRS
+
+VAL = make_dataset(passages=10, seed=7, prefix="v")
+GRADED = LabelledPairs(VAL_PAIRS.texts1, VAL_PAIRS.texts2, [n % 5 / 4 for n in range(len(VAL_PAIRS))])
+OF_PAIRS = {"dataset": PAIRS, "val_dataset": VAL_PAIRS}
+
+
+def engine(path, **kwargs):
+    arguments = {"dataset": make_dataset(), "val_dataset": VAL, "model_id": "no/model-is-needed", **kwargs}
+    return LoraFinetuneEngine(model_output_path=str(path), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"device": "gpu"}, "device='gpu'"),
+        ({"device": "cuda:one"}, "device='cuda:one'"),
+        ({"query_prompt": 5}, "query_prompt=5"),
+        ({"passage_prompt": b"x"}, "passage_prompt=b'x'"),
+        ({"revision": 7}, "revision=7"),
+        ({"cache_folder": 3}, "cache_folder=3"),
+        ({"pooling": "CLS"}, "pooling='CLS'"),
+        ({"quantized": True, "device": "cpu"}, "quantized=True with device='cpu'"),
+        ({"quantized": True, "device": "mps"}, "quantized=True with device='mps'"),
+        ({"allow_changes": ["lerning_rate"]}, "allow_changes with 'lerning_rate'"),
+        # what an adapter is judged by
+        ({"best_metric": ""}, "best_metric=''"),
+        ({"best_metric": "ndgc@10"}, r"best_metric='ndgc@10': expected one of hit@1, .*ndcg@10"),
+        ({"best_metric": "roc_auc"}, "best_metric='roc_auc'"),
+        ({"best_metric": "roc_auc", "val_dataset": None}, "best_metric='roc_auc'"),
+        ({**OF_PAIRS, "best_metric": "ndcg@10"}, "best_metric='ndcg@10': expected one of roc_auc"),
+        ({"best_metric": "roc_auc", "val_dataset": GRADED}, "expected one of spearman, pearson"),
+        ({"best_metric": "hit@1", "val_dataset": None, "val_fraction": 0}, "best_metric='hit@1' without anything"),
+        ({"early_stopping_patience": 3, "val_dataset": None, "val_fraction": 0}, "early_stopping_patience=3 without"),
+        # the objective and the kind of data
+        ({**OF_PAIRS, "objective": "in_batch"}, "labelled pairs with name='in_batch'"),
+        ({**OF_PAIRS, "objective": "triplet"}, "labelled pairs with name='triplet'"),
+        ({**OF_PAIRS, "objective": ObjectiveSettings(guide=True)}, "labelled pairs with guide=True"),
+        ({**OF_PAIRS, "mining": MiningSettings()}, "mining with labelled pairs"),
+        ({"objective": "triplet", "loss": losses.CoSENTLoss}, "a loss together with"),
+        ({"batch_size": 1}, "batch_size=1"),
+        ({"batch_size": 1, "objective": "soft_labels"}, "batch_size=1"),
+        ({**OF_PAIRS, "batch_size": 1}, "batch_size=1: expected at least 2, because pairs are compared"),
+        # a loss of the user's own
+        ({"loss": 5}, "loss of type int"),
+        ({"loss": torch.nn.MSELoss()}, r"loss of type MSELoss without \.model"),
+        ({"loss": dict}, "loss=dict"),
+        ({"loss": lambda: None}, "cannot be called with the model alone"),
+        ({"loss": losses.MatryoshkaLoss}, "loss=MatryoshkaLoss, which cannot be called with the model alone"),
+    ],
+    ids=lambda value: shown(value)[:50],
+)
+def test_a_wrong_argument_is_named_when_the_engine_is_made(tmp_path, wrong, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        engine(tmp_path / "run", **wrong)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {"seed": 2**32 - 1},
+        {"device": "cuda:3"},
+        {"device": torch.device("cpu")},
+        {"cache_folder": Path("cache")},
+        {"best_metric": "hit@1"},
+        {"best_metric": "roc_auc", "val_dataset": VAL_PAIRS},
+        {**OF_PAIRS, "best_metric": "pearson"},
+        {**OF_PAIRS, "batch_size": 1, "objective": "cosine"},
+        {"batch_size": 1, "objective": "triplet"},
+        {"batch_size": 1, "loss": losses.TripletLoss},
+        {"objective": "cosent"},
+        {"loss": partial(losses.MatryoshkaLoss, loss=None, matryoshka_dims=[8])},
+        {"allow_changes": ("epochs", "mining", "round")},
+        {"early_stopping_patience": 3, "val_dataset": None},
+    ],
+    ids=shown,
+)
+def test_what_can_be_used_is_not_refused(tmp_path, right):
+    engine(tmp_path / "run", **right)
+
+
+def test_problems_of_all_kinds_come_together(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        engine(
+            tmp_path / "run", seed=-1, best_metric="x", allow_changes=["y"], batch_size=1, query_prompt=1,
+            objective=ObjectiveSettings("distillation", teacher="./no-teacher"), model_id="./no-model", device="z",
+        )  # fmt: skip
+    text = "\n".join(caught.value.problems)
+    for said in ("seed=-1", "best_metric='x'", "'y'", "query_prompt=1", "./no-teacher", "./no-model", "device='z'"):
+        assert said in text
+    assert "batch_size=" not in text, "negatives of a distillation come from the dataset"
+
+
+def test_the_measures_are_those_that_the_evaluations_report():
+    assert tuple(query_metrics(["p"], {"p"})) == NAMES
+    similarities = np.array([0.1, 0.9, 0.5])
+    assert tuple(pair_metrics(similarities, np.array([0.0, 1.0, 1.0]))) == (*_OF_BINARY_PAIRS, *_OF_PAIRS)
+    assert tuple(pair_metrics(similarities, np.array([0.0, 0.3, 1.0]))) == _OF_PAIRS
+
+
+def test_a_teacher_that_is_not_there_is_missed_at_once(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="no-such-teacher"):
+        engine(tmp_path / "run", objective=ObjectiveSettings("distillation", teacher="./no-such-teacher"))
+
+
+def test_a_file_in_the_place_of_the_run_directory_is_found_at_once(tmp_path):
+    (tmp_path / "run.run").write_text("mine")
+    with pytest.raises(OutputDirectoryError, match="which is a file"):
+        engine(tmp_path / "run")
+
+
+def test_settings_without_effect_are_named_where_nothing_can_be_held_out(tmp_path):
+    one_document = make_dataset(passages=2)
+    with pytest.warns(UserWarning, match=r"Nothing is held out.*Without effect: early_stopping_patience\.$"):
+        engine(tmp_path / "run", dataset=one_document, val_dataset=None, early_stopping_patience=2)
+    with pytest.warns(UserWarning, match="Nothing is held out") as caught:
+        engine(tmp_path / "run", dataset=one_document, val_dataset=None)
+    assert "Without effect" not in str(caught[0].message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
+@pytest.mark.parametrize(("arguments", "said"), [("quantized=True", "quantized=True"), ("device='cuda:1'", "cuda:1")])
+def test_a_device_that_is_not_there_is_missed_before_a_model_is_looked_for(tmp_path, arguments, said):
+    if "quantized" in arguments:
+        with pytest.raises(ConfigError, match="machine without one"):
+            engine(tmp_path / "run", quantized=True)
+    code = f"""
+import sys
+sys.modules["llama_index.finetuning"] = None  # it imports torch by itself
+from llama_index_lora_embed import LoraFinetuneEngine
+data = dict(queries=dict(q="a"), corpus=dict(p="c", s="d"), relevant_docs=dict(q=["p"]))
+engine = LoraFinetuneEngine(data, "no/such-model", {str(tmp_path / "run")!r}, val_fraction=0, {arguments})
+assert "torch" not in sys.modules
+engine.finetune()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ConfigError: got a device that is not there" in done.stderr
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_relative_places_are_those_of_when_the_engine_was_made(tmp_path, monkeypatch):
+    for name in ("model", "teacher"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = engine(
+        "run", model_id="model", cache_folder="cache", objective=ObjectiveSettings("distillation", teacher="teacher")
+    )
+    assert made.model_id == str(tmp_path / "model")
+    assert made.objective.teacher == str(tmp_path / "teacher")
+    assert made._start.cache_folder == str(tmp_path / "cache")
+    assert engine("run", model_id="an/id").model_id == "an/id"
+
+
+def test_another_working_directory_finds_the_same_base(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(tiny_model).parent)
+    made = engine(tmp_path / "run", model_id=Path(tiny_model).name, epochs=1, device="cpu", show_progress_bar=False)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.finetune()
+    assert os.path.exists(tmp_path / "run" / "finetune.json")

@@ -1,0 +1,320 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
+from llama_index_lora_embed.core.errors import (
+    AdapterError,
+    BaseModelMismatchError,
+    ConfigError,
+    LoraEmbedError,
+    ModelNotFoundError,
+    OutputDirectoryError,
+    UnsafeCheckpointError,
+)
+from llama_index_lora_embed.core.files import staging_beside
+from llama_index_lora_embed.models.adapter_directory import Manifest, check_output
+from llama_index_lora_embed.models.base_model import describe_base
+from tests.conftest import WORDS
+
+
+@pytest.fixture
+def copy(adapter, tmp_path) -> Path:
+    return Path(shutil.copytree(adapter, tmp_path / "adapter"))
+
+
+def load(path, **kwargs):
+    return LoraEmbedding(path, device="cpu", **kwargs)
+
+
+def without_manifest(path: Path) -> Path:
+    (path / "finetune.json").unlink()
+    return path
+
+
+def test_the_directory_holds_what_sentence_transformers_and_peft_expect(adapter):
+    names = {path.name for path in adapter.iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "modules.json", "finetune.json", "README.md"}
+    assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in adapter.rglob("*"))
+    assert all(path.stat().st_mode & 0o044 for path in adapter.rglob("*")), "readable for whoever serves the model"
+
+
+def test_nothing_but_the_directory_is_left_behind(adapter):
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "adapter.run"]
+
+
+def test_the_manifest_says_how_the_adapter_was_made(adapter, tiny_model):
+    manifest = Manifest.read(adapter)
+    base = describe_base(tiny_model)
+    assert manifest.base == {"model_id": tiny_model, "revision": None, "weights_sha256": base.weights_sha256}
+    assert manifest.prompts == {"query": "", "document": ""}
+    assert [module["type"] for module in manifest.pooling] == ["Pooling", "Normalize"]
+    assert manifest.normalise is True
+    assert manifest.similarity == "cosine"
+    assert manifest.max_seq_length == 16
+    assert manifest.dataset["queries"] == 48
+    assert manifest.dataset["origins"] == {"people": 48}
+    assert manifest.settings["batch_size"] == 8
+    assert manifest.metrics["tuned"]["ndcg@10"] > manifest.metrics["base"]["ndcg@10"]
+    assert manifest.best_step > 0
+    assert manifest.verdict
+    assert {"peft", "torch", "sentence-transformers", "transformers"} <= manifest.versions.keys()
+    assert len(manifest.fingerprint) == 64
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == tiny_model
+
+
+@pytest.mark.parametrize("cut", ["half", "flip", "empty"])
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_a_damaged_adapter_file_is_refused(copy, cut, with_manifest):
+    if not with_manifest:
+        without_manifest(copy)
+    path = copy / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    if cut == "half":
+        content = content[: len(content) // 2]
+    elif cut == "flip":
+        content[3 if not with_manifest else -100] ^= 0xFF  # without a digest only the header tells
+    else:
+        content = b""
+    path.write_bytes(bytes(content))
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors"):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "adapter_config.json", "1_Pooling/config.json", "modules.json"])
+def test_a_changed_or_missing_file_is_refused(copy, name):
+    path = copy / name
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(AdapterError, match="changed or cut short"):
+        load(copy)
+    path.unlink()
+    with pytest.raises(AdapterError):
+        load(copy)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 1}', '{"schema_version": 99}'])
+def test_a_damaged_manifest_is_refused(copy, content):
+    (copy / "finetune.json").write_text(content)
+    with pytest.raises(AdapterError, match=r"finetune\.json"):
+        load(copy)
+
+
+def test_the_readme_may_be_edited(copy):
+    (copy / "README.md").write_text("mine")
+    assert len(load(copy).get_text_embedding("w1")) == 32
+
+
+@pytest.mark.parametrize("change", ["missing", "left over", "wrong shape"])
+def test_adapter_keys_that_do_not_fit_are_refused(copy, change):
+    path = without_manifest(copy) / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    if change == "missing":
+        del weights[name]
+    elif change == "left over":
+        weights[name.replace("layer.0", "layer.7")] = torch.ones(2, 2)
+    else:
+        weights[name] = torch.ones(3, 5)
+    save_file(weights, path)
+    with pytest.raises(AdapterError) as caught:
+        load(copy)
+    if change != "wrong shape":
+        assert change in str(caught.value)
+
+
+def test_an_adapter_that_changes_nothing_is_refused(copy):
+    path = without_manifest(copy) / "adapter_model.safetensors"
+    save_file({k: torch.zeros_like(v) if "lora_B" in k else v for k, v in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match="changes nothing"):
+        load(copy)
+
+
+def test_another_base_than_the_one_trained_on_is_refused(copy, other_tiny_model):
+    with pytest.raises(BaseModelMismatchError) as caught:
+        load(copy, base_model=other_tiny_model)
+    assert describe_base(other_tiny_model).weights_sha256[:12] in str(caught.value)
+
+
+def test_a_base_whose_weights_changed_in_place_is_refused(tmp_path, copy, tiny_model):
+    moved = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    weights = load_file(moved / "model.safetensors")
+    name = sorted(weights)[0]
+    weights[name] = weights[name] + 1e-3
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelMismatchError):
+        load(copy, base_model=str(moved))
+
+
+def test_a_base_that_moved_can_be_named(tmp_path, copy, tiny_model, adapter):
+    moved = shutil.move(shutil.copytree(tiny_model, tmp_path / "a"), tmp_path / "b")
+    embed_model = load(copy, base_model=str(moved))
+    assert embed_model.get_text_embedding("w1 w2") == load(adapter).get_text_embedding("w1 w2")
+    assert embed_model.fingerprint == load(adapter).fingerprint
+
+
+def test_a_base_that_is_gone_is_named_with_the_mend(copy):
+    config = json.loads((without_manifest(copy) / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/at/all"}))
+    with pytest.raises(ModelNotFoundError, match="base_model="):
+        load(copy)
+
+
+def test_pickled_adapter_weights_are_refused(copy):
+    weights = load_file(without_manifest(copy) / "adapter_model.safetensors")
+    (copy / "adapter_model.safetensors").unlink()
+    torch.save(weights, copy / "adapter_model.bin")
+    with pytest.raises(UnsafeCheckpointError, match=r"adapter_model\.bin"):
+        load(copy)
+
+
+def test_a_pickled_base_is_refused(tmp_path, tiny_model):
+    pickled = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    weights = load_file(pickled / "model.safetensors")
+    (pickled / "model.safetensors").unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")
+    with pytest.raises(UnsafeCheckpointError, match=r"pytorch_model\.bin"):
+        describe_base(str(pickled))
+
+
+def test_an_adapter_is_no_base(adapter):
+    with pytest.raises(ConfigError, match="is an adapter"):
+        describe_base(str(adapter))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "a/b/c"])
+def test_a_model_that_is_not_there(path):
+    with pytest.raises(ModelNotFoundError, match="not there"):
+        describe_base(path)
+
+
+def test_a_hub_model_that_cannot_be_had(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="Hub"):
+        describe_base("nobody/no-such-model", cache_folder=str(tmp_path))
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def put_on_hub(folder, cache, name):
+    """Lay a folder into huggingface_hub's cache, as a download would."""
+    repository = cache / f"models--somebody--{name}"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+def test_a_hub_model_is_found_in_the_cache_with_its_revision(tmp_path, tiny_model):
+    put_on_hub(tiny_model, tmp_path, "tiny")
+    base = describe_base("somebody/tiny", cache_folder=str(tmp_path))
+    assert (base.model_id, base.revision) == ("somebody/tiny", COMMIT)
+    assert base.weights_sha256 == describe_base(tiny_model).weights_sha256
+
+
+def test_adapter_and_base_load_by_their_hub_ids(tmp_path, tiny_model, dataset, val_dataset):
+    put_on_hub(tiny_model, tmp_path / "cache", "tiny")
+    engine = LoraFinetuneEngine(
+        dataset, "somebody/tiny", str(tmp_path / "out"), val_dataset=val_dataset, learning_rate=5e-3, epochs=6,
+        batch_size=8, cache_folder=str(tmp_path / "cache"), device="cpu", show_progress_bar=False,
+    )  # fmt: skip
+    engine.finetune()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("somebody/tiny", COMMIT)
+    put_on_hub(tmp_path / "out", tmp_path / "cache", "tuned")
+    tuned = load("somebody/tuned", cache_folder=str(tmp_path / "cache"))
+    assert tuned.get_text_embedding("w1") == engine.get_finetuned_model().get_text_embedding("w1")
+    assert tuned.fingerprint == engine.get_finetuned_model().fingerprint
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="without model weights"):
+        describe_base(str(tmp_path))
+    with pytest.raises(AdapterError, match="no adapter_config"):
+        load(tmp_path)
+
+
+def test_output_paths_that_would_destroy_something(tmp_path, adapter, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    for name, why in (("file", "is a file"), ("full", "did not write"), ("file/below", "nothing can be written")):
+        with pytest.raises(OutputDirectoryError, match=why):
+            check_output(tmp_path / name)
+    shutil.copytree(adapter, tmp_path / "mine")
+    (tmp_path / "mine.previous").mkdir()
+    (tmp_path / "mine.previous" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputDirectoryError, match="something else"):
+        check_output(tmp_path / "mine")
+    (tmp_path / "disk").mkdir()
+    with monkeypatch.context() as patch:  # mounting needs rights that tests do not have
+        patch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+        with pytest.raises(OutputDirectoryError, match="mount point"):
+            check_output(tmp_path / "disk")
+    (tmp_path / "disk").rmdir()
+    shutil.rmtree(tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine.previous")
+    (tmp_path / "empty").mkdir()
+    assert check_output(tmp_path / "empty") == tmp_path / "empty"
+    assert check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+    assert check_output(adapter) == adapter
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"], "looking leaves no trace"
+
+
+def test_a_run_killed_while_writing_leaves_the_old_adapter(adapter, tmp_path, tiny_model):
+    out = shutil.copytree(adapter, tmp_path / "adapter")
+    code = f"""
+import os, signal
+from llama_index_lora_embed import LoraFinetuneEngine
+from llama_index_lora_embed.models import adapter_directory
+from llama_index_lora_embed.training.checkpointing import checkpoints  # keeps the function that is replaced below
+from tests.conftest import make_dataset
+engine = LoraFinetuneEngine(
+    make_dataset(), {tiny_model!r}, {str(out)!r}, epochs=1, val_fraction=0, device="cpu", show_progress_bar=False
+)
+adapter_directory.replace_directory = lambda staging, target: os.kill(os.getpid(), signal.SIGKILL)
+engine.finetune()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert load(out).fingerprint == load(adapter).fingerprint
+    (left,) = [path for path in tmp_path.iterdir() if path.name not in (out.name, f"{out.name}.run")]
+    with staging_beside(out):
+        assert left.exists(), "a young one may be another process's"
+    os.utime(left, (0, 0))
+    with staging_beside(out):
+        assert not left.exists()
+
+
+def test_a_plain_sentence_transformers_adapter_loads(tmp_path, tiny_model):
+    from peft import LoraConfig
+
+    model = SentenceTransformer(tiny_model, device="cpu")
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"], use_dora=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(str(tmp_path / "plain"))
+    embed_model = load(tmp_path / "plain")
+    texts = [" ".join(WORDS[i : i + 5]) for i in range(20)]
+    assert np.abs(np.array(embed_model.get_text_embedding_batch(texts)) - model.encode(texts)).max() < 1e-5
+    assert embed_model.manifest is None
+    assert len(embed_model.fingerprint) == 64
+
+
+def test_every_error_is_a_lora_embed_error_and_says_what_to_do():
+    import llama_index_lora_embed.core.errors as errors
+
+    for name in errors.__all__:
+        error_class = getattr(errors, name)
+        assert issubclass(error_class, LoraEmbedError)
+        error = error_class("this", "that", "Do so.")
+        assert str(error).startswith("got this; expected that. Do so.")

@@ -1,0 +1,172 @@
+"""What a checkpoint records: all that decides what is learnt, and nothing else."""
+
+import functools
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+
+from llama_index_lora_embed import LoraFinetuneEngine
+from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.training.checkpointing.checkpoints import latest_checkpoint, read_record
+from llama_index_lora_embed.training.checkpointing.resume import NAMES, describe
+from tests.conftest import make_dataset
+
+MNRL = losses.MultipleNegativesRankingLoss
+MINING = MiningSettings(num_negatives=1, relative_margin=None, show_progress_bar=False)
+
+
+def engine(model, path, data=None, **kwargs):
+    settings = {
+        "val_dataset": make_dataset(passages=10, seed=7, prefix="v"),
+        "batch_size": 8,
+        "epochs": 1,
+        "learning_rate": 5e-3,
+        "show_progress_bar": False,
+        "device": "cpu",
+        "save_checkpoints": True,
+        "checkpoint_save_steps": 1,
+    }
+    return LoraFinetuneEngine(data or make_dataset(), model, str(path), **{**settings, **kwargs})
+
+
+def resumed(model, path, data=None, **kwargs):
+    return engine(model, path, data, resume_from_checkpoint=True, **kwargs).finetune()
+
+
+def shuffled(dataset):
+    ids = list(dataset.queries)
+    random.Random(1).shuffle(ids)
+    return dataset.subset(ids, dataset.corpus)
+
+
+def test_the_order_of_questions_and_passages_decides(tiny_model, tmp_path):
+    dataset = make_dataset()
+    assert dataset.digest() == shuffled(dataset).digest()
+    assert dataset.order_digest() != shuffled(dataset).order_digest()
+    turned = dataset.model_copy(update={"corpus": dict(reversed(dataset.corpus.items()))})
+    assert dataset.order_digest() != turned.order_digest()
+    assert dataset.order_digest() == make_dataset().order_digest()
+    engine(tiny_model, tmp_path / "run").finetune()
+    with pytest.raises(ConfigError, match=r"allow_changes=\['dataset'\]"):
+        resumed(tiny_model, tmp_path / "run", shuffled(make_dataset()))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        ({"evaluation_steps": 1}, {"evaluation_steps": 0}, "evaluation_steps"),
+        ({"loss": partial(MNRL, scale=20)}, {"loss": partial(MNRL, scale=1)}, "loss"),
+        ({"mining": MINING}, {"mining": replace(MINING, num_negatives=2)}, "mining"),
+        ({}, {"objective": ObjectiveSettings(sibling_window=0)}, "objective"),
+    ],
+    ids=["evaluation_steps", "loss", "mining", "objective"],
+)
+def test_what_decides_the_adapter_must_be_the_same(tiny_model, tmp_path, before, after, name):
+    engine(tiny_model, tmp_path / "run", **before).finetune()
+    with pytest.raises(ConfigError, match=rf"allow_changes=\['{name}'\]") as caught:
+        resumed(tiny_model, tmp_path / "run", **after)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [name]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"mining": MINING}, {"mining": replace(MINING, show_progress_bar=True, audit=3, memory_mb=9.0)}),
+        ({}, {"objective": "in_batch"}),
+        ({"objective": ObjectiveSettings()}, {}),
+        ({"loss": partial(MNRL, scale=5)}, {"loss": partial(MNRL, scale=5)}),
+    ],
+    ids=["mining", "objective by name", "objective by default", "loss"],
+)
+def test_what_decides_nothing_may_differ(tiny_model, tmp_path, before, after):
+    first = engine(tiny_model, tmp_path / "run", **before).finetune()
+    assert resumed(tiny_model, tmp_path / "run", **after).fingerprint == first.fingerprint
+
+
+def test_every_name_that_is_recorded_can_be_allowed_and_no_other(tiny_model, tmp_path):
+    engine(tiny_model, tmp_path / "run", mining=MINING).finetune()
+    assert read_record(latest_checkpoint(tmp_path / "run.run"))["settings"].keys() == NAMES
+
+
+# losses
+
+
+def scaled(scale):
+    return lambda model: MNRL(model, scale=scale)
+
+
+def compiled(source):
+    names = {"losses": losses}
+    exec(source, names)
+    return names["make"]
+
+
+class Holder:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, model):
+        return MNRL(model, scale=self.scale)
+
+
+def test_a_loss_is_told_from_another_by_what_it_does(tiny_model):
+    model = SentenceTransformer(tiny_model, device="cpu")
+    different = [
+        MNRL,
+        losses.CoSENTLoss,
+        partial(MNRL, scale=20),
+        partial(MNRL, scale=1),
+        partial(losses.CoSENTLoss, scale=1),
+        scaled(20),
+        scaled(1),
+        lambda model: MNRL(model, scale=3),
+        lambda model: MNRL(model, scale=4),
+        Holder(1),
+        Holder(2),
+        functools.partial(scaled, 2),
+        MNRL(model, scale=20),
+        MNRL(model, scale=1),
+        losses.MatryoshkaLoss(model, MNRL(model, scale=20), matryoshka_dims=[8]),
+        losses.MatryoshkaLoss(model, MNRL(model, scale=1), matryoshka_dims=[8]),
+        losses.MatryoshkaLoss(model, MNRL(model, scale=1), matryoshka_dims=[16]),
+    ]
+    described = [json.dumps(describe(loss)) for loss in different]
+    assert len(set(described)) == len(different)
+    assert describe(MNRL) == "MultipleNegativesRankingLoss"
+    assert describe(scaled(7)) == describe(scaled(7))
+    assert describe(MNRL(model)) == describe(MNRL(SentenceTransformer(tiny_model, device="cpu")))
+
+
+def test_a_function_may_move_in_its_file():
+    source = "make = lambda model: losses.MultipleNegativesRankingLoss(model, scale={})"
+    assert describe(compiled(source.format(5))) == describe(compiled("\n\n\n" + source.format(5)))
+    assert describe(compiled(source.format(5))) != describe(compiled(source.format(6)))
+
+
+def test_a_description_is_the_same_in_every_process():
+    code = """
+import json
+from functools import partial
+from llama_index_lora_embed.training.checkpointing.resume import describe
+def make(model, *, names=frozenset({"a", "b", "c"})):
+    return [n for n in names if n in {"x", "y", "z"}]
+print(json.dumps(describe(partial(make, object(), names={"u", "v", "w"}))))
+"""
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": str(seed)}, capture_output=True, text=True,
+            cwd=Path(__file__).parents[3], check=True,
+        ).stdout
+        for seed in (1, 2)
+    }  # fmt: skip
+    assert len(said) == 1
+    assert "0x" not in said.pop()

@@ -1,0 +1,93 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.training.checkpointing import selection
+from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
+
+
+@dataclass
+class Evaluation:
+    values: list[float]
+
+    @property
+    def metrics(self):
+        return {"ndcg@10": sum(self.values) / len(self.values)}
+
+    def scores(self, measure):
+        return self.values
+
+
+@pytest.fixture(autouse=True)
+def _weights_say_their_step(monkeypatch):
+    monkeypatch.setattr(selection, "adapter_weights", lambda step: {"step": torch.tensor(step)})
+
+
+def kept(*evaluations):
+    """The step that is kept of these evaluations, at steps 0, 1, ..."""
+    waiting = iter(evaluations)
+    so_far = CheckpointSelection(lambda step: Evaluation(next(waiting)))
+    for step in range(len(evaluations)):
+        so_far(step, step)
+    assert int(so_far.weights["step"]) == so_far.best_step
+    assert so_far.best.values == evaluations[so_far.best_step]
+    return so_far.best_step
+
+
+BASE = [0.5, 0.5, 0.5, 0.5]
+UP = [0.9, 0.7, 0.8, 0.6]
+
+
+def test_nothing_that_does_not_beat_the_base_is_kept():
+    assert kept(BASE) == 0
+    assert kept(BASE, BASE, [0.4, 0.6, 0.5, 0.5]) == 0
+    assert kept(BASE, [0.9, 0.1, 0.4, 0.5]) == 0
+
+
+def test_the_latest_within_a_standard_error_of_the_highest_is_kept():
+    a_little_less = [0.9, 0.6, 0.85, 0.6]  # behind by 0.0125 +- 0.031
+    assert kept(BASE, UP, a_little_less) == 2
+    assert kept(BASE, UP, UP) == 2
+
+
+def test_a_step_that_is_clearly_behind_the_highest_is_not_kept():
+    assert kept(BASE, UP, [0.85, 0.65, 0.75, 0.55]) == 1  # behind by 0.05 for every query
+
+
+def test_the_highest_is_what_later_steps_are_held_against_not_the_last_kept():
+    slide = [[0.9 - 0.02 * i, 0.7, 0.8 - 0.02 * i, 0.6] for i in range(6)]
+    behind = [sum(slide[0]) / 4 - sum(step) / 4 for step in slide]
+    last = kept(BASE, *slide)
+    assert 1 <= last < 6, "many small steps down must not add up"
+    assert behind[last - 1] < 0.02
+
+
+def test_a_later_step_within_a_standard_error_is_still_not_kept_if_it_is_no_better_than_the_base():
+    noisy = [1.0, 0.2, 0.9, 0.0]
+    assert kept([0.5, 0.5, 0.5, 0.5], [0.6, 0.5, 0.5, 0.5], noisy) == 2
+    assert kept([0.55, 0.5, 0.5, 0.5], [0.6, 0.5, 0.5, 0.5], [0.9, 0.2, 0.8, 0.1]) == 1
+
+
+def test_one_query_has_no_standard_error():
+    assert kept([0.5], [0.7], [0.6]) == 1
+    assert kept([0.5], [0.7], [0.7]) == 2
+
+
+def test_a_measure_without_parts_by_query_keeps_the_highest():
+    class Whole(Evaluation):
+        def scores(self, measure):
+            return []
+
+    values = iter([0.5, 0.8, 0.79, 0.7])
+    so_far = CheckpointSelection(lambda step: Whole([next(values)]))
+    for step in range(4):
+        so_far(step, step)
+    assert so_far.best_step == 1
+    assert so_far.without_gain() == 2
+
+
+def test_a_measure_that_is_not_reported_is_refused_with_those_that_are():
+    with pytest.raises(ConfigError, match=r"best_metric='mrr'.*one of ndcg@10"):
+        CheckpointSelection(lambda step: Evaluation(BASE), "mrr")(0, 0)

@@ -1,0 +1,437 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from sentence_transformers import (
+    CrossEncoder,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer import losses
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.config import OBJECTIVES, ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, ModelNotFoundError, UnsafeCheckpointError
+from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
+from llama_index_lora_embed.training.examples import make_examples
+from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
+from llama_index_lora_embed.training.objectives.collator import IGNORED, ExampleBatchSampler, GroupCollator, make_groups
+from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
+from llama_index_lora_embed.training.objectives.plan import training_plan
+from tests.conftest import WORDS, make_dataset
+from tests.training.objectives.test_losses import model_with_lora
+
+
+@pytest.fixture
+def model(tiny_model):
+    model = model_with_lora(tiny_model)
+    model.prompts.update(query="query : ", document="passage : ")
+    return model
+
+
+def plan_of(model, dataset, loss=None, *, settings=None, use_all_docs=False, **objective):
+    groups = make_groups(dataset, use_all_docs) if isinstance(dataset, EmbeddingQAFinetuneDataset) else []
+    return training_plan(model, dataset, groups, loss, settings or TrainingSettings(), ObjectiveSettings(**objective))
+
+
+def columns(plan):
+    return plan.inputs["train_dataset"].to_dict()
+
+
+def graded_examples(**kwargs):
+    texts = [" ".join(WORDS[n : n + 4]) for n in range(40)]
+    return LabelledPairs(texts[:20], texts[20:], [n % 5 / 4 for n in range(20)], **kwargs)
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_model, tmp_path_factory):
+    """A tiny cross-encoder with random weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    save_classifier(folder, tiny_model, labels=1)
+    return str(folder)
+
+
+def save_classifier(folder, tiny_model, labels, **kwargs):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, num_labels=labels, initializer_range=0.5,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder, **kwargs)
+    tokenizer.save_pretrained(folder)
+
+
+# settings
+
+
+def test_the_defaults_can_be_used():
+    assert ObjectiveSettings().problems() == []
+    for name in OBJECTIVES:
+        assert ObjectiveSettings(name=name, teacher="x" if name == "distillation" else None).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"name": "mnrl"}, ["name='mnrl'"]),
+        ({"mini_batch_size": 0, "triplet_margin": -1}, ["mini_batch_size=0", "triplet_margin=-1"]),
+        ({"matryoshka_dims": (16, 16)}, ["matryoshka_dims=(16, 16)"]),
+        ({"matryoshka_dims": ()}, ["matryoshka_dims=()"]),
+        ({"matryoshka_dims": 16}, ["matryoshka_dims=16"]),
+        ({"sibling_window": -1, "mask_near_duplicates": 1}, ["sibling_window=-1", "mask_near_duplicates=1"]),
+        ({"guide": True, "guide_margin": float("nan")}, ["guide_margin=nan"]),
+        ({"guide_margin": 0.1}, ["guide_margin=0.1 with guide=False"]),
+        ({"name": "distillation"}, ["teacher=None"]),
+        ({"teacher": "x"}, ["teacher='x' with name=None"]),
+        ({"name": "triplet", "guide": True, "mini_batch_size": 4}, ["mini_batch_size=4 with", "guide=True with"]),
+        ({"name": "cosent", "matryoshka_dims": (8,)}, ["matryoshka_dims=(8,) with name='cosent'"]),
+    ],
+)
+def test_settings_that_cannot_be_used_are_all_named(wrong, named):
+    problems = ObjectiveSettings(**wrong).problems()
+    assert [problem.startswith(start) for problem, start in zip(problems, named, strict=True)] == [True] * len(named)
+
+
+# questions and passages
+
+
+def test_by_default_groups_are_trained_with_masked_in_batch_negatives(model):
+    dataset = make_dataset()
+    groups = make_groups(dataset, False)
+    inputs = training_plan(model, dataset, groups, None, TrainingSettings(temperature=0.1)).inputs
+    assert isinstance(inputs["data_collator"], GroupCollator)
+    assert isinstance(inputs["loss"], MaskedInfoNCELoss)
+    assert inputs["loss"].temperature == 0.1
+    assert inputs["train_dataset"].to_dict() == {"group": list(range(24))}
+
+
+def test_on_a_processor_steps_are_computed_in_pieces_unless_that_is_switched_off(model):
+    def cached(**settings):
+        return plan_of(model, make_dataset(), **settings).inputs["loss"].cached
+
+    assert cached()
+    assert not cached(mini_batch_size=None)
+    assert cached(mini_batch_size=5)
+    model.to("meta")  # any other device
+    assert not cached()
+    assert cached(mini_batch_size=5)
+
+
+def test_gradient_checkpointing_switches_the_pieces_of_auto_off(model):
+    plan = training_plan(
+        model, make_dataset(), make_groups(make_dataset(), False), None, TrainingSettings(), gradient_checkpointing=True
+    )
+    assert not plan.inputs["loss"].cached
+
+
+def test_every_setting_of_the_objective_reaches_the_loss_and_the_batches(model):
+    plan = plan_of(
+        model, make_dataset(), name="soft_labels", mini_batch_size=3, guide=True, guide_margin=0.1, matryoshka_dims=(8,)
+    )
+    loss, collator = plan.inputs["loss"], plan.inputs["data_collator"]
+    assert (loss.cached, loss.guide_margin, loss.dims) == (True, 0.1, (8,))
+    assert (collator.soft, collator.mini_batch_size) == (True, 3)
+
+
+def test_near_duplicates_are_found_and_masked_unless_that_is_switched_off(model):
+    dataset = make_dataset(passages=6, questions=1, sources=False)
+    dataset.corpus["p4"] = " ".join(WORDS[100:140])
+    dataset.corpus["p5"] = " ".join([*WORDS[100:139], "w199"])
+
+    def ignored(**objective):
+        collator = plan_of(model, dataset, **objective).inputs["data_collator"]
+        return int((collator([{"group": n} for n in range(6)])["label"] == IGNORED).sum())
+
+    assert ignored() == 2
+    assert ignored(mask_near_duplicates=False) == 0
+
+
+def test_siblings_alone_cannot_be_trained_on(model):
+    dataset = make_dataset(passages=3)
+    dataset.source_documents = dict.fromkeys(dataset.corpus, "d")
+    with pytest.raises(DatasetError, match="sibling_window=0"):
+        plan_of(model, dataset)
+    plan_of(model, dataset, sibling_window=0)
+    dataset.hard_negatives = {"q0-0": ["p1"]}
+    plan_of(model, dataset)
+
+
+def test_dimensions_that_the_model_does_not_have_are_refused(model):
+    with pytest.raises(ConfigError, match="at most 32"):
+        plan_of(model, make_dataset(), matryoshka_dims=(16, 64))
+
+
+def test_gradcache_and_gradient_checkpointing_exclude_each_other(model):
+    dataset = make_dataset()
+    arguments = (model, dataset, make_groups(dataset, False), None, TrainingSettings())
+    with pytest.raises(ConfigError, match="gradient_checkpointing"):
+        training_plan(*arguments, ObjectiveSettings(mini_batch_size=4), gradient_checkpointing=True)
+    training_plan(*arguments, gradient_checkpointing=True)
+
+
+# rows
+
+
+def test_triplets_take_the_first_hard_negative_or_else_a_passage_that_is_no_answer(model):
+    dataset = make_dataset(passages=6)
+    dataset.hard_negatives = {"q0-0": ["p4", "p5"], "q1-0": ["p5"]}
+    plan = plan_of(model, dataset, name="triplet")
+    rows = columns(plan)
+    assert list(rows) == ["anchor", "positive", "negative_1"]
+    negative = dict(zip(rows["anchor"], rows["negative_1"], strict=True))
+    assert negative[dataset.queries["q0-0"]] == dataset.corpus["p4"]
+    assert negative[dataset.queries["q1-0"]] == dataset.corpus["p5"]
+    for number in range(6):
+        siblings = {dataset.corpus[f"p{number // 2 * 2}"], dataset.corpus[f"p{number // 2 * 2 + 1}"]}
+        assert negative[dataset.queries[f"q{number}-1"]] not in siblings
+    assert plan.arguments["prompts"] == {"anchor": "query : ", "positive": "passage : ", "negative_1": "passage : "}
+    loss = plan.inputs["loss"](model)
+    assert isinstance(loss, losses.TripletLoss)
+    assert loss.triplet_margin == 0.1
+    vectors = torch.eye(3)[:2], torch.eye(3)[:2], torch.eye(3)[[2, 0]]
+    assert loss.compute_loss_from_embeddings(list(vectors), None).item() == 0
+    assert loss.compute_loss_from_embeddings([*vectors[:2], vectors[1]], None).item() == pytest.approx(0.1)
+
+
+def test_a_question_that_no_negative_is_left_for_is_named(model):
+    with pytest.raises(DatasetError) as caught:
+        plan_of(model, make_dataset(passages=2), name="triplet")
+    assert caught.value.problems == ["q0-0", "q0-1", "q1-0", "q1-1"]
+
+
+def test_questions_short_of_negatives_get_passages_that_cannot_be_answers():
+    dataset = make_dataset(passages=6)
+    dataset.hard_negatives = {"q0-0": ["p4", "p5"], "q1-0": ["p5"]}
+    near = {"p2": "p2", "p4": "p2"}
+    rows = make_examples(dataset, make_groups(dataset, False), FalseNegatives(dataset, 2, near))
+    found = {row.query_id: [i for i, _ in row.negatives] for row in rows}
+    assert found["q0-0"] == ["p4", "p5"]
+    assert found["q1-0"][0] == "p5"
+    assert {len(ids) for ids in found.values()} == {2}
+    for query_id, ids in found.items():
+        number = int(query_id[1]) // 2 * 2
+        assert not {f"p{number}", f"p{number + 1}"} & set(ids)
+    assert not {"p4"} & set(found["q2-0"] + found["q2-1"])
+
+
+@pytest.mark.parametrize("name", ["cosent", "cosine"])
+def test_questions_become_pairs_with_their_grade_and_with_nought(model, name):
+    dataset = make_dataset(passages=8, questions=1)
+    dataset.relevance_scores = {"q0-0": {"p0": 0.5}}
+    dataset.hard_negatives = {"q0-0": ["p4", "p5"]}
+    plan = plan_of(model, dataset.check(), name=name)
+    rows = columns(plan)
+    assert list(rows) == ["anchor", "positive", "label"]
+    of_first = [(p, s) for a, p, s in zip(*rows.values(), strict=True) if a == dataset.queries["q0-0"]]
+    assert of_first == [(dataset.corpus["p0"], 0.5), (dataset.corpus["p4"], 0), (dataset.corpus["p5"], 0)]
+    assert sorted(rows["label"]) == [0.0] * 9 + [0.5] + [1.0] * 7
+    loss = plan.inputs["loss"](model)
+    assert isinstance(loss, losses.CoSENTLoss if name == "cosent" else losses.CosineSimilarityLoss)
+    assert name == "cosine" or loss.scale == 20
+
+
+def test_every_negative_stands_under_the_passages_prompt_however_many_there_are(model):
+    dataset = make_dataset(passages=130, questions=1, sources=False)
+    dataset.hard_negatives = {"q0-0": [f"p{n}" for n in range(10, 120)]}
+    plan = plan_of(model, dataset, losses.MultipleNegativesRankingLoss)
+    prompts = plan.arguments["prompts"]
+    assert prompts["anchor"] == "query : "
+    assert {name for name, prompt in prompts.items() if prompt == "passage : "} == columns(plan).keys() - {"anchor"}
+    assert "negative_110" in prompts
+
+
+def test_a_plan_says_whether_its_steps_can_be_computed_in_pieces(model):
+    dataset = make_dataset()
+    assert plan_of(model, dataset).divisible
+    assert plan_of(model, dataset, name="soft_labels").divisible
+    assert not plan_of(model, dataset, name="triplet").divisible
+    assert not plan_of(model, dataset, losses.MultipleNegativesRankingLoss).divisible
+    assert not plan_of(model, graded_examples()).divisible
+    arguments = (model, dataset, make_groups(dataset, False), None, TrainingSettings())
+    assert not training_plan(*arguments, gradient_checkpointing=True).divisible
+
+
+# labelled pairs
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_labelled_pairs_are_trained_by_their_order_under_the_prompts_of_serving(model, symmetric):
+    pairs = graded_examples(symmetric=symmetric)
+    plan = plan_of(model, pairs)
+    assert columns(plan) == {"text1": pairs.texts1, "text2": pairs.texts2, "label": pairs.scores}
+    assert isinstance(plan.inputs["loss"](model), losses.CoSENTLoss)
+    first = "passage : " if symmetric else "query : "
+    assert plan.arguments["prompts"] == {"text1": first, "text2": "passage : "}
+    assert isinstance(plan_of(model, pairs, name="cosine").inputs["loss"](model), losses.CosineSimilarityLoss)
+
+
+@pytest.mark.parametrize(
+    "objective", [{"name": "in_batch"}, {"name": "soft_labels"}, {"name": "triplet"}, {"guide": True},
+                  {"name": "distillation", "teacher": "x"}, {"mini_batch_size": 4}],
+)  # fmt: skip
+def test_labelled_pairs_with_an_objective_for_questions_are_refused(model, objective):
+    with pytest.raises(ConfigError, match="'cosent', 'cosine'"):
+        plan_of(model, graded_examples(), **objective)
+
+
+# distillation
+
+
+def test_the_teachers_scores_are_the_labels_and_the_teacher_is_freed(model, teacher, monkeypatch):
+    loaded = []
+    init = CrossEncoder.__init__
+
+    def remember(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        loaded.append(weakref.ref(self))
+
+    monkeypatch.setattr(CrossEncoder, "__init__", remember)
+    dataset = make_dataset(passages=8, questions=1)
+    dataset.hard_negatives = {"q0-0": ["p4", "p5", "p6"]}
+    plan = plan_of(model, dataset, name="distillation", teacher=teacher)
+    gc.collect()
+    assert [reference() for reference in loaded] == [None]
+    monkeypatch.undo()
+    rows = columns(plan)
+    assert list(rows) == ["anchor", "positive", "negative_1", "negative_2", "negative_3", "label"]
+    cross = CrossEncoder(teacher, device="cpu")
+    for name, scores in zip(list(rows)[1:-1], zip(*rows["label"], strict=True), strict=True):
+        expected = cross.predict(list(zip(rows["anchor"], rows[name], strict=True)), activation_fn=torch.nn.Identity())
+        assert list(scores) == pytest.approx(expected.tolist(), abs=1e-4)
+    assert max(rows["label"][0]) - min(rows["label"][0]) > 0.01
+
+
+def test_a_student_that_ranks_as_its_teacher_has_nothing_to_learn(model, teacher):
+    plan = plan_of(model, make_dataset(passages=8), name="distillation", teacher=teacher)
+    loss = plan.inputs["loss"](model)
+    assert isinstance(loss, losses.DistillKLDivLoss)
+    vectors = [torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in range(4)]
+    own = torch.stack([(vectors[0] * other).sum(dim=1) for other in vectors[1:]], dim=1) / 0.05
+    assert loss.compute_loss_from_embeddings(vectors, own + 3).item() == pytest.approx(0, abs=1e-5)
+    assert loss.compute_loss_from_embeddings(vectors, -own).item() > 0.1
+
+
+def test_a_teacher_that_is_not_there_is_an_error_that_names_it(model, tmp_path):
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        plan_of(model, make_dataset(), name="distillation", teacher=str(tmp_path / "nowhere"))
+
+
+def test_a_model_without_a_score_is_no_teacher(model, tiny_model):
+    with pytest.raises(ConfigError, match="BertModel"):
+        plan_of(model, make_dataset(), name="distillation", teacher=tiny_model)
+
+
+def test_a_classifier_of_several_classes_is_no_teacher(model, tiny_model, tmp_path):
+    save_classifier(tmp_path, tiny_model, labels=3)
+    with pytest.raises(ConfigError, match="3 scores"):
+        plan_of(model, make_dataset(), name="distillation", teacher=str(tmp_path))
+
+
+def test_a_teacher_whose_weights_could_run_code_is_refused(model, teacher, tiny_model, tmp_path):
+    save_classifier(tmp_path, tiny_model, labels=1)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnsafeCheckpointError):
+        plan_of(model, make_dataset(), name="distillation", teacher=str(tmp_path))
+
+
+# a loss of the user's own
+
+
+def test_rows_for_a_loss_of_the_users_own_never_meet_false_negatives(model):
+    dataset = make_dataset(passages=20)
+    dataset.hard_negatives = {"q0-0": ["p4", "p5"]}
+    plan = plan_of(model, dataset, losses.MultipleNegativesRankingLoss)
+    rows = columns(plan)
+    assert list(rows) == ["anchor", "positive", "negative_1", "negative_2"]
+    sampler = plan.arguments["batch_sampler"](plan.inputs["train_dataset"], batch_size=4, drop_last=False, seed=1)
+    assert isinstance(sampler, ExampleBatchSampler)
+    id_of = {text: i for i, text in dataset.corpus.items()}
+    for batch in sampler:
+        documents = [dataset.source_of(id_of[rows["positive"][i]]) for i in batch]
+        assert len(set(documents)) == len(documents)
+    loose = plan_of(model, dataset, losses.MultipleNegativesRankingLoss, sibling_window=0)
+    sampler = loose.arguments["batch_sampler"](plan.inputs["train_dataset"], batch_size=4, drop_last=False, seed=1)
+    assert any(len({dataset.source_of(id_of[rows["positive"][i]]) for i in batch}) < len(batch) for batch in sampler)
+
+
+def test_a_loss_and_an_objective_together_are_refused(model):
+    with pytest.raises(ConfigError, match="a loss together with"):
+        plan_of(model, make_dataset(), losses.MultipleNegativesRankingLoss, name="triplet")
+
+
+def test_a_loss_that_holds_no_model_is_refused(model):
+    with pytest.raises(ConfigError, match=r"without \.model"):
+        plan_of(model, make_dataset(), torch.nn.MSELoss())
+    with pytest.raises(ConfigError, match="which makes a str from the model"):
+        plan_of(model, make_dataset(), lambda model: "loss").inputs["loss"](model)
+
+
+# all of them in the trainer
+
+
+def trained(model, plan, folder, **arguments):
+    """The trainer after two epochs with a plan, and its losses."""
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        **plan.inputs,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(folder), per_device_train_batch_size=6, num_train_epochs=2, learning_rate=5e-3, seed=1,
+            logging_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False, save_strategy="no",
+            disable_tqdm=True, **plan.arguments, **arguments,
+        ),
+    )  # fmt: skip
+    trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+CASES = [
+    {},
+    {"mini_batch_size": 2, "guide": True, "matryoshka_dims": (8, 16)},
+    {"name": "soft_labels", "mini_batch_size": 2},
+    {"name": "triplet"},
+    {"name": "cosent"},
+    {"name": "cosine"},
+    {"name": "distillation"},
+    {"loss": losses.MultipleNegativesRankingLoss},
+    {"loss": losses.CachedMultipleNegativesRankingLoss},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_objective_trains_the_adapter_in_as_many_steps_as_announced(model, teacher, tmp_path, case):
+    case = dict(case)
+    if case.get("name") == "distillation":
+        case["teacher"] = teacher
+    dataset = make_dataset(passages=12)
+    before = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    plan = plan_of(model, dataset, case.pop("loss", None), **case)
+    trainer, values = trained(model, plan, tmp_path)
+    after = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    assert (before - after).abs().max() > 1e-4
+    assert len(values) == trainer.state.max_steps == trainer.state.global_step
+    assert values[0] > 0
+    assert all(0 <= value < 100 for value in values)
+
+
+def test_labelled_pairs_train_the_adapter(model, tmp_path):
+    trainer, values = trained(model, plan_of(model, graded_examples()), tmp_path)
+    assert trainer.state.global_step == len(values) == 8
+    assert values[0] > 0
+
+
+def test_the_prompts_of_serving_are_in_the_rows_that_the_trainer_tokenises(model, tmp_path):
+    plan = plan_of(model, make_dataset(), name="triplet")
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        **plan.inputs,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False, **plan.arguments
+        ),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    for column, prompt in (("anchor", "query :"), ("positive", "passage :"), ("negative_1", "passage :")):
+        texts = model.tokenizer.batch_decode(batch[f"{column}_input_ids"], skip_special_tokens=True)
+        assert all(text.startswith(prompt) for text in texts)
