@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llama_index.core.bridge.pydantic import BaseModel, Field, ValidationError
 
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.core.files import write_json
+
+if TYPE_CHECKING:
+    from llama_index_lora_embed.data.training_data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 HUMAN = "people"
 """Origin of a question that a person asked."""
@@ -42,6 +48,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         DatasetError: A field has the wrong type; every place is named.
     """
 
+    kind: ClassVar[Literal["queries"]] = "queries"
     queries: dict[str, str]
     corpus: dict[str, str]
     relevant_docs: dict[str, list[str]]
@@ -222,6 +229,67 @@ class EmbeddingQAFinetuneDataset(BaseModel):
                 if i in self.corpus
             )
         ]
+
+    def hold_out(
+        self, fraction: float, *, seed: int, max_passages: int
+    ) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset, str]:
+        """Split off a validation set by source document (see `split_by_source`).
+
+        Args:
+            fraction: Share of the queries to hold out, above 0 and below 1.
+            seed: Random seed of the draw.
+            max_passages: Maximum number of passages in the validation corpus.
+
+        Returns:
+            Training set, validation set, and how they were split, in a sentence.
+
+        Raises:
+            SplitError: All queries are tied to one document.
+        """
+        from llama_index_lora_embed.data.split import split_by_source
+
+        train, val = split_by_source(self, fraction, seed=seed, max_passages=max_passages)
+        if train.source_documents:
+            return train, val, "The queries were held out of the training set by source document."
+        note = (
+            "The queries were held out of the training set by passage, because it does not record source documents: "
+            "neighbouring passages may have been trained on."
+        )
+        return train, val, note
+
+    def without_overlap(self, val: TrainingData, *, drop: bool) -> EmbeddingQAFinetuneDataset:
+        """This training set, if none of its queries has an answer in common with `val` (see `overlap`).
+
+        Args:
+            val: Validation set; labelled pairs are not compared with queries.
+            drop: Drop the queries that overlap instead of raising an error.
+
+        Raises:
+            DatasetError: Queries overlap, and `drop` is off or would leave none.
+        """
+        shared = self.overlap(val) if val.kind == "queries" else []
+        if not shared:
+            return self
+        if not drop or len(shared) == len(self.queries):
+            raise DatasetError(
+                f"{len(shared)} of {len(self.queries)} training queries whose answers are answers in val_dataset too",
+                "a val_dataset about documents that are not trained on: scores on known answers mean nothing",
+                "Split by document with split_by_source(dataset), drop them from training with on_overlap='drop', or "
+                "accept it with on_overlap='allow'. The queries:",
+                [f"query {query_id!r}: {self.queries[query_id]!r:.80}" for query_id in shared],
+            )
+        logger.warning("%d training queries with answers in val_dataset were dropped", len(shared))
+        left = set(shared)
+        return self.subset((i for i in self.queries if i not in left), self.corpus)
+
+    def summary(self) -> dict[str, Any]:
+        """What an adapter's manifest records of its training set."""
+        return {
+            "digest": self.digest(),
+            "queries": len(self.queries),
+            "passages": len(self.answer_ids()),
+            "origins": self.origins(),
+        }
 
     def answer_ids(self) -> set[str]:
         """Ids of all passages that answer at least one query."""

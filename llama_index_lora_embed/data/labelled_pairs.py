@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError, warn_user
 from llama_index_lora_embed.core.files import write_json
@@ -31,6 +32,11 @@ from llama_index_lora_embed.data.readers.labelled import (
     read_rows,
     scale_hint,
 )
+
+if TYPE_CHECKING:
+    from llama_index_lora_embed.data.training_data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 _PARTS = 5  # of graded labels in a split
 _CONTRADICTION = 0.5  # half of the scale; people who grade differ by less than that
@@ -52,6 +58,7 @@ class LabelledPairs:
         DatasetError: A field is no list, or `symmetric` is neither True nor False.
     """
 
+    kind: ClassVar[Literal["pairs"]] = "pairs"
     texts1: list[str] = field(repr=False)
     texts2: list[str] = field(repr=False)
     scores: list[float] = field(repr=False)
@@ -236,6 +243,14 @@ class LabelledPairs:
         text = json.dumps([self.texts1, self.texts2, self.scores, self.symmetric], ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def order_digest(self) -> str:
+        """The same as `digest`, which depends on the order already."""
+        return self.digest()
+
+    def summary(self) -> dict[str, Any]:
+        """What an adapter's manifest records of its training set."""
+        return {"digest": self.digest(), "pairs": len(self), "binary": self.binary, "symmetric": self.symmetric}
+
     def problems(self) -> list[str]:
         """One line for each thing that would crash or spoil training or evaluation; pairs are counted from 0."""
         lengths = {name: len(getattr(self, name)) for name in ("texts1", "texts2", "scores")}
@@ -285,6 +300,48 @@ class LabelledPairs:
         known = {frozenset(map(normalise, pair)) for pair in zip(other.texts1, other.texts2, strict=True)}
         pairs = zip(self.texts1, self.texts2, strict=True)
         return [index for index, pair in enumerate(pairs) if frozenset(map(normalise, pair)) in known]
+
+    def hold_out(self, fraction: float, *, seed: int, max_passages: int) -> tuple[LabelledPairs, LabelledPairs, str]:
+        """Split off a validation set (see `split`).
+
+        Args:
+            fraction: Share of the pairs to hold out, above 0 and below 1.
+            seed: Random seed of the draw.
+            max_passages: Has no effect on pairs, which have no corpus.
+
+        Returns:
+            Training set, validation set, and how they were split, in a sentence.
+
+        Raises:
+            SplitError: All pairs are tied together, or a side would have one label only.
+        """
+        train, val = self.split(fraction, seed)
+        return train, val, "The pairs were held out of the training set; none of their texts was trained on."
+
+    def without_overlap(self, val: TrainingData, *, drop: bool) -> LabelledPairs:
+        """This training set, if `val` has none of its pairs (see `overlap`).
+
+        Args:
+            val: Validation set; queries are not compared with labelled pairs.
+            drop: Drop the pairs that overlap instead of raising an error.
+
+        Raises:
+            DatasetError: Pairs overlap, and `drop` is off or would leave none.
+        """
+        shared = self.overlap(val) if val.kind == "pairs" else []
+        if not shared:
+            return self
+        if not drop or len(shared) == len(self):
+            raise DatasetError(
+                f"{len(shared)} of {len(self)} training pairs that are in val_dataset too",
+                "a val_dataset of other pairs: scores on known pairs mean nothing",
+                "Split with dataset.split(), drop them from training with on_overlap='drop', or accept it with "
+                "on_overlap='allow'. The pairs:",
+                [f"pair {i}: {self.texts1[i]!r:.60} and {self.texts2[i]!r:.60}" for i in shared],
+            )
+        logger.warning("%d training pairs that are in val_dataset were dropped", len(shared))
+        left = set(shared)
+        return self.subset(i for i in range(len(self)) if i not in left).check("dataset")
 
     def subset(self, indices: Iterable[int]) -> LabelledPairs:
         """The pairs at these indices, in this order."""
