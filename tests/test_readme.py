@@ -10,7 +10,7 @@ import pytest
 from llama_index.core.schema import TextNode
 
 from tests.conftest import make_dataset
-from tests.llms import FakeLLM
+from tests.helpers.llms import FakeLLM
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -1,106 +1,90 @@
-"""Asynchronous work from synchronous code, in notebooks too."""
+"""Asynchronous work from synchronous code, in scripts and in notebooks.
+
+LlamaIndex's `asyncio_run` is not used: where a loop is running, an interrupt waits for all of the work instead of cancelling
+it, and each call has a loop of its own, which breaks API clients that are bound to an earlier one. Its `run_jobs` leaves the
+other jobs running when one fails.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from llama_index_lora_embed.core.errors import ConfigError
 
 _T = TypeVar("_T")
 _LOCK = threading.Lock()
-# by process, because threads do not survive a fork
-_RUNNING: dict[int, tuple[asyncio.AbstractEventLoop, threading.Thread]] = {}
+_LOOPS: dict[int, asyncio.AbstractEventLoop] = {}  # by process id, because threads do not survive a fork
 
 
-def run_in_loop(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end in the process's own loop for this, whether or not another one is running.
+def run_async(work: Coroutine[Any, Any, _T], *, suspends: bool = True) -> _T:
+    """Run a coroutine to its end, whether or not an event loop is running in the calling thread.
 
-    It is always the same loop, because the clients of API models belong to the one that they were first used in. Ctrl-C
-    and a notebook's stop button cancel the work.
+    All coroutines of a process run in one event loop in a background thread, because the clients of API models are bound
+    to the loop in which they were first used. They see the caller's context variables. Ctrl-C and a notebook's stop
+    button cancel the work; the interrupt is raised once the work has cleaned up.
+
+    Args:
+        work: The coroutine.
+        suspends: False for a coroutine that never has to wait for anything. It then runs in the calling thread.
+
+    Raises:
+        ConfigError: The caller runs in the background loop itself, which would wait for itself forever.
     """
-    loop = _loop()
-    with suppress(RuntimeError):  # no loop is running here
+    if not suspends:
+        return _run_here(work)
+    loop = _background_loop()
+    with suppress(RuntimeError):  # no loop is running in this thread
         if asyncio.get_running_loop() is loop:
             work.close()
             raise ConfigError(
-                "an evaluation that is started from within another one's requests",
-                "one at a time",
-                "Await aevaluate_retrieval there.",
+                "a synchronous call from within asynchronous work of this package",
+                "an asynchronous call",
+                "Await aevaluate_retrieval, agenerate or agenerate_qa_embedding_pairs there.",
             )
-    future = asyncio.run_coroutine_threadsafe(_guarded(work), loop)
+    started: Future[asyncio.Task[_T] | None] = Future()
+
+    async def main() -> _T:
+        started.set_result(asyncio.current_task())
+        return await work
+
+    outcome = asyncio.run_coroutine_threadsafe(main(), loop)
     try:
-        result, stop = future.result()
+        while not wait([outcome], timeout=1).done:  # Windows cannot interrupt a wait without a timeout
+            pass
     except BaseException:
-        future.cancel()
+        if (task := started.result()) is not None:
+            loop.call_soon_threadsafe(task.cancel)
+        wait([outcome])
         raise
-    if stop is not None:
-        raise stop
-    return cast(_T, result)
+    return outcome.result()
 
 
-async def _guarded(work: Coroutine[Any, Any, _T]) -> tuple[_T | None, BaseException | None]:
-    """What would end the loop's thread is handed to whoever waits."""
-    try:
-        return await work, None
-    except (KeyboardInterrupt, SystemExit) as stop:
-        return None, stop
-
-
-def run_without_waiting(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine that never waits for anything, outside of any loop."""
+def _run_here(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         work.send(None)
     except StopIteration as done:
         result: _T = done.value
         return result
     work.close()
-    raise AssertionError("it waited for something")
+    raise AssertionError("the coroutine suspended")
 
 
-def _loop() -> asyncio.AbstractEventLoop:
+def _background_loop() -> asyncio.AbstractEventLoop:
     with _LOCK:
-        known = _RUNNING.get(os.getpid())
-        if known is None or not known[1].is_alive():
-            loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=loop.run_forever, name="lora-embed-evaluation", daemon=True)
-            known = _RUNNING[os.getpid()] = loop, thread
-            thread.start()
-        return known[0]
+        loop = _LOOPS.get(os.getpid())
+        if loop is None:
+            loop = _LOOPS[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=_serve, args=(loop,), name="llama-index-lora-embed", daemon=True).start()
+        return loop
 
 
-def run_sync(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end, in a notebook's running loop too (there in a thread of its own)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    outcome: Future[_T] = Future()
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[_T]]] = Future()
-    context = contextvars.copy_context()
-
-    async def main() -> _T:
-        task = asyncio.ensure_future(work)
-        started.set_result((asyncio.get_running_loop(), task))
-        return await task
-
-    def target() -> None:
-        try:
-            outcome.set_result(context.run(asyncio.run, main()))
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=target, name="asking", daemon=True).start()
-    try:
-        return outcome.result()
-    except KeyboardInterrupt:  # the notebook's stop button: end the other thread's work, keep what it has
-        loop, task = started.result()
-        loop.call_soon_threadsafe(task.cancel)
-        wait([outcome])
-        raise
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        with suppress(KeyboardInterrupt, SystemExit):  # raised by a task; asyncio hands it to the waiting caller too
+            loop.run_forever()

@@ -15,7 +15,7 @@ from llama_index.core.schema import BaseNode, MetadataMode
 from tqdm.auto import tqdm
 
 from llama_index_lora_embed.config import LLMSettings
-from llama_index_lora_embed.core.concurrency import run_sync
+from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.build import dataset_from_nodes
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
@@ -134,7 +134,7 @@ def generate_qa_embedding_pairs(
         LLMError: The LLM fails altogether, or for one node where `on_failure` is "fail".
         JournalError: The journal cannot be used.
     """
-    return run_sync(
+    return run_async(
         agenerate_qa_embedding_pairs(
             nodes,
             llm,

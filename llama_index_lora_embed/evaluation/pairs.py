@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_index_lora_embed.core.concurrency import run_in_loop, run_without_waiting
+from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.evaluation.embeddings import Embedder
 from llama_index_lora_embed.evaluation.retrieval import Encode, unit_vectors
@@ -89,10 +89,10 @@ def evaluate_pairs(
         NonFiniteLossError: Vectors are NaN or infinite.
     """
     maker = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
-    run = run_without_waiting if num_workers is None else run_in_loop
+    suspends = num_workers is not None
     return evaluate_pair_encoders(
-        lambda texts: run(maker.vectors(texts, "query")),
-        lambda texts: run(maker.vectors(texts, "passage")),
+        lambda texts: run_async(maker.vectors(texts, "query"), suspends=suspends),
+        lambda texts: run_async(maker.vectors(texts, "passage"), suspends=suspends),
         LabelledPairs.coerce(pairs),
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_index_lora_embed.core.concurrency import run_in_loop, run_without_waiting
+from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import ConfigError, NonFiniteLossError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
 from llama_index_lora_embed.evaluation.embeddings import Embedder
@@ -122,8 +122,7 @@ def evaluate_retrieval(
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
     maker = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
-    run = run_without_waiting if num_workers is None else run_in_loop
-    return _judge(*run(_vectors_of_both(maker, dataset)), dataset)
+    return _judge(*run_async(_vectors_of_both(maker, dataset), suspends=num_workers is not None), dataset)
 
 
 async def aevaluate_retrieval(

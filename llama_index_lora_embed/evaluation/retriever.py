@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from llama_index_lora_embed.core.concurrency import run_in_loop
+from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.evaluation.embeddings import checked_workers, in_turns
@@ -50,7 +50,7 @@ def evaluate_index(
     answers = (
         [asked.retrieve(text) for text in texts]
         if num_workers is None
-        else run_in_loop(in_turns([partial(asked.aretrieve, text) for text in texts], num_workers))
+        else run_async(in_turns([partial(asked.aretrieve, text) for text in texts], num_workers))
     )
     found = {
         q: [(node.node_id, node.score) for node in nodes or ()]

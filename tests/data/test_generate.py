@@ -8,7 +8,7 @@ from llama_index.core.schema import TextNode
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.core.errors import ConfigError, LLMError
 from llama_index_lora_embed.data import agenerate_qa_embedding_pairs, generate_qa_embedding_pairs
-from tests.llms import FakeLLM, calm_answer, some_nodes
+from tests.helpers.llms import FakeLLM, calm_answer, some_nodes
 
 
 @pytest.fixture

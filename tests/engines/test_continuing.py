@@ -11,7 +11,7 @@ from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine, evaluate_r
 from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError, ModelNotFoundError
 from llama_index_lora_embed.data import LLMQueryGenerator
 from tests.conftest import make_dataset
-from tests.llms import FakeLLM
+from tests.helpers.llms import FakeLLM
 from tests.training.checkpointing.test_checkpoints import weights
 
 NEW = make_dataset(passages=20, seed=5, prefix="n")

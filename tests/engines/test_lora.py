@@ -32,7 +32,7 @@ from llama_index_lora_embed.data.questions.base import embed_text
 from llama_index_lora_embed.evaluation import Verdict
 from llama_index_lora_embed.models.adapter_directory import Manifest
 from tests.conftest import make_dataset, shown
-from tests.llms import FakeLLM
+from tests.helpers.llms import FakeLLM
 
 QUIET = {"show_progress_bar": False, "device": "cpu"}
 

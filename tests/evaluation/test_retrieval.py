@@ -291,13 +291,13 @@ def test_work_within_work_is_refused_and_the_loop_lives_on():
         return evaluate_retrieval(Fake(), make_dataset(passages=4), num_workers=2)
 
     with pytest.raises(ConfigError, match="Await aevaluate_retrieval"):
-        concurrency.run_in_loop(inside())
+        concurrency.run_async(inside())
 
     async def dies():
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        concurrency.run_in_loop(dies())
+        concurrency.run_async(dies())
     assert evaluate_retrieval(Fake(), make_dataset(passages=4), num_workers=2).passages == 4
 
 

@@ -21,7 +21,7 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from llama_index_lora_embed.config import JOURNAL_NAME, LLMSettings
-from llama_index_lora_embed.core.concurrency import run_sync
+from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import ConfigError, JournalInUseError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect
@@ -109,7 +109,7 @@ class LLMQueryGenerator(NodeQueryGenerator):
             raise ConfigError(f"{len(problems)} unusable argument(s)", "the values below", "Correct them:", problems)
 
     def _problems(self) -> list[str]:
-        problems = self.settings.problems()
+        problems = []
         if self.prompt is not None and "context_str" not in self.prompt.template_vars:
             problems.append("prompt without {context_str}: expected a template that shows the node's text")
         if not self.styles or not set(self.styles) <= STYLES["en"].keys():
@@ -144,7 +144,7 @@ class LLMQueryGenerator(NodeQueryGenerator):
             LLMError: The LLM fails altogether, or for one node where `on_failure` is "fail".
             JournalError: The journal cannot be used.
         """
-        return iter(run_sync(self.agenerate(nodes, seed=seed)))
+        return iter(run_async(self.agenerate(nodes, seed=seed)))
 
     async def agenerate(self, nodes: Sequence[BaseNode], *, seed: int = 0, wait: bool = False) -> list[GeneratedQuery]:
         """As `generate`, for callers that are asynchronous themselves.
@@ -169,7 +169,7 @@ class LLMQueryGenerator(NodeQueryGenerator):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Attach questions to the nodes; workers of a pipeline take turns at the journal."""
-        return attach_queries(nodes, run_sync(self.agenerate(nodes, wait=True)))
+        return attach_queries(nodes, run_async(self.agenerate(nodes, wait=True)))
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """As calling it, without blocking."""
@@ -245,7 +245,7 @@ def judge_queries(
 
     with Journal(journal) as opened:
         asker = LLMClient(llm, opened, settings or LLMSettings(), lambda text: _verdict(text) is not None)
-        report = run_sync(asker.complete_all((request(i) for i in judged), total=len(judged)))
+        report = run_async(asker.complete_all((request(i) for i in judged), total=len(judged)))
         dropped = [i for i in judged if _verdict(asker.answer(request(i)) or "") is False]
     gone = set(dropped)
     return dataset.subset((i for i in dataset.queries if i not in gone), dataset.corpus), report, dropped

@@ -18,7 +18,7 @@ from llama_index_lora_embed.core.errors import ConfigError, LLMError
 from llama_index_lora_embed.data import dataset_from_nodes
 from llama_index_lora_embed.data.llm.identity import llm_identity
 from llama_index_lora_embed.data.llm.journal import Journal
-from tests.llms import Blocking, FakeLLM, Structured, calm_answer, generator, some_nodes
+from tests.helpers.llms import Blocking, FakeLLM, Structured, calm_answer, generator, some_nodes
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_stopping_a_notebooks_cell_stops_the_asking_and_frees_the_journal(tmp_pa
     code = f"""
 import asyncio, os, signal, threading, time
 from llama_index_lora_embed.config import LLMSettings
-from tests.llms import FakeLLM, generator, some_nodes
+from tests.helpers.llms import FakeLLM, generator, some_nodes
 from llama_index_lora_embed.data.llm.journal import Journal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would have inherited as ignored
 llm = FakeLLM(latency=0.2)
@@ -290,7 +290,7 @@ CHAOS = """
 import sys
 from llama_index_lora_embed.config import LLMSettings
 from llama_index_lora_embed.data import LLMQueryGenerator, dataset_from_nodes
-from tests.llms import ChaosLLM, some_nodes
+from tests.helpers.llms import ChaosLLM, some_nodes
 journal, log, out = sys.argv[1:]
 settings = LLMSettings(attempts=1000, in_flight=8, backoff=0.001, max_backoff=0.01, timeout=0.2, show_progress=False)
 generator = LLMQueryGenerator(llm=ChaosLLM(latency=0.05, log=log), journal=journal, settings=settings)

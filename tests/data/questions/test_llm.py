@@ -20,7 +20,7 @@ from llama_index_lora_embed.data import (
 from llama_index_lora_embed.data.llm.journal import Journal
 from llama_index_lora_embed.data.questions.llm import _verdict
 from llama_index_lora_embed.data.questions.prompts import EXAM_PROMPT
-from tests.llms import FAST, FakeLLM, Structured, calm_answer, generator, some_nodes
+from tests.helpers.llms import FAST, FakeLLM, Structured, calm_answer, generator, some_nodes
 
 
 @pytest.fixture
