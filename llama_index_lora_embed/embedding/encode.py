@@ -19,8 +19,8 @@ from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import nn
 
 from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.models.kernels.linear import fast_linear
-from llama_index_lora_embed.models.kernels.parallel import parallel_passes, passes_of
+from llama_index_lora_embed.models.kernels.linear import onednn_linear
+from llama_index_lora_embed.models.kernels.parallel import max_parallel_passes, parallel_passes
 from llama_index_lora_embed.models.tokens import longest_first
 from llama_index_lora_embed.models.windows import COUNTS
 
@@ -73,7 +73,7 @@ def encode(
             1,024 for each core. A longer text goes alone.
         most_texts: In a forward pass.
         unit_length: Scale vectors to length 1, after `model.truncate_dim` has cut them.
-        fused: On processors, take oneDNN's matrix products where they are faster (`fast_linear`), and compute a pass
+        fused: On processors, take oneDNN's matrix products where they are faster (`onednn_linear`), and compute a pass
             on each core at once (`parallel_passes`).
 
     Returns:
@@ -93,7 +93,7 @@ def encode(
     if any(module.training for module in modules):
         model.eval()
     fused = fused and bool(modules)
-    threads = passes_of(model.device, modules) if fused else 1
+    threads = max_parallel_passes(model.device, modules) if fused else 1
     if min(len(texts) // _FEWEST_TEXTS, sum(map(len, texts)) // _FEWEST_CHARACTERS) < threads:
         threads = 1  # and all cores share a pass
     if threads > 1:
@@ -102,7 +102,7 @@ def encode(
     added = 0
     with (
         torch.inference_mode(),
-        fast_linear(modules) if fused else nullcontext(),
+        onednn_linear(modules) if fused else nullcontext(),
         nullcontext() if adapters is None else _adapters(modules, {*adapters}),
         parallel_passes(threads) as passes,
     ):

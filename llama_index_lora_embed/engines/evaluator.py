@@ -9,8 +9,8 @@ from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation, evaluate_pair_encoders
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_encoders
-from llama_index_lora_embed.models.kernels.attention import fast_attention
-from llama_index_lora_embed.models.kernels.precision import computing_in, resolve_precision
+from llama_index_lora_embed.models.kernels.attention import blocked_attention
+from llama_index_lora_embed.models.kernels.precision import autocast, resolve_precision
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -47,9 +47,9 @@ def evaluate_model(
         return model.encode_document(texts, show_progress_bar=show_progress, batch_size=_BATCH)
 
     with ExitStack() as stack:
-        stack.enter_context(computing_in(resolve_precision(precision, model.device), model.device))
+        stack.enter_context(autocast(resolve_precision(precision, model.device), model.device))
         if fused_attention:
-            stack.enter_context(fast_attention(model))
+            stack.enter_context(blocked_attention(model))
         if isinstance(dataset, LabelledPairs):
             return evaluate_pair_encoders(queries, passages, dataset)
         return evaluate_encoders(queries, passages, dataset)

@@ -21,8 +21,8 @@ from llama_index_lora_embed.core.errors import ConfigError, warn_user
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.data.split import Trainable
-from llama_index_lora_embed.models.kernels.attention import fast_attention
-from llama_index_lora_embed.models.kernels.lora import fast_lora
+from llama_index_lora_embed.models.kernels.attention import blocked_attention
+from llama_index_lora_embed.models.kernels.lora import fused_lora
 from llama_index_lora_embed.models.kernels.precision import resolve_precision
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.callbacks import Evaluator, RunLog
@@ -174,9 +174,9 @@ def train(
         if prefix is not None:
             stack.callback(prefix.states.close)
         if settings.fused_lora:
-            stack.enter_context(fast_lora(model))
+            stack.enter_context(fused_lora(model))
         if settings.fused_attention:
-            stack.enter_context(fast_attention(model))
+            stack.enter_context(blocked_attention(model))
         stack.enter_context(stop)
         done = False
         started, judged = time.perf_counter(), best.seconds

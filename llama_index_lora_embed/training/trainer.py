@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from llama_index_lora_embed.core.errors import NonFiniteLossError, warn_user
 from llama_index_lora_embed.models.adapter_directory import WEIGHTS_NAME
-from llama_index_lora_embed.models.kernels.precision import computing_in
+from llama_index_lora_embed.models.kernels.precision import autocast
 from llama_index_lora_embed.models.windows import COUNTS
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.checkpointing.checkpoints import step_of, write_checkpoint
@@ -115,7 +115,7 @@ class LoraTrainer(SentenceTransformerTrainer):
     def compute_loss_context_manager(self) -> ExitStack:
         """Autocast for the loss alone; evaluations choose their own precision."""
         stack = ExitStack()
-        stack.enter_context(computing_in(self.precision, self.args.device))
+        stack.enter_context(autocast(self.precision, self.args.device))
         return stack
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

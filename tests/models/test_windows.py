@@ -25,7 +25,7 @@ from llama_index_lora_embed.models.windows import (
 from llama_index_lora_embed.training.efficiency.frozen_layers import TEXT_IDS, HiddenStateCache
 from tests.architectures import ARCHITECTURES
 from tests.conftest import WORDS, make_dataset
-from tests.training.efficiency.test_faster import assert_same, chunks, gradients, prepared
+from tests.helpers.gradients import assert_same, chunks, gradients, prepared
 
 LONG = " ".join(WORDS[:100])
 MIDDLE = " ".join(WORDS[100:130])

@@ -1,9 +1,11 @@
-"""Attention on a processor, in blocks that its cache holds: what torch computes, in less than half the time.
+"""Blocked attention: scaled dot-product attention on CPUs in bfloat16, in blocks of scores that fit the CPU cache.
 
-torch's own kernel for processors takes half of a training step at 512 tokens: with heads of 32 dimensions its products
-are too small to be fast. Those of all heads of a text together are large enough, and scores that are used up while they
-are in the cache cost little to write. Texts of nearly one length share a block, and each block is as long as its own
-longest text, so that padding costs little.
+torch's CPU kernel takes half of a training step at 512 tokens, because its backward pass is slow on narrow heads (32
+dimensions); all heads of a text in one batched product, on buffers that stay in the cache, take less than half of that
+time (CONTRIBUTING.md). Texts of similar length share a block that is as long as its longest text, so padding costs
+little. Everything else (float32, causal masks, dropout, position biases) goes to torch's kernel. Switch:
+`TrainingSettings.fused_attention`. Delete this module when a training run with `fused_attention=False` is as fast:
+`python benchmarks/speed.py --contenders d --settings default torchs-attention`.
 """
 
 from __future__ import annotations
@@ -20,31 +22,32 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "lora_embed_blocks"
-# scores in a block; 12 heads of 448 tokens, in bfloat16 5 MB. Measured best on 12 to 96 heads of that length: 12
-_BLOCK = 12 * 448 * 448
-# texts of as many tokens have blocks of their own, exactly as long as they are; shorter ones would make many small ones
-_ALONE = 128
-_scratch = threading.local()
+"""Name of this attention in transformers' `AttentionInterface`."""
+# Scores per block: 12 heads of 448 tokens, 5 MB in bfloat16. The fastest of 12 to 96 heads of that length.
+_MAX_SCORES = 12 * 448 * 448
+# A text of at least this many tokens gets a block of its own, without padding; shorter texts share blocks.
+_MIN_TOKENS_ALONE = 128
+_thread = threading.local()
 
-Span = tuple[int, int]
-Place = tuple[slice, slice, slice]
+Span = tuple[int, int]  # first and last token (exclusive) of a text
+Index = tuple[slice, slice, slice]  # texts, heads, tokens
 
 
-class _Blocks(torch.autograd.Function):
-    """softmax(q kᵀ) v of texts that stand somewhere in their rows, the scores of one block at a time in memory.
+class _BlockedAttention(torch.autograd.Function):
+    """softmax(q kᵀ) v with the scores of only one block in memory.
 
-    Arguments of `apply`: q, k, v [texts, heads, tokens, dimensions], with q scaled already, and the first and the last
-    token (exclusive) of each text. With P = softmax(q kᵀ) and g = do: dv = Pᵀ g, dP = g vᵀ, dS = P ∘ (dP - Σ P ∘ dP),
-    dq = dS k, dk = dSᵀ q. P is computed again in the backward pass.
+    Arguments of `apply`: q (already scaled), k, v [texts, heads, tokens, dimensions] and the span of each text. With
+    P = softmax(q kᵀ) and g = do: dv = Pᵀ g, dP = g vᵀ, dS = P ∘ (dP - Σ P ∘ dP), dq = dS k, dk = dSᵀ q. The backward
+    pass recomputes P.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
-        out = _empty(v)
+        out = _zeros_by_token(v)
         with torch.autocast("cpu", enabled=False):
-            for at, blank in _blocks(spans, q.shape[1]):
-                probabilities = _probabilities(_flat(q[at]), _flat(k[at]), blank)
-                _put(torch.bmm(probabilities, _flat(v[at])), out, at)
+            for index, padding in _blocks(spans, q.shape[1]):
+                probabilities = _probabilities(_flat(q[index]), _flat(k[index]), padding)
+                _write(torch.bmm(probabilities, _flat(v[index])), out, index)
         ctx.save_for_backward(q, k, v)
         ctx.spans = spans
         return out
@@ -52,21 +55,21 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = (_empty(x) for x in (q, k, v))
+        dq, dk, dv = (_zeros_by_token(x) for x in (q, k, v))
         with torch.autocast("cpu", enabled=False):
-            for at, blank in _blocks(ctx.spans, q.shape[1]):
-                queries, keys, values, g = (_flat(x[at]) for x in (q, k, v, grad.to(v.dtype)))
-                probabilities = _probabilities(queries, keys, blank)
-                _put(torch.bmm(g.transpose(1, 2), probabilities).transpose(1, 2), dv, at)
+            for index, padding in _blocks(ctx.spans, q.shape[1]):
+                queries, keys, values, g = (_flat(x[index]) for x in (q, k, v, grad.to(v.dtype)))
+                probabilities = _probabilities(queries, keys, padding)
+                _write(torch.bmm(g.transpose(1, 2), probabilities).transpose(1, 2), dv, index)
                 d_scores = torch.bmm(g, values.transpose(1, 2), out=_buffer(1, queries, keys))
                 torch._softmax_backward_data(d_scores, probabilities, -1, probabilities.dtype, grad_input=d_scores)
-                _put(torch.bmm(d_scores, keys), dq, at)
-                _put(torch.bmm(queries.transpose(1, 2), d_scores).transpose(1, 2), dk, at)
+                _write(torch.bmm(d_scores, keys), dq, index)
+                _write(torch.bmm(queries.transpose(1, 2), d_scores).transpose(1, 2), dk, index)
         return dq, dk, dv, None
 
 
-def _empty(like: Tensor) -> Tensor:
-    """Zeros [texts, heads, tokens, dimensions], laid out by token, as the next layer reads them."""
+def _zeros_by_token(like: Tensor) -> Tensor:
+    """Zeros [texts, heads, tokens, dimensions] with the memory layout [texts, tokens, heads, dimensions]."""
     texts, heads, tokens, width = like.shape
     return like.new_zeros(texts, tokens, heads, width).transpose(1, 2)
 
@@ -76,17 +79,16 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
-def _put(part: Tensor, whole: Tensor, at: Place) -> None:
-    """Write [texts · heads, tokens, dimensions] where it belongs."""
-    place = whole[at]
-    place.copy_(part.unflatten(0, place.shape[:2]))  # type: ignore[no-untyped-call]
+def _write(block: Tensor, out: Tensor, index: Index) -> None:
+    """Copy a block [texts · heads, tokens, dimensions] to its index in `out`."""
+    target = out[index]
+    target.copy_(block.unflatten(0, target.shape[:2]))  # type: ignore[no-untyped-call]
 
 
-def _blocks(spans: list[Span], heads: int) -> Iterator[tuple[Place, Tensor | None]]:
-    """Where each block lies in [texts, heads, tokens], and what of it is no text, bool [texts · heads, 1, tokens].
+def _blocks(spans: list[Span], heads: int) -> Iterator[tuple[Index, Tensor | None]]:
+    """Index of each block in [texts, heads, tokens], and its padding mask, bool [texts · heads, 1, tokens].
 
-    Short neighbours share a block as long as it holds no more than `_BLOCK` scores; a text that holds more by itself
-    is divided by heads.
+    Short neighbours share a block of at most `_MAX_SCORES` scores; a text with more scores is split by heads.
     """
     first = 0
     while first < len(spans):
@@ -95,37 +97,37 @@ def _blocks(spans: list[Span], heads: int) -> Iterator[tuple[Place, Tensor | Non
         while last < len(spans):
             wider = min(start, spans[last][0]), max(end, spans[last][1])
             longest = wider[1] - wider[0]
-            if longest >= _ALONE or (last + 1 - first) * heads * longest**2 > _BLOCK:
+            if longest >= _MIN_TOKENS_ALONE or (last + 1 - first) * heads * longest**2 > _MAX_SCORES:
                 break
             (start, end), last = wider, last + 1
-        some = heads if last > first + 1 else max(1, min(heads, _BLOCK // (end - start) ** 2))
-        blank = None
+        step = heads if last > first + 1 else max(1, min(heads, _MAX_SCORES // (end - start) ** 2))
+        padding = None
         if any(span != (start, end) for span in spans[first:last]):
             tokens, bounds = torch.arange(start, end), torch.tensor(spans[first:last])
-            blank = ((tokens < bounds[:, :1]) | (tokens >= bounds[:, 1:])).repeat_interleave(some, 0)[:, None]
-        for head in range(0, heads, some):
-            yield (slice(first, last), slice(head, head + some), slice(start, end)), blank
+            padding = ((tokens < bounds[:, :1]) | (tokens >= bounds[:, 1:])).repeat_interleave(step, 0)[:, None]
+        for head in range(0, heads, step):
+            yield (slice(first, last), slice(head, head + step), slice(start, end)), padding
         first = last
 
 
-def _probabilities(queries: Tensor, keys: Tensor, blank: Tensor | None) -> Tensor:
-    """softmax(q kᵀ) [texts · heads, tokens, tokens] in the first buffer."""
+def _probabilities(queries: Tensor, keys: Tensor, padding: Tensor | None) -> Tensor:
+    """softmax(q kᵀ) [texts · heads, tokens, tokens] in buffer 0."""
     scores = torch.bmm(queries, keys.transpose(1, 2), out=_buffer(0, queries, keys))
-    if blank is not None:
-        scores.masked_fill_(blank, float("-inf"))
+    if padding is not None:
+        scores.masked_fill_(padding, float("-inf"))
     return torch.softmax(scores, dim=-1, out=scores)
 
 
 def _buffer(number: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """Room for the scores of a block, of this thread and used again: fresh memory costs as much as what is written."""
-    held: dict[tuple[int, torch.dtype], Tensor] = _scratch.__dict__.setdefault("held", {})
+    """A reused buffer of this thread for a block's scores; allocating it anew costs as much as filling it."""
+    buffers: dict[tuple[int, torch.dtype], Tensor] = _thread.__dict__.setdefault("buffers", {})
     shape = (queries.shape[0], queries.shape[1], keys.shape[1])
     size = shape[0] * shape[1] * shape[2]
     key = (number, queries.dtype)
-    if key not in held or held[key].numel() < size:
+    if key not in buffers or buffers[key].numel() < size:
         with torch.inference_mode(False):
-            held[key] = torch.empty(size, dtype=queries.dtype)
-    return held[key][:size].view(shape)
+            buffers[key] = torch.empty(size, dtype=queries.dtype)
+    return buffers[key][:size].view(shape)
 
 
 def attention(
@@ -139,33 +141,32 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers calls it; everything that is not plain goes to torch.
+    """Attention function with the signature of transformers' `AttentionInterface`.
 
-    Scores are rounded to bfloat16 before the softmax, as in transformers' own eager attention; torch's kernel rounds
-    after it. On a batch of tenk with MiniLM the cosine of the gradient to that of torch's is 0.9999.
-
-    Plain is: on a processor in bfloat16, every token of a text sees every other, as many key as query heads, no
-    dropout, no bias. In float32 torch's kernel is as fast.
+    It computes in blocks on a CPU in bfloat16 if every token of a text attends to all others, there are as many key as
+    query heads, and there is no dropout and no bias; otherwise it calls `sdpa_attention_forward`, which in float32 is
+    as fast. Scores are rounded to bfloat16 before the softmax, as in transformers' eager attention; torch's kernel
+    rounds after it. On a batch of tenk with MiniLM the gradient's cosine with that of torch's kernel is 0.9999.
 
     Args:
         module: The attention layer.
         query: [texts, heads, tokens, dimensions].
-        key: The same.
-        value: The same.
-        attention_mask: As `sdpa_mask` makes it: None, or bool [texts, 1, tokens, tokens].
-        dropout: Of the probabilities.
-        scaling: Of the scores; None for 1 / √dimensions.
-        is_causal: Whether tokens see those before them only; None asks the layer.
-        **kwargs: More for torch's, such as a bias of positions.
+        key: [texts, heads, tokens, dimensions].
+        value: [texts, heads, tokens, dimensions].
+        attention_mask: Mask from `sdpa_mask`: None, or bool [texts, 1, tokens, tokens].
+        dropout: Dropout probability of the attention weights.
+        scaling: Factor of the scores; None for 1 / √dimensions.
+        is_causal: Whether a token attends to earlier tokens only; None takes `module.is_causal`.
+        **kwargs: Passed to `sdpa_attention_forward`.
 
     Returns:
-        [texts, tokens, heads, dimensions], and no probabilities.
+        [texts, tokens, heads, dimensions], and None in place of the attention weights.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # rotated queries and keys come in float32; torch's kernel casts them, too
+        # rotary embeddings return float32; torch's kernel casts its inputs, too
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    plain = (
+    supported = (
         query.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and dropout == 0
@@ -176,37 +177,37 @@ def attention(
         and query.dtype == torch.bfloat16
         and not (attention_mask is None and causal)
     )
-    spans = _spans(query, attention_mask) if plain else None
+    spans = _spans(query, attention_mask) if supported else None
     if spans is None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return result
     scaled = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    out: Tensor = _Blocks.apply(scaled, key, value, spans)  # type: ignore[no-untyped-call]
+    out: Tensor = _BlockedAttention.apply(scaled, key, value, spans)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
 
 
 def _spans(query: Tensor, mask: Tensor | None) -> list[Span] | None:
-    """First and last token (exclusive) of each text; None where the mask says more than that."""
+    """Span of each text, or None if the mask is not a plain padding mask."""
     texts, _, tokens, _ = query.shape
     if mask is None:
         return [(0, tokens)] * texts
-    known: tuple[Tensor, list[Span] | None] | None = getattr(_scratch, "known", None)
-    if known is None or known[0] is not mask:  # every layer is given the same mask
-        _scratch.known = known = (mask, _spans_of(mask, texts, tokens))
-    return known[1]
+    cached: tuple[Tensor, list[Span] | None] | None = getattr(_thread, "spans", None)
+    if cached is None or cached[0] is not mask:  # all layers of a forward pass share one mask
+        _thread.spans = cached = (mask, _spans_of_mask(mask, texts, tokens))
+    return cached[1]
 
 
-def _spans_of(mask: Tensor, texts: int, tokens: int) -> list[Span] | None:
+def _spans_of_mask(mask: Tensor, texts: int, tokens: int) -> list[Span] | None:
     if mask.dtype != torch.bool or mask.shape != (texts, 1, tokens, tokens) or bool((mask != mask[:, :, :1]).any()):
         return None
     seen = mask[:, 0, 0]
     starts = seen.int().argmax(dim=1)
     counts = seen.sum(dim=1)
     positions = torch.arange(tokens)
-    whole = (positions >= starts[:, None]) & (positions < (starts + counts)[:, None])
-    if bool((whole != seen).any()) or bool((counts == 0).any()):
+    contiguous = (positions >= starts[:, None]) & (positions < (starts + counts)[:, None])
+    if bool((contiguous != seen).any()) or bool((counts == 0).any()):
         return None
     return [(int(start), int(start + count)) for start, count in zip(starts, counts, strict=True)]
 
@@ -216,27 +217,27 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
-def fast_attention(model: nn.Module) -> Iterator[int]:
-    """Within it, those layers of a model that use torch's attention use `attention`.
+def blocked_attention(model: nn.Module) -> Iterator[int]:
+    """Replace torch's attention by `attention` in a model.
 
     Args:
-        model: Changed in place, and back at the end.
+        model: Its configurations are changed in place and restored on exit.
 
     Yields:
-        How many of the model's configurations were changed; 0 where it has an attention of its own.
+        Number of configurations changed; 0 if the model does not use torch's attention.
     """
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     before = [(config, config._attn_implementation) for config in configs.values()]
 
-    def put(ours: str) -> None:
-        # parents before children, as modules come: what is set on a configuration is set on those in it, too
-        for config, own in before:
-            config._attn_implementation = ours if own == "sdpa" else own
+    def replace_sdpa(name: str) -> None:
+        # `modules()` yields parents first, which matters: setting a configuration also sets the ones nested in it
+        for config, implementation in before:
+            config._attn_implementation = name if implementation == "sdpa" else implementation
 
-    put(NAME)
+    replace_sdpa(NAME)
     try:
-        yield sum(own == "sdpa" for _, own in before)
+        yield sum(implementation == "sdpa" for _, implementation in before)
     finally:
-        put("sdpa")
-        _scratch.__dict__.clear()
+        replace_sdpa("sdpa")
+        _thread.__dict__.clear()

@@ -1,7 +1,11 @@
-"""A LoRA layer's step in few, large operations: what peft computes, in less time and memory.
+"""Fused LoRA step: forward and backward pass of a LoRA layer as one autograd function of few, large operations.
 
-peft computes W x + s B A x from parts. Each keeps an input for the backward pass, and under autocast casts of x are
-made and kept for the base and for A. With W frozen, one copy of x and the small A x are enough.
+peft computes W x + s B A x as separate operations. Each of them keeps an input for the backward pass, and under
+autocast x is cast, and the cast kept, once for the base and once for A. Since W is frozen, one copy of x and the small
+A x are enough; for a whole step that is at least a tenth less kept for the backward pass (the bound in its test).
+Frozen weights are cast to bfloat16 once instead of in every forward pass. Switch: `TrainingSettings.fused_lora`. Delete
+this module when a training run with `fused_lora=False` takes no more time and memory:
+`python benchmarks/speed.py --contenders d --settings default pefts-lora`.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_NAME = "default"
+_ADAPTER = "default"
 
 
 class _FrozenLinearWithLora(torch.autograd.Function):
@@ -52,8 +56,8 @@ class _FrozenLinearWithLora(torch.autograd.Function):
         return d_x, None, None, d_down, d_up, None
 
 
-class _Casts:
-    """The last tensor that was cast, and its cast: query, key and value projections share their input."""
+class _LastCast:
+    """The last tensor that was cast and its cast: query, key and value projections share their input."""
 
     def __init__(self) -> None:
         self.source: Tensor | None = None
@@ -66,47 +70,46 @@ class _Casts:
             self.source, self.cast = x, x.to(dtype)
         return self.cast
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         self.source = self.cast = None
 
 
 @contextmanager
-def fast_lora(model: nn.Module) -> Iterator[int]:
-    """Within it, a model's plain LoRA layers compute their training steps in few operations.
+def fused_lora(model: nn.Module) -> Iterator[int]:
+    """Replace peft's forward of a model's LoRA layers by the fused step.
 
-    Layers with something special (DoRA, dropout, a bias of their own, quantised or otherwise not a plain linear base,
-    several adapters) keep peft's forward, and so does every forward without gradients in float32. Frozen weights are
-    held in the autocast dtype, instead of being cast in every forward pass.
+    Layers with DoRA, dropout, a LoRA bias, several adapters, hooks or a base other than `nn.Linear` (a quantised one,
+    for example) keep peft's forward, and so does every forward pass without gradients in float32.
 
     Args:
-        model: With an adapter named "default"; changed in place, and back at the end.
+        model: A model with an adapter named "default"; it is changed in place and restored on exit.
 
     Yields:
-        How many layers were changed.
+        Number of layers changed.
     """
-    casts = _Casts()
-    changed = {m: _Frozen(m.get_base_layer()) for m in model.modules() if type(m) is LoraLinear and _is_plain(m)}
+    last_cast = _LastCast()
+    changed = {m: _FrozenLinear(m.get_base_layer()) for m in model.modules() if type(m) is LoraLinear and _is_plain(m)}
     for layer, frozen in changed.items():
-        layer.forward = types.MethodType(_forward_of(layer, casts, frozen), layer)  # type: ignore[method-assign]
+        layer.forward = types.MethodType(_forward_of(layer, last_cast, frozen), layer)  # type: ignore[method-assign]
     try:
         yield len(changed)
     finally:
         for layer, frozen in changed.items():
             del layer.forward
             frozen.restore()
-        casts.forget()
+        last_cast.clear()
 
 
 def _is_plain(layer: LoraLinear) -> bool:
     base = layer.get_base_layer()
     return (
         type(base) is nn.Linear
-        and "forward" not in layer.__dict__  # accelerate puts its own there
-        and list(layer.active_adapters) == [_NAME]
+        and "forward" not in layer.__dict__  # accelerate sets one
+        and list(layer.active_adapters) == [_ADAPTER]
         and not layer.lora_variant
         and not layer.merged_adapters
-        and isinstance(layer.lora_dropout[_NAME], nn.Identity)
-        and layer.lora_B[_NAME].bias is None
+        and isinstance(layer.lora_dropout[_ADAPTER], nn.Identity)
+        and layer.lora_B[_ADAPTER].bias is None
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
         and not layer._forward_hooks
@@ -114,54 +117,54 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-class _Frozen:
-    """Weight and bias of a frozen linear layer, in the dtype that a step computes in.
+class _FrozenLinear:
+    """Weight and bias of a frozen linear layer in the dtype of a training step.
 
-    Where that dtype holds the weight exactly, as bfloat16 does for a base that was stored in it, the layer itself keeps
-    it in that dtype meanwhile: one copy of two bytes instead of two copies of six.
+    If that dtype holds the weight exactly, as bfloat16 does for a base that was stored in it, the layer's own weight is
+    held in that dtype until `restore`: 2 bytes per weight instead of 6.
     """
 
     def __init__(self, linear: Any) -> None:
         self.linear = linear
-        self.own = linear.weight.dtype
-        self.held: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+        self.dtype = linear.weight.dtype
+        self.casts: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in a dtype, cast once."""
-        if dtype not in self.held:
+        """Weight and bias, cast once per dtype."""
+        if dtype not in self.casts:
             weight, bias = self.linear.weight, self.linear.bias
-            with torch.inference_mode(False):  # an evaluation may come first
+            with torch.inference_mode(False):  # the first forward pass may be an evaluation's
                 cast = weight.detach().to(dtype)
-                self.held[dtype] = (cast, None if bias is None else bias.detach().to(dtype))
+                self.casts[dtype] = (cast, None if bias is None else bias.detach().to(dtype))
                 if dtype != weight.dtype and torch.equal(cast.to(weight.dtype), weight.detach()):
                     weight.data = cast
-        return self.held[dtype]
+        return self.casts[dtype]
 
     def restore(self) -> None:
-        """Give the layer its own dtype back."""
-        if self.linear.weight.dtype != self.own:
-            self.held.clear()
+        """Restore the layer's own dtype."""
+        if self.linear.weight.dtype != self.dtype:
+            self.casts.clear()
             with torch.inference_mode(False):
-                self.linear.weight.data = self.linear.weight.detach().to(self.own)
+                self.linear.weight.data = self.linear.weight.detach().to(self.dtype)
 
 
-def _forward_of(layer: LoraLinear, casts: _Casts, frozen: _Frozen) -> Any:
+def _forward_of(layer: LoraLinear, last_cast: _LastCast, frozen: _FrozenLinear) -> Any:
     original = type(layer).forward
 
     def forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        down: Any = self.lora_A[_NAME].weight
-        up: Any = self.lora_B[_NAME].weight
+        down: Any = self.lora_A[_ADAPTER].weight
+        up: Any = self.lora_B[_ADAPTER].weight
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
-        ours = (torch.is_grad_enabled() or autocast) and down.requires_grad and not (args or kwargs)
-        if not ours or self.disable_adapters or self.merged or list(self.active_adapters) != [_NAME]:
+        fused = (torch.is_grad_enabled() or autocast) and down.requires_grad and not (args or kwargs)
+        if not fused or self.disable_adapters or self.merged or list(self.active_adapters) != [_ADAPTER]:
             if not autocast:
                 frozen.restore()
             result: Tensor = original(self, x, *args, **kwargs)
             return result
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         weight, bias = frozen.in_dtype(dtype)
-        y: Tensor = _FrozenLinearWithLora.apply(casts(x, dtype), weight, bias, down, up, self.scaling[_NAME])  # type: ignore[no-untyped-call]
+        y: Tensor = _FrozenLinearWithLora.apply(last_cast(x, dtype), weight, bias, down, up, self.scaling[_ADAPTER])  # type: ignore[no-untyped-call]
         return y
 
     return forward

@@ -1,7 +1,11 @@
-"""Several forward passes at once on a processor, each on cores of its own, in the place of one on all cores.
+"""Thread-parallel inference: several forward passes at a time on a CPU, each on threads of its own.
 
-The cores that share a pass wait for the slowest of them after each of its hundreds of operations. With a pass each
-they never wait, which is measured in benchmarks/README.md.
+Threads that share a forward pass wait for the slowest of them after each of its hundreds of operations; with a pass
+each they never wait. Two processes of one thread embedded 98 nodes a second together where one of two threads embedded
+75 (benchmarks/README.md, "Embedding"); threads do as well as processes, because torch releases the GIL, and they need
+one copy of the weights. Little text stays in the calling thread. Switch: `torch.set_num_threads(1)`, which has all
+passes computed in the calling thread. Delete this module when `python benchmarks/throughput.py` is as fast with one
+forward pass on all threads.
 """
 
 from __future__ import annotations
@@ -16,147 +20,148 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_MOST = 8  # of a pass, Python's part of some milliseconds is computed by one thread at a time
-_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by threads and cores of each; they stay
-_STARTING = threading.Lock()
+_MAX_PASSES = 8  # the GIL serialises some milliseconds of each pass
+_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by passes at a time and torch threads of each
+_LOCK = threading.Lock()
 
 
 class Passes:
-    """Passes that were asked for, computed at once where there are threads for it, else when they are added."""
+    """Forward passes, computed in a pool's threads, or in the calling thread when they are added."""
 
     def __init__(self, pool: ThreadPoolExecutor | None = None, threads: int = 1) -> None:
         self._pool = pool
         self._threads = threads
         self._pending: deque[Future[Tensor]] = deque()
-        self._made: list[Tensor] = []
+        self._results: list[Tensor] = []
 
     def add(self, compute: Callable[[], Tensor], *, alone: bool = False) -> None:
-        """Compute it, or have it computed, once no more than one pass is waiting for a thread.
+        """Add a pass, and block while more than one pass waits for a thread.
 
         Args:
-            compute: In `torch.inference_mode` by itself, which is a thread's own.
-            alone: When the others are done, in the calling thread, on all cores.
+            compute: One forward pass. It enters `torch.inference_mode` itself, because that mode is per thread.
+            alone: Compute it in the calling thread on all of torch's threads, after the passes before it.
 
         Raises:
-            Exception: What this pass raised, or one before it.
+            Exception: The exception of this pass or of one before it.
         """
         if self._pool is not None and not alone:
             try:
                 self._pending.append(self._pool.submit(compute))
-            except RuntimeError:  # the main thread has ended, after which no pool takes anything
+            except RuntimeError:  # pools accept no work after the main thread has ended
                 self._pool = None
             else:
-                if len(self._pending) > self._threads:  # what waits takes memory
-                    self._made.append(self._pending.popleft().result())
+                if len(self._pending) > self._threads:  # waiting inputs take memory
+                    self._results.append(self._pending.popleft().result())
                 return
         self.results()
-        self._made.append(compute())
+        self._results.append(compute())
 
     def results(self) -> list[Tensor]:
-        """Of all passes, in the order in which they were added."""
+        """Results of all passes, in the order in which they were added."""
         while self._pending:
-            self._made.append(self._pending.popleft().result())
-        return self._made
+            self._results.append(self._pending.popleft().result())
+        return self._results
 
-    def end(self) -> None:
-        """Return when nothing is computed any more."""
-        for each in self._pending:
-            each.cancel()
+    def cancel(self) -> None:
+        """Cancel the waiting passes and return when no pass is running any more."""
+        for future in self._pending:
+            future.cancel()
         wait(self._pending)
 
 
-def passes_of(device: torch.device, modules: Iterable[nn.Module]) -> int:
-    """How many passes of a model can be computed at once: a processor's threads, at most eight, else 1.
+def max_parallel_passes(device: torch.device, modules: Iterable[nn.Module]) -> int:
+    """Number of forward passes to compute at a time: torch's threads on a CPU, at most eight, else 1.
 
-    It is 1 within an autocast, which is the calling thread's own, and for models that change themselves in a pass.
-    `torch.set_num_threads(1)` before has all passes computed in the calling thread.
+    It is 1 under autocast, which is per thread, and for models whose forward pass changes the model.
     """
-    if device.type != "cpu" or torch.is_autocast_enabled("cpu") or any(_changes(module) for module in modules):
+    if device.type != "cpu" or torch.is_autocast_enabled("cpu") or any(map(_may_change, modules)):
         return 1
-    return min(_MOST, torch.get_num_threads())
+    return min(_MAX_PASSES, torch.get_num_threads())
 
 
-def _changes(module: nn.Module) -> bool:
-    """Whether a pass changes what another computes with: BigBird's attention, RoPE that grows, code we do not know."""
+def _may_change(module: nn.Module) -> bool:
+    """Whether a forward pass may change the module: BigBird's attention, RoPE that grows, or remote code."""
     kind, rope = type(module), str(getattr(module, "rope_type", ""))
-    known = not kind.__module__.startswith("transformers_modules")
-    return not known or kind.__name__ == "BigBirdModel" or "dynamic" in rope or "longrope" in rope
+    remote = kind.__module__.startswith("transformers_modules")
+    return remote or kind.__name__ == "BigBirdModel" or "dynamic" in rope or "longrope" in rope
 
 
 @contextmanager
 def parallel_passes(threads: int) -> Iterator[Passes]:
-    """Passes that so many threads compute, which share torch's threads out; for one, it is the calling thread.
+    """Compute passes in `threads` threads, among which torch's threads are divided.
 
     Args:
-        threads: See `passes_of`. Where the system gives no more threads, it is one.
+        threads: See `max_parallel_passes`. Passes are computed in the calling thread if it is 1, or if the system
+            cannot start the threads.
     """
     passes = Passes(_pool(threads, torch.get_num_threads() // threads) if threads > 1 else None, threads)
     try:
         yield passes
     finally:
-        passes.end()
+        passes.cancel()
 
 
-def _pool(threads: int, cores_each: int) -> ThreadPoolExecutor | None:
-    with _STARTING:
-        pool = _POOLS.get((threads, cores_each))
+def _pool(threads: int, threads_each: int) -> ThreadPoolExecutor | None:
+    """The pool for these numbers, started once per process; None if its threads cannot be started."""
+    with _LOCK:
+        pool = _POOLS.get((threads, threads_each))
         if pool is None:
             pool = ThreadPoolExecutor(threads, thread_name_prefix="embed")
-            if not _started(pool, threads, cores_each):
+            if not _start(pool, threads, threads_each):
                 pool.shutdown()
                 return None
-            _POOLS[threads, cores_each] = pool
+            _POOLS[threads, threads_each] = pool
         return pool
 
 
-def _started(pool: ThreadPoolExecutor, threads: int, cores_each: int) -> bool:
-    """Whether all threads run, each set to so many cores.
+def _start(pool: ThreadPoolExecutor, threads: int, threads_each: int) -> bool:
+    """Start a pool's threads, each with its own number of torch threads, and return whether all of them run.
 
-    torch keeps a number for each thread, and a general one that a thread takes at its first operation. Setting the one
-    sets the other, so that a thread of our own puts the general number back, at once.
+    torch has a number of threads for each thread, and a process-wide one that a thread copies at its first operation.
+    `torch.set_num_threads` sets both, so a helper thread restores the process-wide number right away.
     """
-    together = threading.Barrier(threads + 1)
+    barrier = threading.Barrier(threads + 1)
 
-    def set_cores() -> None:
+    def set_threads() -> None:
         try:
-            torch.get_num_threads()  # takes the general number, which the first operation would do later
-            together.wait()
-            torch.set_num_threads(cores_each)
-            together.wait()
+            torch.get_num_threads()  # copies the process-wide number, as the first operation would
+            barrier.wait()
+            torch.set_num_threads(threads_each)
+            barrier.wait()
         except BaseException:
-            together.abort()
+            barrier.abort()
             raise
 
-    def put_back() -> None:
-        general = torch.get_num_threads()
+    def restore_process_wide() -> None:
+        process_wide = torch.get_num_threads()
         try:
-            together.wait()
-            together.wait()
+            barrier.wait()
+            barrier.wait()
         except threading.BrokenBarrierError:
             pass
         finally:
-            torch.set_num_threads(general)
+            torch.set_num_threads(process_wide)
 
-    keeper = threading.Thread(target=put_back)
+    restorer = threading.Thread(target=restore_process_wide)
     try:
-        keeper.start()
-        for _ in range(threads):  # each waits for all others, so that each is a thread of its own
-            pool.submit(set_cores)
+        restorer.start()
+        for _ in range(threads):  # each waits for all others at the barrier, so each starts a new thread
+            pool.submit(set_threads)
     except BaseException as error:
-        together.abort()
-        if isinstance(error, RuntimeError):  # no more threads, of this process or of the system
+        barrier.abort()
+        if isinstance(error, RuntimeError):  # the system starts no more threads
             return False
         raise
-    keeper.join()
-    return not together.broken
+    restorer.join()
+    return not barrier.broken
 
 
-def _forget() -> None:
-    """A process that was forked has none of these threads."""
-    global _STARTING
-    _STARTING = threading.Lock()
+def _forget_pools() -> None:
+    """Drop the pools, whose threads do not exist in a forked process."""
+    global _LOCK
+    _LOCK = threading.Lock()
     _POOLS.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_forget_pools)

@@ -1,4 +1,13 @@
-"""In which precision a model computes."""
+"""bfloat16 autocast where the hardware computes it natively, with a bound on the kernels that oneDNN and torch keep.
+
+Training steps and the evaluations between them run under autocast, with weights in float32; embedding stays in float32,
+because bfloat16 moves too many of the ten nearest passages (benchmarks/README.md, "Embedding"). On CPUs, oneDNN and
+torch each keep a kernel for up to 1,024 shapes of a matrix product, and texts come in all lengths: with 64 a training
+step takes the same time, at a peak of 2,559 MB instead of 3,132 MB (benchmarks/README.md, "Memory of a step"). Switch:
+`TrainingSettings.precision`, "fp32" for float32; the bounds are environment variables, which win if the user has set
+them (`python benchmarks/speed.py --contenders d --settings default fp32`). Delete `limit_kernel_caches` when a training
+run without it takes no more memory; the rest stays as long as supported hardware emulates bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +16,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-# 1.0 GB instead of 1.6 GB on tenk with MiniLM, in the same time; a chunk of 8 texts needs some 60 kernels at once
-_KERNELS = 64
+# A chunk of 8 texts needs about 60 kernels at a time.
+_MAX_KERNELS = 64
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
-    """Take "bf16" where asked for, or on "auto" where the hardware computes it natively; else "fp32".
+    """Resolve "auto" to "bf16" if the device computes bfloat16 natively, else to "fp32".
 
-    Emulated bfloat16 is slower than float32, so a processor must have AVX512-BF16 or AMX.
+    Emulated bfloat16 is slower than float32, so a CPU needs AVX512-BF16 or AMX.
     """
     if wanted != "auto":
         return wanted
@@ -28,21 +37,19 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def computing_in(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Within it, torch computes in bfloat16 where that keeps what matters ("bf16"), or as it always does ("fp32")."""
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Bfloat16 autocast for "bf16", no change for "fp32"."""
     if precision != "bf16":
         return nullcontext()
     if device.type == "cpu":
-        keep_few_kernels()
+        limit_kernel_caches()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def keep_few_kernels() -> None:
-    """Have torch keep the bfloat16 kernels of the last shapes only, instead of the last thousand.
+def limit_kernel_caches() -> None:
+    """Bound the kernel caches of oneDNN and torch, unless the user has set their environment variables.
 
-    On a processor a kernel is made for each shape of a matrix product, and texts come in all lengths. oneDNN and torch
-    each keep 1,024 of them, half a megabyte and more apiece. Both read their bound from the environment, once, when the
-    first kernel is made: later calls change nothing, and what the user has set stays.
+    Both read the variable once, when the first kernel is compiled; calls after that have no effect.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(_KERNELS))
+        os.environ.setdefault(name, str(_MAX_KERNELS))

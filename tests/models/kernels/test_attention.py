@@ -1,4 +1,4 @@
-"""Attention in blocks must be torch's attention."""
+"""Blocked attention gives the result and the gradients of torch's attention."""
 
 import threading
 
@@ -8,13 +8,21 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import functional
 
 from llama_index_lora_embed.models.kernels import attention as module
-from llama_index_lora_embed.models.kernels.attention import NAME, _Blocks, _blocks, attention, fast_attention
+from llama_index_lora_embed.models.kernels.attention import (
+    NAME,
+    _BlockedAttention,
+    _blocks,
+    attention,
+    blocked_attention,
+)
 from tests.architectures import ARCHITECTURES
-from tests.training.efficiency.test_faster import gradients, prepared
+from tests.helpers.gradients import gradients, prepared
+
+BIDIRECTIONAL = {"bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte"}
 
 
 class Layer(torch.nn.Module):
-    """What an attention function asks its layer."""
+    """The attribute that an attention function reads from its layer."""
 
     def __init__(self, is_causal: bool = False) -> None:
         super().__init__()
@@ -22,7 +30,7 @@ class Layer(torch.nn.Module):
 
 
 def inputs(lengths, heads=3, width=8, dtype=torch.bfloat16, left=False):
-    """q, k, v [texts, heads, tokens, width] laid out as a model's projections, and the padding mask."""
+    """q, k, v [texts, heads, tokens, width] with the memory layout of a model's projections, and the mask."""
     torch.manual_seed(0)
     longest = max(lengths)
     q, k, v = (
@@ -33,57 +41,57 @@ def inputs(lengths, heads=3, width=8, dtype=torch.bfloat16, left=False):
     return q, k, v, there[:, None, None].expand(-1, 1, longest, longest).contiguous()
 
 
-def test_the_gradient_is_that_of_the_formula():
+def test_the_gradient_matches_the_formula():
     q, k, v, _ = inputs([5, 5, 5], dtype=torch.float64)
     spans = [(0, 5), (1, 5), (0, 3)]
 
-    def of_texts(q, k, v):
-        out = _Blocks.apply(q, k, v, spans)
+    def blocked(q, k, v):
+        out = _BlockedAttention.apply(q, k, v, spans)
         return torch.cat([out[i, :, a:b].flatten() for i, (a, b) in enumerate(spans)])
 
-    def plainly(q, k, v):
+    def formula(q, k, v):
         parts = []
         for i, (a, b) in enumerate(spans):
             scores = q[i, :, a:b] @ k[i, :, a:b].transpose(-1, -2)
             parts.append((scores.softmax(-1) @ v[i, :, a:b]).flatten())
         return torch.cat(parts)
 
-    assert torch.allclose(of_texts(q, k, v), plainly(q, k, v), atol=1e-12)
-    assert torch.autograd.gradcheck(of_texts, (q, k, v))
+    assert torch.allclose(blocked(q, k, v), formula(q, k, v), atol=1e-12)
+    assert torch.autograd.gradcheck(blocked, (q, k, v))
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("lengths", [[4, 9, 7, 2], [9, 9], [1, 130, 40, 140], [300]])
-def test_padded_texts_get_torchs_result_and_gradient(lengths, left):
+def test_parity_with_torch_on_padded_texts(lengths, left):
     q, k, v, mask = inputs(lengths, left=left)
     there = mask[:, 0, 0][:, :, None, None]
     g = torch.randn(len(lengths), max(lengths), 3, 8, dtype=torch.bfloat16) * there
-    ours = attention(Layer(), q, k, v, mask)[0]
-    got = (ours * there, *torch.autograd.grad(ours, (q, k, v), g))
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    theirs = functional.scaled_dot_product_attention(*exact, attn_mask=mask).transpose(1, 2)
-    wanted = (theirs * there, *torch.autograd.grad(theirs, exact, g.double()))
-    in_bf16 = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    torchs = (in_bf16 * there, *torch.autograd.grad(in_bf16, (q, k, v), g))
-    for mine, torchs_own, true in zip(got, torchs, wanted, strict=True):
-        error, usual = (
-            float((x.detach().double() - true).norm().detach() / true.norm().detach()) for x in (mine, torchs_own)
+    blocked = attention(Layer(), q, k, v, mask)[0]
+    ours = (blocked * there, *torch.autograd.grad(blocked, (q, k, v), g))
+    in_float64 = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = functional.scaled_dot_product_attention(*in_float64, attn_mask=mask).transpose(1, 2)
+    expected = (exact * there, *torch.autograd.grad(exact, in_float64, g.double()))
+    in_bfloat16 = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    torchs = (in_bfloat16 * there, *torch.autograd.grad(in_bfloat16, (q, k, v), g))
+    for our, torchs_own, true in zip(ours, torchs, expected, strict=True):
+        error, torchs_error = (
+            float((x.detach().double() - true).norm().detach() / true.norm().detach()) for x in (our, torchs_own)
         )
         assert error < 0.01
-        assert error < 3 * usual + 1e-3, "rounding as bfloat16 rounds, no more"
+        assert error < 3 * torchs_error + 1e-3, "no more than bfloat16's rounding"
 
 
-def test_every_token_is_in_exactly_one_block_and_none_is_large(monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 4000)
+def test_every_token_is_in_exactly_one_block_and_no_block_is_too_large(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_SCORES", 4000)
     spans = [(0, 20), (0, 12), (3, 20), (0, 130), (0, 500), (0, 1), (0, 128), (2, 3)]
     heads = 4
     covered = torch.zeros(len(spans), heads, 500, dtype=torch.int64)
-    for (texts, some, tokens), blank in _blocks(spans, heads):
-        shape = covered[texts, some, tokens].shape
+    for index, padding in _blocks(spans, heads):
+        shape = covered[index].shape
         scores = shape[0] * shape[1] * shape[2] ** 2
-        assert scores <= 4000 or (shape[0] == shape[1] == 1), "a text with one head has to be computed at once"
-        there = torch.ones(shape) if blank is None else 1 - blank[:, 0].view(shape).float()
-        covered[texts, some, tokens] += there.long()
+        assert scores <= 4000 or (shape[0] == shape[1] == 1), "one head of one text is never split"
+        there = torch.ones(shape) if padding is None else 1 - padding[:, 0].view(shape).float()
+        covered[index] += there.long()
     for text, (start, end) in enumerate(spans):
         assert (covered[text, :, start:end] == 1).all()
         assert covered[text].sum() == heads * (end - start)
@@ -93,7 +101,7 @@ def test_every_token_is_in_exactly_one_block_and_none_is_large(monkeypatch):
     "change",
     ["float32", "dropout", "bias", "causal", "grouped", "odd mask", "holes", "empty text", "float mask"],
 )
-def test_what_is_not_plain_is_computed_by_torch(change, monkeypatch):
+def test_torch_computes_what_blocks_do_not_support(change, monkeypatch):
     q, k, v, mask = inputs([6, 4])
     layer, more = Layer(), {}
     if change == "float32":
@@ -121,7 +129,7 @@ def test_what_is_not_plain_is_computed_by_torch(change, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_the_gradient_stays_on_every_architecture(name, tmp_path, monkeypatch):
+def test_the_gradient_stays_the_same_on_every_architecture(name, tmp_path, monkeypatch):
     model, loss, batch = prepared(ARCHITECTURES[name].make(tmp_path / name))
 
     def step():
@@ -133,26 +141,23 @@ def test_the_gradient_stays_on_every_architecture(name, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_blocks", lambda *args: used.append(1) or blocks(*args))
     plain = step()
     assert not used
-    with fast_attention(model) as changed:
+    with blocked_attention(model) as changed:
         fast = step()
     assert bool(used) == (bool(changed) and name in BIDIRECTIONAL), (changed, used[:1])
     ours, theirs = (torch.cat([g.flatten() for g in of[1].values()]) for of in (fast, plain))
     assert float(torch.cosine_similarity(ours, theirs, dim=0)) > 0.999
-    assert step()[0] == plain[0], "everything is back"
+    assert step()[0] == plain[0], "the model is restored"
 
 
-BIDIRECTIONAL = {"bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert", "nomic_bert", "gte"}
-
-
-def test_the_models_configuration_is_back_also_after_an_error(tiny_model):
+def test_the_models_configuration_is_restored_after_an_error(tiny_model):
     model = SentenceTransformer(tiny_model, device="cpu")
     config = model.transformers_model.config
 
     def use():
-        with fast_attention(model) as changed:
+        with blocked_attention(model) as changed:
             assert changed == 1
             assert config._attn_implementation == NAME
-            with fast_attention(model) as inner:
+            with blocked_attention(model) as inner:
                 assert inner == 0
             assert config._attn_implementation == NAME
             raise RuntimeError("stop")
@@ -163,7 +168,7 @@ def test_the_models_configuration_is_back_also_after_an_error(tiny_model):
     assert NAME not in str(config.to_dict())
 
 
-def test_threads_do_not_share_their_buffers():
+def test_threads_do_not_share_buffers():
     q, k, v, mask = inputs([40, 30, 20], heads=4)
     alone = attention(Layer(), q, k, v, mask)[0].detach()
     wrong = []
@@ -182,7 +187,7 @@ def test_threads_do_not_share_their_buffers():
     assert not wrong
 
 
-def test_configurations_inside_of_others_get_their_own_back():
+def test_nested_configurations_are_restored_to_their_own_attention():
     from transformers import CLIPConfig
 
     config = CLIPConfig()
@@ -196,13 +201,13 @@ def test_configurations_inside_of_others_get_their_own_back():
             self.vision = torch.nn.Linear(1, 1)
             self.vision.config = config.vision_config
 
-    with fast_attention(Composite()) as changed:
+    with blocked_attention(Composite()) as changed:
         assert changed == 1
         assert (config._attn_implementation, config.vision_config._attn_implementation) == (NAME, "eager")
     assert (config._attn_implementation, config.vision_config._attn_implementation) == ("sdpa", "eager")
 
 
-def test_the_fallback_knows_transformers_without_a_bias_of_positions(monkeypatch):
+def test_the_fallback_passes_no_position_bias_to_releases_of_transformers_without_it(monkeypatch):
     def of_version_5_0(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
         return query, kwargs
 

@@ -1,4 +1,4 @@
-"""oneDNN's product in the place of torch's: the same vectors, whatever happens to the weights."""
+"""oneDNN's product gives the vectors of torch's product, also after the weights have changed."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ TEXTS = list(make_dataset().corpus.values())
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """How many products oneDNN computed."""
+def products(monkeypatch):
+    """The products that oneDNN computed."""
     calls, multiply = [], linear._multiply
 
     def counting(*args):
@@ -28,29 +28,29 @@ def counted(monkeypatch):
     return calls
 
 
-needs_onednn = pytest.mark.skipif(not linear._is_right(), reason="torch has no oneDNN here")
+needs_onednn = pytest.mark.skipif(not linear._is_available(), reason="this build of torch has no oneDNN")
 
 
 @needs_onednn
 @pytest.mark.parametrize("task", ["query", "document"])
-def test_vectors_are_those_of_sentence_transformers(tiny_model, counted, task):
+def test_parity_with_torch(tiny_model, products, task):
     model = SentenceTransformer(tiny_model, device="cpu")
     plain = (model.encode_query if task == "query" else model.encode_document)(TEXTS)
     assert np.abs(encode(model, TEXTS, task) - plain).max() < 1e-6
-    assert counted, "oneDNN was asked"
-    before = len(counted)
+    assert products, "oneDNN was used"
+    before = len(products)
     assert np.abs(encode(model, TEXTS, task, fused=False) - plain).max() < 1e-6
-    assert len(counted) == before
-    assert not [layer for layer in model.modules() if "forward" in layer.__dict__], "nothing stays behind"
+    assert len(products) == before
+    assert not [layer for layer in model.modules() if "forward" in layer.__dict__], "the model is restored"
 
 
 @needs_onednn
-def test_weights_that_change_are_ordered_again(counted):
+def test_changed_weights_are_reordered(products):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(3, 64)
 
     def fused():
-        with torch.inference_mode(), linear.fast_linear(model.modules()):
+        with torch.inference_mode(), linear.onednn_linear(model.modules()):
             return model(x)
 
     def changed(change):
@@ -77,13 +77,13 @@ def test_weights_that_change_are_ordered_again(counted):
         second = changed(change)
         assert not torch.allclose(first, second)
         first = second
-    assert len(counted) == 4
+    assert len(products) == 4
 
 
 @needs_onednn
-def test_gradients_autocast_and_empty_batches_go_torchs_way(counted):
+def test_torch_computes_gradients_autocast_and_empty_batches(products):
     model, x = nn.Sequential(nn.Linear(64, 32, bias=False)), torch.randn(3, 64)
-    with linear.fast_linear(model.modules()):
+    with linear.onednn_linear(model.modules()):
         model(x).sum().backward()
         assert model[0].weight.grad is not None
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -91,57 +91,62 @@ def test_gradients_autocast_and_empty_batches_go_torchs_way(counted):
         with torch.no_grad():
             assert model(torch.zeros(0, 64)).shape == (0, 32)
             assert model(x.double().float()).shape == (3, 32)
-    assert len(counted) == 1
+    assert len(products) == 1
 
 
 @needs_onednn
-def test_gelu_takes_no_memory_of_its_own_where_nothing_is_learnt(counted):
+def test_gelu_works_in_place_unless_gradients_are_enabled(products):
     model, x = nn.Sequential(nn.Linear(64, 32), GELUActivation()), torch.randn(3, 64)
     with torch.no_grad():
         expected = model(x)
-    kept = []
-    model[0].register_forward_hook(lambda *args: kept.append(args[2]))
-    with linear.fast_linear(model.modules()):
+    outputs = []
+    model[0].register_forward_hook(lambda *args: outputs.append(args[2]))
+    with linear.onednn_linear(model.modules()):
         with torch.inference_mode():
-            made = model(x)
-        assert kept[0].data_ptr() == made.data_ptr()
-        assert torch.allclose(made, expected, atol=1e-6)
-        learnt = model(x)
-    assert kept[1].data_ptr() != learnt.data_ptr()
-    learnt.sum().backward()
+            inferred = model(x)
+        assert outputs[0].data_ptr() == inferred.data_ptr()
+        assert torch.allclose(inferred, expected, atol=1e-6)
+        trained = model(x)
+    assert outputs[1].data_ptr() != trained.data_ptr()
+    trained.sum().backward()
     assert model[0].weight.grad is not None
     assert not [module for module in model if "forward" in module.__dict__]
 
 
-def test_somebody_elses_forward_stays():
+def test_a_forward_that_was_replaced_before_is_kept():
     gelu = GELUActivation()
     gelu.forward = lambda x: x + 7
-    with torch.inference_mode(), linear.fast_linear([nn.Linear(2, 2), gelu]):
+    with torch.inference_mode(), linear.onednn_linear([nn.Linear(2, 2), gelu]):
         assert float(gelu(torch.zeros(1))) == 7
     assert float(gelu(torch.zeros(1))) == 7
 
 
 @needs_onednn
-def test_whoever_has_the_model_may_change_it_in_any_way(adapter, counted):
+def test_a_model_that_was_handed_out_may_be_changed_in_any_way(adapter, products):
     embed_model = LoraEmbedding(adapter, merge=False, device="cpu")
     before = np.array(embed_model.get_text_embedding(TEXTS[0]))
-    asked = len(counted)
-    assert asked
+    before_change = len(products)
+    assert before_change
     for name, parameter in embed_model.sentence_transformer.named_parameters():
         if "query" in name and "weight" in name and "lora" not in name:
-            parameter.data.mul_(3)  # which no version counts
+            parameter.data.mul_(3)  # a change that no version counter sees
     after = np.array(embed_model.get_text_embedding(TEXTS[0]))
     assert np.abs(after - before).max() > 1e-4
-    assert len(counted) == asked
+    assert len(products) == before_change
 
 
-def test_another_torch_and_large_models_go_torchs_way(monkeypatch, counted):
+def test_the_switch_another_build_and_large_models_leave_the_product_to_torch(monkeypatch, products):
     model, x = nn.Sequential(nn.Linear(64, 32)), torch.randn(3, 64)
     with torch.no_grad():
         expected = model(x)
-    for name, value in (("_MOST_BYTES", 10), ("_is_right", lambda: False)):
+    changes = (
+        (torch.backends.mkldnn, "enabled", False),
+        (linear, "_MAX_BYTES", 10),
+        (linear, "_agrees_with_torch", lambda: False),
+    )
+    for owner, name, value in changes:
         with monkeypatch.context() as patch:
-            patch.setattr(linear, name, value)
-            with torch.inference_mode(), linear.fast_linear(model.modules()):
+            patch.setattr(owner, name, value)
+            with torch.inference_mode(), linear.onednn_linear(model.modules()):
                 assert torch.equal(model(x), expected)
-    assert not counted
+    assert not products

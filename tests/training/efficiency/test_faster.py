@@ -1,160 +1,21 @@
 """What makes a step cheaper must not change what is learnt."""
 
-import os
-
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
-from sentence_transformers import SentenceTransformer
 
-from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.models import base_model
-from llama_index_lora_embed.models.kernels.lora import fast_lora
-from llama_index_lora_embed.models.kernels.precision import computing_in
+from llama_index_lora_embed.models.kernels.lora import fused_lora
 from llama_index_lora_embed.training.efficiency import frozen_layers as prefix_module
 from llama_index_lora_embed.training.efficiency.frozen_layers import TEXT_IDS, HiddenStateCache, HiddenStates
-from llama_index_lora_embed.training.lora import add_lora, upper_modules
-from llama_index_lora_embed.training.objectives.collator import make_groups
+from llama_index_lora_embed.training.lora import upper_modules
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
-from llama_index_lora_embed.training.objectives.plan import training_plan
-from llama_index_lora_embed.training.train import set_length
 from tests.architectures import ARCHITECTURES, llama
-from tests.conftest import make_dataset
+from tests.helpers.gradients import assert_same, chunks, gradients, prepared
 from tests.training.checkpointing.stops import stop_at
 from tests.training.checkpointing.test_checkpoints import engine, weights
-
-
-def prepared(path, config=None, objective=None):
-    """Model, loss and one batch, with an adapter that already does something."""
-    model = base_model.load_base(base_model.describe_base(str(path)), device="cpu")
-    dataset, settings = make_dataset(), TrainingSettings()
-    set_length(model, dataset, settings, False)
-    torch.manual_seed(0)
-    add_lora(model, config, settings)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    groups = make_groups(dataset, False)
-    plan = training_plan(model, dataset, groups, None, settings, objective)
-    batch = plan.inputs["data_collator"]([{"group": i} for i in range(12)])
-    model.eval()
-    return model, plan.inputs["loss"], batch
-
-
-def chunks(batch):
-    names = [name.removesuffix("input_ids") for name in batch if name.endswith("input_ids")]
-    return [{key[len(name) :]: value for key, value in batch.items() if key.startswith(name)} for name in names]
-
-
-def gradients(model, loss, batch):
-    model.zero_grad()
-    value = loss(chunks(batch), batch["label"])
-    value.backward()
-    return float(value), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours, theirs, tolerance=1e-5):
-    assert ours[0] == pytest.approx(theirs[0], abs=tolerance)
-    assert ours[1].keys() == theirs[1].keys()
-    for name, gradient in theirs[1].items():
-        scale = float(gradient.abs().max())
-        assert float((ours[1][name] - gradient).abs().max()) <= tolerance * max(scale, 1e-3), name
-    assert max(float(g.abs().max()) for g in theirs[1].values()) > 1e-3
-
-
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_the_fused_step_has_pefts_gradient_on_every_architecture(name, tmp_path):
-    model, loss, batch = prepared(ARCHITECTURES[name].make(tmp_path / name))
-    plain = gradients(model, loss, batch)
-    with fast_lora(model) as changed:
-        assert changed == 2 * len(ARCHITECTURES[name].targets)
-        assert_same(gradients(model, loss, batch), plain)
-    assert_same(gradients(model, loss, batch), plain)
-
-
-def test_the_fused_step_has_pefts_gradient_under_autocast_and_keeps_less(tiny_model):
-    # in one piece: memory that chunks free is used again, and would be counted once or twice by chance
-    model, loss, batch = prepared(tiny_model, objective=ObjectiveSettings(mini_batch_size=None))
-
-    def kept(run):
-        seen = {}
-
-        def pack(tensor):
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = run()
-        return result, sum(seen.values())
-
-    def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return gradients(model, loss, batch)
-
-    plain, before = kept(step)
-    with fast_lora(model):
-        fused, after = kept(step)
-    assert after < 0.9 * before
-    for name, gradient in plain[1].items():
-        assert float(torch.cosine_similarity(fused[1][name].flatten(), gradient.flatten(), dim=0)) > 0.999
-
-
-def test_weights_that_bfloat16_holds_exactly_are_held_once(tiny_model):
-    model, loss, batch = prepared(tiny_model)
-    texts = list(make_dataset().corpus.values())
-    frozen = {name: module for name, module in model.named_modules() if name.endswith(".base_layer")}
-    with torch.no_grad():
-        for number, module in enumerate(frozen.values()):
-            if number % 2:  # as if it had been stored in bfloat16
-                module.weight.copy_(module.weight.to(torch.bfloat16))
-    before = {name: module.weight.detach().clone() for name, module in frozen.items()}
-    vectors = model.encode(texts)
-
-    def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return gradients(model, loss, batch)
-
-    def dtypes():
-        return [module.weight.dtype for module in frozen.values()]
-
-    with fast_lora(model):
-        first = step()
-        assert dtypes() == [torch.float32, torch.bfloat16] * (len(frozen) // 2)
-        assert np.array_equal(model.encode(texts), vectors), "a forward pass in float32 has float32 weights"
-        assert set(dtypes()) == {torch.float32}
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-            model.encode(texts)
-        again = step()
-        assert dtypes().count(torch.bfloat16) == len(frozen) // 2
-    assert again[0] == first[0]
-    assert all(torch.equal(gradient, first[1][name]) for name, gradient in again[1].items())
-    assert all(torch.equal(module.weight, before[name]) for name, module in frozen.items())
-    assert set(dtypes()) == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [LoraConfig(r=4, lora_dropout=0.1), LoraConfig(r=4, use_dora=True), LoraConfig(r=4, bias="lora_only")],
-    ids=["dropout", "dora", "bias"],
-)
-def test_what_is_not_plain_keeps_pefts_forward(tiny_model, config):
-    model, _, _ = prepared(tiny_model, config)
-    with fast_lora(model) as changed:
-        assert changed == 0
-
-
-def test_forward_passes_without_gradients_are_pefts_own(tiny_model):
-    model, _, _ = prepared(tiny_model)
-    texts = list(make_dataset().corpus.values())
-    before = model.encode(texts)
-    with fast_lora(model):
-        assert np.array_equal(model.encode(texts), before)
-        model.disable_adapters()
-        base = model.encode(texts)
-        model.enable_adapters()
-    assert np.abs(base - SentenceTransformer(tiny_model, device="cpu").encode(texts)).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -241,7 +102,7 @@ def test_what_others_put_in_a_layers_place_is_there_again_afterwards(tiny_model)
     layer, lora = loss.prefix.layers[0], next(m for m in model.modules() if isinstance(m, LoraLinear))
     theirs = [layer.forward, lora.forward]
     layer.forward, lora.forward = theirs
-    with fast_lora(model) as changed:
+    with fused_lora(model) as changed:
         gradients(model, loss, batch)
     assert [layer.__dict__["forward"], lora.__dict__["forward"]] == theirs
     assert changed == len([m for m in model.modules() if isinstance(m, LoraLinear)]) - 1
@@ -298,25 +159,3 @@ def test_a_stopped_run_with_frozen_layers_resumes_bit_by_bit(tiny_model, tmp_pat
     resumed = engine(tiny_model, tmp_path / "run", lora_layers=0.5, resume_from_checkpoint=True).finetune()
     assert resumed.fingerprint == calm.fingerprint
     assert resumed.history == calm.history
-
-
-def test_a_merged_lora_counts_once(tiny_model):
-    model, _, _ = prepared(tiny_model)
-    texts = list(make_dataset().corpus.values())
-    with fast_lora(model), torch.autocast("cpu", dtype=torch.bfloat16):
-        unmerged = model.encode(texts)
-        for layer in (m for m in model.modules() if isinstance(m, LoraLinear)):
-            layer.merge()
-        assert np.abs(model.encode(texts) - unmerged).max() < 0.01
-
-
-def test_few_kernels_are_kept_unless_the_user_has_said_how_many(monkeypatch):
-    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
-    computing_in("fp32", torch.device("cpu"))
-    assert not set(names) & set(os.environ)
-    monkeypatch.setenv(names[0], "7")
-    computing_in("bf16", torch.device("cpu"))
-    assert os.environ[names[0]] == "7"
-    assert 0 < int(os.environ[names[1]]) < 1024
