@@ -1,4 +1,4 @@
-"""One class for each thing that a user can hint, every message with got, expected and the hint; and warnings."""
+"""The error classes of this package; every message says what was found, what was expected and how to fix it."""
 
 from __future__ import annotations
 
@@ -29,31 +29,30 @@ __all__ = [
 ]
 
 _SHOWN = 20
-_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep  # the whole package
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def warn_user(message: str) -> None:
-    """Warn with a `UserWarning` that points at the line of the user's own code, however deep in this package it is."""
+    """Issue a `UserWarning` that points at the line of the user's code that called this package."""
     level, outermost = 2, 1
     while level < 100:
         try:
             frame = sys._getframe(level - 1)
         except ValueError:
             break
-        if frame.f_code.co_filename.startswith(_HERE):
-            outermost = level  # other libraries' frames can lie between ours
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            outermost = level  # frames of other libraries may lie between those of this package
         level += 1
-    level = outermost + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, UserWarning, stacklevel=outermost + 1)
 
 
 class LoraEmbedError(Exception):
-    """Base of all errors that this package raises on purpose.
+    """Base class of the errors of this package.
 
     Args:
         got: What was found, with the offending value.
-        expected: What would have been right.
-        hint: What the user can do about it.
+        expected: What would have been accepted.
+        hint: How to fix it, as a sentence or as code.
     """
 
     def __init__(self, got: str, expected: str, hint: str) -> None:
@@ -67,12 +66,19 @@ class LoraEmbedError(Exception):
 
 
 class _ListedError(LoraEmbedError):
-    """An error with several problems, all of them named at once."""
+    """An error that reports several problems at once.
+
+    Args:
+        got: As for `LoraEmbedError`.
+        expected: As for `LoraEmbedError`.
+        hint: As for `LoraEmbedError`.
+        problems: One line each; the message shows the first twenty.
+    """
 
     def __init__(self, got: str, expected: str, hint: str, problems: Sequence[str] = ()) -> None:
         super().__init__(got, expected, hint)
         self.problems = list(problems)
-        self.args = (got, expected, hint, self.problems)  # so that pickling keeps the list
+        self.args = (got, expected, hint, self.problems)  # pickling passes these to __init__
 
     def __str__(self) -> str:
         lines = [f"  - {problem}" for problem in self.problems[:_SHOWN]]
@@ -82,23 +88,23 @@ class _ListedError(LoraEmbedError):
 
 
 class ConfigError(_ListedError, ValueError):
-    """Arguments are wrong; `.problems` holds one line for each of them."""
+    """Arguments are invalid; `.problems` has one line for each of them."""
 
 
 class DatasetError(_ListedError, ValueError):
-    """A dataset cannot be trained on or evaluated with; `.problems` names every offending id."""
+    """A dataset cannot be used for training or evaluation; `.problems` names every offending id."""
 
 
 class JournalError(LoraEmbedError):
-    """A journal of LLM answers is of another format, in use, or cannot be written."""
+    """A journal of LLM answers has another format, is in use, or cannot be written."""
 
 
 class JournalInUseError(JournalError):
-    """Another run has the journal open."""
+    """Another run is using the journal."""
 
 
 class LLMError(LoraEmbedError):
-    """An LLM gave no usable answer."""
+    """An LLM returned no usable answer."""
 
 
 class SplitError(LoraEmbedError, ValueError):
@@ -106,13 +112,13 @@ class SplitError(LoraEmbedError, ValueError):
 
 
 class ModelNotFoundError(LoraEmbedError, FileNotFoundError):
-    """A model id or path leads to no loadable sentence-transformers or transformers model."""
+    """There is no loadable sentence-transformers or transformers model under a model id or path."""
 
-    __str__ = LoraEmbedError.__str__  # OSError's own would print the first two arguments as errno
+    __str__ = LoraEmbedError.__str__  # OSError would print the first two arguments as an errno
 
 
 class BaseModelMismatchError(LoraEmbedError):
-    """The base model's weights are not those that the adapter was trained on."""
+    """The base model's weights differ from those that the adapter was trained on."""
 
 
 class AdapterError(LoraEmbedError):
@@ -120,31 +126,31 @@ class AdapterError(LoraEmbedError):
 
 
 class WrongIndexError(LoraEmbedError):
-    """An index was built with another embedding model than the one that it is asked with."""
+    """An index was built with another embedding model than the one that queries it."""
 
 
 class UnsafeCheckpointError(AdapterError):
-    """Weights are stored in a pickle, which can run code when loaded."""
+    """Weights are stored as a pickle, which can run code when it is loaded."""
 
 
 class OutputDirectoryError(LoraEmbedError):
-    """The output directory cannot be written, or writing there would destroy somebody's files."""
+    """The output directory cannot be written, or writing to it would destroy other files."""
 
 
 class ExportError(LoraEmbedError):
-    """A model cannot be exported, or what was exported is too far from it."""
+    """A model cannot be exported, or the exported model deviates too much from it."""
 
 
 class HubError(LoraEmbedError):
-    """The Hugging Face Hub cannot be reached, or does not allow what was asked of it."""
+    """The Hugging Face Hub cannot be reached, or refuses a request."""
 
 
 class NonFiniteLossError(LoraEmbedError):
-    """A loss or the vectors of a model became NaN or infinite."""
+    """A loss or an embedding is NaN or infinite."""
 
 
 class DeviceMemoryError(LoraEmbedError):
-    """A device's memory does not hold a training step."""
+    """A training step does not fit into the device's memory."""
 
 
 class MissingExtraError(LoraEmbedError, ImportError):

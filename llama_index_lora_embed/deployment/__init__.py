@@ -2,17 +2,16 @@
 
 from llama_index_lora_embed.deployment.hub import push_to_hub
 from llama_index_lora_embed.deployment.index_stamp import IndexStamp, read_index_stamp, stamp_index, verify_index
-from llama_index_lora_embed.deployment.registry import RunRegistry
+from llama_index_lora_embed.deployment.registry import Gate, RunRegistry, Version, VersionComparison
 from llama_index_lora_embed.deployment.reindex import (
     ChromaIndexStore,
     FolderIndexStore,
     IndexStore,
-    Reindexed,
+    ReindexResult,
     open_index,
     reindex,
     roll_back,
 )
-from llama_index_lora_embed.deployment.versions import Gate, Version, VersionComparison
 from llama_index_lora_embed.embedding.export import Certificate, export_model
 
 __all__ = [
@@ -22,7 +21,7 @@ __all__ = [
     "Gate",
     "IndexStamp",
     "IndexStore",
-    "Reindexed",
+    "ReindexResult",
     "RunRegistry",
     "Version",
     "VersionComparison",

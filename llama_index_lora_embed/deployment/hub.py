@@ -1,4 +1,4 @@
-"""An adapter directory on the Hugging Face Hub."""
+"""Publish an adapter directory on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload an adapter directory as one commit; `LoraEmbedding(repo_id, revision=...)` loads it from there.
+    """Upload an adapter directory as one commit; `LoraEmbedding(repo_id, revision=...)` loads it.
 
-    Every file is checked against its digest first. The model card is the directory's README.md, with the repository in
-    its examples unless somebody has edited it. What `finetune()` wrote is uploaded, without paths of this computer, and
-    nothing else that lies there.
+    Every file is checked against its digest first. Only files that `finetune()` wrote are uploaded, without paths of
+    this computer. The model card is the directory's README.md; unless a user has edited it, its examples name the
+    repository.
 
     Args:
         adapter_path: A directory that this package wrote.
-        repo_id: "user/name"; the repository is made if it is not there.
-        base_model: Hub id of the base, where the adapter was trained on one in a folder. Who loads the adapter checks
-            that its weights are those that it was trained on.
-        private: Of a repository that is made now; None for the account's default.
-        revision: Branch to commit to; None for the main one.
-        create_pr: Open a pull request instead.
-        commit_message: None names verdict and fingerprint.
-        token: Of huggingface_hub; None for the one that `hf auth login` has kept.
+        repo_id: "user/name"; a missing repository is created.
+        base_model: Hub id of the base model; required if the adapter was trained on a base in a folder. Loading the
+            adapter checks that the base has the weights that it was trained on.
+        private: Visibility of a repository that is created now; None for the account's default.
+        revision: Branch to commit to; None for the main branch.
+        create_pr: Open a pull request instead of committing to the branch.
+        commit_message: None for a message with the verdict and the fingerprint.
+        token: Hub token; None for the one stored by `hf auth login`.
 
     Returns:
-        The commit: 40 hexadecimal digits, to be given to `LoraEmbedding(revision=...)`.
+        The commit hash, 40 hexadecimal digits, for `LoraEmbedding(revision=...)`.
 
     Raises:
-        AdapterError: The directory is damaged, or not one of this package.
-        ConfigError: The base lies in a folder, where nobody else would find it, or base_model is no id.
-        HubError: The Hub cannot be reached, or does not allow it; nothing was committed.
+        AdapterError: The directory is damaged, or this package did not write it.
+        ConfigError: The base is in a folder, where other users cannot find it, or base_model is not a Hub id.
+        HubError: The Hub cannot be reached or refuses the upload; nothing was committed.
 
     Example:
         >>> push_to_hub("runs/handbook", "me/handbook-lora")  # doctest: +SKIP
@@ -66,30 +66,32 @@ def push_to_hub(
     manifest = adapter_directory.check_files(path)
     if manifest is None:
         raise AdapterError(
-            f"{str(path)!r} without a {MANIFEST_NAME}", "an adapter directory that this package wrote", "Train one."
+            f"{str(path)!r} without a {MANIFEST_NAME}",
+            "an adapter directory that this package wrote",
+            "Pass the model_output_path of a run.",
         )
     if base_model is not None and (
         not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) or base_model.startswith(".") or Path(base_model).exists()
     ):
         raise ConfigError(
             f"base_model={base_model!r}",
-            "the base's id on the Hub",
+            "the Hub id of the base model",
             'base_model="sentence-transformers/all-MiniLM-L6-v2"',
         )
     if base_model is None and manifest.base.get("revision") is None:
         raise ConfigError(
             f"an adapter for the base in the folder {manifest.base.get('model_id')!r}",
-            "a base that others can find",
-            'push_to_hub(path, repo_id, base_model="sentence-transformers/all-MiniLM-L6-v2"), or wherever yours is.',
+            "a base on the Hub, where other users can find it",
+            'push_to_hub(path, repo_id, base_model="sentence-transformers/all-MiniLM-L6-v2")',
         )
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder) / "adapter"
-        for name in (*manifest.files, MANIFEST_NAME, _CARD):  # and nothing else that somebody has put there
+        for name in (*manifest.files, MANIFEST_NAME, _CARD):  # no other files of the user
             if (path / name).exists():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path / name, staging / name)
-        _for_others(staging, manifest, repo_id, base_model)
+        _remove_local_paths(staging, manifest, repo_id, base_model)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
@@ -103,19 +105,21 @@ def push_to_hub(
                 or f"{manifest.verdict.split(':')[0] or 'LoRA adapter'}, fingerprint {manifest.fingerprint[:12]}",
             )
         except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError, ValueError, RuntimeError) as error:
-            said = (str(error).splitlines() or [""])[0]
+            reason = (str(error).splitlines() or [""])[0]
             raise HubError(
-                f"no commit to {repo_id!r} ({type(error).__name__}: {said})",
-                "a repository that can be written",
-                "Log in with `hf auth login`, pass token=, or check the name and HF_HUB_OFFLINE.",
+                f"no commit to {repo_id!r} ({type(error).__name__}: {reason})",
+                "a repository with write access",
+                "Log in with `hf auth login` or pass token=, and check the name and HF_HUB_OFFLINE.",
             ) from error
     return commit.oid
 
 
-def _for_others(directory: Path, manifest: adapter_directory.Manifest, repo_id: str, base_model: str | None) -> None:
-    """Change a copy of an adapter directory so that it names nothing of this computer."""
+def _remove_local_paths(
+    directory: Path, manifest: adapter_directory.Manifest, repo_id: str, base_model: str | None
+) -> None:
+    """Replace the paths of this computer in a copy of an adapter directory."""
     card, config = directory / _CARD, directory / adapter_directory.CONFIG_NAME
-    own_card = card.exists() and card.read_text(encoding="utf-8", errors="replace") != model_card(manifest)
+    edited = card.exists() and card.read_text(encoding="utf-8", errors="replace") != model_card(manifest)
     if base_model is not None:
         manifest = replace(manifest, base={**manifest.base, "model_id": base_model, "revision": None})
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -123,7 +127,7 @@ def _for_others(directory: Path, manifest: adapter_directory.Manifest, repo_id: 
     config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     if manifest.parent is not None:
         manifest = replace(manifest, parent={**manifest.parent, "path": ""})
-    if not own_card:
+    if not edited:
         card.write_text(model_card(manifest, repo_id, base_on_hub=True), encoding="utf-8")
     manifest = replace(manifest, files=adapter_directory.digests(directory))
     (directory / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2), encoding="utf-8")

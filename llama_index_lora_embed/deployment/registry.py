@@ -1,4 +1,4 @@
-"""Versions of a model over time: an index that only grows, over the manifests of the runs."""
+"""A registry of the versions of a model: an append-only index over the manifests of their runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,13 @@ import numpy as np
 
 from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
-from llama_index_lora_embed.core.files import write_json
+from llama_index_lora_embed.core.files import append_json_line, read_json_lines, write_json
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.deployment.versions import Gate, Version, VersionComparison
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 from llama_index_lora_embed.evaluation.report.run_facts import RunFacts
 from llama_index_lora_embed.evaluation.report.tables import Table
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, judged_digest
-from llama_index_lora_embed.evaluation.retrieval_comparison import differences
+from llama_index_lora_embed.evaluation.retrieval_comparison import Difference, differences
 from llama_index_lora_embed.evaluation.significance import FEWEST, paired_intervals
 from llama_index_lora_embed.models.adapter_directory import Manifest
 
@@ -34,26 +33,116 @@ if TYPE_CHECKING:
 _INDEX = "versions.jsonl"
 _EVALUATIONS = "evaluations"
 _METRIC = "ndcg@10"
+_OLD_NAMES = {"judged_on": "evaluated_on"}  # keys of registries from before version 0.1
 TOLERANCE = 0.01
-"""nDCG@10 that the gate gives away: an interval has a width, so that with 0 only a clear gain would pass."""
+"""Accepted loss of nDCG@10: with 0, the width of the interval would let only a clear gain pass."""
 
 
-Versions = list[Version]
+@dataclass(frozen=True)
+class Version:
+    """A registered version.
+
+    Attributes:
+        name: Unique in the registry.
+        path: Adapter directory when it was registered.
+        fingerprint: Fingerprint of the model.
+        created: When it was trained; UTC, ISO 8601.
+        added: When it was registered; UTC, ISO 8601.
+        base: Hub id or folder of the base model.
+        trained_on: Digest of the training set.
+        verdict: The verdict of its run, in one sentence.
+        metrics: Means on `evaluated_on`; empty if it was not evaluated.
+        evaluated_on: Digest of the evaluation dataset; None if it was not evaluated.
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+    created: str
+    added: str
+    base: str
+    trained_on: str
+    verdict: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluated_on: str | None = None
+
+    @property
+    def status(self) -> str:
+        """What its directory holds now: "there", "replaced" (another model) or "gone"."""
+        try:
+            manifest = Manifest.read(Path(self.path))
+        except AdapterError:
+            return "replaced"
+        if manifest is None:
+            return "gone"
+        return "there" if manifest.fingerprint == self.fingerprint else "replaced"
+
+
+@dataclass(frozen=True)
+class VersionComparison:
+    """Two versions side by side.
+
+    Attributes:
+        before: The first version.
+        after: The second version.
+        changed: How their training differs: setting to (before, after).
+        metrics: Differences on the same queries, after minus before; None if they were evaluated on different datasets.
+    """
+
+    before: Version
+    after: Version
+    changed: dict[str, tuple[Any, Any]]
+    metrics: dict[str, Difference] | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.before.name} ({self.before.created}) against {self.after.name} ({self.after.created})"]
+        lines += [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in self.changed.items()]
+        if self.metrics is None:
+            return "\n".join([*lines, "  evaluated on different datasets, so that their metrics cannot be compared"])
+        for name, m in self.metrics.items():
+            low, high = m.interval
+            lines.append(f"  {name}: {m.base:.3f} -> {m.tuned:.3f}, {m.difference:+.3f} ({low:+.3f} to {high:+.3f})")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a version is no worse than the promoted one; true if so.
+
+    Attributes:
+        passed: The lower end of the 95 % interval of the difference is at least -tolerance, and there are enough
+            queries; or no version is promoted yet.
+        reason: In one sentence.
+        difference: nDCG@10 of both; None if no version is promoted.
+    """
+
+    passed: bool
+    reason: str
+    difference: Difference | None = None
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        return f"{'PASSED' if self.passed else 'NOT PASSED'}: {self.reason}"
+
+
+Versions = list[Version]  # within the class, `list` is its method
 
 
 class RunRegistry:
-    """A folder that remembers versions, what they were judged by, and which one is in use.
+    """A folder that records versions, their metrics, and which one is promoted.
 
-    Its index only grows: lines are appended under a lock and synced, and a line that a kill cut short is passed over.
+    The index is append-only: lines are added under a lock and synced, and a line that was cut short is skipped.
 
     Args:
-        path: The folder; made when the first version is added.
+        path: The folder; created with the first version.
 
     Example:
         >>> registry = RunRegistry("runs/registry")  # doctest: +SKIP
         >>> registry.add("runs/handbook", dataset=val)  # doctest: +SKIP
         >>> if registry.gate("v2"):  # doctest: +SKIP
-        ...     registry.use("v2")
+        ...     registry.promote("v2")
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -72,16 +161,16 @@ class RunRegistry:
         """Register the model in an adapter directory.
 
         Args:
-            adapter_path: What a run has written.
-            dataset: What to judge it by; the same one for all versions, so that they can be compared.
-            evaluation: Of the model on this dataset; None evaluates it now.
-            embed_model: What to evaluate it with; None for `LoraEmbedding(adapter_path)`.
-            name: Letters, digits, ".", "_" and "-"; None counts on: v1, v2, ...
+            adapter_path: Output directory of a run.
+            dataset: Evaluation dataset; use the same one for all versions, so that they can be compared.
+            evaluation: Evaluation of the model on this dataset; None evaluates it now.
+            embed_model: The model to evaluate; None for `LoraEmbedding(adapter_path)`.
+            name: Letters, digits, ".", "_" and "-"; None for v1, v2, ...
 
         Raises:
-            AdapterError: There is no manifest, or a damaged one.
+            AdapterError: The manifest is missing or damaged.
             ConfigError: The name is taken or not allowed, or there is an evaluation without a dataset.
-            DatasetError: The evaluation is of other queries.
+            DatasetError: The evaluation comes from another dataset.
             OutputDirectoryError: The registry cannot be written.
         """
         manifest = RunFacts.read(adapter_path).manifest
@@ -90,22 +179,22 @@ class RunRegistry:
         if name is not None and (not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name)):
             raise ConfigError(f"name={name!r}", "letters, digits, '.', '_' and '-'", "name='2026-11-handbook'")
         self._check_new(name)
-        judged_on = None
+        digest = None
         if dataset is not None:
             dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-            judged_on = judged_digest(dataset)
+            digest = judged_digest(dataset)
             if evaluation is None:
                 evaluation = evaluate_retrieval(embed_model or LoraEmbedding(adapter_path), dataset)
-            elif evaluation.per_query.keys() != dataset.queries.keys() or evaluation.digest not in ("", judged_on):
+            elif evaluation.per_query.keys() != dataset.queries.keys() or evaluation.digest not in ("", digest):
                 raise DatasetError(
                     "an evaluation of other queries or passages than the dataset's",
-                    "one of this dataset",
-                    "Evaluate it again.",
+                    "an evaluation of this dataset",
+                    "Evaluate the model again.",
                 )
         with self._locked():
             self._check_new(name)
             versions = self.list()
-            taken = {version.name.lower() for version in versions}  # some file systems know no capitals
+            taken = {version.name.lower() for version in versions}  # some file systems ignore case
             number = len(versions) + 1
             while name is None or name in taken:
                 name, number = f"v{number}", number + 1
@@ -119,165 +208,150 @@ class RunRegistry:
                 trained_on=str(manifest.dataset.get("digest", "")),
                 verdict=manifest.verdict,
                 metrics={} if evaluation is None else evaluation.metrics,
-                judged_on=judged_on,
+                evaluated_on=digest,
             )
             if evaluation is not None:
-                self._keep(version, evaluation)
-            self._append({"event": "add", **asdict(version)})
+                self._save_evaluation(version, evaluation)
+            append_json_line(self._index, {"event": "add", **asdict(version)})
         return version
 
     def list(self) -> Versions:
-        """All versions, the oldest first."""
-        known = {field.name for field in fields(Version)}  # a newer version of this package may write more
-        return [Version(**{k: v for k, v in e.items() if k in known}) for e in self._events() if e["event"] == "add"]
+        """All versions, oldest first."""
+        known = {field.name for field in fields(Version)}  # a later release may write more
+        events = [{_OLD_NAMES.get(k, k): v for k, v in e.items()} for e in self._events() if e["event"] == "add"]
+        return [Version(**{k: v for k, v in event.items() if k in known}) for event in events]
 
     def show(self, name: str) -> str:
-        """A version in words: what it is, what it was trained on, its measures, and whether it is still there."""
-        version = self._find(name)
-        used = self.in_use()
+        """A version as text: its model, training set, metrics, and whether its directory still holds it.
+
+        Raises:
+            ConfigError: The name is unknown.
+        """
+        version, promoted = self._find(name), self.promoted()
         rows = [(key.replace("_", " "), str(value)) for key, value in asdict(version).items() if key != "metrics"]
-        rows.append(("in use", "yes" if used is not None and used.name == name else "no"))
+        rows.append(("promoted", "yes" if promoted is not None and promoted.name == name else "no"))
         rows.append(("directory", version.status))
         rows += [(metric, f"{value:.3f}") for metric, value in version.metrics.items()]
         width = max(len(key) for key, _ in rows)
         return "\n".join(f"{key:{width}}  {value}" for key, value in rows)
 
     def table(self) -> Table:
-        """All versions with their measures."""
-        used = self.in_use()
+        """All versions with their metrics."""
+        promoted = self.promoted()
         rows = [
             (
-                v.name + (" (in use)" if used is not None and v.name == used.name else ""),
+                v.name + (" (promoted)" if promoted is not None and v.name == promoted.name else ""),
                 v.created,
                 Path(v.base).name,
-                (v.judged_on or "")[:8],
+                (v.evaluated_on or "")[:8],
                 *(f"{v.metrics[m]:.3f}" if m in v.metrics else "" for m in ("hit@5", _METRIC)),
                 v.status,
             )
             for v in self.list()
         ]
-        columns = ("version", "trained", "base", "judged on", "hit@5", "nDCG@10", "directory")
-        return Table("Versions", columns, rows, texts=("trained", "base", "judged on", "directory"))
+        columns = ("version", "trained", "base", "evaluated on", "hit@5", "nDCG@10", "directory")
+        return Table("Versions", columns, rows, texts=("trained", "base", "evaluated on", "directory"))
 
     def compare(self, before: str, after: str) -> VersionComparison:
-        """What changed between two versions, and what came of it.
+        """Compare the training and, if they were evaluated on the same dataset, the metrics of two versions.
 
         Raises:
             ConfigError: A name is unknown.
             DatasetError: An evaluation cannot be read.
         """
-        one, other = self._find(before), self._find(after)
-        made = [self._made(version) for version in (one, other)]
-        keys = dict.fromkeys([*made[0], *made[1]])
-        changed = {k: (made[0].get(k), made[1].get(k)) for k in keys if made[0].get(k) != made[1].get(k)}
-        measures = None
-        if one.judged_on is not None and one.judged_on == other.judged_on:
-            measures = differences(self._evaluation(one), self._evaluation(other))
-        return VersionComparison(one, other, changed, measures)
+        versions = self._find(before), self._find(after)
+        old, new = map(_training, versions)
+        changed = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+        metrics = None
+        if versions[0].evaluated_on is not None and versions[0].evaluated_on == versions[1].evaluated_on:
+            metrics = differences(*map(self._load_evaluation, versions))
+        return VersionComparison(*versions, changed, metrics)
 
     def trend(self, metric: str = _METRIC) -> Figure:
-        """A picture of a measure over the versions that were judged on the dataset of the last one.
+        """A chart of a metric over the versions that were evaluated on the dataset of the latest one.
 
         Raises:
-            ConfigError: No version was evaluated, or not by this measure.
+            ConfigError: No version was evaluated by this metric.
             MissingExtraError: The extra "report" is not installed.
         """
         from llama_index_lora_embed.evaluation.report import plots
 
-        judged = [version for version in self.list() if metric in version.metrics]
-        if not judged:
+        evaluated = [version for version in self.list() if metric in version.metrics]
+        if not evaluated:
             raise ConfigError(
-                f"no version with {metric}", "one that was added with a dataset", "registry.add(path, dataset=val)"
+                f"no version with {metric}",
+                "a version that was added with a dataset",
+                "registry.add(path, dataset=val)",
             )
         points = []
-        for version in judged:
-            if version.judged_on == judged[-1].judged_on:
-                values = np.array(self._evaluation(version).scores(metric))
+        for version in evaluated:
+            if version.evaluated_on == evaluated[-1].evaluated_on:
+                values = np.array(self._load_evaluation(version).scores(metric))
                 points.append((version.name, float(values.mean()), paired_intervals(values[:, None])[0]))
         return plots.trend(points, metric)
 
-    def in_use(self) -> Version | None:
-        """The version that `use` named last; None if none was."""
-        names = [event["name"] for event in self._events() if event["event"] == "use"]
+    def promoted(self) -> Version | None:
+        """The version that was promoted last; None if none was."""
+        # "use" is what registries from before version 0.1 hold
+        names = [event["name"] for event in self._events() if event["event"] in ("promote", "use")]
         return self._find(names[-1]) if names else None
 
-    def use(self, name: str) -> None:
-        """Note that a version is in use now.
+    def promote(self, name: str) -> None:
+        """Record that a version is in use now.
 
         Raises:
             AdapterError: Its directory holds another model by now.
             ConfigError: The name is unknown.
             OutputDirectoryError: The registry cannot be written.
         """
-        self._check_there(self._find(name))
+        _check_not_replaced(self._find(name))
         with self._locked():
-            self._append({"event": "use", "name": name, "time": _now()})
+            append_json_line(self._index, {"event": "promote", "name": name, "time": _now()})
 
     def gate(self, name: str, *, tolerance: float = TOLERANCE) -> Gate:
-        """Whether a version is no worse than the one in use, on the same questions.
+        """Whether a version is no worse than the promoted one on the same queries.
 
-        A test of non-inferiority: the lower end of the 95 % interval of the difference of nDCG@10 must not lie below
-        -tolerance. Few questions have wide intervals, so that little passes on them but a clear gain, and on fewer than
-        ten nothing does.
+        A test of non-inferiority: the lower end of the 95 % interval of the difference of nDCG@10 must be at least
+        -tolerance. With few queries the interval is wide, so that only a clear gain passes; with fewer than ten nothing
+        does.
 
         Args:
             name: The candidate.
-            tolerance: What may be lost, 0 to 1.
+            tolerance: Accepted loss, 0 to 1.
 
         Raises:
             AdapterError: The candidate's directory holds another model by now.
-            ConfigError: The name is unknown, or tolerance no number from 0 to 1.
-            DatasetError: The two were not judged on the same dataset.
+            ConfigError: The name is unknown, or tolerance is not a number from 0 to 1.
+            DatasetError: The two were not evaluated on the same dataset.
         """
         if not is_share(tolerance):
             raise ConfigError(f"tolerance={tolerance!r}", "a number from 0 to 1", f"tolerance={TOLERANCE}")
-        candidate, used = self._find(name), self.in_use()
-        self._check_there(candidate)
-        if used is None:
-            return Gate(True, "no version is in use yet")
-        if candidate.judged_on is None or candidate.judged_on != used.judged_on:
+        candidate, promoted = self._find(name), self.promoted()
+        _check_not_replaced(candidate)
+        if promoted is None:
+            return Gate(True, "no version is promoted yet")
+        if candidate.evaluated_on is None or candidate.evaluated_on != promoted.evaluated_on:
             raise DatasetError(
-                f"{name!r} judged on {(candidate.judged_on or 'nothing')[:8]} and {used.name!r}, which is in use, on "
-                f"{(used.judged_on or 'nothing')[:8]}",
-                "both judged on one dataset",
+                f"{name!r} evaluated on {(candidate.evaluated_on or 'nothing')[:8]}, and the promoted version "
+                f"{promoted.name!r} on {(promoted.evaluated_on or 'nothing')[:8]}",
+                "both evaluated on the same dataset",
                 "Add both with the same dataset=.",
             )
-        found = differences(self._evaluation(used), self._evaluation(candidate), names=[_METRIC])[_METRIC]
-        low, high = found.interval
-        count = len(self._evaluation(candidate).per_query)
-        if count < FEWEST:
-            return Gate(False, f"{count} questions are too few to tell; have {FEWEST} or more", found)
+        old, new = self._load_evaluation(promoted), self._load_evaluation(candidate)
+        difference = differences(old, new, names=[_METRIC])[_METRIC]
+        low, high = difference.interval
+        if len(new.per_query) < FEWEST:
+            return Gate(False, f"{len(new.per_query)} queries are too few; at least {FEWEST} are needed", difference)
         return Gate(
             low >= -tolerance,
-            f"nDCG@10 of {name} is {found.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) beside "
-            f"{used.name}, which is in use; at most {tolerance:.3f} may be lost",
-            found,
+            f"nDCG@10 of {name} is {difference.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) against the "
+            f"promoted version {promoted.name}; the accepted loss is {tolerance:.3f}",
+            difference,
         )
 
     def _check_new(self, name: str | None) -> None:
         if name is not None and name.lower() in {version.name.lower() for version in self.list()}:
-            raise ConfigError(f"name={name!r}, which is taken", "a new name", "Leave name=None to count on.")
-
-    def _check_there(self, version: Version) -> None:
-        if version.status == "replaced":
-            raise AdapterError(
-                f"{version.path!r}, which holds another model than {version.name} by now",
-                f"the model with the fingerprint {version.fingerprint[:12]}...",
-                "Train versions into directories of their own; what is there now can be added as a new version.",
-            )
-
-    def _made(self, version: Version) -> dict[str, Any]:
-        """How a version was made, as far as its directory still tells."""
-        found: dict[str, Any] = {"base": version.base, "trained on": version.trained_on[:8]}
-        manifest = Manifest.read(Path(version.path)) if version.status == "there" else None
-        if manifest is not None:
-            found |= {f"settings.{k}": v for k, v in manifest.settings.items()}
-            found |= {f"lora.{k}": v for k, v in manifest.lora.items()}
-            found |= {
-                "max_seq_length": manifest.max_seq_length,
-                **{f"versions.{k}": v for k, v in manifest.versions.items()},
-            }
-        return found
+            raise ConfigError(f"name={name!r}, which is taken", "a new name", "name=None numbers versions.")
 
     def _find(self, name: str) -> Version:
         versions = self.list()
@@ -285,20 +359,20 @@ class RunRegistry:
             if version.name == name:
                 return version
         known = ", ".join(version.name for version in versions) or "none yet"
-        raise ConfigError(f"version {name!r}", f"one of: {known}", "registry.list() has them all.")
+        raise ConfigError(f"version {name!r}", f"one of: {known}", "registry.list() returns all versions.")
 
-    def _keep(self, version: Version, evaluation: RetrievalEvaluation) -> None:
-        held = {"per_query": evaluation.per_query, "origins": evaluation.origins, "passages": evaluation.passages}
+    def _save_evaluation(self, version: Version, evaluation: RetrievalEvaluation) -> None:
+        saved = {"per_query": evaluation.per_query, "origins": evaluation.origins, "passages": evaluation.passages}
         try:
-            write_json(self.path / _EVALUATIONS / f"{version.name}.json", held)
+            write_json(self.path / _EVALUATIONS / f"{version.name}.json", saved)
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _evaluation(self, version: Version) -> RetrievalEvaluation:
+    def _load_evaluation(self, version: Version) -> RetrievalEvaluation:
         file = self.path / _EVALUATIONS / f"{version.name}.json"
         try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-            return RetrievalEvaluation(version.metrics, held["per_query"], {}, held["origins"], held["passages"])
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            return RetrievalEvaluation(version.metrics, saved["per_query"], {}, saved["origins"], saved["passages"])
         except (OSError, ValueError, KeyError) as error:
             raise DatasetError(
                 f"an evaluation of {version.name} that cannot be read ({error})",
@@ -308,29 +382,11 @@ class RunRegistry:
 
     def _events(self) -> Iterator[dict[str, Any]]:
         try:
-            text = self._index.read_text(encoding="utf-8")
+            return (event for event in read_json_lines(self._index) if "event" in event)
         except FileNotFoundError:
-            return
+            return iter(())
         except OSError as error:
             raise self._unwritable(error) from error
-        for line in text.splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # cut short by a kill
-            if isinstance(event, dict) and "event" in event:
-                yield event
-
-    def _append(self, event: dict[str, Any]) -> None:
-        with open(self._index, "a+b") as file:
-            file.seek(0, os.SEEK_END)
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # what a kill left
-                    file.write(b"\n")
-            file.write(json.dumps(event).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -346,9 +402,35 @@ class RunRegistry:
     def _unwritable(self, error: OSError) -> OutputDirectoryError:
         return OutputDirectoryError(
             f"a registry {str(self.path)!r} that cannot be written ({error})",
-            "a folder that can be written",
-            "Change its permissions, or name another folder.",
+            "a writable folder",
+            "Change its permissions, or choose another folder.",
         )
+
+
+def _check_not_replaced(version: Version) -> None:
+    if version.status == "replaced":
+        raise AdapterError(
+            f"{version.path!r}, which holds another model than {version.name} by now",
+            f"the model with the fingerprint {version.fingerprint[:12]}...",
+            "Train each version into its own directory; the model that is there now can be added as a new version.",
+        )
+
+
+def _training(version: Version) -> dict[str, Any]:
+    """How a version was trained, setting by setting, as far as its directory still tells."""
+    found: dict[str, Any] = {"base": version.base, "trained on": version.trained_on[:8]}
+    manifest = Manifest.read(Path(version.path)) if version.status == "there" else None
+    if manifest is not None:
+        found["max_seq_length"] = manifest.max_seq_length
+        for part in ("settings", "lora", "versions"):
+            found |= _flatten(part, getattr(manifest, part))
+    return found
+
+
+def _flatten(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for child in value for key, leaf in _flatten(f"{name}.{child}", value[child]).items()}
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""From one model's index to the next one's: built alongside, judged, switched at once, and back again."""
+"""Replace an index by one of a new model: built beside the old one, evaluated, switched atomically, reversible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from llama_index_lora_embed.config.base import is_int, is_share
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, WrongIndexError
@@ -33,30 +33,31 @@ if TYPE_CHECKING:
 
 _POINTER = "current"
 _TOP_K = 10
-_NAME = re.compile(r"v-\d{8}-\d{6}-\d{6}-[\w]{1,8}(-\d+)?")  # what `_new_name` makes, and nothing of anybody else's
+_VERSION = re.compile(r"v-\d{8}-\d{6}-\d{6}-[\w]{1,8}(-\d+)?")  # the names of `_new_version`, never a user's files
 
 
+@runtime_checkable
 class IndexStore(Protocol):
-    """Where the versions of an index are, and which of them is in use."""
+    """Storage for the versions of one index, with a pointer to the version that is in use."""
 
-    def read(self) -> dict[str, str]:
-        """{"current": a version, "previous": the one before}, as far as there are any."""
+    def read_pointer(self) -> dict[str, str]:
+        """{"current": version in use, "previous": version before it}, without the keys that do not apply."""
         ...
 
-    def write(self, pointer: dict[str, str]) -> None:
-        """Change both at once."""
+    def write_pointer(self, pointer: dict[str, str]) -> None:
+        """Change both atomically."""
         ...
 
     def build(self, version: str, nodes: Sequence[BaseNode], embed_model: BaseEmbedding) -> VectorStoreIndex:
-        """An index of its own, stamped when it is whole."""
+        """Build a new version, and stamp it once it is complete."""
         ...
 
     def open(self, version: str, embed_model: BaseEmbedding) -> VectorStoreIndex:
-        """A version that was built, whose stamp is this model's."""
+        """Open a version after verifying its stamp."""
         ...
 
     def versions(self) -> list[str]:
-        """All that are there, whole or not, the oldest first."""
+        """All versions, complete or not, oldest first."""
         ...
 
     def remove(self, version: str) -> None:
@@ -65,40 +66,42 @@ class IndexStore(Protocol):
 
 
 class FolderIndexStore:
-    """Versions of an index as persisted `StorageContext`s in a folder, and a file that names the one in use.
+    """Index versions as persisted `StorageContext`s in a folder; `current.json` names the one in use.
 
     Args:
-        folder: Made when the first version is built.
+        folder: Created with the first version.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).expanduser().absolute()
         self._pointer = self.folder / f"{_POINTER}.json"
 
-    def read(self) -> dict[str, str]:
-        """As `IndexStore` has it."""
+    def read_pointer(self) -> dict[str, str]:
+        """See `IndexStore`."""
         try:
             pointer: dict[str, str] = json.loads(self._pointer.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except ValueError as error:
             raise WrongIndexError(
-                f"an unreadable {str(self._pointer)!r} ({error})", 'JSON with "current" in it', "Name a version in it."
+                f"an unreadable {str(self._pointer)!r} ({error})",
+                'JSON with the key "current"',
+                'Write {"current": "<version>"} into it.',
             ) from error
         return pointer
 
-    def write(self, pointer: dict[str, str]) -> None:
-        """As `IndexStore` has it."""
+    def write_pointer(self, pointer: dict[str, str]) -> None:
+        """See `IndexStore`."""
         try:
             write_json(self._pointer, pointer)
         except OSError as error:
             raise self._unwritable(error) from error
 
     def build(self, version: str, nodes: Sequence[BaseNode], embed_model: BaseEmbedding) -> VectorStoreIndex:
-        """As `IndexStore` has it."""
+        """See `IndexStore`."""
         from llama_index.core import VectorStoreIndex
 
-        index = VectorStoreIndex(_bare(nodes), embed_model=embed_model)
+        index = VectorStoreIndex(_without_embeddings(nodes), embed_model=embed_model)
         try:
             index.storage_context.persist(persist_dir=str(self.folder / version))
         except OSError as error:
@@ -107,38 +110,37 @@ class FolderIndexStore:
         return index
 
     def open(self, version: str, embed_model: BaseEmbedding) -> VectorStoreIndex:
-        """As `IndexStore` has it."""
-        from llama_index.core import StorageContext, load_index_from_storage
+        """See `IndexStore`."""
+        from llama_index.core import StorageContext, VectorStoreIndex, load_index_from_storage
 
         verify_index(self.folder / version, embed_model, without_stamp="raise")
         context = StorageContext.from_defaults(persist_dir=str(self.folder / version))
-        index: Any = load_index_from_storage(context, embed_model=embed_model)
-        return index  # type: ignore[no-any-return]
+        return cast(VectorStoreIndex, load_index_from_storage(context, embed_model=embed_model))
 
     def versions(self) -> list[str]:
-        """As `IndexStore` has it."""
+        """See `IndexStore`."""
         if not self.folder.is_dir():
             return []
-        return sorted(path.name for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        return sorted(path.name for path in self.folder.iterdir() if _VERSION.fullmatch(path.name))
 
     def remove(self, version: str) -> None:
-        """As `IndexStore` has it."""
+        """See `IndexStore`."""
         shutil.rmtree(self.folder / version, ignore_errors=True)
 
     def _unwritable(self, error: OSError) -> OutputDirectoryError:
         return OutputDirectoryError(
             f"an index folder {str(self.folder)!r} that cannot be written ({error})",
-            "a folder that can, with room",
-            "Change its permissions, or name another.",
+            "a writable folder with free space",
+            "Change its permissions, or choose another folder.",
         )
 
 
 class ChromaIndexStore:
-    """Versions of an index as Chroma collections `<name>.<version>`, and an empty one that names the one in use.
+    """Index versions as Chroma collections `<name>.<version>`; the empty `<name>.current` names the one in use.
 
     Args:
         client: `chromadb.PersistentClient(...)` or `chromadb.HttpClient(...)`.
-        name: Of the index; letters, digits, "_" and "-".
+        name: Name of the index: letters, digits, "_" and "-".
 
     Raises:
         ConfigError: The name is not allowed.
@@ -151,33 +153,33 @@ class ChromaIndexStore:
         self._vector_store = require("llama_index.vector_stores.chroma").ChromaVectorStore
         self.client, self.name = client, name
 
-    def read(self) -> dict[str, str]:
-        """As `IndexStore` has it."""
+    def read_pointer(self) -> dict[str, str]:
+        """See `IndexStore`."""
         pointer = f"{self.name}.{_POINTER}"
-        if pointer not in self._names():
+        if pointer not in self._collections():
             return {}
-        held = self.client.get_collection(pointer).metadata or {}
-        return {key: held[key] for key in ("current", "previous") if held.get(key)}
+        metadata = self.client.get_collection(pointer).metadata or {}
+        return {key: metadata[key] for key in ("current", "previous") if metadata.get(key)}
 
-    def write(self, pointer: dict[str, str]) -> None:
-        """As `IndexStore` has it; one transaction of Chroma's."""
+    def write_pointer(self, pointer: dict[str, str]) -> None:
+        """See `IndexStore`; Chroma changes both in one transaction."""
         collection = self.client.get_or_create_collection(f"{self.name}.{_POINTER}")
         collection.modify(metadata={"current": "", "previous": "", **pointer})
 
     def build(self, version: str, nodes: Sequence[BaseNode], embed_model: BaseEmbedding) -> VectorStoreIndex:
-        """As `IndexStore` has it."""
+        """See `IndexStore`."""
         from llama_index.core import StorageContext, VectorStoreIndex
 
         collection = self.client.create_collection(
             f"{self.name}.{version}", configuration={"hnsw": {"space": "cosine"}}
         )
         context = StorageContext.from_defaults(vector_store=self._vector_store(chroma_collection=collection))
-        index = VectorStoreIndex(_bare(nodes), storage_context=context, embed_model=embed_model)
+        index = VectorStoreIndex(_without_embeddings(nodes), storage_context=context, embed_model=embed_model)
         stamp_index(collection, embed_model)
         return index
 
     def open(self, version: str, embed_model: BaseEmbedding) -> VectorStoreIndex:
-        """As `IndexStore` has it."""
+        """See `IndexStore`."""
         from llama_index.core import VectorStoreIndex
 
         collection = self.client.get_collection(f"{self.name}.{version}")
@@ -187,30 +189,29 @@ class ChromaIndexStore:
         )
 
     def versions(self) -> list[str]:
-        """As `IndexStore` has it."""
-        start = f"{self.name}."
-        versions = (name[len(start) :] for name in self._names() if name.startswith(start))
-        return sorted(version for version in versions if _NAME.fullmatch(version))
+        """See `IndexStore`."""
+        names = (name.removeprefix(f"{self.name}.") for name in self._collections() if name.startswith(f"{self.name}."))
+        return sorted(name for name in names if _VERSION.fullmatch(name))
 
     def remove(self, version: str) -> None:
-        """As `IndexStore` has it."""
+        """See `IndexStore`."""
         self.client.delete_collection(f"{self.name}.{version}")
 
-    def _names(self) -> list[str]:
+    def _collections(self) -> list[str]:
         return [collection.name for collection in self.client.list_collections()]
 
 
 @dataclass(frozen=True)
-class Reindexed:
-    """What `reindex` did.
+class ReindexResult:
+    """The outcome of `reindex`.
 
     Attributes:
         index: The new index.
-        version: What it is called.
+        version: Its name in the store.
         previous: The version that was in use before; None if there was none.
-        switched: Whether the new one is in use now.
-        comparison: Both, as they answer; None if they were not compared.
-        reason: In one sentence.
+        switched: Whether the new index is in use now.
+        comparison: Retrieval with the old index against the new one; None if they were not compared.
+        reason: Why it was switched or not, in one sentence.
     """
 
     index: VectorStoreIndex
@@ -225,7 +226,7 @@ class Reindexed:
 
 
 def reindex(
-    place: IndexStore | str | os.PathLike[str],
+    store: IndexStore | str | os.PathLike[str],
     nodes: Sequence[BaseNode],
     embed_model: BaseEmbedding,
     *,
@@ -233,158 +234,153 @@ def reindex(
     before: BaseEmbedding | None = None,
     tolerance: float = TOLERANCE,
     keep: int = 2,
-) -> Reindexed:
+) -> ReindexResult:
     """Build an index with a new model beside the one in use, compare both, and switch if the new one is no worse.
 
-    Whoever opens the place with `open_index` gets the old index until the switch and the new one from then on. A run
-    that is killed leaves the old one in use; what it had built is removed by a later one.
+    `open_index` returns the old index until the switch, and the new one afterwards. If the run is killed, the old index
+    stays in use, and a later run removes what was half built.
 
     Args:
-        place: A folder, or a `ChromaIndexStore`.
-        nodes: Everything that the index is to hold.
+        store: A folder, or a `ChromaIndexStore`.
+        nodes: The complete content of the new index.
         embed_model: The new model.
-        dataset: Questions about these nodes, by their ids; None switches without asking.
-        before: The model of the index in use, to ask it with; needed with `dataset` once there is one.
-        tolerance: nDCG@10 that the new index may lose: no part of the 95 % interval of the difference must lie
-            below it (`RunRegistry.gate` has the same rule).
-        keep: Versions that stay, the one in use and the one before among them.
+        dataset: Queries whose relevant passages are ids of these nodes; None switches without a comparison.
+        before: The model of the index in use; required with `dataset` if there is such an index.
+        tolerance: Accepted loss of nDCG@10: the new index is refused if the lower end of the 95 % interval of the
+            difference is below -tolerance, as in `RunRegistry.gate`.
+        keep: Number of versions to keep, at least the one in use and the one before it.
 
     Returns:
-        The new index, and whether it is in use. If not, it is kept all the same, so that one can look at it.
+        The new index, and whether it is in use. An index that was refused is kept for inspection.
 
     Raises:
         ConfigError: There are no nodes, `before` is missing, or a number is out of bounds.
-        DatasetError: The dataset is inconsistent, or about other nodes.
+        DatasetError: The dataset is inconsistent, or its passages are other nodes.
         OutputDirectoryError: The folder cannot be written.
-        WrongIndexError: `before` is not the model of the index in use, or another run has switched meanwhile.
+        WrongIndexError: `before` is not the model of the index in use, or another run switched in the meantime.
 
     Example:
         >>> done = reindex("runs/index", nodes, new, dataset=val, before=old)  # doctest: +SKIP
         >>> index = open_index("runs/index", new if done.switched else old)  # doctest: +SKIP
     """
-    where = _place(place)
+    store = _index_store(store)
     if not nodes:
-        raise ConfigError("no nodes to index", "one or more", "reindex(place, nodes, embed_model)")
+        raise ConfigError("no nodes to index", "at least one", "reindex(store, nodes, embed_model)")
     if not is_share(tolerance):
         raise ConfigError(f"tolerance={tolerance!r}", "a number from 0 to 1", f"tolerance={TOLERANCE}")
     if not is_int(keep, 2):
-        raise ConfigError(f"keep={keep!r}", "2 or more: the one in use and the one to go back to", "keep=2")
+        raise ConfigError(f"keep={keep!r}", "at least 2: the version in use and the one to roll back to", "keep=2")
     if dataset is not None:
         dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    current = where.read().get("current")
-    judged = None
+    current = store.read_pointer().get("current")
+    old = None
     if dataset is not None and current is not None:
         if before is None:
             raise ConfigError(
                 "a dataset without the model of the index in use", "both", "reindex(..., dataset=val, before=old_model)"
             )
-        # before anything is built: it may know other nodes than the dataset
-        judged = _judged(where.open(current, before), dataset)
-    version = _new_name(where, str(getattr(embed_model, "fingerprint", None) or "model"))
-    index = where.build(version, nodes, embed_model)
-    comparison, switch, reason = None, True, "not compared with what was in use"
+        # evaluated before anything is built, because the old index may hold other nodes than the dataset
+        old = _evaluate(store.open(current, before), dataset)
+    version = _new_version(store, str(getattr(embed_model, "fingerprint", None) or "model"))
+    index = store.build(version, nodes, embed_model)
+    comparison, switch, reason = None, True, "not compared with the index in use"
     if current is None:
-        reason = "nothing was in use before"
-    elif judged is not None and dataset is not None:
-        comparison = compare_retrieval(judged, _judged(index, dataset), dataset, names=("in use", "new"))
+        reason = "there was no index in use"
+    elif old is not None and dataset is not None:
+        comparison = compare_retrieval(old, _evaluate(index, dataset), dataset, names=("in use", "new"))
         low, high = comparison.comparison.interval
         switch = low >= -tolerance
         reason = (
-            f"nDCG@10 {comparison.comparison.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) beside "
-            f"{current}; at most {tolerance:.3f} may be lost"
+            f"nDCG@10 {comparison.comparison.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) against "
+            f"{current}; the accepted loss is {tolerance:.3f}"
         )
     if switch:
-        if where.read().get("current") != current or version not in where.versions():
+        if store.read_pointer().get("current") != current or version not in store.versions():
             raise WrongIndexError(
-                "an index that another reindex has switched meanwhile",
-                f"{current!r} in use, as when this one began",
-                "Run one at a time; nothing was switched by this one.",
+                "an index that another reindex() switched in the meantime",
+                f"{current!r} in use, as at the start of this run",
+                "Run one reindex() at a time; this run switched nothing.",
             )
-        where.write({"current": version, **({"previous": current} if current else {})})
-    _tidy(where, keep, version, current)
-    return Reindexed(index, version, current, switch, comparison, reason)
+        store.write_pointer({"current": version, **({"previous": current} if current else {})})
+    _remove_old_versions(store, keep, version, current)
+    return ReindexResult(index, version, current, switch, comparison, reason)
 
 
-def _judged(index: VectorStoreIndex, dataset: EmbeddingQAFinetuneDataset) -> RetrievalEvaluation:
-    return evaluate_index(index.as_retriever(similarity_top_k=_TOP_K), dataset)
-
-
-def open_index(place: IndexStore | str | os.PathLike[str], embed_model: BaseEmbedding) -> VectorStoreIndex:
-    """The index that is in use, if it was built with this model.
+def open_index(store: IndexStore | str | os.PathLike[str], embed_model: BaseEmbedding) -> VectorStoreIndex:
+    """Open the index that is in use, after verifying its stamp.
 
     Args:
-        place: As for `reindex`.
-        embed_model: What queries will be embedded with.
+        store: As for `reindex`.
+        embed_model: The model that will embed the queries.
 
     Raises:
-        ConfigError: No index was built there.
-        WrongIndexError: It is of another model; the message names both.
+        ConfigError: The store has no index in use.
+        WrongIndexError: The index was built with another model; the message names both.
     """
-    where = _place(place)
-    current = where.read().get("current")
+    store = _index_store(store)
+    current = store.read_pointer().get("current")
     if current is None:
-        raise ConfigError("a place without an index in use", "what reindex has built", "reindex(place, nodes, model)")
-    return where.open(current, embed_model)
+        raise ConfigError(
+            "a store without an index in use", "an index built by reindex()", "reindex(store, nodes, embed_model)"
+        )
+    return store.open(current, embed_model)
 
 
-def roll_back(place: IndexStore | str | os.PathLike[str]) -> str:
-    """Put the version before into use again; once more, and it is the newer one.
+def roll_back(store: IndexStore | str | os.PathLike[str]) -> str:
+    """Put the previous version into use again; a second call undoes the first.
 
     Args:
-        place: As for `reindex`.
+        store: As for `reindex`.
 
     Returns:
         The version that is in use now.
 
     Raises:
-        ConfigError: There is none to go back to.
+        ConfigError: There is no previous version.
     """
-    where = _place(place)
-    pointer = where.read()
+    store = _index_store(store)
+    pointer = store.read_pointer()
     current, previous = pointer.get("current"), pointer.get("previous")
-    if current is None or previous is None or previous not in where.versions():
-        raise ConfigError(
-            "a place with no version before the one in use", "one that was switched", "reindex switches to a new one."
-        )
-    where.write({"current": previous, "previous": current})
+    if current is None or previous is None or previous not in store.versions():
+        raise ConfigError("a store without a previous version", "two versions", "reindex() switches to a new version.")
+    store.write_pointer({"current": previous, "previous": current})
     return previous
 
 
-def _bare(nodes: Sequence[BaseNode]) -> list[BaseNode]:
-    """Nodes without vectors: those that they have may be another model's, and an index would take them."""
+def _evaluate(index: VectorStoreIndex, dataset: EmbeddingQAFinetuneDataset) -> RetrievalEvaluation:
+    return evaluate_index(index.as_retriever(similarity_top_k=_TOP_K), dataset)
+
+
+def _without_embeddings(nodes: Sequence[BaseNode]) -> list[BaseNode]:
+    """Copies without embeddings: an index would keep those of another model."""
     return [node.model_copy(update={"embedding": None}) for node in nodes]
 
 
-def _place(place: Any) -> IndexStore:
-    if isinstance(place, (str, os.PathLike)):
-        return FolderIndexStore(place)
-    if not all(
-        callable(getattr(place, name, None)) for name in ("read", "write", "build", "open", "versions", "remove")
-    ):
+def _index_store(store: Any) -> IndexStore:
+    if isinstance(store, (str, os.PathLike)):
+        return FolderIndexStore(store)
+    if not isinstance(store, IndexStore):
         raise ConfigError(
-            f"a place of type {type(place).__name__}",
+            f"a store of type {type(store).__name__}",
             "a folder or a ChromaIndexStore",
             'ChromaIndexStore(client, "handbook")',
         )
-    found: IndexStore = place
-    return found
+    return store
 
 
-def _new_name(place: IndexStore, fingerprint: str) -> str:
-    """Names sort as they were made."""
-    start = datetime.now(timezone.utc).strftime("v-%Y%m%d-%H%M%S-%f")
-    name, number, there = f"{start}-{fingerprint[:8]}", 1, set(place.versions())
-    while name in there:
-        name, number = f"{start}-{fingerprint[:8]}-{number + 1}", number + 1
+def _new_version(store: IndexStore, fingerprint: str) -> str:
+    """A new name; names sort by time."""
+    start = f"{datetime.now(timezone.utc):v-%Y%m%d-%H%M%S-%f}-{fingerprint[:8]}"
+    name, number, taken = start, 1, set(store.versions())
+    while name in taken:
+        number += 1
+        name = f"{start}-{number}"
     return name
 
 
-def _tidy(place: IndexStore, keep: int, newest: str, before: str | None) -> None:
-    """Remove versions older than the one that was in use before, but for those to keep.
-
-    What is newer may be another run's, which is building it; if that was killed, it is older the next time.
-    """
-    held = {*place.read().values(), newest}
-    others = [version for version in place.versions() if version not in held and before and version < before]
+def _remove_old_versions(store: IndexStore, keep: int, newest: str, before: str | None) -> None:
+    """Remove all but `keep` versions, never one that is newer than `before`: another run may still be building it."""
+    held = {*store.read_pointer().values(), newest}
+    others = [version for version in store.versions() if version not in held and before and version < before]
     for version in others[: max(0, len(others) - max(0, keep - len(held)))]:
-        place.remove(version)
+        store.remove(version)

@@ -8,10 +8,16 @@ from llama_index_lora_embed.core.optional import _EXTRA_OF, require
 
 
 @pytest.mark.parametrize("module", sorted(_EXTRA_OF))
-def test_what_an_extra_installs_is_imported(module):
-    if module == "bitsandbytes":  # for GPUs only, and large
+def test_each_module_of_an_extra_is_imported(module):
+    if module == "bitsandbytes":  # only for GPUs, and large
         pytest.importorskip(module)
     assert require(module).__name__ == module
+
+
+def test_an_error_for_a_submodule_names_the_extra_of_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    with pytest.raises(MissingExtraError, match=r"\[report\]"):
+        require("rich.table")
 
 
 @pytest.mark.parametrize("module", sorted(_EXTRA_OF))
@@ -22,8 +28,7 @@ def test_a_missing_extra_names_the_install_command(module, monkeypatch):
     assert isinstance(caught.value, ImportError)
 
 
-def test_without_the_extras_nothing_is_missing(tiny_model, tmp_path):
-    """The whole line runs where no extra is installed."""
+def test_training_and_evaluation_run_without_any_extra(tiny_model, tmp_path):
     code = f"""
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -40,7 +45,7 @@ assert evaluate_retrieval(engine.get_finetuned_model(), engine.val_dataset).metr
     assert done.returncode == 0, done.stderr
 
 
-def test_the_old_package_does_not_turn_on_everybodys_logging():
+def test_importing_the_engine_does_not_configure_logging():
     code = "import logging; from llama_index_lora_embed import LoraFinetuneEngine; "
     code += "root = logging.getLogger(); assert not root.handlers and root.level == logging.WARNING, root.handlers"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""An index knows its model, in every kind of store, and refuses another one."""
+"""A stamped index refuses another embedding model, in every kind of store."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ from qdrant_client import QdrantClient
 
 from llama_index_lora_embed import LoraEmbedding
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, WrongIndexError
-from llama_index_lora_embed.deployment import read_index_stamp, stamp_index, verify_index
+from llama_index_lora_embed.deployment import IndexStamp, read_index_stamp, stamp_index, verify_index
 from llama_index_lora_embed.deployment.index_stamp import STAMP_NAME
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, make_engine
 
 STORES = ["simple", "persisted", "folder", "chroma", "chroma-server", "qdrant"]
 
@@ -37,7 +37,7 @@ def base(tiny_model):
 
 @pytest.fixture(scope="module")
 def chroma_server(tmp_path_factory):
-    """Port of a real server on loopback."""
+    """Port of a local Chroma server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -65,7 +65,7 @@ def chroma_server(tmp_path_factory):
 
 @pytest.fixture
 def store(request, tmp_path, tuned, chroma_server):
-    """Builds an index of 24 nodes, and opens it again as another program would."""
+    """An index of 24 nodes, and a function that opens it again as another program would."""
     nodes = [TextNode(text=text) for text in make_dataset(seed=1).corpus.values()]
     kind = request.param
 
@@ -116,21 +116,21 @@ def store(request, tmp_path, tuned, chroma_server):
 def test_a_stamped_index_refuses_another_model_after_it_was_reopened(store, tuned, base):
     index, opened, nodes, persist = store
     assert read_index_stamp(index) is None
-    made = stamp_index(index, tuned)
+    stamp = stamp_index(index, tuned)
     if persist:
         persist()
     again = opened()
-    assert read_index_stamp(again) == made
-    assert verify_index(again, tuned) == made
-    assert made.dimensions == 32
+    assert read_index_stamp(again) == stamp
+    assert verify_index(again, tuned) == stamp
+    assert stamp.dimensions == 32
     with pytest.raises(WrongIndexError) as caught:
         verify_index(again, base)
-    for part in (tuned.model_name, base.model_name, made.created, made.trained, "VectorStoreIndex(nodes"):
+    for part in (tuned.model_name, base.model_name, stamp.created, stamp.trained, "VectorStoreIndex(nodes"):
         assert part
         assert part in str(caught.value)
     with pytest.raises(WrongIndexError):
         stamp_index(again, base)
-    assert stamp_index(again, tuned) == made, "stamping twice keeps the first date"
+    assert stamp_index(again, tuned) == stamp, "stamping twice keeps the first date"
     assert stamp_index(again, base, replace=True).fingerprint == base.fingerprint
     verify_index(again, base)
     if isinstance(again, VectorStoreIndex):
@@ -141,7 +141,7 @@ def test_a_stamped_index_refuses_another_model_after_it_was_reopened(store, tune
 
 
 @pytest.mark.parametrize("store", ["chroma"], indirect=True)
-def test_other_metadata_of_a_collection_stay(store, tuned):
+def test_other_metadata_of_a_collection_is_kept(store, tuned):
     index, opened, _, _ = store
     stamp_index(index, tuned)
     collection = opened().vector_store._collection
@@ -149,11 +149,11 @@ def test_other_metadata_of_a_collection_stay(store, tuned):
     assert stamp_index(collection, tuned) == read_index_stamp(opened().vector_store)
 
 
-def test_an_index_without_a_stamp_is_spoken_of(tuned):
+def test_an_index_without_a_stamp_warns_raises_or_passes_as_asked(tuned):
     index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
-    with pytest.warns(UserWarning, match="nobody knows"):
+    with pytest.warns(UserWarning, match="model of its vectors is unknown"):
         assert verify_index(index, tuned) is None
-    with pytest.raises(WrongIndexError, match="nobody knows"):
+    with pytest.raises(WrongIndexError, match="model of its vectors is unknown"):
         verify_index(index, tuned, without_stamp="raise")
     assert verify_index(index, tuned, without_stamp="ignore") is None
     with pytest.raises(ConfigError, match="without_stamp='no'"):
@@ -161,19 +161,17 @@ def test_an_index_without_a_stamp_is_spoken_of(tuned):
 
 
 def test_a_retrained_adapter_is_another_model(tuned, adapter, tmp_path, tiny_model):
-    from tests.embedding.test_many_adapters import trained
-
     path = tmp_path / "adapter"
     shutil.copytree(adapter, path)
     index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
     stamp_index(index, LoraEmbedding(path, device="cpu"))
     verify_index(index, tuned)  # the same adapter elsewhere
-    trained(tiny_model, path, seed=3)
+    make_engine(tiny_model, path, make_dataset(seed=3), val_dataset=None, val_fraction=0.0, epochs=1).finetune()
     with pytest.raises(WrongIndexError, match="trained 20"):
         verify_index(index, LoraEmbedding(path, device="cpu"))
 
 
-def test_prompts_and_scale_make_another_model(tuned, adapter):
+def test_another_prompt_or_scale_is_another_model(tuned, adapter):
     index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
     stamp_index(index, tuned)
     for changed in ({"passage_prompt": "passage : "}, {"adapter_scale": 0.5}):
@@ -189,7 +187,7 @@ def test_other_embedding_models_are_stamped_by_their_settings():
         verify_index(index, MockEmbedding(embed_dim=4, model_name="b"))
 
 
-def test_persisting_another_index_over_a_stamped_one_takes_the_stamp_along(tuned, base, tmp_path):
+def test_persisting_another_index_over_a_stamped_one_removes_the_stamp(tuned, base, tmp_path):
     index = VectorStoreIndex([TextNode(text="w1")], embed_model=tuned)
     stamp_index(index, tuned)
     index.storage_context.persist(str(tmp_path))
@@ -210,7 +208,28 @@ def test_another_number_of_dimensions_is_another_model():
         verify_index(index, MockEmbedding(embed_dim=8))
 
 
-def test_a_damaged_stamp_is_said_to_be_one(tuned, tmp_path):
+def test_a_stamp_of_an_earlier_release_is_read_from_every_store(tmp_path):
+    node_id = "94cc0c64-714d-51f6-8156-76aa79898940"
+    stored = (
+        '{"created": "2026-07-01T10:00:00+00:00", "dimensions": 32, "fingerprint": "abc", "model_name": "run", '
+        '"trained": "2026-06-30T10:00:00+00:00"}'
+    )
+    simple = SimpleVectorStore()
+    simple.data.metadata_dict[node_id] = {"lora_embed_stamp": stored}
+    StorageContext.from_defaults(vector_store=simple).persist(str(tmp_path / "persisted"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "lora_embed_stamp.json").write_text(stored)
+    collection = chromadb.EphemeralClient().get_or_create_collection("old", metadata={"lora_embed_stamp": stored})
+    client = QdrantClient(path=str(tmp_path / "qdrant"))
+    qdrant = QdrantVectorStore("nodes", client=client)
+    qdrant.add([TextNode(id_=node_id, text="", metadata={"lora_embed_stamp": stored}, embedding=[1.0] * 32)])
+    expected = IndexStamp("abc", "run", 32, "2026-07-01T10:00:00+00:00", "2026-06-30T10:00:00+00:00")
+    for target in (simple, tmp_path / "persisted", tmp_path / "other", collection, qdrant):
+        assert read_index_stamp(target) == expected
+    client.close()
+
+
+def test_a_damaged_stamp_raises(tuned, tmp_path):
     (tmp_path / STAMP_NAME).write_text('{"finger')
     for call in (verify_index, stamp_index):
         with pytest.raises(WrongIndexError, match="cannot be read"):
@@ -230,12 +249,12 @@ def test_a_full_or_read_only_folder_leaves_nothing_half_written(tuned, tmp_path,
 
 
 @pytest.mark.parametrize("target", [None, 3, {"a": 1}, object()])
-def test_what_is_no_index_is_refused(tuned, target):
+def test_a_target_that_is_not_an_index_is_refused(tuned, target):
     with pytest.raises(ConfigError, match="to be stamped"):
         stamp_index(target, tuned)
 
 
-def test_no_folder_and_stores_of_vectors_alone_are_refused(tuned, tmp_path):
+def test_a_missing_folder_and_a_store_of_vectors_alone_are_refused(tuned, tmp_path):
     import faiss
     from llama_index.core.vector_stores.types import BasePydanticVectorStore
 
@@ -257,5 +276,5 @@ def test_no_folder_and_stores_of_vectors_alone_are_refused(tuned, tmp_path):
 
     with pytest.raises(ConfigError, match=r"vectors alone.*stamp_index\(persist_dir"):
         stamp_index(VectorsAlone(), tuned)
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="not a folder"):
         stamp_index(tmp_path / "nowhere", tuned)

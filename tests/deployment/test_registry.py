@@ -21,83 +21,83 @@ def many():
 
 @pytest.fixture
 def registry(adapter, many, tmp_path):
-    """Three versions, the second better and the third worse than the first; v1 is in use."""
+    """Three versions, the second better and the third worse than the first; v1 is promoted."""
     registry = RunRegistry(tmp_path / "registry")
     for noise in (1.0, 0.6, 3.0):
         registry.add(adapter, dataset=many, evaluation=judged(noise, many))
-    registry.use("v1")
+    registry.promote("v1")
     return registry
 
 
 def test_versions_are_listed_and_shown(registry, adapter, many):
     assert [v.name for v in registry.list()] == ["v1", "v2", "v3"]
-    assert RunRegistry(registry.path).list() == registry.list(), "it is all on disk"
+    assert RunRegistry(registry.path).list() == registry.list(), "all of it is on disk"
     shown = registry.show("v1")
     manifest = json.loads((adapter / "finetune.json").read_text())
-    for said in (manifest["fingerprint"], manifest["verdict"], str(adapter), judged_digest(many), "ndcg@10"):
-        assert said in shown
-    assert ["in", "use", "yes"] in [line.split() for line in shown.splitlines()]
-    assert ["in", "use", "no"] in [line.split() for line in registry.show("v2").splitlines()]
+    for part in (manifest["fingerprint"], manifest["verdict"], str(adapter), judged_digest(many), "ndcg@10"):
+        assert part in shown
+    assert ["promoted", "yes"] in [line.split() for line in shown.splitlines()]
+    assert ["promoted", "no"] in [line.split() for line in registry.show("v2").splitlines()]
     table = registry.table()
-    assert [row[0] for row in table.rows] == ["v1 (in use)", "v2", "v3"]
-    assert registry.in_use().name == "v1"
+    assert [row[0] for row in table.rows] == ["v1 (promoted)", "v2", "v3"]
+    assert registry.promoted().name == "v1"
     with pytest.raises(ConfigError, match="one of: v1, v2, v3"):
         registry.show("v9")
 
 
-def test_a_version_is_judged_when_it_is_added(adapter, tmp_path):
+def test_a_version_is_evaluated_when_it_is_added(adapter, tmp_path):
     registry, dataset = RunRegistry(tmp_path / "r"), make_dataset(passages=10, seed=7, prefix="v")
     version = registry.add(adapter, dataset=dataset, embed_model=LoraEmbedding(adapter, device="cpu"), name="first")
     assert version.metrics == evaluate_retrieval(LoraEmbedding(adapter, device="cpu"), dataset).metrics
-    assert version.judged_on == judged_digest(dataset)
+    assert version.evaluated_on == judged_digest(dataset)
     assert registry.add(adapter).metrics == {}
 
 
-def test_the_gate_lets_nothing_worse_pass(registry):
+def test_the_gate_refuses_a_worse_version(registry):
     assert registry.gate("v2")
-    assert registry.gate("v2").measured.difference > 0
-    assert registry.gate("v1").passed, "what is in use is no worse than itself"
+    assert registry.gate("v2").difference.difference > 0
+    assert registry.gate("v1").passed, "the promoted version is no worse than itself"
     refused = registry.gate("v3")
     assert not refused
     assert str(refused).startswith("NOT PASSED: nDCG@10 of v3 is -0.")
     assert registry.gate("v3", tolerance=1.0)
-    registry.use("v3")
-    assert registry.in_use().name == "v3"
+    registry.promote("v3")
+    assert registry.promoted().name == "v3"
     assert registry.gate("v1")
     for wrong in (-1, 2, True, "x"):
         with pytest.raises(ConfigError, match="tolerance"):
             registry.gate("v1", tolerance=wrong)
 
 
-def test_a_gate_without_evidence_does_not_pass(adapter, tmp_path):
+def test_the_gate_refuses_a_version_with_too_little_evidence(adapter, tmp_path):
     registry, few = RunRegistry(tmp_path / "r"), make_dataset(passages=8)
     rng = np.random.default_rng(0)
     for _ in range(2):
         evaluation = judged(2.0, few, seed=int(rng.integers(100)))
         registry.add(adapter, dataset=few, evaluation=evaluation)
-    registry.use("v1")
+    registry.promote("v1")
     gate = registry.gate("v2")
-    assert gate.measured.interval[0] < -0.01
+    assert gate.difference.interval[0] < -0.01
     assert not gate
-    assert RunRegistry(tmp_path / "empty").in_use() is None
+    assert RunRegistry(tmp_path / "empty").promoted() is None
     fewer = make_dataset(passages=4)
     for _ in range(2):
         registry.add(adapter, dataset=fewer, evaluation=judged(1.0, fewer))
-    registry.use("v3")
-    assert str(registry.gate("v4", tolerance=1)) == "NOT PASSED: 8 questions are too few to tell; have 10 or more"
+    registry.promote("v3")
+    assert str(registry.gate("v4", tolerance=1)) == "NOT PASSED: 8 queries are too few; at least 10 are needed"
 
 
-def test_the_first_version_passes_and_one_judged_elsewhere_cannot_be_compared(registry, adapter, tmp_path):
+def test_the_first_version_passes_and_one_evaluated_on_other_data_cannot_be_compared(registry, adapter, tmp_path):
     fresh = RunRegistry(tmp_path / "fresh")
     fresh.add(adapter)
-    assert str(fresh.gate("v1")) == "PASSED: no version is in use yet"
+    assert str(fresh.gate("v1")) == "PASSED: no version is promoted yet"
     other = make_dataset(passages=20)
     registry.add(adapter, dataset=other, evaluation=judged(1.0, other))
-    with pytest.raises(DatasetError, match="both judged on one dataset"):
+    with pytest.raises(DatasetError, match="both evaluated on the same dataset"):
         registry.gate("v4")
     compared = registry.compare("v1", "v4")
-    assert compared.measures is None
-    assert "not judged on the same questions" in str(compared)
+    assert compared.metrics is None
+    assert "evaluated on different datasets" in str(compared)
 
 
 def test_two_versions_are_compared_with_what_changed(registry, adapter, many, tmp_path):
@@ -109,30 +109,30 @@ def test_two_versions_are_compared_with_what_changed(registry, adapter, many, tm
     registry.add(changed, dataset=many, evaluation=judged(0.6, many), name="more-epochs")
     compared = registry.compare("v1", "more-epochs")
     assert compared.changed == {"settings.epochs": (6, 99)}
-    assert compared.measures["ndcg@10"].difference > 0
+    assert compared.metrics["ndcg@10"].difference > 0
     assert "settings.epochs: 6 -> 99" in str(compared)
     assert registry.compare("v1", "v2").changed == {}
 
 
-def test_a_version_says_when_its_directory_is_no_longer_its_own(adapter, tmp_path):
-    place = tmp_path / "adapter"
-    shutil.copytree(adapter, place)
+def test_a_version_reports_a_replaced_or_removed_directory(adapter, tmp_path):
+    path = tmp_path / "adapter"
+    shutil.copytree(adapter, path)
     registry = RunRegistry(tmp_path / "r")
-    assert registry.add(place).status == "there"
-    manifest = json.loads((place / "finetune.json").read_text())
-    (place / "finetune.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    assert registry.add(path).status == "there"
+    manifest = json.loads((path / "finetune.json").read_text())
+    (path / "finetune.json").write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
     assert registry.list()[0].status == "replaced"
-    for ask in (registry.use, registry.gate):
+    for ask in (registry.promote, registry.gate):
         with pytest.raises(AdapterError, match="holds another model than v1"):
             ask("v1")
-    (place / "finetune.json").write_text("{")
+    (path / "finetune.json").write_text("{")
     assert registry.list()[0].status == "replaced"
-    shutil.rmtree(place)
+    shutil.rmtree(path)
     assert registry.list()[0].status == "gone"
     assert ["directory", "gone"] in [line.split() for line in registry.show("v1").splitlines()]
 
 
-def test_the_trend_is_of_those_that_were_judged_alike(registry, adapter, many, tmp_path):
+def test_the_trend_covers_versions_evaluated_on_the_latest_dataset(registry, adapter, many, tmp_path):
     other = make_dataset(passages=20)
     registry.add(adapter, dataset=other, evaluation=judged(1.0, other), name="elsewhere")
     registry.add(adapter, dataset=many, evaluation=judged(0.5, many), name="last")
@@ -143,7 +143,7 @@ def test_the_trend_is_of_those_that_were_judged_alike(registry, adapter, many, t
         RunRegistry(tmp_path / "none").trend()
 
 
-def test_a_line_that_was_cut_short_costs_itself_alone(registry, adapter):
+def test_a_line_that_was_cut_short_is_skipped(registry, adapter):
     index = registry.path / "versions.jsonl"
     with open(index, "a") as file:
         file.write('{"event": "add", "name": "v4", "pa')
@@ -154,13 +154,25 @@ def test_a_line_that_was_cut_short_costs_itself_alone(registry, adapter):
     assert index.read_text().startswith(before), "nothing is rewritten"
 
 
-def test_many_can_add_at_once(adapter, tmp_path):
+def test_a_registry_of_an_earlier_release_is_read(registry):
+    index = registry.path / "versions.jsonl"
+    text = index.read_text().replace('"evaluated_on"', '"judged_on"').replace('"promote"', '"use"')
+    assert "judged_on" in text
+    assert '"use"' in text
+    versions = registry.list()
+    index.write_text(text)
+    assert registry.list() == versions
+    assert registry.promoted().name == "v1"
+    assert registry.gate("v2")
+
+
+def test_concurrent_additions_get_distinct_names(adapter, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: RunRegistry(tmp_path / "r").add(adapter), range(24)))
     assert sorted(v.name for v in RunRegistry(tmp_path / "r").list()) == sorted(f"v{i}" for i in range(1, 25))
 
 
-def test_what_cannot_be_added_is_refused(registry, adapter, many, tiny_model, tmp_path):
+def test_invalid_additions_are_refused(registry, adapter, many, tiny_model, tmp_path):
     with pytest.raises(AdapterError, match=r"finetune\.json"):
         registry.add(tiny_model)
     with pytest.raises(ConfigError, match="which is taken"):

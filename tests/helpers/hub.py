@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on loopback: enough of its HTTP API to make a repository, commit and download."""
+"""A local Hugging Face Hub: enough of its HTTP API to create a repository, commit and download."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_stand_in"
+TOKEN = "hf_local"
 
 
-class Hub:
-    """What the server knows.
+class LocalHub:
+    """State of the server.
 
     Attributes:
-        commits: (repository, commit) to the files of then, by path.
+        commits: (repository, commit) to its files, by path.
         heads: (repository, branch) to its last commit.
-        objects: Large files that were uploaded, by their SHA-256, as git-lfs has them.
-        requests: "METHOD path" of everything that was asked.
-        url: Where it is.
+        objects: Uploaded large files (git-lfs), by SHA-256.
+        requests: "METHOD path" of every request.
+        url: Address of the server.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Hub:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
+    hub: LocalHub
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -64,16 +64,16 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[2:] == ["info", "lfs", "objects", "batch"]:
             return self._json(self._uploads(json.loads(content)["objects"]))
         if parts == ["verify"]:
-            asked = json.loads(content)
-            known = len(hub.objects.get(asked["oid"], b"")) == asked["size"]
-            return self._json({} if known else {"error": "not uploaded"}, 200 if known else 404)
+            request = json.loads(content)
+            uploaded = len(hub.objects.get(request["oid"], b"")) == request["size"]
+            return self._json({} if uploaded else {"error": "not uploaded"}, 200 if uploaded else 404)
         if parts == ["api", "repos", "create"]:
-            asked = json.loads(content)
-            repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
-            there = (repo, "main") in hub.heads
-            if not there:
+            request = json.loads(content)
+            repo = "/".join(filter(None, (request.get("organization"), request["name"])))
+            exists = (repo, "main") in hub.heads
+            if not exists:
                 hub.commit(repo, "main", {".gitattributes": b""})
-            return self._json({"url": f"{hub.url}/{repo}"}, 409 if there else 200)
+            return self._json({"url": f"{hub.url}/{repo}"}, 409 if exists else 200)
         if parts[:2] == ["api", "validate-yaml"]:
             return self._json({"errors": [], "warnings": []})
         repo, verb = "/".join(parts[2:4]), parts[4]
@@ -92,22 +92,22 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"commitUrl": f"{hub.url}/{repo}/commit/{number}", "commitOid": number, "success": True})
 
     def do_PUT(self) -> None:
-        """A large file, at the address that `_uploads` gave."""
+        """Receive a large file at the address from `_uploads`."""
         self.hub.requests.append(f"PUT {self.path}")
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         oid = self.path.rsplit("/", 1)[-1]
         if hashlib.sha256(content).hexdigest() != oid:
-            return self._json({"error": "other content than was announced"}, 400)
+            return self._json({"error": "content does not match its digest"}, 400)
         self.hub.objects[oid] = content
         return self._json({})
 
-    def _uploads(self, asked: list[dict[str, Any]]) -> dict[str, Any]:
+    def _uploads(self, files: list[dict[str, Any]]) -> dict[str, Any]:
         objects = []
-        for each in asked:
+        for each in files:
             actions = {"upload": {"href": f"{self.hub.url}/objects/{each['oid']}"},
                        "verify": {"href": f"{self.hub.url}/verify"}}  # fmt: skip
-            there = each["oid"] in self.hub.objects
-            objects.append({**each, "authenticated": True, **({} if there else {"actions": actions})})
+            uploaded = each["oid"] in self.hub.objects
+            objects.append({**each, "authenticated": True, **({} if uploaded else {"actions": actions})})
         return {"transfer": "basic", "objects": objects}
 
     def _download(self, body: bool) -> None:
@@ -154,13 +154,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *args: Any) -> None:
-        """Nothing: pytest shows requests where they matter."""
+        """Keep the test output free of requests."""
 
 
 @contextmanager
-def running() -> Iterator[Hub]:
-    """The stand-in, answering until the block ends."""
-    hub = Hub()
+def local_hub() -> Iterator[LocalHub]:
+    """Serve an empty Hub until the block ends."""
+    hub = LocalHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
