@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for one another
-    os.environ["OMP_NUM_THREADS"] = "1"
+# Tiny matrices are slower on several threads, and the threads of several test processes wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
@@ -30,8 +30,10 @@ def shown(value: object) -> str:
 WORDS = [f"w{i}" for i in range(200)]
 
 
-def make_tiny_model(path: Path, *, seed: int = 0, max_seq_length: int = 16, positions: int = 64) -> Path:
-    """A two-layer BERT of width 32 with random weights, as a sentence-transformers folder."""
+def make_tiny_model(
+    path: Path, *, seed: int = 0, max_seq_length: int = 16, positions: int = 64, width: int = 32
+) -> Path:
+    """A two-layer BERT with random weights, as a sentence-transformers folder."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -57,10 +59,10 @@ def make_tiny_model(path: Path, *, seed: int = 0, max_seq_length: int = 16, posi
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
+        hidden_size=width,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
+        num_attention_heads=max(2, width // 32),
+        intermediate_size=2 * width,
         max_position_embeddings=positions,
     )
     plain = path / "transformer"
@@ -117,22 +119,16 @@ def make_engine(
     return LoraFinetuneEngine(dataset or make_dataset(), str(model), str(path), **{**settings, **kwargs})
 
 
+def pytest_collection_finish() -> None:
+    """Exclude everything imported so far from garbage collection, which each training run starts several times."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_is_heard() -> None:
     """Whoever runs the tests in the background has it ignored, and an ignored signal stays ignored in training."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Threads cost more than they bring where matrices are 32 wide; real models keep theirs."""
-    import torch
-
-    before = torch.get_num_threads()
-    if request.node.get_closest_marker("slow") is None:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ def _multiply(x: Tensor, reordered: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_available() -> bool:
-    return torch.backends.mkldnn.enabled and _agrees_with_torch()
+    return bool(torch.backends.mkldnn.enabled) and _agrees_with_torch()
 
 
 @cache
