@@ -1,4 +1,4 @@
-"""The dataset: questions, passages, and which answers which. Its JSON is a contract."""
+"""The dataset: queries, passages, and which answers which. Its JSON file is a public format."""
 
 from __future__ import annotations
 
@@ -11,22 +11,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from llama_index.core.bridge.pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, PrivateAttr, ValidationError, field_validator
 
+from llama_index_lora_embed.config import NEAR_DUPLICATE
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.core.files import write_json
+from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
+from llama_index_lora_embed.data.split import split_by_source
+from llama_index_lora_embed.data.text import normalise as normalise
 
 if TYPE_CHECKING:
     from llama_index_lora_embed.data.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
-HUMAN = "people"
-"""Origin of a question that a person asked."""
+HUMAN = "human"
+"""`query_origins` of a human-written query."""
+
+
+def origin_name(recorded: str) -> str:
+    """The name of an origin read from a file; earlier versions wrote "people" for `HUMAN`."""
+    return HUMAN if recorded == "people" else recorded
 
 
 class EmbeddingQAFinetuneDataset(BaseModel):
-    """Questions and the passages that answer them.
+    """Queries and the passages that answer them.
 
     The first four fields, and the JSON file of `save_json`, are those of llama-index-finetuning's class of
     the same name; each reads the other's files. The rest is optional and ignored by older readers.
@@ -36,13 +45,13 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         corpus: Passage id to text, as indexing embeds it (`MetadataMode.EMBED`).
         relevant_docs: Query id to the ids of the passages that answer it.
         mode: Always "text"; kept for older readers.
-        source_documents: Passage id to the id of the document it was cut from; splits keep these together.
-        query_origins: Query id to how the question was made ("title", "inverse_cloze", "people", ...).
-        training_passages: Query id to the text it is trained against where that differs from the corpus
-            (inverse cloze takes the sentence out). Retrieval is always judged on the corpus.
-        hard_negatives: Query id to ids of passages that look right and are not.
-        relevance_scores: Query id to passage id to how relevant it is, above 0 and at most 1; 1 where nothing is
-            said. Training weighs a question's loss by it.
+        source_documents: Passage id to the id of the document that it is a chunk of; splits keep these together.
+        query_origins: Query id to how the query came about ("title", "inverse_cloze", "human", ...).
+        training_passages: Query id to the text that it is trained against where that differs from the corpus
+            (inverse cloze leaves the sentence out). Retrieval is always evaluated on the corpus.
+        hard_negatives: Query id to the ids of passages that look relevant and are not.
+        relevance_scores: Query id to passage id to a grade above 0 and at most 1; 1 where there is none. Training
+            weights the query's loss by it.
 
     Raises:
         DatasetError: A field has the wrong type; every place is named.
@@ -53,11 +62,13 @@ class EmbeddingQAFinetuneDataset(BaseModel):
     corpus: dict[str, str]
     relevant_docs: dict[str, list[str]]
     mode: str = "text"
-    source_documents: dict[str, str] | None = Field(default=None)
-    query_origins: dict[str, str] | None = Field(default=None)
-    training_passages: dict[str, str] | None = Field(default=None)
-    hard_negatives: dict[str, list[str]] | None = Field(default=None)
-    relevance_scores: dict[str, dict[str, float]] | None = Field(default=None)
+    source_documents: dict[str, str] | None = None
+    query_origins: dict[str, str] | None = None
+    training_passages: dict[str, str] | None = None
+    hard_negatives: dict[str, list[str]] | None = None
+    relevance_scores: dict[str, dict[str, float]] | None = None
+
+    _sketches: Sketches = PrivateAttr(default_factory=Sketches)
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -68,11 +79,16 @@ class EmbeddingQAFinetuneDataset(BaseModel):
                 for item in error.errors()
             ]
             raise DatasetError(
-                f"{len(problems)} value(s) of a wrong type",
+                f"{len(problems)} value(s) of the wrong type",
                 "queries and corpus as {id: text}, relevant_docs as {query id: [passage id, ...]}",
                 "Correct these entries:",
                 problems,
             ) from error
+
+    @field_validator("query_origins")
+    @classmethod
+    def _known_origins(cls, origins: dict[str, str] | None) -> dict[str, str] | None:
+        return origins and {i: origin_name(origin) for i, origin in origins.items()}
 
     @property
     def query_docid_pairs(self) -> list[tuple[str, list[str]]]:
@@ -102,7 +118,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> EmbeddingQAFinetuneDataset:
-        """Read a dataset file, ours or llama-index-finetuning's (UTF-8).
+        """Read a dataset file (UTF-8) of this package or of llama-index-finetuning.
 
         Raises:
             DatasetError: The file is missing, is not JSON, or holds something else.
@@ -112,7 +128,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DatasetError(
-                f"{str(path)!r}, which cannot be read: {error}", "a dataset's JSON file", hint
+                f"{str(path)!r}, which cannot be read: {error}", "the JSON file of a dataset", hint
             ) from error
         if not isinstance(data, dict):
             raise DatasetError(f"JSON of type {type(data).__name__} in {str(path)!r}", "a JSON object", hint)
@@ -131,27 +147,27 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         return digest.hexdigest()
 
     def order_digest(self) -> str:
-        """SHA-256 (hex) over all fields and the order of questions and passages, which decides what batches hold."""
+        """SHA-256 (hex) over all fields and the order of queries and passages, which decides what is in a batch."""
         text = json.dumps([self.digest(), list(self.queries), list(self.corpus)], ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def origins(self) -> dict[str, int]:
-        """How many questions were made in which way; "unknown" where the dataset does not say."""
+        """Number of queries by origin; "unknown" where the dataset has none."""
         counts: dict[str, int] = defaultdict(int)
         for query_id in self.queries:
             counts[(self.query_origins or {}).get(query_id, "unknown")] += 1
         return dict(sorted(counts.items()))
 
     def source_of(self, passage_id: str) -> str:
-        """Id of the document a passage comes from; its own id where none is recorded."""
+        """Id of the document that a passage comes from; its own id where none is recorded."""
         return (self.source_documents or {}).get(passage_id, passage_id)
 
     def problems(self) -> list[str]:
-        """One line for each thing that would crash or spoil training: every id is named."""
+        """One line for each problem that would crash or spoil training, with its id."""
         found: list[str] = []
         for what, texts in (("query", self.queries), ("passage", self.corpus)):
             # fields can be changed after construction, so that pydantic's check is not the last word
-            found += [f"{what} {i!r} is no text but {text!r:.80}" for i, text in texts.items() if not _is_text(text)]
+            found += [f"{what} {i!r} is not text: {text!r:.80}" for i, text in texts.items() if not _is_text(text)]
             found += [f"{what} {i!r} is empty" for i, text in texts.items() if _is_text(text) and not text.strip()]
         for query_id in self.queries:
             if not self.relevant_docs.get(query_id):
@@ -177,44 +193,44 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             for passage_id, score in scores.items():
                 where = f"relevance_scores[{query_id!r}][{passage_id!r}]"
                 if passage_id not in self.relevant_docs.get(query_id, ()):
-                    found.append(f"{where} is about a passage that is not among the query's relevant_docs")
+                    found.append(f"{where}: the passage is not among the query's relevant_docs")
                 elif not 0 < score <= 1:
                     found.append(f"{where} is {score!r}, expected a number above 0 and at most 1")
         return found
 
     def score(self, query_id: str, passage_id: str) -> float:
-        """How relevant a relevant passage is, 0 to 1; 1 where the dataset does not say."""
+        """Grade of a relevant passage, above 0 and at most 1; 1 where the dataset has none."""
         return (self.relevance_scores or {}).get(query_id, {}).get(passage_id, 1.0)
 
     def check(self, name: str = "dataset") -> EmbeddingQAFinetuneDataset:
-        """This dataset, if nothing is wrong with it.
+        """This dataset, if it is not empty and has no `problems()`.
 
         Args:
-            name: What to call it in the message.
+            name: What the error message calls it.
 
         Raises:
-            DatasetError: It is empty, or `problems()` found something; all of it is in `.problems`.
+            DatasetError: It is empty or has problems; `.problems` lists all of them.
         """
         if not self.queries or not self.corpus:
             raise DatasetError(
                 f"a {name} with {len(self.queries)} queries and {len(self.corpus)} passages",
                 "at least one of each",
-                "Check that your nodes have text and that the question generators found something.",
+                "Check that the nodes have text and that the query generators yielded queries.",
             )
         if problems := self.problems():
             raise DatasetError(
                 f"a {name} with {len(problems)} problem(s)",
-                "texts that are not empty, and ids that exist",
+                "non-empty texts, and ids that exist",
                 "Correct or remove these entries:",
                 problems,
             )
         return self
 
     def overlap(self, other: EmbeddingQAFinetuneDataset) -> list[str]:
-        """Ids of the queries whose answer is also an answer in `other`, or comes from one of its documents.
+        """Ids of the queries with a passage that is an answer in `other`, too, or comes from one of its documents.
 
-        Texts are compared without regard to case and spaces, because ids are often made anew. A model that
-        trained on `other` has seen these answers.
+        Texts are compared ignoring case and spaces, because ids often differ between datasets. A model that was
+        trained on `other` knows these answers.
         """
         answers = {normalise(other.corpus[i]) for i in other.answer_ids()}
         documents: set[str] = set()
@@ -246,8 +262,6 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         Raises:
             SplitError: All queries are tied to one document.
         """
-        from llama_index_lora_embed.data.split import split_by_source
-
         train, val = split_by_source(self, fraction, seed=seed, max_passages=max_passages)
         if train.source_documents:
             return train, val, "The queries were held out of the training set by source document."
@@ -295,6 +309,19 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         """Ids of all passages that answer at least one query."""
         return {i for query_id in self.queries for i in self.relevant_docs.get(query_id, []) if i in self.corpus}
 
+    def near_duplicates(
+        self, texts: Mapping[str, str] | None = None, threshold: float = NEAR_DUPLICATE
+    ) -> dict[str, str]:
+        """Near-duplicate passages, see `near_duplicate_groups`.
+
+        Each text is hashed once for this dataset, its subsets and its copies together, however often it is compared.
+
+        Args:
+            texts: Id to text of the passages to compare; None compares the whole corpus.
+            threshold: Jaccard index from which two texts count as the same.
+        """
+        return near_duplicate_groups(self.corpus if texts is None else texts, threshold, sketches=self._sketches)
+
     def subset(self, query_ids: Iterable[str], passage_ids: Iterable[str] | None = None) -> EmbeddingQAFinetuneDataset:
         """The dataset of these queries.
 
@@ -318,7 +345,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         if negatives is not None:
             there = set(passages)
             negatives = {q: [i for i in ids if i in there] for q, ids in negatives.items()}
-        return EmbeddingQAFinetuneDataset(
+        part = EmbeddingQAFinetuneDataset(
             queries={i: self.queries[i] for i in kept},
             corpus={i: self.corpus[i] for i in passages},
             relevant_docs={i: self.relevant_docs[i] for i in kept if i in self.relevant_docs},
@@ -328,19 +355,16 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             hard_negatives=negatives,
             relevance_scores=pick(self.relevance_scores, kept),
         )
+        part._sketches = self._sketches
+        return part
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def normalise(text: str) -> str:
-    """A text for comparison: lower case, single spaces."""
-    return " ".join(text.lower().split())
-
-
 def _share_ids(data: dict[str, Any]) -> None:
-    """Have equal ids be one string in memory; json makes a new one for each that is no key."""
+    """Store equal ids as one string in memory; json makes a new one for each value."""
     known: dict[str, str] = {}
 
     def shared(value: Any) -> Any:

@@ -1,35 +1,52 @@
-"""."""
+"""Groups of items that have to stay on one side of a split, and which groups to hold out."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-
-from llama_index_lora_embed.data.dataset import normalise
+from collections.abc import Iterable
 
 
-def groups_sharing(texts1: Sequence[str], texts2: Sequence[str]) -> list[list[int]]:
-    """Indices of pairs in groups that share a text, directly or through other pairs."""
+def groups_sharing(keys: Iterable[Iterable[str]]) -> list[list[int]]:
+    """Group items that share a key, directly or through other items (union-find).
+
+    Args:
+        keys: The keys of each item, at least one.
+
+    Returns:
+        Indices of the items of each group, ascending, in the order of the groups' first items.
+    """
     parent: dict[str, str] = {}
 
-    def find(item: str) -> str:
-        while parent.setdefault(item, item) != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
+    def find(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
 
-    for first, second in zip(texts1, texts2, strict=True):
-        parent[find(normalise(first))] = find(normalise(second))
+    firsts = []
+    for first, *others in keys:
+        firsts.append(first)
+        for other in others:
+            parent[find(other)] = find(first)
     groups: defaultdict[str, list[int]] = defaultdict(list)
-    for index, text in enumerate(texts1):
-        groups[find(normalise(text))].append(index)
+    for index, first in enumerate(firsts):
+        groups[find(first)].append(index)
     return list(groups.values())
 
 
 def draw_groups(groups: list[list[int]], strata: list[int], fraction: float) -> set[int]:
-    """Pairs to hold out: whole groups, so that each stratum comes near to its share and none is used up."""
+    """Draw whole groups to hold out, so that each stratum comes near its share and none is used up.
+
+    Args:
+        groups: Indices of items, in the order in which to draw.
+        strata: The stratum of each item.
+        fraction: Share of each stratum to hold out.
+
+    Returns:
+        Indices of the items to hold out.
+    """
     total, held = Counter(strata), Counter[int]()
-    wanted = {stratum: max(2 / len(total), fraction * count) for stratum, count in total.items()}  # two pairs in all
+    wanted = {stratum: max(2 / len(total), fraction * count) for stratum, count in total.items()}  # two items in all
     found: set[int] = set()
     counted = [(group, Counter(strata[i] for i in group)) for group in groups]
 
@@ -43,7 +60,7 @@ def draw_groups(groups: list[list[int]], strata: list[int], fraction: float) -> 
         if fits(counts) and off(counts) < off(Counter()):
             held.update(counts)
             found.update(group)
-    for stratum in total:  # a group too large to be near its share, where no other has this stratum
+    for stratum in total:  # the only groups with this stratum may be too large to come near its share
         fitting = [(group, counts) for group, counts in counted if counts[stratum] and fits(counts)]
         if fitting and not held[stratum]:
             group, counts = min(fitting, key=lambda item: len(item[0]))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError, warn_user
 from llama_index_lora_embed.core.files import write_json
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.grouping import draw_groups, groups_sharing
 from llama_index_lora_embed.data.readers.files import Entry, PairsReport, path_entries
 from llama_index_lora_embed.data.readers.labelled import (
@@ -32,6 +32,7 @@ from llama_index_lora_embed.data.readers.labelled import (
     read_rows,
     scale_hint,
 )
+from llama_index_lora_embed.data.text import normalise
 
 if TYPE_CHECKING:
     from llama_index_lora_embed.data.training_data import TrainingData
@@ -373,7 +374,7 @@ class LabelledPairs:
             hint = "0.1 holds out a tenth of the pairs."
             raise ConfigError(f"fraction={fraction!r}", "a number above 0 and below 1", hint)
         self.check("pairs to split")
-        groups = groups_sharing(self.texts1, self.texts2)
+        groups = groups_sharing(map(normalise, pair) for pair in zip(self.texts1, self.texts2, strict=True))
         random.Random(seed).shuffle(groups)
         strata = [int(score) for score in self.scores]
         if not self.binary:

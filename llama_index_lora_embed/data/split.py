@@ -1,76 +1,79 @@
-"""Splitting by source document, so that no chunk's sibling is on the other side."""
+"""Splitting a dataset by source document, so that chunks of one document are never on both sides."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 from llama_index_lora_embed.core.errors import ConfigError, SplitError, warn_user
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
-from llama_index_lora_embed.data.filters.near_duplicates import near_duplicate_groups
-from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
+from llama_index_lora_embed.data.grouping import groups_sharing
+from llama_index_lora_embed.data.text import normalise
+
+if TYPE_CHECKING:
+    from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+    from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 
 FEWEST_DOCUMENTS = 10
-"""Documents with questions, below which `split_by_source` warns. Questions about one document succeed or fail together,
-so documents are what a verdict counts; of fewer than ten, a tenth of the questions is one document."""
+"""Documents with queries below which `split_by_source` warns. Queries about one document succeed or fail together, so
+that a verdict rests on the number of documents; of fewer than ten, a tenth is a single document."""
 
-_MOST_TIED = 0.5  # of the questions; near-duplicates that tie more than this are a template, not copies
+_MOST_TIED = 0.5  # of the queries; near-duplicates that tie more than this are a template, not copies
 _EXAMPLES = 5
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What the two sides of a split hold, and what they share.
+    """What the two sides of a split hold and have in common.
 
     Attributes:
-        train_documents: Source documents with answers to training questions.
+        train_documents: Source documents with passages that answer training queries.
         val_documents: The same for validation.
-        train_questions: Training questions.
-        val_questions: Validation questions.
-        near_duplicates: Validation passages with questions that are equal, or nearly so, to a training passage with
-            questions.
+        train_queries: Training queries.
+        val_queries: Validation queries.
+        near_duplicates: Relevant validation passages that are near-duplicates of a relevant training passage.
         near_duplicate_examples: A few of them, as (training passage id, validation passage id).
-        shared_wordings: Validation questions whose wording a training question has too, but for case and spaces.
+        shared_wordings: Validation queries that are also training queries (ignoring case and spaces).
     """
 
     train_documents: int
     val_documents: int
-    train_questions: int
-    val_questions: int
+    train_queries: int
+    val_queries: int
     near_duplicates: int = 0
     near_duplicate_examples: list[tuple[str, str]] = field(default_factory=list)
     shared_wordings: int = 0
 
     def __str__(self) -> str:
         lines = [
-            f"training: {self.train_questions} questions about {self.train_documents} documents",
-            f"validation: {self.val_questions} questions about {self.val_documents} documents",
-            f"validation passages that nearly stand in training, too: {self.near_duplicates}",
+            f"training: {self.train_queries} queries about {self.train_documents} documents",
+            f"validation: {self.val_queries} queries about {self.val_documents} documents",
+            f"validation passages that are near-duplicates of training passages: {self.near_duplicates}",
         ]
-        lines += [f"  {val!r} is like {train!r}" for train, val in self.near_duplicate_examples]
-        return "\n".join([*lines, f"validation questions that training asks, too: {self.shared_wordings}"])
+        lines += [f"  {val!r} of {train!r}" for train, val in self.near_duplicate_examples]
+        return "\n".join([*lines, f"validation queries that are also training queries: {self.shared_wordings}"])
 
 
 def split_report(train: EmbeddingQAFinetuneDataset, val: EmbeddingQAFinetuneDataset) -> SplitReport:
-    """Count what is on each side of a split, and what should be on one side only.
+    """Count what is on each side of a split, and what is on both although it should not be.
 
     Args:
         train: Training dataset.
-        val: Validation dataset, from `split_by_source` or of the user's own; its ids may be the same as training's.
+        val: Validation dataset, from `split_by_source` or from elsewhere; it may use the same ids for other texts.
     """
     train_answers, val_answers = train.answer_ids(), val.answer_ids()
     texts = {f"train:{i}": text for i, text in train.corpus.items() if i in train_answers}
     texts |= {f"val:{i}": text for i, text in val.corpus.items() if i in val_answers}
-    groups = near_duplicate_groups(texts)
-    # training's texts come first, so that a group with any of them begins with one
+    groups = train.near_duplicates(texts)
+    # training passages come first, so that a group that has any begins with one
     pairs = [(first, i) for i, first in groups.items() if i.startswith("val:") and first.startswith("train:")]
     wordings = {normalise(text) for text in train.queries.values()}
     return SplitReport(
         train_documents=len({train.source_of(i) for i in train_answers}),
         val_documents=len({val.source_of(i) for i in val_answers}),
-        train_questions=len(train.queries),
-        val_questions=len(val.queries),
+        train_queries=len(train.queries),
+        val_queries=len(val.queries),
         near_duplicates=len(pairs),
         near_duplicate_examples=[(a.removeprefix("train:"), b.removeprefix("val:")) for a, b in pairs[:_EXAMPLES]],
         shared_wordings=sum(normalise(text) in wordings for text in val.queries.values()),
@@ -86,37 +89,37 @@ def split_by_source(
 ) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset]:
     """Split a dataset into training and validation by source document.
 
-    All chunks of a document, and all questions about them, land on one side; a question with answers in
-    several documents ties these together, and so does a text that stands in both, or nearly does (see
-    `near_duplicate_groups`; 100,000 passages take half a minute). The validation questions search both sides'
-    passages (up to `max_passages`), because that is the index that a user will search.
+    All chunks of a document and all queries about them are on one side. A query with relevant passages in several
+    documents ties these together, and so do equal texts and near-duplicates (see `near_duplicate_groups`). The
+    validation queries search the passages of both sides, up to `max_passages`, because that is the index that users
+    will search.
 
-    Warns (UserWarning) where the questions are about fewer than ten documents, and where near-duplicates tie more
-    than half of the questions together, as pages of one template do: then only equal texts tie.
+    Warns (UserWarning) where the queries are about fewer than ten documents, and where near-duplicates tie more than
+    half of the queries together, as pages of one template do: then only equal texts tie.
 
     Args:
         dataset: Dataset; a passage without a recorded source counts as a document of its own.
-        val_fraction: Share of the questions to aim for, above 0 and below 1.
-        seed: Order in which documents are drawn.
-        max_passages: Bound on the validation corpus; the answers are always in it.
+        val_fraction: Share of the queries to aim for, above 0 and below 1.
+        seed: Random seed of the order in which documents are drawn.
+        max_passages: Maximum size of the validation corpus; relevant passages are always in it.
 
     Returns:
         (training, validation).
 
     Raises:
         ConfigError: `val_fraction` is not between 0 and 1.
-        SplitError: All questions hang on one document.
+        SplitError: All queries are tied to one document.
     """
     if not 0 < val_fraction < 1:
         raise ConfigError(
             f"val_fraction={val_fraction!r}",
             "a number above 0 and below 1",
-            "0.1 holds out a tenth of the questions.",
+            "0.1 holds out a tenth of the queries.",
         )
     groups = _tied_groups(dataset)
     if len(groups) < 2:
         raise SplitError(
-            "questions about one source document only, or all tied together",
+            "queries about one source document only, or all tied together",
             "at least two documents, so that one can be held out",
             "Add documents, or pass a val_dataset of your own.",
         )
@@ -127,71 +130,57 @@ def split_by_source(
     held_out: list[str] = []
     while groups[1:] and len(held_out) < wanted:
         held_out += groups.pop()
-    train = dataset.subset(query_id for group in groups for query_id in group)
     answers = {i for q in held_out for i in dataset.relevant_docs[q]}
     held_sources = {dataset.source_of(i) for i in answers}
     others = [i for i in dataset.corpus if i not in answers]
     if max_passages is not None:
         others = rng.sample(others, min(len(others), max(0, max_passages - len(answers))))
     val = dataset.subset(held_out, answers.union(others))
-    # passages without questions are no training data, but they are part of the corpus that is indexed
-    train = dataset.subset(train.queries, [i for i in dataset.corpus if dataset.source_of(i) not in held_sources])
-    return train, val
+    # passages without queries are not trained on, but they belong to the corpus that is indexed
+    passages = [i for i in dataset.corpus if dataset.source_of(i) not in held_sources]
+    return dataset.subset((query_id for group in groups for query_id in group), passages), val
 
 
 def _warn_of_few_documents(dataset: EmbeddingQAFinetuneDataset) -> None:
     documents = len({dataset.source_of(i) for i in dataset.answer_ids()})
     if documents < FEWEST_DOCUMENTS:
         warn_user(
-            f"The questions are about {documents} documents, fewer than {FEWEST_DOCUMENTS}: a verdict on the few that "
+            f"The queries are about {documents} documents, fewer than {FEWEST_DOCUMENTS}: a verdict on the few that "
             "are held out says little about others. Add documents, or pass a val_dataset of your own."
         )
 
 
 def _tied_groups(dataset: EmbeddingQAFinetuneDataset) -> list[list[str]]:
-    """Groups of queries that have to be on one side, tied by near-duplicates too unless these tie too much."""
+    """Ids of queries that have to be on one side; near-duplicates tie them, too, unless that ties too many."""
     answers = dataset.answer_ids()
-    equal = {i: normalise(text) for i, text in dataset.corpus.items() if i in answers}
-    exact = _tied_queries(dataset, equal)
-    copies = near_duplicate_groups({i: dataset.corpus[i] for i in equal})
-    groups = _tied_queries(dataset, {i: copies.get(i, i) for i in equal})
+    texts = {i: text for i, text in dataset.corpus.items() if i in answers}
+    copies = dataset.near_duplicates(texts)
+    exact = _tied_queries(dataset, {i: normalise(text) for i, text in texts.items()})
+    groups = _tied_queries(dataset, {i: copies.get(i, i) for i in texts})
     most = max(map(len, groups), default=0)
     if len(groups) == len(exact) or most <= max(_MOST_TIED * len(dataset.queries), max(map(len, exact), default=0)):
         return groups
     warn_user(
-        f"Nearly equal passages tie {most} of {len(dataset.queries)} questions together, so that the split lets them "
-        "be on both sides; validation will flatter the model. split_report(train, val) counts them."
+        f"Near-duplicate passages tie {most} of {len(dataset.queries)} queries together, so that the split allows "
+        "near-duplicates on both sides; validation scores will be too high. split_report(train, val) counts them."
     )
     return exact
 
 
 def _tied_queries(dataset: EmbeddingQAFinetuneDataset, texts: dict[str, str]) -> list[list[str]]:
-    """Groups of queries whose answers share a source document or a text, directly or through another query.
+    """Groups of queries whose relevant passages share a source document or a text, directly or through others.
 
     Args:
         dataset: Dataset.
-        texts: Passage id to what is the same for passages with the same text.
+        texts: Passage id to what passages with the same text share.
     """
-    parent: dict[str, str] = {}
-
-    def find(item: str) -> str:
-        while parent.setdefault(item, item) != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
-
-    for query_id in dataset.queries:
-        sources = [dataset.source_of(i) for i in dataset.relevant_docs[query_id]]
-        same = [f"text:{texts[i]}" for i in dataset.relevant_docs[query_id]]
-        for other in (*sources[1:], *same):
-            parent[find(sources[0])] = find(other)
-    groups: dict[str, list[str]] = {}
-    for query_id in dataset.queries:
-        groups.setdefault(find(dataset.source_of(dataset.relevant_docs[query_id][0])), []).append(query_id)
-    return list(groups.values())
+    query_ids = list(dataset.queries)
+    relevant = (dataset.relevant_docs[query_id] for query_id in query_ids)
+    keys = ([*(f"source:{dataset.source_of(i)}" for i in ids), *(f"text:{texts[i]}" for i in ids)] for ids in relevant)
+    return [[query_ids[index] for index in group] for group in groups_sharing(keys)]
 
 
-Trainable = EmbeddingQAFinetuneDataset | LabelledPairs
+Trainable: TypeAlias = "EmbeddingQAFinetuneDataset | LabelledPairs"
 
 
 def hold_out(

@@ -4,6 +4,7 @@ import pytest
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedError
 from llama_index_lora_embed.core.errors import DatasetError
+from llama_index_lora_embed.data.dataset import HUMAN
 from tests.conftest import make_dataset
 
 
@@ -17,7 +18,7 @@ def small(**changes):
 
 
 def test_a_file_survives_writing_and_reading(tmp_path):
-    dataset = small(source_documents={"p1": "d1"}, query_origins={"q1": "people"}, corpus={"p1": "één 🌍", "p2": "two"})
+    dataset = small(source_documents={"p1": "d1"}, query_origins={"q1": "human"}, corpus={"p1": "één 🌍", "p2": "two"})
     dataset.save_json(tmp_path / "new" / "dataset.json")
     assert EmbeddingQAFinetuneDataset.from_json(tmp_path / "new" / "dataset.json") == dataset
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["dataset.json"]
@@ -65,7 +66,7 @@ def test_texts_that_are_no_strings_are_named():
 def test_texts_that_became_something_else_later_are_named():
     dataset = small()
     dataset.queries["q1"], dataset.corpus["p2"] = None, 7
-    assert dataset.problems() == ["query 'q1' is no text but None", "passage 'p2' is no text but 7"]
+    assert dataset.problems() == ["query 'q1' is not text: None", "passage 'p2' is not text: 7"]
 
 
 def test_check_names_every_problem():
@@ -149,10 +150,22 @@ def test_subset_keeps_what_belongs_to_the_queries():
     part = make_dataset().subset(["q3-0", "q3-1"])
     assert list(part.corpus) == ["p3"]
     assert part.source_documents == {"p3": "document1"}
-    assert part.query_origins == {"q3-0": "people", "q3-1": "people"}
+    assert part.query_origins == {"q3-0": "human", "q3-1": "human"}
     part.check()
 
 
 def test_optional_keys_are_absent_from_a_plain_file(tmp_path):
     small().save_json(tmp_path / "d.json")
     assert set(json.loads((tmp_path / "d.json").read_text())) == {"queries", "corpus", "relevant_docs", "mode"}
+
+
+def test_files_of_earlier_versions_are_read(tmp_path):
+    fields = {"queries": {"q1": "first"}, "corpus": {"p1": "one"}, "relevant_docs": {"q1": ["p1"]}, "mode": "text"}
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(fields))  # as llama-index-finetuning writes it
+    assert EmbeddingQAFinetuneDataset.from_json(path).check().queries == {"q1": "first"}
+    path.write_text(json.dumps(fields | {"query_origins": {"q1": "people"}}))
+    again = EmbeddingQAFinetuneDataset.from_json(path)
+    assert again.query_origins == {"q1": HUMAN} == {"q1": "human"}
+    again.save_json(path)
+    assert json.loads(path.read_text())["query_origins"] == {"q1": "human"}

@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.readers import InputExample
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LabelledPairs
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError
-from llama_index_lora_embed.data.dataset import normalise
+from llama_index_lora_embed.data.text import normalise
 
 ROWS = [("a cat", "a kitten", 1), ("a cat sleeps", "rain falls", 0), ("a dog", "a hound", 1)]
 

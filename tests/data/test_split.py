@@ -1,9 +1,11 @@
+import pickle
 import warnings
 
 import pytest
 
 from llama_index_lora_embed.core.errors import ConfigError, SplitError
 from llama_index_lora_embed.data import split_by_source
+from llama_index_lora_embed.data.filters import near_duplicates
 from llama_index_lora_embed.data.split import split_report
 from tests.conftest import make_dataset
 
@@ -45,7 +47,7 @@ def test_it_is_seeded():
     assert split_by_source(dataset, seed=1)[1] != split_by_source(dataset, seed=2)[1]
 
 
-def test_a_question_with_answers_in_two_documents_ties_them():
+def test_a_query_with_answers_in_two_documents_ties_them():
     dataset = make_dataset(passages=8, questions=1)
     dataset.relevant_docs["q0-0"] = ["p0", "p2"]
     for seed in range(8):
@@ -108,7 +110,7 @@ def test_pages_of_one_template_are_still_split_and_the_user_is_told():
     words = [f"word{i}" for i in range(60)]
     for number, passage_id in enumerate(dataset.corpus):
         dataset.corpus[passage_id] = " ".join([*words, f"number{number}"])
-    with pytest.warns(UserWarning, match="tie 40 of 40 questions"):
+    with pytest.warns(UserWarning, match="tie 40 of 40 queries"):
         train, val = split_by_source(dataset, 0.2)
     assert len(val.queries) == 8
     assert split_report(train, val).near_duplicates == 8
@@ -129,15 +131,35 @@ def test_the_report_counts_both_sides_and_what_they_share():
     val.queries["vq0-0"] = train.queries["q0-0"].upper()
     report = split_report(train, val)
     assert (report.train_documents, report.val_documents) == (10, 3)
-    assert (report.train_questions, report.val_questions) == (40, 12)
+    assert (report.train_queries, report.val_queries) == (40, 12)
     assert report.near_duplicates == 1
     assert report.near_duplicate_examples == [("p3", "vp1")]
     assert report.shared_wordings == 1
-    assert "validation: 12 questions about 3 documents" in str(report)
-    assert "'vp1' is like 'p3'" in str(report)
+    assert "validation: 12 queries about 3 documents" in str(report)
+    assert "'vp1' of 'p3'" in str(report)
 
 
 def test_the_report_tells_same_ids_on_both_sides_apart():
     train, val = make_dataset(passages=20), make_dataset(passages=20, seed=9)
     assert split_report(train, val).near_duplicates == 0
     assert split_report(train, train).near_duplicates == 20
+
+
+def test_passages_are_hashed_once_for_a_dataset_its_parts_and_its_copies(monkeypatch):
+    hashed = []
+    signature = near_duplicates._signature
+    monkeypatch.setattr(near_duplicates, "_signature", lambda shingles: hashed.append(1) or signature(shingles))
+    dataset = make_dataset(passages=40)
+    train, val = split_by_source(dataset, 0.2)
+    split_report(train, val)
+    for part in (train, val, train.model_copy(deep=True), train.model_copy(update={"hard_negatives": {}})):
+        part.near_duplicates()
+    assert len(hashed) == 40
+    dataset.corpus["p0"] = "changed since"
+    nearly_the_same(dataset, "p1", "p2")
+    assert dataset.near_duplicates() == {"p1": "p1", "p2": "p1"}
+    assert len(hashed) == 43
+    again = pickle.loads(pickle.dumps(train))
+    assert again == train
+    assert again.near_duplicates() == {}
+    assert len(hashed) == 43 + len(train.corpus)

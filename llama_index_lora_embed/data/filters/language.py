@@ -1,4 +1,4 @@
-"""Which language a text is written in, or None where that cannot be said."""
+"""Language detection that says None rather than guess."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections import Counter
 from functools import lru_cache
 from typing import Any
 
-_LONGEST = 500  # characters looked at; more change no answer and cost time
-_SURE = 0.7  # share of the probability; below it, short names and keywords in any language get wrong answers
+_LONGEST = 500  # characters looked at; more change no result and take time
+_SURE = 0.7  # of the probability; below it, short names and keywords in any language get wrong results
 _FEWEST_LETTERS = {"latin": 12, "other": 4}
 _SHARE = 0.6  # of the letters that must be of one script
 
-# scripts of one living language with an ISO 639-1 code: one look at the letters is enough
+# scripts of one living language with an ISO 639-1 code: the letters are enough
 _SCRIPT_LANGUAGES = {
     "HANGUL": "ko",
     "GREEK": "el",
@@ -45,9 +45,9 @@ _OTHER_SCRIPT_LANGUAGES = frozenset(_SCRIPT_LANGUAGES.values()).union(
     ["zh", "ja"], *(languages - {"ku"} for languages in _SHARED_SCRIPTS.values())
 ) - {"sr"}  # Serbian is written in Latin letters too
 
-# what the model calls a language of its own and a user would not
+# the model's labels for varieties that users do not tell apart
 _VARIETIES = {"nn": "no", "nb": "no", "pcm": "en", "ary": "ar", "arz": "ar", "ext": "es", "sdh": "ku", "hbo": "he"}
-# too alike for a short question to tell
+# too similar to be told apart in a short query
 _ALIKE = {
     language: family[0]
     for family in (
@@ -58,7 +58,7 @@ _ALIKE = {
 }  # fmt: skip
 
 _ADDRESS = re.compile(r"https?://\S+|www\.\S+|\S+@\S+")
-# characters that Chinese uses all the time and Japanese does not know
+# characters that are frequent in Chinese and not used in Japanese
 _CHINESE_ONLY = frozenset(
     "什么吗呢们这怎哪谁您她吧嗎們這麼妳從對說沒還給讓从对时说没还给让电车书长东门问间见话语请计认识业产务办动发变处"
     "图场报应实审质设论证词页预领题额风飞马验"
@@ -67,14 +67,14 @@ _FEWEST_HAN = 12  # a title in kanji alone is shorter
 
 
 def detect(text: str) -> str | None:
-    """The language of a text.
+    """Detect the language of a text.
 
-    The script is looked at first, since it decides much from few letters. Where several languages share it, a
-    naive Bayes model of byte n-grams (py3langid) decides, and only if at least 0.7 of the probability is on one
-    language: keywords, names and code get None rather than a guess.
+    The script comes first, since few letters decide it. Where several languages share the script, a naive Bayes model
+    of byte n-grams (py3langid) decides, and only if one language has at least 0.7 of the probability: for keywords,
+    names and code the result is None rather than a guess.
 
     Args:
-        text: Any text; addresses, digits, emoji and control characters are passed over.
+        text: Any text; addresses, digits, emoji and control characters are ignored.
 
     Returns:
         ISO 639-1 code ("no" for both kinds of Norwegian), or None where the text is too short or mixed to say.
@@ -82,7 +82,7 @@ def detect(text: str) -> str | None:
     text = _ADDRESS.sub(" ", text[:_LONGEST])
     scripts = Counter(filter(None, map(_script, text)))
     letters = scripts.total()
-    if scripts["KANA"] + scripts["CJK"] >= max(2, _SHARE * letters / 2):  # one such character says as much as a word
+    if scripts["KANA"] + scripts["CJK"] >= max(2, _SHARE * letters / 2):  # one such character counts as a word
         return _east_asian(text, scripts)
     if not letters:
         return None
@@ -94,16 +94,11 @@ def detect(text: str) -> str | None:
     return _by_model(text, script)
 
 
-def same_language(left: str, right: str) -> bool:
-    """Whether two texts may be in one language; False only where both languages are known and differ.
+def may_be_same(left: str | None, right: str | None) -> bool:
+    """Whether two results of `detect` may be one language; False only where both are known and differ.
 
     Languages that a short text cannot tell apart (Danish and Norwegian, Spanish and Portuguese, ...) count as one.
     """
-    return may_be_same(detect(left), detect(right))
-
-
-def may_be_same(left: str | None, right: str | None) -> bool:
-    """`same_language` for what `detect` returned."""
     return left is None or right is None or _ALIKE.get(left, left) == _ALIKE.get(right, right)
 
 
@@ -112,7 +107,7 @@ def _east_asian(text: str, scripts: Counter[str]) -> str | None:
     if kana >= 2 and kana >= 0.1 * (kana + han):  # a Chinese text may quote a Japanese word
         return "ja"
     if kana == 0 and han < _FEWEST_HAN and not _CHINESE_ONLY.intersection(text):
-        return None  # a name or a keyword; both languages write these in Han
+        return None  # a name or a keyword; both languages write these in Han characters
     return "zh" if han >= 2 else None
 
 
@@ -126,13 +121,13 @@ def _by_model(text: str, script: str) -> str | None:
         probabilities = Counter({i: p for i, p in probabilities.items() if i not in _OTHER_SCRIPT_LANGUAGES})
     total = sum(probabilities.values())
     language, probability = max(probabilities.items(), key=lambda item: (item[1], item[0]), default=("", 0.0))
-    # "zxx" is the model's name for no language at all; other codes of three letters are not ISO 639-1
+    # "zxx" is the model's label for no language; other codes of three letters are not ISO 639-1
     return language if len(language) == 2 and probability >= _SURE * total else None
 
 
 @lru_cache(maxsize=4096)
 def _script(character: str) -> str | None:
-    """First word of a letter's Unicode name, which is its script; None for what is no letter."""
+    """First word of a letter's Unicode name, which is its script; None for other characters."""
     if not unicodedata.category(character).startswith("L"):
         return None
     name = unicodedata.name(character, "").split(" ")[0]
@@ -143,7 +138,7 @@ def _script(character: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def _model() -> Any:
-    """py3langid's model: a second to load and 100 MB, so only where a text needs it."""
+    """py3langid's model, loaded only where a text needs it: it takes a second and 100 MB."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

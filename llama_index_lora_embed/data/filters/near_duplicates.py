@@ -1,10 +1,10 @@
-"""Texts that say the same in almost the same words, found without comparing each with each."""
+"""Near-duplicates: texts that are equal or nearly so, found without comparing each with each."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,22 +13,58 @@ from numpy.typing import NDArray
 
 from llama_index_lora_embed.config import NEAR_DUPLICATE
 from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.data.dataset import normalise
+from llama_index_lora_embed.data.text import normalise, tokens_of
 
-# scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han with its extensions
-_UNSPACED = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _SHINGLE = 3
 _FEWEST_TOKENS = 8  # with fewer, one changed word changes nearly every shingle of words
 _PERMUTATIONS = 128
 _RECALL = 0.99  # of pairs at the threshold itself; those above it are found more surely still
 _SLACK = 0.1  # four standard errors of an estimate of 0.9 from 128 permutations
 _MOST_VERIFIED = 32  # texts of one template are candidates by the thousand; the likeliest are enough
+_SHINGLES_KEPT = 1 << 14  # texts; a kilobyte each, as passages go
 _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 
 Shingles = NDArray[np.uint64]
+
+
+class Sketches:
+    """MinHash signatures of texts, each computed once however often the texts are grouped.
+
+    A dataset shares them with its subsets and copies. They are looked up by text, so that no change of a corpus makes
+    them stale. Groups are not kept: which texts form a group depends on which others are there.
+
+    Args:
+        characters: As for `near_duplicate_groups`.
+    """
+
+    def __init__(self, characters: bool = False) -> None:
+        self._characters = characters
+        self._signatures: defaultdict[str, dict[str, bytes]] = defaultdict(dict)  # key, then text
+        self._shingles = lru_cache(maxsize=_SHINGLES_KEPT)(_shingles)
+
+    def shingles(self, key: str, text: str) -> Shingles:
+        """The text's shingles; texts with different keys have none in common."""
+        return self._shingles(text, self._characters) ^ np.uint64(_hash(key))
+
+    def signatures(self, keyed_texts: Sequence[tuple[str, str]]) -> NDArray[np.uint32]:
+        """MinHash signatures [texts, permutations] of (key, text) pairs."""
+        for key, text in keyed_texts:
+            if text not in self._signatures[key]:
+                self._signatures[key][text] = _signature(self.shingles(key, text)).tobytes()
+        joined = b"".join(self._signatures[key][text] for key, text in keyed_texts)
+        return np.frombuffer(joined, dtype=np.uint32).reshape(-1, _PERMUTATIONS)
+
+    # a dataset compares, copies and pickles this together with its fields, but it is a cache and no part of the data
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sketches)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sketches:
+        return self
+
+    def __reduce__(self) -> tuple[type[Sketches], tuple[bool]]:
+        return Sketches, (self._characters,)
 
 
 def near_duplicate_groups(
@@ -37,25 +73,27 @@ def near_duplicate_groups(
     *,
     within: Mapping[str, str] | None = None,
     characters: bool = False,
+    sketches: Sketches | None = None,
 ) -> dict[str, str]:
     """Group texts that are equal or nearly so.
 
-    Equal texts (but for case and spaces) always share a group. Others join the first text, in the order given,
-    that begins a group and is at least `threshold` like them, so that everything in a group is that close to its
-    first text. Likeness is the Jaccard similarity of the sets of three words in a row, or of three characters in
-    scripts that write no spaces and in texts of fewer than eight words. Candidates come from MinHash with
-    locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter
-    3) and are then compared in truth: a pair below the threshold is never grouped, while a pair that is just at the
-    threshold is missed about one time in a hundred, and more often where many texts come from one template.
+    Equal texts (ignoring case and spaces) always share a group. Every other text joins the first text, in the order
+    given, that begins a group and whose similarity to it is at least `threshold`. The similarity is the Jaccard index
+    of the sets of three consecutive words, or of three consecutive characters in scripts that write no spaces and in
+    texts of fewer than eight words. Candidates come from MinHash with locality-sensitive hashing (Broder 1997;
+    Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3) and are then compared exactly: a pair
+    below the threshold is never grouped, while a pair just at the threshold is missed about one time in a hundred,
+    and more often where many texts come from one template.
 
     Args:
         texts: Id to text.
-        threshold: Jaccard similarity from which two texts are the same, above 0 and at most 1.
+        threshold: Jaccard index from which two texts count as the same, above 0 and at most 1.
         within: Id to a key; only texts with the same key are compared. None compares all.
-        characters: Compare characters in every text. For questions, whose shingles of words are too few.
+        characters: Compare characters in every text. Queries have too few shingles of words.
+        sketches: Signatures to use and to add to, made with the same `characters`; None starts with none.
 
     Returns:
-        Id to the id of the first text of its group, for the ids (first ones too) of groups of two or more.
+        Id to the id of the first text of its group, for all ids (first ones too) of groups of two or more.
 
     Raises:
         ConfigError: `threshold` is not above 0 and at most 1.
@@ -65,25 +103,12 @@ def near_duplicate_groups(
     keys = {i: (within or {}).get(i, "") for i in texts}
     first_of = _equal_texts(texts, keys)
     distinct = [i for i, first in first_of.items() if i == first]
-
-    def shingles(number: int) -> Shingles:
-        name = distinct[number]
-        return _shingles(texts[name], characters) ^ np.uint64(_hash(keys[name]))  # other keys share no shingle
-
-    merged = {distinct[later]: distinct[earlier] for later, earlier in _alike(len(distinct), shingles, threshold)}
+    keyed_texts = [(keys[i], texts[i]) for i in distinct]
+    pairs = _similar_pairs(keyed_texts, Sketches(characters) if sketches is None else sketches, threshold)
+    merged = {distinct[later]: distinct[earlier] for later, earlier in pairs}
     groups = {i: merged.get(first, first) for i, first in first_of.items()}
     shared = {first for i, first in groups.items() if i != first}
     return {i: first for i, first in groups.items() if first in shared}
-
-
-def tokens_of(text: str) -> list[str]:
-    """Lower-case words; each character by itself in scripts that write no spaces."""
-    return _TOKEN.findall(text.lower())
-
-
-def is_unspaced(token: str) -> bool:
-    """Whether a token of `tokens_of` is a character of a script that writes no spaces."""
-    return len(token) == 1 and re.match(f"[{_UNSPACED}]", token) is not None
 
 
 def _equal_texts(texts: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, str]:
@@ -95,25 +120,21 @@ def _equal_texts(texts: Mapping[str, str], keys: Mapping[str, str]) -> dict[str,
     }
 
 
-def _alike(count: int, shingles: Callable[[int], Shingles], threshold: float) -> Iterator[tuple[int, int]]:
-    """(number of a text, number of the earlier text that it is like); shingles are made anew, not kept."""
-    if count < 2:
+def _similar_pairs(
+    keyed_texts: Sequence[tuple[str, str]], sketches: Sketches, threshold: float
+) -> Iterator[tuple[int, int]]:
+    """(index of a text, index of the earlier text that it is similar to)."""
+    if len(keyed_texts) < 2:
         return
-    from datasketch import MinHash
-
-    permutations = MinHash(num_perm=_PERMUTATIONS, scheme="affine32").permutations
-    signatures = np.zeros((count, _PERMUTATIONS), dtype=np.uint32)
-    for number in range(count):
-        sketch = MinHash(_PERMUTATIONS, hashfunc=_itself, permutations=permutations, scheme="affine32")
-        sketch.update_batch((shingles(number) & np.uint64(0xFFFFFFFF)).tolist())
-        signatures[number] = sketch.hashvalues
-    keys = _shared_bands(signatures, *_bands(threshold))
+    signatures = sketches.signatures(keyed_texts)
+    bands = _shared_bands(signatures, *_bands(threshold))
     index: dict[tuple[int, int], list[int]] = {}
-    for number in np.flatnonzero(keys.any(axis=1)).tolist():
-        own, met = shingles(number), [(band, key) for band, key in enumerate(keys[number].tolist()) if key]
+    for number in np.flatnonzero(bands.any(axis=1)).tolist():
+        own = sketches.shingles(*keyed_texts[number])
+        met = [(band, value) for band, value in enumerate(bands[number].tolist()) if value]
         candidates = sorted({other for at in met for other in index.get(at, ())})
         for other in _likeliest(candidates, signatures, number, threshold):
-            if _jaccard(own, shingles(other)) >= threshold:
+            if _jaccard(own, sketches.shingles(*keyed_texts[other])) >= threshold:
                 yield number, other
                 break
         else:
@@ -121,8 +142,23 @@ def _alike(count: int, shingles: Callable[[int], Shingles], threshold: float) ->
                 index.setdefault(at, []).append(number)
 
 
+def _signature(shingles: Shingles) -> NDArray[np.uint32]:
+    from datasketch import MinHash
+
+    sketch = MinHash(_PERMUTATIONS, hashfunc=_itself, permutations=_permutations(), scheme="affine32")
+    sketch.update_batch((shingles & np.uint64(0xFFFFFFFF)).tolist())
+    return np.asarray(sketch.hashvalues, dtype=np.uint32)
+
+
+@lru_cache(maxsize=1)
+def _permutations() -> Any:
+    from datasketch import MinHash
+
+    return MinHash(num_perm=_PERMUTATIONS, scheme="affine32").permutations
+
+
 def _shared_bands(signatures: NDArray[Any], bands: int, rows: int) -> NDArray[np.int64]:
-    """[texts, bands]: a number above 0 that texts share which are equal in this band, 0 where no other text is.
+    """[texts, bands]: a number above 0 that texts with an equal band share, 0 where no other text has it.
 
     That is all that locality-sensitive hashing finds, in four bytes a permutation instead of an index of every text.
     """
@@ -154,7 +190,7 @@ def _bands(threshold: float) -> tuple[int, int]:
 
 
 def _shingles(text: str, characters: bool) -> Shingles:
-    """Hashes of all three tokens in a row, each once, in ascending order."""
+    """Hashes of all runs of three tokens, each once, in ascending order."""
     tokens = tokens_of(text)
     if characters:
         tokens = list(" ".join(tokens))
@@ -165,7 +201,7 @@ def _shingles(text: str, characters: bool) -> Shingles:
     size = min(_SHINGLE, len(tokens))
     hashes = np.fromiter(map(_hash, tokens), dtype=np.uint64, count=len(tokens))
     windows = np.lib.stride_tricks.sliding_window_view(hashes, size)
-    # sums wrap around at 64 bits, which is what a hash wants; equal sums of unequal shingles are one in 2^64
+    # sums wrap around at 64 bits, as a hash should; equal sums of unequal shingles occur once in 2^64
     return np.unique((windows * _MULTIPLIERS[:size]).sum(axis=1, dtype=np.uint64))
 
 

@@ -1,4 +1,4 @@
-"""Questions that would teach nothing, or something wrong, dropped and counted."""
+"""Filters for generated queries: which ones are dropped before training, and why."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_index_lora_embed.config import QueryFilterSettings
+from llama_index_lora_embed.core.arrays import unit_norm
 from llama_index_lora_embed.core.errors import NonFiniteLossError, warn_user
-from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset, normalise
+from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect, may_be_same
-from llama_index_lora_embed.data.filters.near_duplicates import is_unspaced, near_duplicate_groups, tokens_of
+from llama_index_lora_embed.data.filters.near_duplicates import near_duplicate_groups
+from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
 NEIGHBOUR = "neighbour"
 NOT_WRITTEN = frozenset({HUMAN, "title", "inverse_cloze", NEIGHBOUR})
-"""Origins of questions that were asked by people or cut from the documents. All others count as written for the
-dataset, by an LLM mostly, and so do those that say nothing of their origin."""
+"""Origins of queries that are human-written or taken from the documents. All others count as written for the dataset,
+mostly by an LLM, and so do those without an origin."""
 
-_RUN = 4  # words; n-grams of four are rarely shared by chance
-_UNSPACED_FACTOR = 2  # characters to a word where no spaces are written
+_RUN = 4  # words; runs of four are rarely shared by chance
+_UNSPACED_FACTOR = 2  # characters per word in scripts that write no spaces
 _TEXTS_AT_ONCE = 1024
 _PASSAGES_AT_ONCE = 8192
 
-# What only a reader of the passage can mean. Each needs a telling word beside "text" or "author", because "How is
-# text aligned?" and "Who is the author of Faust?" are good questions; "according to article 5" is one, too.
+# Phrases that only a reader of the passage understands. Each needs more than "text" or "author", because "How is text
+# aligned?" and "Who is the author of Faust?" are good queries, and so is "according to article 5".
 _NO_NUMBER = r"(?! \w?\.? ?\d)"
 _TEXT_EN = r"(?:passage|excerpt|text|paragraph|snippet|context)"
 _SOURCE_EN = rf"(?:{_TEXT_EN}|document|article|section){_NO_NUMBER}"
 _SOURCE_DE = rf"(?:text\w*|abschnitts?|passage|auszugs?|absatz(?:es)?|dokuments?|artikels?|kontexts?){_NO_NUMBER}"
 _SOURCE_FR = rf"(?:texte|passage|extrait|paragraphe|document|article|contexte){_NO_NUMBER}"
 _SOURCE_ES = rf"(?:texto|pasaje|fragmento|extracto|p[áa]rrafo|documento|art[íi]culo|contexto){_NO_NUMBER}"
-SPEAKS_OF_PASSAGE = {
+_PHRASES = {
     "en": (
         r"\bthis (?:passage|excerpt|text|paragraph|snippet)\b(?! messages?\b)",
         rf"\bthe (?:given|provided|above|following|preceding) (?:{_SOURCE_EN}|information|content)\b",
@@ -74,7 +76,7 @@ SPEAKS_OF_PASSAGE = {
         r"\bsegún (?:el autor|la autora|los autores)\b|\b(?:dice|afirma|menciona|describe|sugiere|propone|piensa) "
         r"(?:el autor|la autora)\b",
     ),
-    # no word boundaries here: the looks around keep 日本文化, 文本文件, 线上文档 and the like
+    # Chinese has no word boundaries: the lookarounds keep 日本文化, 文本文件, 线上文档 and the like
     "zh": (
         r"(?:根据|依据|按照)(?:本|该|这篇|这段|以上|上述|所给|给定|提供|的)*(?:文章|文本|文档|段落|短文|原文|上下文|文段|材料)",
         r"(?:从|在)(?:本|该|这篇|这段|以上|上述|所给|给定|提供|的)+(?:文章|文本|文档|段落|短文|原文|上下文|文段|材料|文)",
@@ -83,19 +85,19 @@ SPEAKS_OF_PASSAGE = {
         r"作者(?:认为|指出|提到|提出|建议|描述|强调|主张|如何看)",
     ),
 }
-_SPEAKS = re.compile("|".join(f"(?:{p})" for patterns in SPEAKS_OF_PASSAGE.values() for p in patterns), re.IGNORECASE)
+_SPEAKS = re.compile("|".join(f"(?:{p})" for patterns in _PHRASES.values() for p in patterns), re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class QueryFilterReport:
-    """What became of the questions.
+    """How many queries were dropped, and why.
 
     Attributes:
-        given: Questions before.
-        kept: Questions after; with the sum of `dropped` this makes `given`.
-        dropped: Questions dropped, by reason; each counts once, for the first reason that was found.
-        examples: Some of the dropped questions, by reason.
-        notes: What a user ought to know besides.
+        given: Queries before filtering.
+        kept: Queries after filtering; with the sum of `dropped` this is `given`.
+        dropped: Dropped queries by reason; each counts once, for the first filter that dropped it.
+        examples: Some of the dropped queries, by reason.
+        notes: Warnings that were issued.
     """
 
     given: int
@@ -105,7 +107,7 @@ class QueryFilterReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{self.kept} of {self.given} questions kept"]
+        lines = [f"{self.kept} of {self.given} queries kept"]
         for reason, count in self.dropped.items():
             lines.append(f"  {count} dropped: {reason}")
             lines += [f"    {' '.join(text.split())[:100]!r}" for text in self.examples.get(reason, [])]
@@ -121,28 +123,27 @@ def filter_queries(
     *,
     embed_model: BaseEmbedding | Callable[[], BaseEmbedding] | None = None,
 ) -> tuple[EmbeddingQAFinetuneDataset, QueryFilterReport]:
-    """Drop the questions that are not worth training on.
+    """Drop queries that are not worth training on.
 
-    The filters run in this order, each on what the one before left: unreadable and too long; repeated, too
-    general, nearly repeated; about a copy of an earlier passage; copied from the passage; speaking of the passage;
-    in another language; not found again (round trip). People's questions are only dropped where the same one is
-    there twice for the same passages, and theirs stays when a written one says the same. Copying, speaking of the
-    passage, language and round trip are looked at in written questions only (see `NOT_WRITTEN`).
+    The filters run in this order, each on the queries that the one before kept: unreadable or too long; repeated, too
+    general, nearly repeated; about a copy of an earlier passage; copied from the passage; referring to the passage;
+    in another language; not found again (round trip). Human-written queries are dropped only where the same one
+    occurs twice for the same passages, and are preferred to generated queries that say the same. The last four
+    filters apply only to queries that were written for the dataset (see `NOT_WRITTEN`).
 
     Args:
-        dataset: Questions and corpus; it is not changed.
+        dataset: Queries and corpus; it is not changed.
         settings: What to drop; None takes `QueryFilterSettings()`.
         embed_model: For the round trip: a LlamaIndex embedding model, or a function that makes one and is called
-            only if there is something to judge. None leaves the round trip out.
+            only if there are queries to check. None skips the round trip.
 
     Returns:
-        The dataset of the questions kept, in their order and with the whole corpus, and the report.
+        The dataset of the queries kept, in their order and with the whole corpus, and the report.
 
     Raises:
-        ConfigError: A setting cannot be used.
-        NonFiniteLossError: `embed_model` gives NaN or infinity.
+        NonFiniteLossError: `embed_model` returns NaN or infinity.
     """
-    settings = (settings or QueryFilterSettings()).checked()
+    settings = settings or QueryFilterSettings()
     left = list(dataset.queries)
     reasons: dict[str, str] = {}
     notes: list[str] = []
@@ -151,7 +152,7 @@ def filter_queries(
         left = [i for i in left if i not in reasons]
     if embed_model is not None and settings.round_trip_k is not None:
         lost, note = _round_trip(dataset, left, settings, embed_model)
-        reasons.update(dict.fromkeys(lost, f"answer not among the {settings.round_trip_k} nearest passages"))
+        reasons.update(dict.fromkeys(lost, f"its passage is not among the {settings.round_trip_k} nearest"))
         notes += note
         left = [i for i in left if i not in reasons]
     dropped = Counter(reasons.values())
@@ -171,7 +172,7 @@ def _written(dataset: EmbeddingQAFinetuneDataset, query_ids: Iterable[str]) -> l
     return [i for i in query_ids if _origin(dataset, i) not in NOT_WRITTEN]
 
 
-def _people_first(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str]) -> list[str]:
+def _human_first(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str]) -> list[str]:
     return sorted(query_ids, key=lambda i: _origin(dataset, i) != HUMAN)
 
 
@@ -189,7 +190,7 @@ def _unreadable(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], setti
         elif settings.unreadable and any(unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() for c in text):
             yield query_id, "control characters"
         elif origin == NEIGHBOUR:
-            continue  # a whole chunk is what it is meant to be
+            continue  # it is a whole chunk on purpose
         elif settings.max_words is not None and len(text.split()) > settings.max_words:
             yield query_id, f"more than {settings.max_words} words"
         elif settings.max_characters is not None and len(text) > settings.max_characters:
@@ -197,36 +198,36 @@ def _unreadable(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], setti
 
 
 def _repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
-    """A wording that all of the question's passages have already."""
+    """Queries of which an earlier one has the same wording and all of the passages."""
     if not settings.repeated:
         return
-    asked: dict[str, set[str]] = {}
-    for query_id in _people_first(dataset, query_ids):
+    by_wording: dict[str, set[str]] = {}
+    for query_id in _human_first(dataset, query_ids):
         answers = _answers(dataset, query_id)
-        before = asked.setdefault(normalise(dataset.queries[query_id]), set())
+        before = by_wording.setdefault(normalise(dataset.queries[query_id]), set())
         if answers and before.issuperset(answers):
-            yield query_id, "asked before about the same passage"
+            yield query_id, "repeats an earlier query about the same passage"
         before.update(answers)
 
 
 def _too_general(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
     if settings.max_passages_per_wording is None:
         return
-    # a set of answers counts once: a question that somebody found ten answers to is not ten questions
+    # a set of answers counts once: a query with ten relevant passages is not ten queries
     answers: dict[str, set[tuple[str, ...]]] = {}
     for query_id in query_ids:
         answers.setdefault(normalise(dataset.queries[query_id]), set()).add(tuple(_answers(dataset, query_id)))
     for query_id in query_ids:
         many = len(answers[normalise(dataset.queries[query_id])]) > settings.max_passages_per_wording
         if many and _origin(dataset, query_id) != HUMAN:
-            yield query_id, f"the same words about more than {settings.max_passages_per_wording} passages"
+            yield query_id, f"same wording for more than {settings.max_passages_per_wording} passages"
 
 
 def _nearly_repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
-    if settings.near_duplicate_questions is None:
+    if settings.near_duplicate_queries is None:
         return
     texts, within = {}, {}
-    for query_id in _people_first(dataset, query_ids):
+    for query_id in _human_first(dataset, query_ids):
         if _origin(dataset, query_id) != NEIGHBOUR:
             texts[query_id] = text = dataset.queries[query_id]
             about = set(_answers(dataset, query_id))
@@ -234,27 +235,27 @@ def _nearly_repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], 
                 about = {f"passage:{i}" for i in about}  # the chunks of a document rightly share its title
             else:
                 about = {f"source:{dataset.source_of(i)}" for i in about}
-            within[query_id] = "\0".join([*sorted(about), "", *_tellers(text)])
-    groups = near_duplicate_groups(texts, settings.near_duplicate_questions, within=within, characters=True)
+            within[query_id] = "\0".join([*sorted(about), "", *_distinguishing(text)])
+    groups = near_duplicate_groups(texts, settings.near_duplicate_queries, within=within, characters=True)
     for query_id in query_ids:
         if groups.get(query_id, query_id) != query_id and _origin(dataset, query_id) != HUMAN:
-            yield query_id, "nearly the same asked before about the same document"
+            yield query_id, "nearly repeats an earlier query about the same document"
 
 
-def _tellers(text: str) -> list[str]:
-    """What makes similar questions different: numbers, and single capitals after the first word (type A, type B)."""
+def _distinguishing(text: str) -> list[str]:
+    """What makes similar queries different: numbers, and single capitals after the first word (type A, type B)."""
     return sorted({token for token in tokens_of(text) if any(map(str.isdigit, token))}) + sorted(
         set(re.findall(r"(?<=\s)[A-Z]\b", text))
     )
 
 
 def _about_copies(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
-    """Only passages with questions are compared: the first one of a group that has any keeps them."""
+    """Only passages with queries are compared: the first one of a group keeps its queries."""
     if settings.near_duplicate_passages is None:
         return
-    asked = {i for query_id in query_ids for i in _answers(dataset, query_id)}
-    texts = {i: text for i, text in dataset.corpus.items() if i in asked}
-    groups = near_duplicate_groups(texts, settings.near_duplicate_passages)
+    relevant = {i for query_id in query_ids for i in _answers(dataset, query_id)}
+    texts = {i: text for i, text in dataset.corpus.items() if i in relevant}
+    groups = dataset.near_duplicates(texts, settings.near_duplicate_passages)
     copies = {i for i, first in groups.items() if i != first}
     for query_id in query_ids:
         answers = _answers(dataset, query_id)
@@ -266,32 +267,32 @@ def _copied(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings:
     if settings.max_copied is None:
         return
     for query_id in _written(dataset, query_ids):
-        question = tokens_of(dataset.queries[query_id])
+        query = tokens_of(dataset.queries[query_id])
         if any(
-            copied_share(question, passage, settings.copy_min_words) > settings.max_copied
+            _copied_share(query, passage, settings.copy_min_words) > settings.max_copied
             for passage in _trained_against(dataset, query_id)
         ):
             yield query_id, "copied from the passage"
 
 
-def copied_share(question: list[str], passage: str, min_words: int) -> float:
-    """Share of the question's runs of four words that stand in the passage, 0 to 1.
+def _copied_share(query: list[str], passage: str, min_words: int) -> float:
+    """Share of the query's runs of four words that occur in the passage, 0 to 1.
 
-    Runs, since a question rightly has single words of its answer; a share, since a long quotation within a longer
-    question is none of its own words either. In scripts that write no spaces two characters count as a word.
+    Runs, because single words of the passage belong in a query; a share, because a long quotation within a longer
+    query is still copied. In scripts that write no spaces, two characters count as a word.
 
     Args:
-        question: Its `tokens_of`.
-        passage: The text that the question is trained against.
-        min_words: Shorter questions get 0.
+        query: Its `tokens_of`.
+        passage: The text that the query is trained against.
+        min_words: Shorter queries get 0.
     """
-    factor = _UNSPACED_FACTOR if 2 * sum(map(is_unspaced, question)) > len(question) else 1
+    factor = _UNSPACED_FACTOR if 2 * sum(map(is_unspaced, query)) > len(query) else 1
     run = _RUN * factor
-    if len(question) < max(run, min_words * factor):
+    if len(query) < max(run, min_words * factor):
         return 0.0
     tokens = tokens_of(passage)
     there = {tuple(tokens[i : i + run]) for i in range(len(tokens) - run + 1)}
-    runs = [tuple(question[i : i + run]) for i in range(len(question) - run + 1)]
+    runs = [tuple(query[i : i + run]) for i in range(len(query) - run + 1)]
     return sum(r in there for r in runs) / len(runs)
 
 
@@ -304,7 +305,7 @@ def _speaking(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], setting
     if settings.speaks_of_passage:
         for query_id in _written(dataset, query_ids):
             if _SPEAKS.search(" ".join(dataset.queries[query_id].split())):
-                yield query_id, "speaks of the passage"
+                yield query_id, "refers to the passage"
 
 
 def _foreign(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
@@ -318,7 +319,7 @@ def _foreign(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings
             if passage_id not in languages:
                 languages[passage_id] = detect(dataset.corpus[passage_id])
         if answers and not any(may_be_same(own, languages[i]) for i in answers):
-            yield query_id, "in another language than its passage"
+            yield query_id, "not in the language of its passage"
 
 
 def _round_trip(
@@ -327,60 +328,60 @@ def _round_trip(
     settings: QueryFilterSettings,
     embed_model: BaseEmbedding | Callable[[], BaseEmbedding],
 ) -> tuple[list[str], list[str]]:
-    """(questions whose answers are not found again, notes)."""
-    judged = [i for i in _written(dataset, query_ids) if _answers(dataset, i)]
-    if not judged:
+    """(queries that do not find their passages again, notes)."""
+    checked = [i for i in _written(dataset, query_ids) if _answers(dataset, i)]
+    if not checked:
         return [], []
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-    # asked first, because LlamaIndex's embedding models can be called, too
+    # isinstance, not callable(): LlamaIndex's embedding models can be called, too
     model = embed_model if isinstance(embed_model, BaseEmbedding) else embed_model()
-    ranks = _ranks(dataset, judged, model)
-    lost = [i for i, rank in zip(judged, ranks, strict=True) if rank >= (settings.round_trip_k or 0)]
-    if len(lost) <= settings.round_trip_max_dropped * len(judged):
+    ranks = _ranks(dataset, checked, model)
+    lost = [i for i, rank in zip(checked, ranks, strict=True) if rank >= (settings.round_trip_k or 0)]
+    if len(lost) <= settings.round_trip_max_dropped * len(checked):
         return lost, []
     note = (
-        f"the round trip was not applied: it would have dropped {len(lost)} of {len(judged)} questions "
-        f"({len(lost) / len(judged):.0%}, more than {settings.round_trip_max_dropped:.0%}), which says more about the "
-        "embedding model than about the questions"
+        f"the round trip was not applied: it would have dropped {len(lost)} of {len(checked)} queries "
+        f"({len(lost) / len(checked):.0%}, more than {settings.round_trip_max_dropped:.0%}), which says more about the "
+        "embedding model than about the queries"
     )
     warn_user(note[0].upper() + note[1:] + ".")
     return [], [note]
 
 
 def _ranks(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], model: BaseEmbedding) -> NDArray[np.int64]:
-    """Number of passages nearer to each question than its nearest answer.
+    """Number of passages that are nearer to each query than its nearest relevant passage.
 
-    Holds one vector for each passage of the corpus, and scores of 1,024 questions by 8,192 passages at a time.
+    Holds one embedding for each passage of the corpus, and scores of 1,024 queries by 8,192 passages at a time.
     """
     passages = {i: row for row, i in enumerate(dataset.corpus)}
     vectors = _embedded(list(dataset.corpus.values()), model.get_text_embedding_batch)
     ranks = np.zeros(len(query_ids), dtype=np.int64)
     for start in range(0, len(query_ids), _TEXTS_AT_ONCE):
         some = query_ids[start : start + _TEXTS_AT_ONCE]
-        questions = _embedded([dataset.queries[i] for i in some], lambda t: [model.get_query_embedding(x) for x in t])
+        queries = _embedded([dataset.queries[i] for i in some], lambda t: [model.get_query_embedding(x) for x in t])
         best = [
             (vectors[[passages[a] for a in _answers(dataset, i)]] @ row).max()
-            for i, row in zip(some, questions, strict=True)
+            for i, row in zip(some, queries, strict=True)
         ]
-        # an equal text must not count as nearer for a rounding error
+        # an equal text must not count as nearer because of a rounding error
         bound = np.asarray(best, dtype=np.float32)[:, None] + np.float32(1e-6)
         for at in range(0, len(vectors), _PASSAGES_AT_ONCE):
-            nearer = questions @ vectors[at : at + _PASSAGES_AT_ONCE].T > bound
+            nearer = queries @ vectors[at : at + _PASSAGES_AT_ONCE].T > bound
             ranks[start : start + len(some)] += nearer.sum(axis=1)
     return ranks
 
 
 def _embedded(texts: list[str], embed: Callable[[list[str]], Any]) -> NDArray[np.float32]:
-    """Unit vectors [texts, dimensions], made in pieces because lists of floats take eight times the memory."""
+    """Unit vectors [texts, dimensions], in chunks because lists of floats take eight times the memory."""
     pieces = []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         piece = np.asarray(embed(texts[start : start + _TEXTS_AT_ONCE]), dtype=np.float32)
         if not np.isfinite(piece).all():
             raise NonFiniteLossError(
-                "vectors with NaN or infinity in them from the embed_model of the round trip",
-                "numbers",
+                "embeddings with NaN or infinity from the embed_model of the round trip",
+                "finite numbers",
                 "Pass another embed_model, or round_trip_k=None.",
             )
-        pieces.append(piece / np.maximum(np.linalg.norm(piece, axis=1, keepdims=True), 1e-12))
-    return np.concatenate(pieces).astype(np.float32, copy=False)
+        pieces.append(unit_norm(piece))
+    return np.concatenate(pieces)

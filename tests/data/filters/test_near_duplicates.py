@@ -5,7 +5,9 @@ import sys
 import pytest
 
 from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.data.filters.near_duplicates import near_duplicate_groups, tokens_of
+from llama_index_lora_embed.data.filters import near_duplicates
+from llama_index_lora_embed.data.filters.near_duplicates import near_duplicate_groups
+from llama_index_lora_embed.data.text import tokens_of
 
 WORDS = [f"word{i}" for i in range(3000)]
 
@@ -71,13 +73,27 @@ def test_emoji_empty_and_broken_texts_do_no_harm():
     assert near_duplicate_groups({"only": "one"}) == {}
 
 
+def test_each_text_is_hashed_once_however_often_it_is_grouped(monkeypatch):
+    words = passage(0)
+    texts = {str(i): " ".join([*words[:-1], f"changed{i}"]) for i in range(6)} | {"other": " ".join(passage(1))}
+    parts = [texts, {i: texts[i] for i in ("5", "other", "2")}, {"new": "a text of its own", **texts}]
+    expected = [near_duplicate_groups(part) for part in parts]
+    hashed = []
+    signature = near_duplicates._signature
+    monkeypatch.setattr(near_duplicates, "_signature", lambda shingles: hashed.append(1) or signature(shingles))
+    sketches = near_duplicates.Sketches()
+    assert [near_duplicate_groups(part, sketches=sketches) for part in parts] == expected
+    assert len(hashed) == 8
+    assert expected[1] == {"5": "5", "2": "5"}
+
+
 def test_only_texts_under_the_same_key_are_compared():
     words = passage(3)
     texts = {"a": " ".join(words), "b": " ".join(words), "c": " ".join([*words[:-1], "changed"])}
     assert near_duplicate_groups(texts, within={"a": "x", "b": "y", "c": "y"}) == {"b": "b", "c": "b"}
 
 
-def test_characters_tell_questions_apart_and_together():
+def test_characters_tell_queries_apart_and_together():
     texts = {
         "a": "What are the side effects of ibuprofen in children?",
         "b": "What are the side effects of ibuprofen in children",

@@ -52,9 +52,9 @@ class Broken(HashedWords):
         return [float("nan")] * 256
 
 
-def make(questions, corpus=CORPUS, origins="llm", **fields):
-    """A dataset from (question, passage id) or (question, passage id, origin)."""
-    rows = [row if len(row) == 3 else (*row, origins) for row in questions]
+def make(queries, corpus=CORPUS, origins="llm", **fields):
+    """A dataset from (query, passage id) or (query, passage id, origin)."""
+    rows = [row if len(row) == 3 else (*row, origins) for row in queries]
     return EmbeddingQAFinetuneDataset(
         queries={f"q{i}": row[0] for i, row in enumerate(rows)},
         corpus=corpus,
@@ -78,10 +78,10 @@ def run(dataset, settings=None, **arguments):
     return list(result.queries), report
 
 
-def test_good_questions_of_every_origin_stay():
-    questions = [
+def test_good_queries_of_every_origin_stay():
+    queries = [
         ("How long does a parcel to Norway take?", "shipping"),
-        ("norway parcel duration", "shipping", "people"),
+        ("norway parcel duration", "shipping", "human"),
         ("Shipping to Norway", "shipping", "title"),
         (
             "The warranty covers faults of material for two years from the date of purchase.",
@@ -91,10 +91,10 @@ def test_good_questions_of_every_origin_stay():
         (GERMAN, "password", "neighbour"),
         ("reset password of a member", "password"),
         ("👋 my battery died 🔋, is that covered by the warranty?", "warranty"),
-        ("Wie lange gilt die Garantie auf die Batterie? 保修", "warranty", "people"),
+        ("Wie lange gilt die Garantie auf die Batterie? 保修", "warranty", "human"),
     ]
-    kept, report = run(make(questions))
-    assert len(kept) == len(questions), str(report)
+    kept, report = run(make(queries))
+    assert len(kept) == len(queries), str(report)
     assert report.dropped == {}
 
 
@@ -109,13 +109,13 @@ def test_good_questions_of_every_origin_stay():
         ("保修期" * 201, "more than 600 characters"),
     ],
 )
-def test_unreadable_and_overlong_questions_go_but_peoples_stay(text, reason):
-    dataset = make([(text, "shipping"), (text, "warranty", "people"), ("How long does it take?", "shipping")])
+def test_unreadable_and_overlong_queries_go_but_human_written_ones_stay(text, reason):
+    dataset = make([(text, "shipping"), (text, "warranty", "human"), ("How long does it take?", "shipping")])
     kept, report = run(dataset)
     assert kept == ["q1", "q2"]
     assert report.dropped == {reason: 1}
     off = QueryFilterSettings(
-        unreadable=False, max_words=None, max_characters=None, other_language=False, near_duplicate_questions=None
+        unreadable=False, max_words=None, max_characters=None, other_language=False, near_duplicate_queries=None
     )
     assert run(dataset, off)[0] == ["q0", "q1", "q2"]
 
@@ -125,47 +125,47 @@ def test_a_neighbouring_chunk_may_be_long():
     assert run(make([(text, "shipping", "neighbour"), (text + " more", "shipping", "neighbour")]))[0] == ["q0", "q1"]
 
 
-def test_a_question_asked_twice_of_a_passage_is_kept_once_and_peoples_first():
-    questions = [
+def test_a_query_that_repeats_another_about_the_same_passage_goes_and_human_written_ones_stay():
+    queries = [
         ("Is water damage covered?", "warranty"),
-        ("is water  damage COVERED?", "warranty", "people"),
-        ("Is water damage covered?", "warranty", "people"),
-        ("Is water damage covered?", "shipping", "people"),
+        ("is water  damage COVERED?", "warranty", "human"),
+        ("Is water damage covered?", "warranty", "human"),
+        ("Is water damage covered?", "shipping", "human"),
     ]
-    kept, report = run(make(questions))
+    kept, report = run(make(queries))
     assert kept == ["q1", "q3"]
-    assert report.dropped == {"asked before about the same passage": 2}
-    off = QueryFilterSettings(repeated=False, near_duplicate_questions=None)
-    assert run(make(questions), off)[0] == ["q0", "q1", "q2", "q3"]
+    assert report.dropped == {"repeats an earlier query about the same passage": 2}
+    off = QueryFilterSettings(repeated=False, near_duplicate_queries=None)
+    assert run(make(queries), off)[0] == ["q0", "q1", "q2", "q3"]
 
 
-def test_the_same_question_with_a_further_answer_is_no_repetition():
-    dataset = make([("Is it covered?", "warranty", "people"), ("Is it covered?", "warranty", "people")])
+def test_the_same_query_with_a_further_answer_is_no_repetition():
+    dataset = make([("Is it covered?", "warranty", "human"), ("Is it covered?", "warranty", "human")])
     dataset.relevant_docs["q1"] = ["warranty", "shipping"]
     assert run(dataset)[0] == ["q0", "q1"]
 
 
-def test_nearly_the_same_question_about_a_document_is_kept_once():
-    questions = [
+def test_nearly_the_same_query_about_a_document_is_kept_once():
+    queries = [
         ("How long is the link for a new password valid?", "password"),
         ("How long is the link for a new password valid", "shipping"),
         ("How long is the link for the new passwords valid?", "warranty"),
     ]
-    dataset = make(questions, source_documents={"password": "manual", "shipping": "manual", "warranty": "other"})
+    dataset = make(queries, source_documents={"password": "manual", "shipping": "manual", "warranty": "other"})
     kept, report = run(dataset)
     assert kept == ["q0", "q2"]
-    assert report.dropped == {"nearly the same asked before about the same document": 1}
-    assert run(dataset, QueryFilterSettings(near_duplicate_questions=None))[0] == ["q0", "q1", "q2"]
+    assert report.dropped == {"nearly repeats an earlier query about the same document": 1}
+    assert run(dataset, QueryFilterSettings(near_duplicate_queries=None))[0] == ["q0", "q1", "q2"]
 
 
-def test_questions_that_differ_in_a_number_or_a_letter_are_different():
-    questions = [
+def test_queries_that_differ_in_a_number_or_a_letter_are_different():
+    queries = [
         ("What was the revenue from services in the year 2020?", "warranty"),
         ("What was the revenue from services in the year 2021?", "warranty"),
         ("What is the recommended daily dose of vitamin B for adults?", "warranty"),
         ("What is the recommended daily dose of vitamin D for adults?", "warranty"),
     ]
-    assert run(make(questions))[0] == ["q0", "q1", "q2", "q3"]
+    assert run(make(queries))[0] == ["q0", "q1", "q2", "q3"]
 
 
 def test_chunks_of_a_document_may_share_its_title():
@@ -175,50 +175,50 @@ def test_chunks_of_a_document_may_share_its_title():
 
 def test_words_that_suit_every_passage_go():
     corpus = {f"p{i}": " ".join(random.Random(i).sample([f"w{j}" for j in range(500)], 40)) for i in range(4)}
-    questions = [("What is the main topic?", p) for p in corpus] + [("What is the main topic?", "p0", "people")]
-    kept, report = run(make(questions, corpus))
+    queries = [("What is the main topic?", p) for p in corpus] + [("What is the main topic?", "p0", "human")]
+    kept, report = run(make(queries, corpus))
     assert kept == ["q4"]
     assert report.dropped == {
-        "asked before about the same passage": 1,
-        "the same words about more than 3 passages": 3,
+        "repeats an earlier query about the same passage": 1,
+        "same wording for more than 3 passages": 3,
     }
-    assert len(run(make(questions[:3], corpus))[0]) == 3, "three passages are not too many"
-    assert len(run(make(questions, corpus), QueryFilterSettings(max_passages_per_wording=None))[0]) == 4
+    assert len(run(make(queries[:3], corpus))[0]) == 3, "three passages are not too many"
+    assert len(run(make(queries, corpus), QueryFilterSettings(max_passages_per_wording=None))[0]) == 4
 
 
-def test_the_first_copy_of_a_passage_keeps_its_questions():
+def test_the_first_copy_of_a_passage_keeps_its_queries():
     copy = WARRANTY.replace("two years", "two long years")
-    corpus = {"no questions": WARRANTY.upper(), "first": WARRANTY, "copy": copy, "shipping": SHIPPING}
-    questions = [
+    corpus = {"no queries": WARRANTY.upper(), "first": WARRANTY, "copy": copy, "shipping": SHIPPING}
+    queries = [
         ("Is water damage covered?", "copy"),
         ("How long is the battery covered?", "first"),
         ("Who pays duty?", "shipping"),
-        ("who repairs it", "copy", "people"),
+        ("who repairs it", "copy", "human"),
     ]
     settings = QueryFilterSettings(near_duplicate_passages=0.8)
-    kept, report = run(make(questions, corpus), settings)
+    kept, report = run(make(queries, corpus), settings)
     assert kept == ["q1", "q2", "q3"]
     assert report.dropped == {"about a copy of an earlier passage": 1}
-    assert len(run(make(questions, corpus), QueryFilterSettings(near_duplicate_passages=None))[0]) == 4
+    assert len(run(make(queries, corpus), QueryFilterSettings(near_duplicate_passages=None))[0]) == 4
 
 
-def test_a_question_copied_from_its_passage_goes_and_keywords_stay():
-    questions = [
+def test_a_query_copied_from_its_passage_goes_and_keywords_stay():
+    queries = [
         ("Is a parcel above thirty kilograms travels by road freight instead of by air?", "shipping"),
         ("customs duty in advance", "shipping"),
         ("Who has to pay the customs duty in advance if the parcel weighs more than thirty kilograms?", "shipping"),
-        ("a parcel above thirty kilograms travels by road freight", "shipping", "people"),
+        ("a parcel above thirty kilograms travels by road freight", "shipping", "human"),
         ("The sender pays the customs duty in advance", "shipping", "inverse_cloze"),
     ]
-    kept, report = run(make(questions))
+    kept, report = run(make(queries))
     assert kept == ["q1", "q2", "q3", "q4"]
     assert report.dropped == {"copied from the passage": 1}
-    assert len(run(make(questions), QueryFilterSettings(max_copied=None))[0]) == 5
+    assert len(run(make(queries), QueryFilterSettings(max_copied=None))[0]) == 5
 
 
-def test_copying_is_judged_by_the_text_that_is_trained_against():
-    question = "a parcel above thirty kilograms travels by road freight instead of by air"
-    dataset = make([(question, "shipping")], training_passages={"q0": "Parcels to Norway leave on weekdays."})
+def test_copying_is_checked_against_the_text_that_is_trained_against():
+    query = "a parcel above thirty kilograms travels by road freight instead of by air"
+    dataset = make([(query, "shipping")], training_passages={"q0": "Parcels to Norway leave on weekdays."})
     assert run(dataset)[0] == ["q0"]
     dataset.training_passages = None
     assert run(dataset)[0] == []
@@ -226,11 +226,11 @@ def test_copying_is_judged_by_the_text_that_is_trained_against():
 
 def test_copying_is_seen_where_no_spaces_are_written():
     passage = "光合作用是植物利用阳光把二氧化碳和水转化为有机物并释放氧气的过程，它是地球上几乎所有生命的能量来源。"
-    questions = [
+    queries = [
         ("植物利用阳光把二氧化碳和水转化为有机物并释放氧气的过程", "p"),
         ("植物为什么需要阳光才能生长和制造养分呢？", "p"),
     ]
-    kept, report = run(make(questions, {"p": passage}))
+    kept, report = run(make(queries, {"p": passage}))
     assert kept == ["q1"]
     assert report.dropped == {"copied from the passage": 1}
 
@@ -272,11 +272,11 @@ NOT_SPEAKING = [
 
 
 @pytest.mark.parametrize("text", SPEAKING)
-def test_questions_that_speak_of_the_passage_go(text):
+def test_queries_that_refer_to_the_passage_go(text):
     settings = QueryFilterSettings(other_language=False)
-    kept, report = run(make([(text, "warranty"), (text, "shipping", "people")]), settings)
+    kept, report = run(make([(text, "warranty"), (text, "shipping", "human")]), settings)
     assert kept == ["q1"]
-    assert report.dropped == {"speaks of the passage": 1}
+    assert report.dropped == {"refers to the passage": 1}
     off = QueryFilterSettings(other_language=False, speaks_of_passage=False)
     assert run(make([(text, "warranty")]), off)[0] == ["q0"]
 
@@ -286,67 +286,67 @@ def test_texts_and_authors_may_be_asked_about(text):
     assert run(make([(text, "warranty")]), QueryFilterSettings(other_language=False))[0] == ["q0"]
 
 
-def test_a_question_in_another_language_than_its_passage_goes():
+def test_a_query_in_another_language_than_its_passage_goes():
     corpus = {"german": GERMAN, "english": SHIPPING}
-    questions = [
+    queries = [
         ("Wie lange dauert es, bis ein Paket in Norwegen ankommt?", "german"),
         ("How long does it take for a parcel to arrive in Norway?", "german"),
         ("Wer muss eigentlich den Zoll für das Paket bezahlen?", "english"),
         ("谁支付关税？什么时候支付？", "english"),
-        ("How long does it take until a parcel is in Norway?", "german", "people"),
+        ("How long does it take until a parcel is in Norway?", "german", "human"),
         ("DHL Norwegen", "english"),
     ]
-    kept, report = run(make(questions, corpus))
+    kept, report = run(make(queries, corpus))
     assert kept == ["q0", "q4", "q5"]
-    assert report.dropped == {"in another language than its passage": 3}
-    assert len(run(make(questions, corpus), QueryFilterSettings(other_language=False))[0]) == 6
+    assert report.dropped == {"not in the language of its passage": 3}
+    assert len(run(make(queries, corpus), QueryFilterSettings(other_language=False))[0]) == 6
 
 
 def many_passages():
     rng = random.Random(1)
     corpus = {f"p{i}": " ".join(rng.sample([f"w{j}" for j in range(900)], 30)) for i in range(60)}
-    questions = [(" ".join(corpus[p].split()[::6]), p) for p in corpus]
-    return corpus, questions
+    queries = [(" ".join(corpus[p].split()[::6]), p) for p in corpus]
+    return corpus, queries
 
 
-def test_a_question_that_does_not_find_its_passage_goes():
-    corpus, questions = many_passages()
-    wrong = [(questions[40][0], "p1"), (questions[41][0], "p2", "people"), (questions[42][0], "p3", "neighbour")]
-    dataset = make([*questions[:20], *wrong], corpus)
+def test_a_query_that_does_not_find_its_passage_goes():
+    corpus, queries = many_passages()
+    wrong = [(queries[40][0], "p1"), (queries[41][0], "p2", "human"), (queries[42][0], "p3", "neighbour")]
+    dataset = make([*queries[:20], *wrong], corpus)
     settings = QueryFilterSettings(round_trip_k=3)
     kept, report = run(dataset, settings, embed_model=HashedWords())
     assert kept == [*(f"q{i}" for i in range(20)), "q21", "q22"]
-    assert report.dropped == {"answer not among the 3 nearest passages": 1}
+    assert report.dropped == {"its passage is not among the 3 nearest": 1}
     assert report.notes == []
     assert len(run(dataset, settings)[0]) == 23, "without a model there is no round trip"
     assert len(run(dataset, QueryFilterSettings(round_trip_k=None), embed_model=HashedWords())[0]) == 23
     assert len(run(dataset, QueryFilterSettings(round_trip_k=60), embed_model=HashedWords())[0]) == 23
 
 
-def test_any_answer_found_is_enough_and_equal_passages_do_not_push_it_down():
-    corpus, questions = many_passages()
+def test_any_relevant_passage_found_is_enough_and_equal_passages_do_not_push_it_down():
+    corpus, queries = many_passages()
     corpus |= {f"same{i}": corpus["p0"] for i in range(5)}
-    dataset = make([questions[0], questions[1], questions[2]], corpus)
+    dataset = make([queries[0], queries[1], queries[2]], corpus)
     dataset.relevant_docs["q1"] = ["p50", "p1"]
     settings = QueryFilterSettings(round_trip_k=1)
     assert run(dataset, settings, embed_model=HashedWords())[0] == ["q0", "q1", "q2"]
 
 
 def test_a_round_trip_that_would_drop_most_is_not_applied_and_says_so():
-    corpus, questions = many_passages()
-    wrong = [(text, "p59") for text, _ in questions[:6]]
-    dataset = make([*wrong, *questions[10:15]], corpus)
-    with pytest.warns(UserWarning, match="would have dropped 6 of 11 questions") as caught:
+    corpus, queries = many_passages()
+    wrong = [(text, "p59") for text, _ in queries[:6]]
+    dataset = make([*wrong, *queries[10:15]], corpus)
+    with pytest.warns(UserWarning, match="would have dropped 6 of 11 queries") as caught:
         result, report = filter_queries(dataset, QueryFilterSettings(round_trip_k=3), embed_model=HashedWords())
     assert caught[0].filename == __file__
     assert len(result.queries) == report.kept == 11
-    assert "6 of 11 questions (55%" in report.notes[0]
+    assert "6 of 11 queries (55%" in report.notes[0]
     assert "note: the round trip was not applied" in str(report)
 
 
 def test_pieces_of_the_round_trip_give_what_the_whole_gives(monkeypatch):
-    corpus, questions = many_passages()
-    dataset = make([*questions[:20], (questions[40][0], "p1"), (questions[41][0], "p2")], corpus)
+    corpus, queries = many_passages()
+    dataset = make([*queries[:20], (queries[40][0], "p1"), (queries[41][0], "p2")], corpus)
     settings = QueryFilterSettings(round_trip_k=3)
     whole = filter_queries(dataset, settings, embed_model=HashedWords())
     monkeypatch.setattr("llama_index_lora_embed.data.filters.rules._TEXTS_AT_ONCE", 7)
@@ -355,32 +355,32 @@ def test_pieces_of_the_round_trip_give_what_the_whole_gives(monkeypatch):
     assert whole[1].kept == 20
 
 
-def test_a_function_that_makes_the_model_is_called_only_if_there_is_something_to_judge():
+def test_a_function_that_makes_the_model_is_called_only_if_there_is_something_to_check():
     made = []
 
     def model():
         made.append(1)
         return HashedWords()
 
-    corpus, questions = many_passages()
-    filter_queries(make(questions[:5], corpus, "people"), embed_model=model)
+    corpus, queries = many_passages()
+    filter_queries(make(queries[:5], corpus, "human"), embed_model=model)
     assert made == []
-    filter_queries(make(questions[:5], corpus), embed_model=model)
+    filter_queries(make(queries[:5], corpus), embed_model=model)
     assert made == [1]
 
 
-def test_vectors_that_are_no_numbers_are_an_error():
-    corpus, questions = many_passages()
+def test_embeddings_that_are_not_finite_are_an_error():
+    corpus, queries = many_passages()
     with pytest.raises(NonFiniteLossError, match="round trip"):
-        filter_queries(make(questions[:5], corpus), embed_model=Broken())
+        filter_queries(make(queries[:5], corpus), embed_model=Broken())
 
 
-def test_a_dataset_without_questions_or_origins_is_fine():
+def test_a_dataset_without_queries_or_origins_is_fine():
     kept, report = run(make([]), embed_model=HashedWords())
     assert (kept, report) == ([], QueryFilterReport(0, 0))
     dataset = make([("What does the passage say?", "shipping")])
     dataset.query_origins = None
-    assert run(dataset)[0] == [], "a question of unknown origin counts as written"
+    assert run(dataset)[0] == [], "a query of unknown origin counts as written"
 
 
 def test_everything_else_in_the_dataset_goes_along():
@@ -402,7 +402,7 @@ def test_the_report_shows_reasons_and_some_examples():
     _, report = filter_queries(dataset, QueryFilterSettings(examples=2))
     assert report.examples == {"no letter or digit": ["?", "??"]}
     assert str(report).splitlines() == [
-        "1 of 6 questions kept",
+        "1 of 6 queries kept",
         "  5 dropped: no letter or digit",
         "    '?'",
         "    '??'",
