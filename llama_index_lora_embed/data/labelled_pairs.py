@@ -1,7 +1,7 @@
-"""Labelled pairs: two texts, and how much they mean the same or whether the second answers the first.
+"""Labelled pairs: two texts, and how similar they are or whether the second answers the first.
 
-Labels are 0 or 1, or graded between them. Unlike in query logs (`pair_sources`), a row that cannot be used is an error
-and not left out: a measure over fewer pairs than the file has would pass for one over all of them.
+Labels are 0 or 1, or graded between them. Unlike in query logs (`readers.query_logs`), a row that cannot be used is an
+error and not left out: metrics over fewer pairs than the file has would pass for metrics over all of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitE
 from llama_index_lora_embed.core.files import write_json
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.grouping import draw_groups, groups_sharing
-from llama_index_lora_embed.data.readers.files import Entry, PairsReport, path_entries
+from llama_index_lora_embed.data.readers.files import Entry, PairsReport, numbered, path_entries
 from llama_index_lora_embed.data.readers.labelled import (
     Columns,
     Scale,
     choose_columns,
     faults,
     number,
-    numbered,
     read_rows,
     scale_hint,
 )
@@ -39,8 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PARTS = 5  # of graded labels in a split
-_CONTRADICTION = 0.5  # half of the scale; people who grade differ by less than that
+_STRATA = 5  # of graded labels in a split
+_CONTRADICTION = 0.5  # half of the scale; annotators differ by less
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,13 @@ class LabelledPairs:
     Attributes:
         texts1: First text of each pair.
         texts2: Second text of each pair.
-        scores: Label of each pair, from 0 to 1. Numbers in other clothes (True, "1", "yes", NumPy's) become floats;
-            what is no number stays as it is, and `check` names it.
-        source: Where they were read from; None if not known. `digest` and == ignore it.
+        scores: Label of each pair, from 0 to 1. True, "1", "yes" and NumPy's numbers become floats; what is not a
+            number stays as it is, and `check` names it.
+        source: What they were read from; None if not known. `digest` and == ignore it.
         symmetric: True embeds both texts as passages (`get_text_embedding`), False the first as a query.
 
     Raises:
-        DatasetError: A field is no list, or `symmetric` is neither True nor False.
+        DatasetError: A field is not a list, or `symmetric` is neither True nor False.
     """
 
     kind: ClassVar[Literal["pairs"]] = "pairs"
@@ -101,11 +100,11 @@ class LabelledPairs:
 
         Args:
             value: The pairs.
-            name: What to call them in messages.
+            name: What error messages call them.
 
         Raises:
             ConfigError: A column is missing, or the file has another ending.
-            DatasetError: It is none of these, or has a row that is no labelled pair.
+            DatasetError: It is none of these, or has a row that is not a labelled pair.
         """
         if isinstance(value, cls):
             return value
@@ -121,7 +120,7 @@ class LabelledPairs:
             raise DatasetError(
                 f"{name} of type {type(value).__name__}{keys}",
                 "LabelledPairs, a list of (text, text, label), a datasets.Dataset or the path of a file",
-                "Of a dict of datasets by split, pass one: dataset['train'].",
+                "From a dict of datasets, pass one split: dataset['train'].",
             )
         return replace(cls.from_rows(value, source=name), source=None)
 
@@ -138,19 +137,17 @@ class LabelledPairs:
         """Take pairs from (text, text, label) tuples, from mappings, or from a pandas DataFrame.
 
         Args:
-            rows: Iterable of tuples or mappings; sentence-transformers' InputExamples are taken too.
-            columns: Where mappings have unusual keys: {"text1": ..., "text2": ..., "score": ...}, as far as needed.
-            scale: (lowest, highest) label that there can be, such as (0, 5) for STS; None is (0, 1).
+            rows: Iterable of tuples, mappings or sentence-transformers' InputExamples.
+            columns: Keys that are not recognised: {"text1": ..., "text2": ..., "score": ...}, as far as needed.
+            scale: Lowest and highest possible label, such as (0, 5) for STS; None is (0, 1).
             symmetric: See the class. None means False where the columns are named as a query and a passage
                 (question and answer, ...), True otherwise.
-            source: Where they come from, for messages.
+            source: Name for messages.
 
         Raises:
-            ConfigError: A column is missing, or `scale` is none.
-            DatasetError: There is no row, or one that is no labelled pair; every one is named.
+            ConfigError: A column is missing, or `scale` is invalid.
+            DatasetError: There is no row, or rows are not labelled pairs; every one is named.
         """
-        if hasattr(rows, "itertuples"):  # a DataFrame would be iterated by column
-            rows = rows.to_dict("records")
         if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
             raise DatasetError(f"rows={rows!r:.80}", "a list of (text, text, label)", "Pass the pairs in a list.")
         return cls._read(numbered(rows), columns, scale, symmetric, source)
@@ -164,23 +161,23 @@ class LabelledPairs:
         scale: Scale = None,
         symmetric: bool | None = None,
     ) -> LabelledPairs:
-        """Read pairs from a .csv, .tsv, .jsonl or .json file (UTF-8; also with .gz after it).
+        """Read pairs from a .parquet, .csv, .tsv, .jsonl or .json file (UTF-8; the latter four also with .gz after it).
 
-        The first line of a table names its columns. The arguments, and what is raised, are those of `from_rows`.
+        The first line of a table names its columns. Arguments and errors are those of `from_rows`.
 
         Raises:
             ConfigError: Also if the file has another ending.
-            DatasetError: Also if the file is missing or has a line that cannot be read; all are named by line.
+            DatasetError: Also if the file does not exist or has lines that cannot be read; every one is named.
         """
         if not os.path.isfile(path) or _saved(path) is not None:
-            got = f"{os.fspath(path)!r}, which is {'what save_json wrote' if os.path.isfile(path) else 'no file'}"
-            hint = "Check the path; what save_json wrote is read with LabelledPairs.from_json(path)."
+            got = f"{os.fspath(path)!r}, which {'save_json wrote' if os.path.isfile(path) else 'is not a file'}"
+            hint = "Check the path; LabelledPairs.from_json(path) reads what save_json wrote."
             raise DatasetError(got, "a table, or JSON with one pair in each line", hint)
         report = PairsReport()
         entries = list(path_entries(Path(path), "", report))
         if report.skipped:
-            got = f"{os.fspath(path)!r} with places that cannot be read"
-            raise DatasetError(got, "a file that is whole", "Correct these:", report.places)
+            got = f"{os.fspath(path)!r} with {report.skipped.total()} places that cannot be read"
+            raise DatasetError(got, "a complete file", "Correct these:", report.places)
         return cls._read(entries, columns, scale, symmetric, Path(path).name)
 
     @classmethod
@@ -191,8 +188,8 @@ class LabelledPairs:
 
         Raises:
             ConfigError: See `from_rows`.
-            DatasetError: Also if it is a dict of splits, or if its labels stand for entailment and the like: their
-                numbers are no degrees of likeness (RTE and QNLI give 0 to the pairs that belong together).
+            DatasetError: Also if it is a dict of splits, or if its labels are classes such as entailment, whose
+                numbers are not degrees of similarity (RTE and QNLI give 0 to the pairs that belong together).
         """
         if isinstance(dataset, Mapping) or not hasattr(dataset, "column_names"):
             keys = f" with the splits {', '.join(map(repr, dataset))}" if isinstance(dataset, Mapping) else ""
@@ -204,7 +201,7 @@ class LabelledPairs:
             hint = (
                 f'dataset.map(lambda row: {{"score": float(row[{label!r}] == {entailed[0]})}}) adds a column of them.'
             )
-            raise DatasetError(f"labels that stand for {', '.join(classes)}", "labels that grow with likeness", hint)
+            raise DatasetError(f"the classes {', '.join(classes)} as labels", "labels that grow with similarity", hint)
         return cls._read(numbered(dataset), columns, scale, symmetric, None)
 
     @classmethod
@@ -219,13 +216,13 @@ class LabelledPairs:
         """Read what `save_json` wrote.
 
         Raises:
-            DatasetError: The file is missing, is not JSON, or holds something else.
+            DatasetError: The file does not exist, is not JSON, or has other content.
         """
         if (saved := _saved(path)) is None:
             raise DatasetError(
-                f"{os.fspath(path)!r}, which is not there or holds something else",
-                "the JSON of labelled pairs",
-                "Write one with pairs.save_json(path); LabelledPairs.from_file(path) reads tables and lines.",
+                f"{os.fspath(path)!r}, which does not exist or has other content",
+                "the JSON file of labelled pairs",
+                "Write one with pairs.save_json(path); LabelledPairs.from_file(path) reads tables and JSON lines.",
             )
         return cls(**saved)
 
@@ -233,7 +230,7 @@ class LabelledPairs:
         """Write the pairs; a reader sees the old file or the new one, never half of it.
 
         Raises:
-            DatasetError: A text or a label is none, and JSON could not give it back.
+            DatasetError: A text or a label is invalid, so that it could not be read again.
         """
         if problems := faults(self.texts1, self.texts2, self.scores, (0.0, 1.0), "pair {}".format):
             raise DatasetError(f"pairs with {len(problems)} problem(s)", "texts and labels", "Correct these:", problems)
@@ -253,7 +250,7 @@ class LabelledPairs:
         return {"digest": self.digest(), "pairs": len(self), "binary": self.binary, "symmetric": self.symmetric}
 
     def problems(self) -> list[str]:
-        """One line for each thing that would crash or spoil training or evaluation; pairs are counted from 0."""
+        """One line for each problem that would crash or spoil training or evaluation; pairs are counted from 0."""
         lengths = {name: len(getattr(self, name)) for name in ("texts1", "texts2", "scores")}
         found = faults(self.texts1, self.texts2, self.scores, (0.0, 1.0), "pair {}".format)
         if len(set(lengths.values())) > 1:
@@ -261,8 +258,8 @@ class LabelledPairs:
         if found:
             return found
         if len(set(self.scores)) == 1:
-            found.append(f"every label is {self.scores[0]:g}, so that there is nothing to tell apart")
-        # of exact texts, spaces aside: "polish" and "Polish" may well differ
+            found.append(f"every label is {self.scores[0]:g}, so that there is nothing to learn")
+        # case counts here: "polish" and "Polish" differ
         alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
         for index, pair in enumerate(zip(self.texts1, self.texts2, strict=True)):
             key = [" ".join(text.split()) for text in pair]
@@ -276,14 +273,15 @@ class LabelledPairs:
         return found
 
     def check(self, name: str = "pairs") -> LabelledPairs:
-        """These pairs, if nothing is wrong with them.
+        """These pairs, if there are any and they have no `problems()`.
 
         Args:
-            name: What to call them in the message.
+            name: What the error message calls them.
 
         Raises:
-            DatasetError: There are none; a text is empty or none; a label is none or outside 0 to 1; all labels are
-                one; or a pair occurs with labels more than half of the scale apart. All of it is in `.problems`.
+            DatasetError: There are no pairs; a text is invalid or empty; a label is invalid or outside 0 to 1; all
+                labels are equal; or a pair occurs with labels more than half of the scale apart. `.problems` lists
+                all of them.
         """
         if not (self.texts1 or self.texts2 or self.scores):
             raise DatasetError(f"{name} without a single pair", "pairs with different labels", "Check their source.")
@@ -297,7 +295,7 @@ class LabelledPairs:
         return self
 
     def overlap(self, other: LabelledPairs) -> list[int]:
-        """Indices of the pairs that `other` has too, in either order and without regard to case and spaces."""
+        """Indices of the pairs that `other` has, too, in either order and ignoring case and spaces."""
         known = {frozenset(map(normalise, pair)) for pair in zip(other.texts1, other.texts2, strict=True)}
         pairs = zip(self.texts1, self.texts2, strict=True)
         return [index for index, pair in enumerate(pairs) if frozenset(map(normalise, pair)) in known]
@@ -351,24 +349,24 @@ class LabelledPairs:
         return LabelledPairs(texts1, texts2, [self.scores[i] for i in kept], self.source, self.symmetric)
 
     def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[LabelledPairs, LabelledPairs]:
-        """Split into training and validation so that no text (case and spaces aside) is on both sides.
+        """Split into training and validation so that no text is on both sides (ignoring case and spaces).
 
         Pairs that share a text, directly or through others, stay together. Groups are drawn in a random order, and
         one is held out if that brings the number of held-out pairs of each label (of each fifth of them, if they
-        are graded) nearer to its share, so that labels keep their proportions as far as the groups let them. Warns
-        (UserWarning) where the share comes out at less than half or more than twice of what was asked.
+        are graded) nearer to its share, so that labels keep their proportions as far as the groups allow. Warns
+        (UserWarning) where the share held out is less than half or more than twice of `fraction`.
 
         Args:
             fraction: Share of the pairs to hold out, above 0 and below 1.
-            seed: Order in which groups are drawn.
+            seed: Random seed of the order in which groups are drawn.
 
         Returns:
-            (training, validation), each in the order that the pairs had.
+            (training, validation), both in the order of the pairs.
 
         Raises:
             ConfigError: `fraction` is not between 0 and 1.
             DatasetError: See `check`.
-            SplitError: All pairs hang together, or a side would have one label only.
+            SplitError: All pairs are tied together, or a side would have one label only.
         """
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
             hint = "0.1 holds out a tenth of the pairs."
@@ -378,7 +376,7 @@ class LabelledPairs:
         random.Random(seed).shuffle(groups)
         strata = [int(score) for score in self.scores]
         if not self.binary:
-            parts = min(_PARTS, max(2, int(fraction * len(self) / 2)))  # so that two of each can be held out
+            parts = min(_STRATA, max(2, int(fraction * len(self) / 2)))  # so that two of each can be held out
             for rank, index in enumerate(sorted(range(len(self)), key=self.scores.__getitem__)):
                 strata[index] = rank * parts // len(self)
         held = draw_groups(groups, strata, fraction) if len(groups) > 1 else set()
@@ -387,24 +385,24 @@ class LabelledPairs:
             pairs = zip(self.texts1, self.texts2, strict=True)
             text, count = Counter(text for pair in pairs for text in {*map(normalise, pair)}).most_common(1)[0]
             raise SplitError(
-                f"{len(self)} pairs in {len(groups)} group(s) that share no text, too few to have every label twice",
-                "groups of pairs without a common text, with different labels to train and to validate on",
+                f"{len(self)} pairs in {len(groups)} group(s) without a common text, too few for every label twice",
+                "groups of pairs without a common text, with different labels for training and for validation",
                 "Add pairs of other texts, pass validation pairs of your own, or leave out pairs that tie others "
-                f"together: {text!r:.60} stands in {count} of them.",
+                f"together: {text!r:.60} is in {count} of them.",
             )
         if not 0.5 <= len(val) / max(2, fraction * len(self)) <= 2:
             warn_user(
                 f"{len(val)} of {len(self)} pairs are held out for a fraction of {fraction:g}, because pairs that "
-                f"share a text stay together, up to {max(map(len, groups))}. You may pass validation pairs of your own."
+                f"share a text stay together, up to {max(map(len, groups))}. You can pass validation pairs of your own."
             )
         return train, val
 
 
 def _saved(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `save_json` wrote there; None if it is something else."""
+    """The fields that `save_json` wrote; None for other content."""
     try:
         with open(path, encoding="utf-8") as file:
-            if file.read(1) == "{":  # a table is not read twice
+            if file.read(1) == "{":  # tables are not read twice
                 return _own_fields(json.loads("{" + file.read()))
     except (OSError, ValueError, RecursionError):
         pass

@@ -74,7 +74,7 @@ def test_usual_names_of_columns_are_recognised(first, second, label, symmetric):
     assert pairs.symmetric is symmetric
 
 
-def test_the_roles_can_be_said_whatever_the_names_are():
+def test_the_roles_can_be_chosen_whatever_the_names_are():
     assert LabelledPairs.from_rows([{"query": "a", "passage": "b", "label": 1}], symmetric=True).symmetric
     assert not LabelledPairs.from_rows(ROWS, symmetric=False).symmetric
 
@@ -85,14 +85,14 @@ def test_columns_are_taken_as_they_are_named():
     assert columns_of(pairs) == (["a"], ["b"], [1.0])
 
 
-def test_every_wrong_column_is_said_at_once():
+def test_every_wrong_column_is_named_at_once():
     with pytest.raises(ConfigError, match="'one', 'two'") as caught:
         LabelledPairs.from_rows([{"one": "a", "two": "b"}], columns={"texts1": "one", "text2": "gone"})
     text = "\n".join(caught.value.problems)
     for expected in ("columns['texts1']", "columns['text2']='gone'", "for text1", "for score"):
         assert expected in text
     assert 'columns={"text1"' in str(caught.value)
-    with pytest.raises(ConfigError, match="'one' cannot be two things"):
+    with pytest.raises(ConfigError, match="'one' cannot be two columns"):
         LabelledPairs.from_rows([{"one": "a", "label": 1}], columns={"text1": "one", "text2": "one"})
 
 
@@ -112,17 +112,17 @@ def test_every_wrong_column_is_said_at_once():
         ("false", 0.0),
     ],
 )
-def test_labels_in_other_clothes_are_numbers(label, number):
+def test_labels_that_stand_for_numbers_become_floats(label, number):
     for pairs in (LabelledPairs.from_rows([("a", "b", label)]), LabelledPairs(["a"], ["b"], [label])):
         assert pairs.scores == [number]
         assert type(pairs.scores[0]) is float
 
 
 @pytest.mark.parametrize("label", [None, "", "maybe", "entailment", float("nan"), float("inf"), [1], b"x", pd.NA])
-def test_a_label_that_is_no_number_is_an_error_that_names_its_row(label):
+def test_a_label_that_is_not_a_number_is_an_error_that_names_its_row(label):
     with pytest.raises(DatasetError) as caught:
         LabelledPairs.from_rows([("a", "b", 0), ("c", "d", label)])
-    assert caught.value.problems == [f"row 2: the label is no number but {label!r}"]
+    assert caught.value.problems == [f"row 2: the label is not a number: {label!r}"]
 
 
 def test_a_scale_is_mapped_to_0_to_1():
@@ -146,28 +146,28 @@ def test_labels_outside_the_scale_are_an_error_that_offers_one():
 
 
 @pytest.mark.parametrize("scale", [5, (5, 0), (0, 0), "ab", (0, float("inf")), (0, 1, 2), (None, 1)])
-def test_a_scale_that_is_none_is_refused(scale):
+def test_an_invalid_scale_is_refused(scale):
     with pytest.raises(ConfigError, match="scale="):
         LabelledPairs.from_rows(ROWS, scale=scale)
 
 
-def test_every_row_that_is_no_pair_is_named():
+def test_every_row_that_is_not_a_pair_is_named():
     rows = [("a", "b"), "a\tb\t1", ("", "b", 1), ("a", None, 1), (5, "b", "x"), ("half \udc80", "b", 1), ("a", "b", 1)]
     with pytest.raises(DatasetError) as caught:
         LabelledPairs.from_rows(rows)
     assert sorted(caught.value.problems) == [
-        "row 1 is neither a mapping nor (text, text, label), but ('a', 'b')",
-        "row 2 is neither a mapping nor (text, text, label), but 'a\\tb\\t1'",
+        "row 1 is neither a mapping nor (text, text, label): ('a', 'b')",
+        "row 2 is neither a mapping nor (text, text, label): 'a\\tb\\t1'",
         "row 3: the first text is empty",
-        "row 4: the second text is no text but None",
-        "row 5: the first text is no text but 5",
-        "row 5: the label is no number but 'x'",
+        "row 4: the second text is not text: None",
+        "row 5: the first text is not text: 5",
+        "row 5: the label is not a number: 'x'",
         "row 6: the first text is not UTF-8",
     ]
 
 
 @pytest.mark.parametrize("rows", [[], iter(()), "a,b,1", {"a": 1}, None, 5])
-def test_what_holds_no_rows_is_a_dataset_error(rows):
+def test_a_source_without_rows_is_a_dataset_error(rows):
     with pytest.raises(DatasetError):
         LabelledPairs.from_rows(rows)
 
@@ -185,10 +185,10 @@ def test_check_names_every_problem():
         pairs.check("val_dataset")
     assert caught.value.problems == [
         "pair 1: the first text is empty",
-        "pair 2: the first text is no text but None",
-        "pair 1: the label is no number but nan",
+        "pair 2: the first text is not text: None",
+        "pair 1: the label is not a number: nan",
         "pair 2: the label 3 is outside 0 to 1",
-        "pair 3: the label is no number but 'no idea'",
+        "pair 3: the label is not a number: 'no idea'",
     ]
 
 
@@ -222,7 +222,7 @@ def test_labels_of_one_pair_that_contradict_each_other_are_named():
     "fields",
     [("abc", ["b"], [1]), (["a"], {"b": 1}, [1]), (["a"], ["b"], 1), (None, [], []), (["a"], ["b"], [1], None, None)],
 )
-def test_fields_that_are_no_lists_are_refused(fields):
+def test_fields_that_are_not_lists_are_refused(fields):
     with pytest.raises(DatasetError):
         LabelledPairs(*fields)
 
@@ -250,6 +250,16 @@ def test_files_are_read(tmp_path, name, text):
     assert LabelledPairs.coerce(str(tmp_path / name)) == pairs
 
 
+def test_parquet_files_are_read(tmp_path):
+    rows = [{"sentence1": "a, b", "sentence2": "007", "score": 5}, {"sentence1": "d", "sentence2": "é", "score": 0}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    pairs = LabelledPairs.from_file(tmp_path / "p.parquet", scale=(0, 5))
+    assert columns_of(pairs) == (["a, b", "d"], ["007", "é"], [1.0, 0.0])
+    with pytest.raises(DatasetError) as caught:
+        LabelledPairs.coerce(tmp_path / "p.parquet")
+    assert caught.value.problems == ["p.parquet, row 1: the label 5 is outside 0 to 1"]
+
+
 def test_a_relative_path_is_read_where_the_user_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "p.csv", "text1,text2,label\na,b,1\n")
@@ -263,7 +273,7 @@ def test_every_line_that_cannot_be_used_is_named(tmp_path):
     assert caught.value.problems == [
         "p.csv, line 3: the first text is empty",
         "p.csv, line 4: the second text is not UTF-8",
-        "p.csv, line 4: the label is no number but 'x'",
+        "p.csv, line 4: the label is not a number: 'x'",
     ]
 
 
@@ -276,9 +286,10 @@ def test_every_line_that_cannot_be_used_is_named(tmp_path):
         ("p.jsonl", b'["a"]\n', "neither a mapping"),
         ("p.csv", "text1,text2,label\n".encode("utf-16"), "UTF-16"),
         ("p.csv.gz", b"no gzip", "cannot be read"),
+        ("p.parquet", b"PAR1", "cannot be read"),
     ],
 )
-def test_a_file_that_is_not_whole_is_a_dataset_error(tmp_path, name, content, match):
+def test_an_incomplete_file_is_a_dataset_error(tmp_path, name, content, match):
     with pytest.raises(DatasetError, match=match):
         LabelledPairs.from_file(written(tmp_path / name, content))
 
@@ -314,7 +325,7 @@ def test_a_dict_of_splits_is_refused_with_its_splits():
         LabelledPairs.from_hf(ROWS)
 
 
-def test_classes_of_entailment_are_no_degrees_of_likeness():
+def test_classes_of_entailment_are_not_degrees_of_similarity():
     dataset = datasets.Dataset.from_dict(
         {"premise": ["a", "c"], "hypothesis": ["b", "d"], "label": [0, 1]},
         features=datasets.Features(
@@ -325,8 +336,8 @@ def test_classes_of_entailment_are_no_degrees_of_likeness():
     )
     with pytest.raises(DatasetError, match=r"row\['label'\] == 0") as caught:
         LabelledPairs.from_hf(dataset)
-    mended = eval(caught.value.hint.split(" adds")[0], {"dataset": dataset})
-    assert LabelledPairs.from_hf(mended).scores == [1.0, 0.0]
+    fixed = eval(caught.value.hint.split(" adds")[0], {"dataset": dataset})
+    assert LabelledPairs.from_hf(fixed).scores == [1.0, 0.0]
 
 
 def test_coerce_takes_what_users_have(tmp_path):
@@ -341,7 +352,7 @@ def test_coerce_takes_what_users_have(tmp_path):
 @pytest.mark.parametrize(
     "value", [None, 5, b"a", {"a": 1}, EmbeddingQAFinetuneDataset(queries={}, corpus={}, relevant_docs={})]
 )
-def test_coerce_names_what_is_no_source_of_pairs(value):
+def test_coerce_names_the_type_of_other_values(value):
     with pytest.raises(DatasetError, match=rf"val_dataset of type {type(value).__name__}"):
         LabelledPairs.coerce(value, "val_dataset")
 
@@ -360,7 +371,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "p.json"
     LabelledPairs.from_rows(ROWS).save_json(path)
     before = path.read_bytes()
-    with pytest.raises(DatasetError, match="no number"):
+    with pytest.raises(DatasetError, match="not a number"):
         LabelledPairs(["a"], ["b"], [float("nan")]).save_json(path)
 
     def full(*args, **kwargs):
@@ -374,7 +385,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"texts1": 1}', "not json", "{" * 5000, "\xff"])
-def test_a_file_with_something_else_is_a_dataset_error(tmp_path, content):
+def test_a_file_with_other_content_is_a_dataset_error(tmp_path, content):
     with pytest.raises(DatasetError):
         LabelledPairs.from_json(written(tmp_path / "p.json", content.encode("latin-1")))
 
@@ -448,9 +459,9 @@ def test_few_pairs_leave_two_labels_on_either_side(count, graded):
         assert min(len(set(train.scores)), len(set(val.scores))) >= 2
 
 
-def test_pairs_that_hang_on_one_text_cannot_be_split():
+def test_pairs_that_share_one_text_cannot_be_split():
     pairs = LabelledPairs(["the query"] * 20, [f"p{i}" for i in range(20)], [i % 2 for i in range(20)])
-    with pytest.raises(SplitError, match=r"'the query' stands in 20 .*") as caught:
+    with pytest.raises(SplitError, match=r"'the query' is in 20 .*") as caught:
         pairs.split()
     assert "validation pairs of your own" in caught.value.hint
 
@@ -471,7 +482,7 @@ def test_groups_too_large_for_the_share_are_held_out_with_a_warning():
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, True, None, "0.1", float("nan")])
-def test_a_fraction_that_is_none_is_refused(fraction):
+def test_an_invalid_fraction_is_refused(fraction):
     with pytest.raises(ConfigError, match="fraction="):
         many().split(fraction)
 

@@ -1,13 +1,18 @@
-"""Files of pairs, entry by entry: tables, JSON lines, JSON lists and BEIR folders; what cannot be read is counted."""
+"""Files of pairs, row by row: tables, JSON lines, JSON lists, Parquet and BEIR folders.
+
+CSV and JSON are read with the standard library, not with `datasets`, which guesses types ("007" becomes 7), stops at
+the first row that it cannot read, does not say where a row stands, and leaves a copy in the user's cache.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,24 +20,26 @@ from typing import IO, Any, TypeAlias
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 
-Entry: TypeAlias = "tuple[str, Any]"  # (where it stands, what stands there)
+Entry: TypeAlias = "tuple[str, Any]"  # (file and line or row number, content)
 
 PLACES = 20
-"""Skips that a report names, as many as an error shows."""
+"""Skipped rows that a report names, as many as an error shows."""
+
+LABEL_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 
 
 @dataclass
 class PairsReport:
-    """What became of the rows; filled while they are read.
+    """How the rows of a source were used; filled while they are read.
 
     Attributes:
-        rows: Rows read, those included that were skipped later, without those that could not be parsed.
+        rows: Rows read, including those skipped later, without those that could not be parsed.
         pairs: Pairs used as positives.
         negatives: (query, hard negative) pairs used.
-        columns: What was taken from which column.
-        largest_grade: What labels were divided by; 1 if none was above 1.
-        skipped: What was left out, by reason.
-        places: The first 20 skips with their line or row number.
+        columns: Field to the column that it was read from.
+        largest_grade: Number that labels were divided by; 1 if none was above 1.
+        skipped: Rows and texts left out, by reason.
+        places: The first 20 of them with line or row number.
     """
 
     rows: int = 0
@@ -44,19 +51,31 @@ class PairsReport:
     places: list[str] = field(default_factory=list)
 
     def skip(self, reason: str, where: str = "", detail: object = "") -> None:
-        """Count something left out; `where` is a file and line, or a row."""
+        """Count something that is left out; `where` is a file and line, or a row."""
         self.skipped[reason] += 1
         if where and len(self.places) < PLACES:
             self.places.append(f"{where}: {reason}" + (f" ({detail})" if detail else ""))
 
     @property
     def counts(self) -> str:
-        """Reasons with their numbers."""
+        """Reasons with their counts."""
         return ", ".join(f"{reason}: {count}" for reason, count in self.skipped.items())
 
 
+def numbered(rows: Iterable[Any]) -> Iterator[Entry]:
+    """Rows of an iterable or a DataFrame with their number, counted from 1."""
+    if hasattr(rows, "itertuples"):  # iterating over a DataFrame yields its columns
+        rows = rows.to_dict("records")
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def squeezed(name: str) -> str:
+    """A column's name in lower case without signs and spaces."""
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
 def path_entries(path: Path, split: str, report: PairsReport) -> Iterator[Entry]:
-    """Yield the rows of a file as mappings (or what JSON has in their place), or a BEIR folder's judgements.
+    """Yield the rows of a file, mostly as mappings, or the qrels of a BEIR folder with their texts.
 
     Raises:
         ConfigError: The file has another ending.
@@ -66,25 +85,41 @@ def path_entries(path: Path, split: str, report: PairsReport) -> Iterator[Entry]
         yield from _beir_entries(path, split, report)
         return
     if not path.is_file():
-        raise DatasetError(f"{str(path)!r}, which is not there", "a file or a BEIR folder", "Check the path.")
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+        raise DatasetError(f"{str(path)!r}, which does not exist", "a file or a BEIR folder", "Check the path.")
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
     readers = {".csv": _table, ".tsv": _table, ".jsonl": _json_lines, ".json": _json_list}
-    if suffix not in readers:
+    if suffix not in readers and not name.endswith(".parquet"):
         raise ConfigError(
             f"{str(path)!r}",
-            f"a file that ends in {', '.join(readers)} (or .gz after it)",
-            "Other formats can be read with pandas or datasets; pass the DataFrame or Dataset.",
+            f"a file that ends in .parquet, or in {', '.join(readers)} (or .gz after it)",
+            "Read other formats with pandas or datasets, and pass the DataFrame or Dataset.",
         )
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
+        if suffix not in readers:
+            yield from _parquet(path)
+            return
+        opener = gzip.open if name.endswith(".gz") else open
         with opener(path, "rb") as start:
             if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
                 raise DatasetError(f"{str(path)!r} in UTF-16", "UTF-8", "Save it as UTF-8 (in Excel: CSV UTF-8).")
-        # bytes that are not UTF-8 become half characters, which are found, and counted, in the rows that hold them
+        # bytes that are not UTF-8 become surrogates, so that only the rows that hold them are lost
         with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from readers[suffix](file, path.name, report)
     except (OSError, EOFError, zlib.error) as error:
         report.skip("rest of a file that cannot be read", path.name, error)
+
+
+def _parquet(path: Path) -> Iterator[Entry]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+            yield from ((f"{path.name}, {where}", row) for where, row in numbered(rows))
+    except ArrowException as error:
+        raise OSError(*error.args) from error
 
 
 def _table(file: IO[str], name: str, report: PairsReport) -> Iterator[Entry]:
@@ -109,7 +144,7 @@ def _table(file: IO[str], name: str, report: PairsReport) -> Iterator[Entry]:
             detail = f"{len(cells)} cells under {len(header)} columns"
             report.skip("row that cannot be read", f"{name}, line {start}", detail)
         elif any(cells):
-            yield f"{name}, line {start}", dict(zip(header, cells, strict=False))  # empty cells may be left over
+            yield f"{name}, line {start}", dict(zip(header, cells, strict=False))  # more cells, but empty ones
 
 
 def _json_lines(file: IO[str], name: str, report: PairsReport) -> Iterator[Entry]:
@@ -123,15 +158,14 @@ def _json_lines(file: IO[str], name: str, report: PairsReport) -> Iterator[Entry
 
 
 def _json_list(file: IO[str], name: str, report: PairsReport) -> Iterator[Entry]:
-    """One list, or lines, which many call .json too."""
+    """The entries of one list, or JSON lines, which often have the ending .json, too."""
     is_list = file.read(1) == "["
     file.seek(0)
     if not is_list:
         yield from _json_lines(file, name, report)
         return
     try:
-        for number, entry in enumerate(json.load(file), 1):
-            yield f"{name}, entry {number}", entry
+        yield from ((f"{name}, entry {number}", entry) for number, entry in enumerate(json.load(file), 1))
     except (ValueError, RecursionError) as error:
         report.skip("list that cannot be read", name, error)
 
@@ -148,24 +182,24 @@ def _beir_entries(folder: Path, split: str, report: PairsReport) -> Iterator[Ent
             missing,
         )
     corpus, queries, qrels = paths.values()
-    judged = [(w, (row.get("query-id"), row.get("corpus-id"), row)) for w, row in path_entries(qrels, split, report)]
-    asked = _texts(queries, {query for _, (query, _, _) in judged}, report)
-    texts = _texts(corpus, {passage for _, (_, passage, _) in judged}, report)
-    for where, (query, passage, row) in judged:
-        if query in asked and passage in texts:
-            cells = {"query": asked[query]["text"], "node_id": passage, "passage": texts[passage]}
+    entries = [(w, (row.get("query-id"), row.get("corpus-id"), row)) for w, row in path_entries(qrels, split, report)]
+    query_texts = _texts(queries, {query for _, (query, _, _) in entries}, report)
+    passage_texts = _texts(corpus, {passage for _, (_, passage, _) in entries}, report)
+    for where, (query, passage, row) in entries:
+        if query in query_texts and passage in passage_texts:
+            cells = {"query": query_texts[query]["text"], "node_id": passage, "passage": passage_texts[passage]}
             yield where, {**cells, "score": row.get("score")}
         else:
-            report.skip("judgement about a query or passage that is not there", where)
+            report.skip("qrel of a query or passage that does not exist", where)
 
 
 def _texts(path: Path, wanted: set[Any], report: PairsReport) -> dict[str, dict[str, Any]]:
-    """Title and text by id, of the wanted ones."""
+    """Title and text of the wanted ids."""
     found: dict[str, dict[str, Any]] = {}
     for where, row in path_entries(path, "", report):
         key = str(row.get("_id")) if isinstance(row, dict) else ""
         if key in wanted:
             texts = {"title": row.get("title"), "text": row.get("text")}
             if found.setdefault(key, texts) != texts:
-                report.skip("id that had another text before", where)
+                report.skip("id that has another text already", where)
     return found

@@ -1,22 +1,21 @@
-"""Labelled pairs as files and libraries have them: columns found by name, labels brought to 0 to 1, faults named."""
+"""Rows of labelled pairs: columns are recognised by name, labels scaled to 0 to 1, invalid rows named."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from typing import Any, TypeAlias
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
-from llama_index_lora_embed.data.readers.files import Entry
+from llama_index_lora_embed.data.readers.files import LABEL_WORDS, Entry, squeezed
 
 Columns: TypeAlias = "Mapping[str, str] | None"
 Scale: TypeAlias = "tuple[float, float] | None"
 
-# names without signs and in lower case; the first two, and the first label, that a source has are taken
-_ALIKE = [
+# squeezed names; of those that a source has, the first pair of texts and the first label are taken
+_SYMMETRIC = [
     ("sentence1", "sentence2"),
     ("sentence0", "sentence1"),
     ("text1", "text2"),
@@ -29,43 +28,40 @@ _ROLES = [*product(("query", "question", "anchor"), ("passage", "document", "ans
 _LABELS = "score label similarity similarityscore goldscore goldlabel labels isduplicate isparaphrase relatedness "
 _LABELS += "relatednessscore relevance relevant isrelevant rating grade"
 _FIELDS = ("text1", "text2", "score")
-_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 
 
 def read_rows(
     entries: Iterable[Entry], columns: Columns, scale: Scale, source: str | None
 ) -> tuple[list[str], list[str], list[float], bool]:
-    """Read (where it stands, row) entries.
+    """Read labelled pairs; the arguments and errors are those of `LabelledPairs.from_rows`.
 
     Args:
-        entries: Rows as tuples of three, mappings or sentence-transformers' InputExamples.
-        columns: Names of unusual columns: {"text1": ..., "text2": ..., "score": ...}, as far as needed.
-        scale: (lowest, highest) label that there can be; None is (0, 1).
-        source: Where they come from, for messages.
+        entries: (place, row); rows are tuples of three, mappings or sentence-transformers' InputExamples.
+        columns: Names of unusual columns by field.
+        scale: (lowest, highest) label.
+        source: Name for messages.
 
     Returns:
         First texts, second texts, labels from 0 to 1, and whether the columns are named as a query and a passage.
-
-    Raises:
-        ConfigError: A column is missing, or `scale` is none.
-        DatasetError: There is no row, or one that is no labelled pair; every one is named.
     """
     try:
         low, high = map(float, scale or (0, 1))
     except (TypeError, ValueError):
         low = high = math.nan
     if not (math.isfinite(high - low) and low < high):
-        raise ConfigError(f"scale={scale!r}", "(lowest, highest) label, as (0, 5)", "Leave it out for labels 0 to 1.")
+        raise ConfigError(
+            f"scale={scale!r}", "the lowest and the highest label, such as (0, 5)", "Leave it out for labels 0 to 1."
+        )
     rows: list[tuple[str, Mapping[str, Any]]] = []
     problems = []
     for where, entry in entries:
         if row := _cells(entry):
             rows.append((where, row))
         else:
-            problems.append(f"{where} is neither a mapping nor (text, text, label), but {entry!r:.80}")
+            problems.append(f"{where} is neither a mapping nor (text, text, label): {entry!r:.80}")
     if not rows:
         got = f"{source or 'a source'} without a row of labelled pairs"
-        raise DatasetError(got, "rows of (text, text, label)", "Check that it is whole.", problems)
+        raise DatasetError(got, "rows of (text, text, label)", "Check that it is complete.", problems)
     first, second, label, roles = choose_columns(list(dict.fromkeys(name for _, row in rows for name in row)), columns)
     texts1: list[Any] = [row.get(first) for _, row in rows]
     texts2: list[Any] = [row.get(second) for _, row in rows]
@@ -74,7 +70,7 @@ def read_rows(
     if problems:
         raise DatasetError(
             f"{source or 'rows'} with {len(problems)} problem(s) in the columns {first!r}, {second!r} and {label!r}",
-            f"in each row two texts and a label from {low:g} to {high:g}",
+            f"two texts and a label from {low:g} to {high:g} in each row",
             f"{scale_hint(scores, (low, high))}Correct or remove these:",
             problems,
         )
@@ -87,27 +83,27 @@ def choose_columns(found: list[str], asked: Columns) -> tuple[str, str, str, boo
     asked = asked or {}
     problems = [f"columns[{key!r}]: expected one of {', '.join(_FIELDS)}" for key in asked if key not in _FIELDS]
     problems += [f"columns[{key!r}]={name!r}: no such column" for key, name in asked.items() if name not in found]
-    free = {_squeezed(name): name for name in reversed(found) if name not in asked.values()}
-    named = [(asked.get("text1", free.get(a)), asked.get("text2", free.get(b))) for a, b in [*_ALIKE, *_ROLES]]
+    free = {squeezed(name): name for name in reversed(found) if name not in asked.values()}
+    named = [(asked.get("text1", free.get(a)), asked.get("text2", free.get(b))) for a, b in [*_SYMMETRIC, *_ROLES]]
     first, second = next((pair for pair in named if all(pair)), (asked.get("text1"), asked.get("text2")))
     label = asked.get("score", next((free[name] for name in _LABELS.split() if name in free), None))
     chosen = dict(zip(_FIELDS, (first, second, label), strict=True))
     problems += [f"no column was recognised for {what}" for what, name in chosen.items() if name is None]
     twice = {name for name, count in Counter(chosen.values()).items() if name is not None and count > 1}
-    problems += [f"{name!r} cannot be two things at once" for name in sorted(twice)]
+    problems += [f"{name!r} cannot be two columns at once" for name in sorted(twice)]
     if problems or first is None or second is None or label is None:
         raise ConfigError(
             f"the columns {', '.join(map(repr, found[:20]))}",
-            "two of texts, such as sentence1 and sentence2 or query and passage, and one of labels, such as score",
+            "two columns of texts, such as sentence1 and sentence2 or query and passage, and a label, such as score",
             'Name them, as in columns={"text1": "my_column", "text2": "my_other", "score": "my_label"}; '
             "the first line of a table must hold the names.",
             problems,
         )
-    return first, second, label, (_squeezed(first), _squeezed(second)) in _ROLES
+    return first, second, label, (squeezed(first), squeezed(second)) in _ROLES
 
 
 def _cells(entry: Any) -> Mapping[str, Any] | None:
-    """A row's cells by column; None if it is no row."""
+    """A row's cells by column; None if it is not a row."""
     if isinstance(entry, Mapping):
         return {str(key): value for key, value in entry.items()}
     if hasattr(entry, "texts") and hasattr(entry, "label"):  # sentence-transformers' InputExample
@@ -115,34 +111,29 @@ def _cells(entry: Any) -> Mapping[str, Any] | None:
     return dict(zip(_FIELDS, entry, strict=True)) if isinstance(entry, (tuple, list)) and len(entry) == 3 else None
 
 
-def numbered(rows: Iterable[Any]) -> Iterable[Entry]:
-    """Rows with their place, counted from 1."""
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
 def faults(
     texts1: list[Any], texts2: list[Any], scores: list[Any], scale: tuple[float, float], place: Callable[[int], str]
 ) -> list[str]:
-    """One line for each text that is none or empty and each label that is none or outside the scale."""
+    """One line for each text that is not text or empty, and each label that is not a number or outside the scale."""
     found = []
     for which, texts in (("first", texts1), ("second", texts2)):
         for index, text in enumerate(texts):
             if not isinstance(text, str):
-                found.append(f"{place(index)}: the {which} text is no text but {text!r:.80}")
+                found.append(f"{place(index)}: the {which} text is not text: {text!r:.80}")
             elif not text.strip():
                 found.append(f"{place(index)}: the {which} text is empty")
             elif not _encodes(text):  # tokenizers would raise
                 found.append(f"{place(index)}: the {which} text is not UTF-8")
     for index, score in enumerate(scores):
         if not isinstance(score, float) or not math.isfinite(score):
-            found.append(f"{place(index)}: the label is no number but {score!r:.80}")
+            found.append(f"{place(index)}: the label is not a number: {score!r:.80}")
         elif not scale[0] <= score <= scale[1]:
             found.append(f"{place(index)}: the label {score:g} is outside {scale[0]:g} to {scale[1]:g}")
     return found
 
 
 def _encodes(text: str) -> bool:
-    """Whether it is free of half surrogates, such as bytes that are not UTF-8 become when a file is read."""
+    """Whether it has no lone surrogates, which stand for bytes that are not UTF-8 when a file is read."""
     try:
         return bool(text.encode())
     except UnicodeEncodeError:
@@ -150,24 +141,18 @@ def _encodes(text: str) -> bool:
 
 
 def scale_hint(scores: list[Any], scale: tuple[float, float]) -> str:
-    """What to pass as `scale`, if labels lie outside the one that was assumed; else nothing."""
+    """The `scale` to pass, in a sentence, if labels lie outside the assumed one; else an empty text."""
     numbers = [score for score in scores if isinstance(score, float) and math.isfinite(score)]
     low, high = min(numbers, default=0.0), max(numbers, default=0.0)
     if scale[0] <= low <= high <= scale[1] or not numbers:
         return ""
-    return (
-        f"The labels run from {low:g} to {high:g}; if that is their scale, read them with scale=({low:g}, {high:g}). "
-    )
+    return f"The labels run from {low:g} to {high:g}; if that is their scale, pass scale=({low:g}, {high:g}). "
 
 
 def number(value: Any) -> Any:
-    """A float, if the value stands for a number; else the value."""
+    """The value as a float if it stands for a number, otherwise unchanged."""
     try:
         word = value.strip().lower() if isinstance(value, str) else value
-        return _WORDS[word] if isinstance(word, str) and word in _WORDS else float(word)
+        return LABEL_WORDS[word] if isinstance(word, str) and word in LABEL_WORDS else float(word)
     except (TypeError, ValueError, OverflowError):
         return value
-
-
-def _squeezed(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name.lower())

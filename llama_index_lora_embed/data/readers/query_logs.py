@@ -1,8 +1,8 @@
-"""Sources of pairs (a query log, labelled pairs, a BEIR folder): their columns, labels and cells, read as `Pair`s.
+"""Sources of pairs (a query log, labelled pairs, a BEIR folder), read as `Pair`s.
 
-A label of 0 or less says that the passage does not answer. Where the largest label is above 1 (TREC's 1 to 3,
-ratings of 1 to 5), every label is divided by it, so that the best is 1; a rating of 1 out of 5 is then a weak answer
-(0.2), not a wrong one. That takes two readings, so that an iterator is first read into memory.
+A label of 0 or less means that the passage does not answer the query. Where the largest label is above 1 (TREC's 1 to
+3, ratings of 1 to 5), every label is divided by it, so that the best is 1; a rating of 1 out of 5 is then a weak
+answer (0.2), not a wrong one. That takes two readings, so that an iterator is read into memory first.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, warn_user
-from llama_index_lora_embed.data.readers.files import PLACES, Entry, PairsReport, path_entries
+from llama_index_lora_embed.data.readers.files import (
+    LABEL_WORDS,
+    PLACES,
+    Entry,
+    PairsReport,
+    numbered,
+    path_entries,
+    squeezed,
+)
 
-# the first name that a source has is taken; upper case and signs between words do not matter
+# the first name that a source has is taken; case and signs between words are ignored
 _NAMES = {
     "query": "query question anchor sentence1 query_text search_query search_term user_query utterance prompt q",
     "passage": "passage positive pos positive_passages context chunk document paragraph text content answer response "
@@ -31,20 +39,19 @@ _NAMES = {
     "negatives": "negatives negative neg negative_passages hard_negative",
 }
 _NEGATIVE = re.compile(r"(hard)?neg(ative)?s?(passages?|texts?|docs?|documents?)?\d*")
-_WORD_GRADES = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A query and a passage that somebody put together.
+    """A query and a passage.
 
     Attributes:
-        query: The query as it was asked.
-        passage: The passage's text; None where only its id is known.
-        node_id: The passage's id; None where the source has none.
-        score: How well the passage answers, at most 1; 0 says that it does not.
+        query: Text of the query.
+        passage: Text of the passage; None where only its id is known.
+        node_id: Id of the passage; None where the source has none.
+        score: How well the passage answers, from 0 (not at all) to 1.
         negatives: Texts that do not answer the query.
-        source_document: The document that the passage was cut from.
+        source_document: The document that the passage comes from.
     """
 
     query: str
@@ -56,28 +63,28 @@ class Pair:
 
 
 def read_pairs(source: Any, *, columns: Mapping[str, str | None] | None = None, split: str = "train") -> Iterator[Pair]:
-    """Read pairs one after another; rows that cannot be used are left out, and counted in a warning at the end.
+    """Read pairs one after another; rows that cannot be used are left out and counted in a warning at the end.
 
     Args:
         source: One of
-            - the path of a .csv, .tsv, .jsonl or .json file (UTF-8; also with .gz after it). The first line of a
-              table names its columns; comma, semicolon, tab and | are told apart by it. A .json file is one list, or
-              lines as in .jsonl;
-            - a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv). Only judged passages are kept in
-              memory; a title goes in a line of its own before the text;
+            - the path of a .parquet, .csv, .tsv, .jsonl or .json file (UTF-8; the latter four also with .gz after
+              it). The first line of a table names its columns and shows what separates them: comma, semicolon, tab
+              or |. A .json file is one list, or lines as in .jsonl;
+            - a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv). Only passages in the qrels are kept in
+              memory; a title goes on a line of its own before the text;
             - a `datasets.Dataset`, a dict of them by split, or a pandas DataFrame;
             - an iterable of mappings, of (query, passage) or (query, passage, label) tuples, or of `Pair`s.
-        columns: Where columns have unusual names: {"query": ..., "passage": ..., "node_id": ..., "score": ...,
-            "negatives": ..., "source_document": ...}, as far as needed; None as a name leaves that field out.
-        split: Which qrels of a BEIR folder, or which split of a dict of datasets.
+        columns: Names of columns that are not recognised: {"query": ..., "passage": ..., "node_id": ...,
+            "score": ..., "negatives": ..., "source_document": ...}, as far as needed; None ignores a field.
+        split: Qrels of a BEIR folder, or split of a dict of datasets.
 
     Returns:
         Pairs in the order of the source. A label of 0 or less is a score of 0; labels above 1 are divided by the
-        largest that occurs. A label that is there but empty is a skipped row: nobody judged it.
+        largest that occurs. Rows with an empty label are skipped.
 
     Raises:
-        ConfigError: No query or passage column was recognised, or `columns` names one that is not there.
-        DatasetError: The source is missing or has no row that can be read.
+        ConfigError: No query or passage column was recognised, or `columns` names one that does not exist.
+        DatasetError: The source does not exist or has no row that can be read.
     """
     found, report = open_pairs(source, columns, split)
 
@@ -93,22 +100,22 @@ def read_pairs(source: Any, *, columns: Mapping[str, str | None] | None = None, 
 def open_pairs(
     source: Any, columns: Mapping[str, str | None] | None, split: str
 ) -> tuple[Iterator[tuple[str, Pair]], PairsReport]:
-    """Read the source once for its columns and its largest label; takes and raises what `read_pairs` does.
+    """Read the source once for its columns and its largest label; arguments and errors are those of `read_pairs`.
 
     Returns:
-        (where it stands, pair) for each usable row, and for each passage where a row lists several; and the report,
-        which is filled while they are read.
+        (place, pair) for each usable row, or for each passage where a row lists several; and the report, which is
+        filled while they are read.
     """
     source = list(source) if isinstance(source, Iterator) else source
     asked = columns or {}
-    names = {_squeezed(name) for name in _NAMES["score"].split()}
-    found: dict[str, bool] = {}  # column to whether it may hold labels
+    names = {squeezed(name) for name in _NAMES["score"].split()}
+    found: dict[str, bool] = {}  # column to whether it may contain labels
     largest: defaultdict[str, float] = defaultdict(lambda: 1.0)
     first = PairsReport()
     for _, row in _rows(source, split, first):
         for column, value in row.items():
             if column not in found:
-                found[column] = column == asked.get("score") or _squeezed(column) in names
+                found[column] = column == asked.get("score") or squeezed(column) in names
             if found[column]:
                 with contextlib.suppress(ValueError):
                     largest[column] = max(largest[column], _grade(value))
@@ -149,26 +156,24 @@ def _pairs_of(row: Mapping[str, Any], columns: dict[str, str], negatives: list[s
 
 
 def nothing_usable(name: str, report: PairsReport) -> DatasetError:
-    """The error for a source of which nothing is left."""
+    """The error for a source without a usable row."""
     return DatasetError(
         f"a {name} without a usable row ({report.counts or 'it is empty'})",
         "at least one query with a passage that answers it",
-        "Check that the file is whole, is UTF-8, and has labels above 0 if it has labels."
-        " Pairs that only name a node's id need the nodes: QueryLogGenerator(source).",
+        "Check that the file is complete and UTF-8, and that some labels, if there are any, are above 0. "
+        "Pairs with the id of a node instead of its text need the nodes: QueryLogGenerator(source).",
         report.places,
     )
 
 
 def _choose(found: list[str], asked: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
-    """(what is in which column, columns of negatives)."""
+    """(field to its column, columns of negatives)."""
     problems = [f"columns[{what!r}]: expected one of {', '.join(_NAMES)}" for what in asked if what not in _NAMES]
     problems += [f"columns[{k!r}]={v!r}: no such column" for k, v in asked.items() if v is not None and v not in found]
     chosen = {what: column for what, column in asked.items() if column is not None}
-    free = {_squeezed(column): column for column in reversed(found) if column not in chosen.values()}
+    free = {squeezed(column): column for column in reversed(found) if column not in chosen.values()}
     for what, names in _NAMES.items():
-        fitting = [
-            free[key] for key in map(_squeezed, names.split()) if free.get(key, "") not in ("", *chosen.values())
-        ]
+        fitting = [free[key] for key in map(squeezed, names.split()) if free.get(key, "") not in ("", *chosen.values())]
         if what not in asked and fitting:
             chosen[what] = fitting[0]
     negatives = [column for key, column in reversed(free.items()) if _NEGATIVE.fullmatch(key)]
@@ -191,7 +196,7 @@ def _choose(found: list[str], asked: Mapping[str, str | None]) -> tuple[dict[str
 
 
 def _rows(source: Any, split: str, report: PairsReport) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where it stands, its cells by column) of each row, from the source's start."""
+    """(place, cells by column) of each row, from the start of the source."""
     for where, entry in _entries(source, split, report):
         if isinstance(entry, Pair):
             yield where, vars(entry)
@@ -213,18 +218,16 @@ def _entries(source: Any, split: str, report: PairsReport) -> Iterator[Entry]:
         raise ConfigError(
             f"a source of type {type(source).__name__}{keys}",
             "a path, a datasets.Dataset, or an iterable of mappings or (query, passage[, label]) tuples",
-            "Of a dict of datasets by split, split=... takes one.",
+            "split=... selects a dataset from a dict of them.",
         )
-    if hasattr(source, "itertuples"):  # a DataFrame would be iterated by column
-        source = source.to_dict("records")
-    return ((f"row {number}", entry) for number, entry in enumerate(source, 1))
+    return numbered(source)
 
 
 def _text(value: Any) -> str:
-    """A cell's text without blanks around it; "" if it holds nothing that can be seen.
+    """A cell's text without surrounding whitespace; "" if it has no visible character.
 
     Raises:
-        UnicodeEncodeError: It has bytes that were not UTF-8, or half of a surrogate pair.
+        UnicodeEncodeError: It has bytes that were not UTF-8, or a lone surrogate.
     """
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value  # pandas' ids
@@ -251,13 +254,9 @@ def _grade(value: Any) -> float:
     if word in ("", "nan", "<na>"):
         raise ValueError("row with an empty label")
     try:
-        grade = _WORD_GRADES[word] if word in _WORD_GRADES else float(word)
+        grade = LABEL_WORDS[word] if word in LABEL_WORDS else float(word)
     except ValueError:
         grade = math.nan
     if not math.isfinite(grade):
-        raise ValueError("label that is no number")
+        raise ValueError("label that is not a number")
     return grade
-
-
-def _squeezed(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name.lower())

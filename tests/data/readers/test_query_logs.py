@@ -3,6 +3,7 @@ import gzip
 import json
 import uuid
 
+import datasets
 import pytest
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
@@ -128,7 +129,7 @@ def test_unknown_columns_are_an_error_that_says_how_to_name_them(tmp_path):
     assert "positive" in caught.value.problems[1]
 
 
-def test_every_wrong_name_is_said_at_once(tmp_path):
+def test_every_wrong_name_is_named_at_once(tmp_path):
     path = written(tmp_path / "log.csv", "a,b\n1,2\n")
     with pytest.raises(ConfigError) as caught:
         read_pairs(path, columns={"query": "lost", "answer": "b", "passage": "gone"})
@@ -157,7 +158,7 @@ def test_a_byte_order_mark_and_every_script_are_read(tmp_path, name):
     assert EmbeddingQAFinetuneDataset.from_json(tmp_path / "dataset.json") == dataset
 
 
-def test_control_characters_stay_and_cells_of_nothing_else_are_empty():
+def test_control_characters_stay_and_cells_without_a_visible_character_are_empty():
     dataset, report = dataset_from_pairs([("a\x07b", "c\x00d"), ("\x00\u200b", "e"), ("f", " \x01 "), ("g", "\ufeff")])
     assert texts_of(dataset) == {"a\x07b": ["c\x00d"]}
     assert report.skipped == {"row without query": 1, "row without passage": 2}
@@ -190,7 +191,7 @@ def test_half_a_surrogate_pair_in_json_is_counted():
     assert report.skipped == {"text that is not UTF-8": 1}
 
 
-def test_utf16_is_refused_with_the_mend(tmp_path):
+def test_utf16_is_refused_with_a_hint(tmp_path):
     with pytest.raises(DatasetError, match="Save it as UTF-8"):
         read_pairs(written(tmp_path / "log.csv", "query,passage\na,b\n", "utf-16"))
 
@@ -203,14 +204,14 @@ def test_a_table_row_with_missing_cells_is_counted(tmp_path):
     assert report.skipped == {"row that cannot be read": 2}
 
 
-def test_a_quote_that_is_never_closed_is_counted_and_swallows_nothing_in_silence(tmp_path):
+def test_a_quote_that_is_never_closed_is_counted_and_swallows_nothing_silently(tmp_path):
     path = written(tmp_path / "log.csv", 'query,passage\na,b\nc,"d\ne,f\n')
     dataset, report = dataset_from_pairs(path)
     assert texts_of(dataset) == {"a": ["b"]}
     assert report.places[0].startswith("log.csv, lines 3 to 4: ")
 
 
-def test_a_gzip_file_that_breaks_off_gives_what_was_whole(tmp_path):
+def test_a_gzip_file_that_breaks_off_is_read_up_to_there(tmp_path):
     rows = [{"query": f"question {i} {uuid.UUID(int=i * 7919**9)}", "passage": str(i)} for i in range(2000)]
     path = written(tmp_path / "log.jsonl.gz", gzip.compress(as_lines(rows).encode())[:-400])
     dataset, report = dataset_from_pairs(path)
@@ -243,17 +244,16 @@ def test_scores_up_to_one_are_kept():
     assert [pair.score for pair in read_pairs([("a", "b", 0.25), ("a", "c", 0.5), ("a", "d")])] == [0.25, 0.5, 1.0]
 
 
-def test_labels_in_words_and_labels_that_are_none():
+def test_labels_in_words_and_invalid_labels():
     rows = [("a", "b", True), ("a", "c", "no"), ("a", "d", -1), ("a", "e", "maybe"), ("a", "f", ""), ("a", "g", "inf")]
     dataset, report = dataset_from_pairs(rows)
     assert texts_of(dataset) == {"a": ["b"]}
     assert negatives_of(dataset) == {"a": ["c", "d"]}
-    assert report.skipped == {"label that is no number": 2, "row with an empty label": 1}
+    assert report.skipped == {"label that is not a number": 2, "row with an empty label": 1}
     assert (report.pairs, report.negatives) == (1, 2)
 
 
 def test_a_dataset_of_the_hub_is_read():
-    datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict(
         {"anchor": ["a", "b", None], "positive": ["x", "y", "z"], "negative": ["p", "q", "r"], "label": [1, 2, 2]}
     )
@@ -267,6 +267,21 @@ def test_a_dataset_of_the_hub_is_read():
     with pytest.raises(ConfigError, match="'train', 'test'"):
         read_pairs(both, split="dev")
     assert len(list(read_pairs(data.to_iterable_dataset().take(2)))) == 2
+
+
+def test_a_parquet_file_is_read_twice_with_its_rows_named(tmp_path):
+    rows = {
+        "query": ["a", "b", None],
+        "node_id": ["007", "8", "9"],
+        "answers": [["x"], ["y", "z"], []],
+        "label": [3, 1, 3],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "log.parquet")
+    dataset, report = dataset_from_pairs(tmp_path / "log.parquet", columns={"passage": "answers"})
+    assert texts_of(dataset) == {"a": ["x"], "b": ["y", "z"]}
+    assert "007" in dataset.corpus
+    assert report.largest_grade == 3
+    assert report.places == ["log.parquet, row 3: row without query"]
 
 
 def test_a_data_frame_is_read_by_row():
@@ -307,12 +322,12 @@ def test_what_is_wrong_in_a_beir_folder_is_counted_with_file_and_line(tmp_path):
     assert dataset.corpus == {"d1": "one"}
     assert report.skipped == {
         "row that cannot be read": 1,
-        "id that had another text before": 1,
-        "judgement about a query or passage that is not there": 1,
-        "label that is no number": 1,
+        "id that has another text already": 1,
+        "qrel of a query or passage that does not exist": 1,
+        "label that is not a number": 1,
     }
-    assert "corpus.jsonl, line 2: id that had another text before" in report.places
-    assert "train.tsv, line 5: label that is no number" in report.places
+    assert "corpus.jsonl, line 2: id that has another text already" in report.places
+    assert "train.tsv, line 5: label that is not a number" in report.places
 
 
 def test_a_folder_without_beir_files_says_what_is_missing(tmp_path):
@@ -334,6 +349,8 @@ def test_missing_files_and_sources_of_another_kind_are_named(tmp_path):
     with pytest.raises(DatasetError, match="nowhere"):
         read_pairs(tmp_path / "nowhere.csv")
     with pytest.raises(ConfigError, match=r"\.jsonl"):
+        read_pairs(written(tmp_path / "log.xlsx", "x"))
+    with pytest.raises(DatasetError, match="rest of a file that cannot be read"):
         read_pairs(written(tmp_path / "log.parquet", "x"))
     for source in (5, None, b"log.csv"):
         with pytest.raises(ConfigError, match=type(source).__name__):
