@@ -1,18 +1,18 @@
-"""Many adapters on one base: a mixed batch beside switching between them, and the memory that they take.
+"""Many adapters on one base: a mixed batch compared with switching between adapters, and memory.
 
     python benchmarks/adapters.py
     python benchmarks/adapters.py --queries 64 --adapters 8 --memory 32 --out adapters.json
     python benchmarks/adapters.py --smoke
 
-Queries are made up, of 5 to 15 words, and shared out among the adapters in turn. Three ways take turns in one process:
+The queries are 5 to 15 random words, distributed over the adapters in turn. The methods take turns in one process:
 
-    mixed      one call, `get_mixed_embeddings`
-    views      a call for each adapter, which switches nothing: what is left is that batches are smaller
-    switched   sentence-transformers' own `set_adapter(name)` and `encode_query`, for each adapter
-    reloaded   `LoraEmbedding(path)` for each adapter, as without several in memory (once, at the end)
+    mixed      one call of `get_mixed_embeddings`
+    views      one call per adapter, without switching, so that only the smaller batches cost time
+    switched   sentence-transformers' `set_adapter(name)` and `encode_query` for each adapter
+    reloaded   `LoraEmbedding(path)` for each query, as without several adapters in memory (once, at the end)
 
-Their vectors must agree. Memory is that of the model's weights (what peft and torch hold), and what the process has
-grown by.
+Their vectors must agree. Memory is the size of the model's weights (held by peft and torch), and the growth of the
+process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, Lo
 
 
 def resident_mb() -> float:
-    """Memory of this process now, in MB; Linux only, 0 elsewhere."""
+    """Current memory of this process in MB; 0 on systems other than Linux."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     except OSError:
@@ -49,13 +49,13 @@ def resident_mb() -> float:
 
 
 def weights_mb(embed_model: LoraEmbedding) -> float:
-    """Of all parameters and buffers of the loaded model."""
-    model = embed_model._shared.model
+    """Size of all parameters and buffers of the loaded model."""
+    model = embed_model.backend.pool.model
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 2**20
 
 
 def make_adapters(model: str, folder: Path, count: int) -> dict[str, str]:
-    """Adapters that differ, by the engine's own training of one step each."""
+    """Different adapters, each trained for one step."""
     paths = {}
     for number in range(count):
         data = EmbeddingQAFinetuneDataset.from_json(toy.make_dataset(folder / f"{number}.json", 8, seed=number))
@@ -66,7 +66,7 @@ def make_adapters(model: str, folder: Path, count: int) -> dict[str, str]:
 
 
 def measure_mixing(paths: dict[str, str], count: int, repeats: int, words: list[str]) -> dict[str, Any]:
-    """Milliseconds of each way, medians and ranges."""
+    """Milliseconds of each method, medians and ranges."""
     rng = random.Random(0)
     queries = [" ".join(rng.choices(words, k=rng.randint(5, 15))) + " ?" for _ in range(count)]
     names = [list(paths)[i % len(paths)] for i in range(count)]
@@ -79,7 +79,7 @@ def measure_mixing(paths: dict[str, str], count: int, repeats: int, words: list[
     def mixed() -> Any:
         return many.get_mixed_embeddings(queries, names, kind="query")
 
-    def one_by_one(embed: Any) -> Any:
+    def per_adapter(embed: Any) -> Any:
         vectors: list[Any] = [None] * count
         for name, members in own.items():
             for i, vector in zip(members, embed(name, [queries[i] for i in members]), strict=True):
@@ -93,29 +93,29 @@ def measure_mixing(paths: dict[str, str], count: int, repeats: int, words: list[
         switched.set_adapter(name)
         return switched.encode_query(texts, show_progress_bar=False)
 
-    ways = {"mixed": mixed, "views": lambda: one_by_one(by_view), "switched": lambda: one_by_one(by_switch)}
-    results = {way: np.array(run()) for way, run in ways.items()}  # warm
-    for way, vectors in results.items():
+    methods = {"mixed": mixed, "views": lambda: per_adapter(by_view), "switched": lambda: per_adapter(by_switch)}
+    results = {method: np.array(run()) for method, run in methods.items()}  # warm-up
+    for method, vectors in results.items():
         difference = float(np.abs(vectors - results["mixed"]).max())
-        assert difference < 1e-5, f"{way} gives other vectors: {difference}"
-    taken: dict[str, list[float]] = {way: [] for way in ways}
+        assert difference < 1e-5, f"{method} gives other vectors: {difference}"
+    taken: dict[str, list[float]] = {method: [] for method in methods}
     for _ in range(repeats):
-        for way, run in ways.items():
+        for method, run in methods.items():
             started = time.perf_counter()
             run()
-            taken[way].append((time.perf_counter() - started) * 1000)
+            taken[method].append((time.perf_counter() - started) * 1000)
     started = time.perf_counter()
-    one_by_one(lambda name, texts: [LoraEmbedding(paths[name], device="cpu").get_query_embedding(t) for t in texts])
+    per_adapter(lambda name, texts: [LoraEmbedding(paths[name], device="cpu").get_query_embedding(t) for t in texts])
     taken["reloaded"] = [(time.perf_counter() - started) * 1000]
     return {
-        "milliseconds": {way: {"median": round(median(t), 1), "min": round(min(t), 1), "max": round(max(t), 1)}
-                         for way, t in taken.items()},
-        "times_faster_mixed": {way: round(median(t) / median(taken["mixed"]), 2) for way, t in taken.items()},
+        "milliseconds": {method: {"median": round(median(t), 1), "min": round(min(t), 1), "max": round(max(t), 1)}
+                         for method, t in taken.items()},
+        "times_faster_mixed": {method: round(median(t) / median(taken["mixed"]), 2) for method, t in taken.items()},
     }  # fmt: skip
 
 
 def measure_memory(paths: dict[str, str]) -> dict[str, Any]:
-    """MB of base and adapters, before and after all of them are in memory."""
+    """Memory in MB of the base and of all adapters."""
     sizes = [Path(path, "adapter_model.safetensors").stat().st_size / 2**20 for path in paths.values()]
     many = LoraEmbedding(adapters=paths, device="cpu", max_adapters=len(paths))
     base = weights_mb(many)
@@ -137,9 +137,9 @@ def measure_memory(paths: dict[str, str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of the base; the packaged all-MiniLM-L6-v2 if not given")
+    parser.add_argument("--model", help="folder of the base model; default: the packaged all-MiniLM-L6-v2")
     parser.add_argument("--queries", type=int, default=64)
-    parser.add_argument("--adapters", type=int, default=8, help="in the mixed batch")
+    parser.add_argument("--adapters", type=int, default=8, help="adapters in the mixed batch")
     parser.add_argument("--memory", type=int, default=32, help="adapters in memory")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="results file to write")

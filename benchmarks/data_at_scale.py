@@ -1,10 +1,10 @@
-"""Time and memory of the makers that need no LLM, the filters and the split, as the corpus grows.
+"""Time and memory of heuristic query generators, filters and the split, as the corpus grows.
 
     python benchmarks/data_at_scale.py --nodes 10000 100000
 
-Each size runs in a process of its own, on made-up nodes of 120 words: ten to a document, every twentieth a near copy,
-one in two with a title. Memory is the process's peak above what it had before its nodes were made, and what its nodes
-alone took.
+Each size runs in its own process, on nodes of 120 random words: ten per document, every twentieth a near-duplicate,
+every second with a title. Memory is the peak of the process above its size before the nodes were created; the nodes'
+own share is reported as well.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(count: int) -> dict[str, object]:
     with_nodes = peak_mb()
     started = time.perf_counter()
     dataset, report = dataset_from_nodes(nodes, [*default_query_generators(), NeighbourQueryGenerator()])
-    made, with_questions = time.perf_counter(), peak_mb()
+    made, with_queries = time.perf_counter(), peak_mb()
     dataset, report = dataset_from_nodes(
         nodes, [*default_query_generators(), NeighbourQueryGenerator()], filters=QueryFilterSettings()
     )
@@ -63,17 +63,17 @@ def measure(count: int) -> dict[str, object]:
     done, at_the_end = time.perf_counter(), peak_mb()
     return {
         "nodes": count,
-        "questions_kept": len(dataset.queries),
+        "queries_kept": len(dataset.queries),
         "dropped": report.filtered.dropped if report.filtered else {},
         "near_duplicates_across_the_split": split.near_duplicates,
         "seconds": {
-            "makers": round(made - started, 1),
-            "makers and filters": round(filtered - made, 1),
+            "generators": round(made - started, 1),
+            "generators and filters": round(filtered - made, 1),
             "split and its report": round(done - filtered, 1),
         },
         "peak_mb": {
             "nodes": round(with_nodes - before),
-            "after makers": round(with_questions - before),
+            "after generators": round(with_queries - before),
             "after filters": round(with_filters - before),
             "after split": round(at_the_end - before),
         },
@@ -84,7 +84,7 @@ def measure(count: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--one", action="store_true", help="measure in this process")
+    parser.add_argument("--one", action="store_true", help="measure the first size in this process")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.nodes[0])))

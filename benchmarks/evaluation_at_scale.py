@@ -1,11 +1,11 @@
-"""1,000 queries against 100,000 passages: this package's evaluation beside sentence-transformers', same vectors.
+"""Evaluate 1,000 queries on 100,000 passages, with this package and with sentence-transformers.
 
     python benchmarks/evaluation_at_scale.py
     python benchmarks/evaluation_at_scale.py --passages 100000 1000000
 
-Vectors are random, of 384 dimensions, and made before the clock starts; each evaluation runs in a process of its own,
-in turns. What is reported is the time of search and measures, the process's peak memory beyond the vectors, and the
-largest difference between both packages' measures.
+The vectors are random, have 384 dimensions and are created before the clock starts. Each evaluation runs in its own
+process, in turns. The output is the time of search and metrics, the peak memory of the process beyond the vectors, and
+the largest difference between the metrics of both packages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DIMENSIONS = 384
 
 
 def data(queries: int, passages: int) -> tuple[Any, np.ndarray, np.ndarray]:
-    """(dataset, query vectors, passage vectors); each query lies near the passage that answers it."""
+    """(dataset, query vectors, passage vectors); each query is near its relevant passage."""
     from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 
     rng = np.random.default_rng(0)
@@ -43,19 +43,19 @@ def data(queries: int, passages: int) -> tuple[Any, np.ndarray, np.ndarray]:
 
 
 def ours(dataset: Any, near: np.ndarray, far: np.ndarray) -> dict[str, float]:
-    """Measures by this package."""
+    """Metrics by this package."""
     from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
 
     return evaluate_encoders(lambda texts: near, lambda texts: far, dataset).metrics
 
 
 def theirs(dataset: Any, near: np.ndarray, far: np.ndarray) -> dict[str, float]:
-    """The same measures by sentence-transformers."""
+    """The same metrics by sentence-transformers."""
     import torch
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-    class Given:
-        """Looks vectors up by the number at the end of a text."""
+    class Lookup:
+        """Returns the vector with the number at the end of a text."""
 
         similarity_fn_name = "cosine"
 
@@ -68,18 +68,18 @@ def theirs(dataset: Any, near: np.ndarray, far: np.ndarray) -> dict[str, float]:
         def similarity(self, queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
             return queries @ passages.T
 
-    judged = {q: set(ids) for q, ids in dataset.relevant_docs.items()}
+    relevant = {q: set(ids) for q, ids in dataset.relevant_docs.items()}
     evaluator = InformationRetrievalEvaluator(
-        dataset.queries, dataset.corpus, judged, accuracy_at_k=[1, 5, 10], precision_recall_at_k=[1, 5, 10]
+        dataset.queries, dataset.corpus, relevant, accuracy_at_k=[1, 5, 10], precision_recall_at_k=[1, 5, 10]
     )
     evaluator.store_metrics_in_model_card_data = lambda *args: None  # type: ignore[method-assign]
-    found = evaluator(Given())  # type: ignore[arg-type]
+    found = evaluator(Lookup())  # type: ignore[arg-type]
     return {name: found[f"cosine_{name.replace('hit', 'accuracy')}"] for name in
             ("hit@1", "hit@5", "hit@10", "mrr@10", "ndcg@10", "map@100", "recall@10", "precision@10")}  # fmt: skip
 
 
 def child(who: str, queries: int, passages: int) -> None:
-    import torch  # noqa: F401  # imported before the memory is looked at
+    import torch  # noqa: F401  # imported before memory is measured
 
     given = data(queries, passages)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -113,7 +113,7 @@ def main() -> None:
                   f"{max(run['mb'] for run in found):,.0f} MB beyond the vectors")  # fmt: skip
         mine, other = runs["ours"][0]["metrics"], runs["theirs"][0]["metrics"]
         ratio = median(r["seconds"] for r in runs["theirs"]) / median(r["seconds"] for r in runs["ours"])
-        print(f"  {ratio:.2f} times as fast; measures differ by {max(abs(mine[n] - v) for n, v in other.items()):.1e}")
+        print(f"  {ratio:.2f} times as fast; metrics differ by {max(abs(mine[n] - v) for n, v in other.items()):.1e}")
     return None
 
 

@@ -1,11 +1,11 @@
-"""Try settings on the training side alone: train on three quarters of the passages, judge by the others' questions.
+"""Cross-validate settings on a training set: train on three quarters of the passages, evaluate on the other queries.
 
     python benchmarks/folds.py --data DIR --train tenk_train --set window=192 epochs=6 --out tried.jsonl
 
-Passages are dealt to four folds at random, with all their questions; the questions of one fold are searched over all
-passages, after the last step. What is printed are means over the questions of all folds that were run, and over those
-whose passage is longer than the 512 tokens that MiniLM's positions allow. `--against` compares with lines of an earlier
-run question by question.
+The passages are distributed randomly over four folds, with all their queries. After the last step, the queries of the
+held-out fold are searched over all passages. The output are means over the queries of all folds, and over the queries
+whose passage is longer than the 512 tokens that MiniLM's position embeddings allow. `--against` compares with the lines
+of an earlier run, query by query.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOLDS = 4
 
 
 def split(data: EmbeddingQAFinetuneDataset, fold: int) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset]:
-    """Training and test questions, by their passages; both over the whole corpus."""
+    """Training and test queries, split by passage; both keep the whole corpus."""
     passages = sorted(data.answer_ids())
     random.Random(0).shuffle(passages)
     held_out = set(passages[fold::FOLDS])
@@ -47,7 +47,7 @@ def split(data: EmbeddingQAFinetuneDataset, fold: int) -> tuple[EmbeddingQAFinet
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """name=value, the value as Python writes it."""
+    """Parse name=value, with a Python literal as value."""
     name, _, value = text.partition("=")
     try:
         return name, ast.literal_eval(value)
@@ -55,9 +55,9 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def judged(path: str, test: EmbeddingQAFinetuneDataset) -> dict[str, dict[str, float]]:
-    """Measures by question of what was written."""
-    model = LoraEmbedding(path, device="cpu")._ready()
+def evaluate(path: str, test: EmbeddingQAFinetuneDataset) -> dict[str, dict[str, float]]:
+    """Metrics of each query with a written adapter."""
+    model = LoraEmbedding(path, device="cpu").backend.own_model()
     found = evaluate_model(model, test, precision="auto")
     assert isinstance(found, RetrievalEvaluation)
     return found.per_query
@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(get_model_path()))
     parser.add_argument("--fold", type=int, nargs="+", default=list(range(FOLDS)), choices=range(FOLDS))
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="engine arguments")
-    parser.add_argument("--out", type=Path, help="append a JSON line")
-    parser.add_argument("--against", type=Path, help="lines of earlier runs")
+    parser.add_argument("--out", type=Path, help="file to append a JSON line to")
+    parser.add_argument("--against", type=Path, help="JSON lines of earlier runs")
     args = parser.parse_args()
     data = EmbeddingQAFinetuneDataset.from_json(args.data / f"{args.train}.json")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -85,18 +85,18 @@ def main() -> None:
                                         show_progress_bar=False, **settings)  # fmt: skip
             result = engine.finetune()
             seconds.append(round(result.train_seconds))
-            scores |= judged(result.adapter_path, test)
+            scores |= evaluate(result.adapter_path, test)
     line: dict[str, Any] = {"train": args.train, "settings": settings, "folds": args.fold, "train_seconds": seconds}
     for name, ids in (("all", list(scores)), ("long", [i for i in scores if lengths[data.relevant_docs[i][0]] > 512])):
         if ids:
-            line[name] = {measure: round(mean(scores[i][measure] for i in ids), 4) for measure in ("ndcg@10", "hit@5")}
+            line[name] = {metric: round(mean(scores[i][metric] for i in ids), 4) for metric in ("ndcg@10", "hit@5")}
     print(json.dumps(line), flush=True)
     for other in map(json.loads, args.against.read_text(encoding="utf-8").splitlines() if args.against else []):
         both = [i for i in scores if i in other["scores"]]
         gains = [scores[i]["ndcg@10"] - other["scores"][i] for i in both]
         if len(both) > 1:
             error = stdev(gains) / len(gains) ** 0.5
-            print(f"{mean(gains):+.4f} (standard error {error:.4f}, {len(both)} questions) against {other['settings']}")
+            print(f"{mean(gains):+.4f} (standard error {error:.4f}, {len(both)} queries) against {other['settings']}")
     if args.out:
         line["scores"] = {i: round(values["ndcg@10"], 4) for i, values in scores.items()}
         with args.out.open("a", encoding="utf-8") as file:

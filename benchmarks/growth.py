@@ -1,14 +1,14 @@
-"""How time and peak memory of training grow with the corpus, the number of steps being the same.
+"""How time and peak memory of training grow with the corpus, at a fixed number of steps.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --passages 1000 10000 100000 --steps 20 --out growth.json
     python benchmarks/growth.py --smoke
 
-Each size is trained in a process of its own, from a JSON file of made-up passages of one length, one question each,
-nothing held out: what is left is reading and checking the data, what is prepared of all passages, and the steps. The
-peak is the process's (`ru_maxrss`). `dataset_mb` of it are the dataset that the user has in memory, its texts and ids,
-whatever is done with it. Beside that, the largest size must stay within 110 % of the one before it, or the command ends
-with status 1; with `--smoke`, sizes are small and nothing is required. The ratio of whole processes is printed, too.
+Each size is trained in its own process, from a JSON file of random passages of equal length with one query each, and
+without a validation split. The time consists of reading and checking the data, preparing all passages, and the steps.
+The peak is that of the process (`ru_maxrss`); `dataset_mb` is the part of it that holds the texts and ids of the
+dataset itself. Without that part, the largest size must stay within 110 % of the size before it, or the command exits
+with status 1; `--smoke` uses small sizes and checks nothing. The ratio of whole processes is printed as well.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ WORDS = [f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu", "se", "ran") for b in ("
 
 
 def peak_mb() -> float:
-    """Kilobytes on Linux, bytes on macOS."""
+    """Peak memory of this process; `ru_maxrss` is in kilobytes on Linux and in bytes on macOS."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def make_dataset(path: Path, passages: int, words: list[str], length: int) -> None:
-    """Write passages of `length` words, ten to a document, and a question of six of its words for each."""
+    """Write passages of `length` words, ten per document, each with a query of six of its words."""
     rng = random.Random(0)
     corpus, queries, documents = {}, {}, {}
     for number in range(passages):
@@ -56,24 +56,24 @@ def make_dataset(path: Path, passages: int, words: list[str], length: int) -> No
 
 
 def size_of(dataset: Any) -> float:
-    """Megabytes of a dataset's fields and all that they hold, each object once."""
+    """Megabytes of a dataset's fields and everything in them, counting each object once."""
     seen: set[int] = set()
     waiting, total = [vars(dataset)], 0
     while waiting:
-        thing = waiting.pop()
-        if id(thing) in seen:
+        value = waiting.pop()
+        if id(value) in seen:
             continue
-        seen.add(id(thing))
-        total += sys.getsizeof(thing)
-        if isinstance(thing, dict):
-            waiting += [*thing, *thing.values()]
-        elif isinstance(thing, (list, tuple)):
-            waiting += thing
+        seen.add(id(value))
+        total += sys.getsizeof(value)
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
     return total / 2**20
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Train so many steps in this process, and say what it took."""
+    """Train a number of steps in this process and measure them."""
     import torch
     from transformers import TrainerCallback
 
@@ -83,7 +83,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(job["threads"])
 
     class Clock(TrainerCallback):
-        """When the steps began and ended, and the peak before them."""
+        """Times of the first and last step, and the peak before them."""
 
         began = ended = before = 0.0
 
@@ -93,7 +93,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             self.ended = time.perf_counter()
 
-    import sentence_transformers  # noqa: F401  # libraries are no part of what grows
+    import sentence_transformers  # noqa: F401  # imported before memory is measured
 
     libraries, clock, started = peak_mb(), Clock(), time.perf_counter()
     engine = LoraFinetuneEngine(
@@ -120,10 +120,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--words", type=int, default=100, help="in a passage")
+    parser.add_argument("--words", type=int, default=100, help="words per passage")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--model", help="folder of the base; the packaged all-MiniLM-L6-v2 if not given")
-    parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    parser.add_argument("--model", help="folder of the base model; default: the packaged all-MiniLM-L6-v2")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
     parser.add_argument("--out", type=Path, help="results file to write")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and small sizes; figures mean nothing")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
@@ -150,7 +150,7 @@ def main() -> None:
             facts = {"data": str(data), "model": model, "output": str(work / f"out-{size}"), "steps": steps,
                      "threads": threads}  # fmt: skip
             job.write_text(json.dumps(facts), encoding="utf-8")
-            # a process of its own: the peak of a process never comes down
+            # a new process, because the peak of a process never decreases
             command = [sys.executable, str(Path(__file__).resolve()), "--one", str(job)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs.append({**json.loads(output.splitlines()[-1]), "data_mb": round(data.stat().st_size / 2**20, 1)})
@@ -161,15 +161,15 @@ def main() -> None:
         whole = after["peak_mb"] / before_it["peak_mb"]
         ratio = (after["peak_mb"] - after["dataset_mb"]) / (before_it["peak_mb"] - before_it["dataset_mb"])
     results = {"runs": runs, "steps": steps, "words": length, "peak_of_the_largest": whole and round(whole, 3),
-               "beside_the_dataset": ratio and round(ratio, 3),
+               "without_the_dataset": ratio and round(ratio, 3),
                "allowed": ALLOWED, "load_before": before, "machine": machine()}  # fmt: skip
     print(json.dumps(results, indent=2))
     if args.out:
         args.out.write_text(json.dumps(results, indent=2), encoding="utf-8")
     if ratio and ratio > ALLOWED and not args.smoke:
         raise SystemExit(
-            f"peak memory of {runs[-1]['passages']} passages, beside the dataset, is {ratio:.0%} of the size before, "
-            f"allowed {ALLOWED:.0%}"
+            f"peak memory with {runs[-1]['passages']} passages, without the dataset, is {ratio:.0%} of that of the "
+            f"size before; {ALLOWED:.0%} is allowed"
         )
 
 

@@ -1,11 +1,11 @@
-"""Seconds and peak memory of mining hard negatives.
+"""Time and peak memory of mining hard negatives.
 
     python benchmarks/mining.py --data DIR --train tenk_train
     python benchmarks/mining.py --passages 2000 [--static]
 
-DIR holds `EmbeddingQAFinetuneDataset` JSON files. `--passages N` makes N passages of random words with one question
-each instead; `--static` mines with a table of random word vectors, whose encoding costs next to nothing, so that what
-is left is the search. The peak of memory includes torch and the model; `before_mb` is what it was without mining.
+DIR holds `EmbeddingQAFinetuneDataset` JSON files; `--passages N` generates N random passages with one query each
+instead. `--static` mines with a table of random word vectors, which encodes almost for free, so that the time is that
+of the search. The peak of memory includes torch and the model; `before_mb` is the peak before mining.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def synthetic(passages: int) -> EmbeddingQAFinetuneDataset:
     rng = random.Random(0)
     corpus = {f"passage-{number}": " ".join(rng.choices(WORDS, k=120)) for number in range(passages)}
     return EmbeddingQAFinetuneDataset(
-        queries={f"question-{i}": " ".join(rng.sample(text.split(), 6)) for i, text in corpus.items()},
+        queries={f"query-{i}": " ".join(rng.sample(text.split(), 6)) for i, text in corpus.items()},
         corpus=corpus,
-        relevant_docs={f"question-{i}": [i] for i in corpus},
+        relevant_docs={f"query-{i}": [i] for i in corpus},
         source_documents={i: f"document-{number // 10}" for number, i in enumerate(corpus)},
     )
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--model", default=str(get_model_path()))
     parser.add_argument("--faiss", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--memory-mb", type=float, default=MiningSettings.memory_mb)
+    parser.add_argument("--memory-mb", type=float, default=MiningSettings().memory_mb)
     args = parser.parse_args()
     if (args.data is None or args.train is None) == (args.passages is None):
         parser.error("give either --data with --train or --passages")
@@ -81,7 +81,7 @@ def main() -> None:
     print(mined)
     report = {
         "passages": len(dataset.corpus),
-        "questions": mined.queries,
+        "queries": mined.queries,
         "with_negatives": mined.with_negatives,
         "mean_negatives": round(mined.mean_negatives, 2),
         "near_duplicates_seconds": round(grouped - started, 1),

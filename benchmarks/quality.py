@@ -1,4 +1,4 @@
-"""Retrieval quality of the engine at its defaults, judged by sentence-transformers' own evaluator.
+"""Retrieval quality of the engine at its defaults, by sentence-transformers' evaluator.
 
     python benchmarks/quality.py --data DIR --train tenk_train --test tenk_val
     python benchmarks/quality.py --data DIR --train medquad_train --test medquad_test
@@ -6,9 +6,9 @@
     python benchmarks/quality.py --data DIR --test tenk_train --window 192
     python benchmarks/quality.py --data DIR --train tenk_train --test tenk_val --set batch_size=64 epochs=5
 
-DIR holds `EmbeddingQAFinetuneDataset` JSON files. The test set is looked at once, after training, on the
-directory that was written. `--nodes NAME` trains on nothing but that set's documents, without its questions.
-Without either, the base alone is judged.
+DIR holds `EmbeddingQAFinetuneDataset` JSON files. The test set is used once, after training, to evaluate the adapter
+directory. `--nodes NAME` trains on the documents of a set without its queries. Without `--train` and `--nodes`, only
+the base is evaluated.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from llama_index_lora_embed.models.windows import add_windows
 
 
 def load(path: str) -> SentenceTransformer:
-    """What lies at a path, as anybody would load it."""
+    """The model in a folder, as sentence-transformers loads it."""
     return SentenceTransformer(path, device="cpu", trust_remote_code=True)
 
 
-def judge(model: SentenceTransformer, test: EmbeddingQAFinetuneDataset) -> dict[str, float]:
-    """Measures of a model."""
+def evaluate(model: SentenceTransformer, test: EmbeddingQAFinetuneDataset) -> dict[str, float]:
+    """Metrics of a model."""
     relevant = {query_id: set(ids) for query_id, ids in test.relevant_docs.items()}
-    measured = InformationRetrievalEvaluator(test.queries, test.corpus, relevant, batch_size=16)(model)
+    metrics = InformationRetrievalEvaluator(test.queries, test.corpus, relevant, batch_size=16)(model)
     names = {"ndcg@10": "ndcg@10", "hit@1": "accuracy@1", "hit@5": "accuracy@5", "mrr@10": "mrr@10"}
-    return {ours: round(float(measured[f"cosine_{theirs}"]), 4) for ours, theirs in names.items()}
+    return {ours: round(float(metrics[f"cosine_{theirs}"]), 4) for ours, theirs in names.items()}
 
 
 def main() -> None:
@@ -53,14 +53,16 @@ def main() -> None:
     parser.add_argument("--nodes")
     parser.add_argument("--test", required=True)
     parser.add_argument("--model", default=str(get_model_path()))
-    parser.add_argument("--window", type=int, help="read long texts in windows of so many tokens")
-    parser.add_argument("--length", type=int, help="tokens of a text that an untrained base without windows reads")
-    parser.add_argument("--hold-out", type=float, dest="val_fraction", help="share of the questions; 0 trains on all")
+    parser.add_argument("--window", type=int, help="tokens per window for long texts")
+    parser.add_argument("--length", type=int, help="max_seq_length of the base without windows")
+    parser.add_argument(
+        "--hold-out", type=float, dest="val_fraction", help="share of the queries for validation; 0 trains on all"
+    )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE", help="engine arguments")
-    parser.add_argument("--negatives", type=int, help="mine so many hard negatives for each question")
-    parser.add_argument("--rounds", type=int, default=1, help="mine again with the tuned model")
+    parser.add_argument("--negatives", type=int, help="mined hard negatives per query")
+    parser.add_argument("--rounds", type=int, default=1, help="mining rounds; each later one uses the tuned model")
     args = parser.parse_args()
     if args.train and args.nodes:
         parser.error("give either --train or --nodes")
@@ -76,7 +78,7 @@ def main() -> None:
             if args.window:
                 add_windows(model, args.window)
             model.max_seq_length = args.length or model.max_seq_length
-            print(json.dumps({"test": args.test, "base": judge(model, test)}))
+            print(json.dumps({"test": args.test, "base": evaluate(model, test)}))
             return
         if args.negatives:
             settings["mining"] = MiningSettings(num_negatives=args.negatives, rounds=args.rounds)
@@ -94,8 +96,8 @@ def main() -> None:
             "test": args.test,
             "settings": chosen,
             "mined_negatives": [round(found.mean_negatives, 2) for found in result.mined],
-            "base": judge(load(args.model), test),
-            "tuned": judge(load(result.adapter_path), test),
+            "base": evaluate(load(args.model), test),
+            "tuned": evaluate(load(result.adapter_path), test),
             "best_step": result.best_step,
             "steps": result.steps,
             "train_seconds": round(result.train_seconds),

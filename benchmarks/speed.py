@@ -1,4 +1,4 @@
-"""How long it takes from a dataset to a better model: this package beside what else there is.
+"""Training time from a dataset to a better model: this package against the alternatives.
 
     python benchmarks/speed.py --data DIR --train tenk_train --test tenk_val --seeds 1 2 3 \\
         --out results.json --plot speed.png
@@ -6,24 +6,24 @@
     python benchmarks/speed.py --data DIR --contenders b2 d2 --device cuda --model qwen3-0.6b --points 1
     python benchmarks/speed.py --smoke
 
-DIR holds `EmbeddingQAFinetuneDataset` JSON files. Contenders run one after the other, each run in a process of its
-own, on the same machine, model and data:
+DIR holds `EmbeddingQAFinetuneDataset` JSON files. The contenders run one after the other, each run in its own process,
+on the same machine, model and data:
 
     a   llama-index-finetuning 0.4.2's SentenceTransformersFinetuneEngine at its defaults
     b   sentence-transformers' trainer with a peft LoRA
     c   khoji 0.4.0, with its own example for MiniLM
-    d   this package; `--settings` names rows of the table in speed/ours.py
-    b2, d2   both like for like: the same texts, length, batch and LoRA, for tokens per second
+    d   this package; `--settings` selects rows of the table in speed/ours.py
+    b2, d2   like for like: the same texts, length, batch size and LoRA, to compare tokens per second
 
-The docstrings in speed/ say what each one is given, and speed/measure.py what is measured: seconds with every
-evaluation taken out, training tokens per second, peak memory, and nDCG@10 and hit@5 on the test set after each epoch
-and at points within. From these comes the time to (a)'s final nDCG@10. The test set draws the curve; nothing is
-chosen by it.
+The docstrings in speed/ describe the configuration of each contender, and speed/measure.py describes the measurements:
+seconds without evaluations, training tokens per second, peak memory, and nDCG@10 and hit@5 on the test set after each
+epoch and at points within. The time to (a)'s final nDCG@10 follows from these. The test set draws the curve; nothing is
+selected on it.
 
-(a) and (c) have environments of their own, made on the first run below `--envs`: 3.6 GB with a CPU build of torch (see
-speed/environments.py). `--reuse` takes contenders and seeds that are not run now from an earlier results file of the
-same machine and data. Close other programs: threads of torch wait for one another at every operation, so that a busy
-core makes small steps several times slower; `load` in the results says what else was running.
+(a) and (c) have their own environments, which the first run creates below `--envs`: 3.6 GB with a CPU build of torch
+(see speed/environments.py). `--reuse` takes the other contenders and seeds from an earlier results file of the same
+machine and data. Close other programs: the threads of torch wait for each other at every operation, so that one busy
+core makes small steps several times slower. `load` in the results is the load before each run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SAME = ("data", "train", "test", "model", "threads", "device")  # arguments that
 
 
 def run_one(job: Job, python: str, timeout: float | None) -> Run:
-    """Run a contender in a process of its own and read what it wrote; what a stopped one wrote counts."""
+    """Run a contender in its own process and read its events, including those of a run that was stopped."""
     folder = Path(job.folder)
     folder.mkdir(parents=True)
     job_file, log_file = folder / "job.json", folder / "log.txt"
@@ -101,20 +101,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", default="tenk_train")
     parser.add_argument("--test", default="tenk_val")
     parser.add_argument("--model", help="folder of the base, or qwen3-0.6b for that architecture with random weights; "
-                                        "the packaged all-MiniLM-L6-v2 if not given")  # fmt: skip
+                                        "default: the packaged all-MiniLM-L6-v2")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="torch device; (a) and (c) have a CPU build of torch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--settings", nargs="+", default=["default"], help="of (d) and (d2), see speed/ours.py")
-    parser.add_argument("--points", type=int, default=4, help="evaluations in an epoch, for b, c and d")
-    parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    parser.add_argument(
+        "--settings", nargs="+", default=["default"], help="settings of (d) and (d2), see speed/ours.py"
+    )
+    parser.add_argument("--points", type=int, default=4, help="evaluations per epoch, for b, c and d")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
     parser.add_argument("--timeout", type=float, help="minutes after which a run is stopped, evaluations included")
     parser.add_argument("--envs", type=Path, default=Path.home() / ".cache" / "llama-index-lora-embed-bench")
-    parser.add_argument("--reuse", type=Path, help="results file to take other contenders and seeds from")
+    parser.add_argument("--reuse", type=Path, help="results file with other contenders and seeds")
     parser.add_argument("--out", type=Path, help="results file to write")
-    parser.add_argument("--plot", type=Path, help="picture to write")
-    parser.add_argument("--logs", type=Path, help="folder to keep every run's output in")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on toy data; figures mean nothing")
+    parser.add_argument("--plot", type=Path, help="image file to write")
+    parser.add_argument("--logs", type=Path, help="folder for the output of every run")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on toy data; the figures mean nothing")
     args = parser.parse_args()
     if args.data is None and not args.smoke:
         parser.error("give --data DIR, or --smoke")
@@ -127,7 +129,7 @@ def main() -> None:
         work = Path(temporary)
         if args.smoke:
             model, seeds, args.test = toy.make_model(work), [1], "toy data"
-            args.threads = args.threads or 1  # tiny operations are no faster on more
+            args.threads = args.threads or 1  # tiny operations gain nothing from threads
             data = {
                 name: toy.make_dataset(work / f"{name}.json", 60, seed) for seed, name in enumerate(("train", "test"))
             }
@@ -146,7 +148,7 @@ def main() -> None:
             for key in args.contenders
             for setting in (args.settings if CONTENDERS[key].module == "ours" else ["default"])
         ]
-        # environments first, so that nothing is installed beside a run
+        # all environments first, so that no installation disturbs a run
         pythons = {
             env: environments.python_of(env, args.envs) if env else sys.executable
             for env in {CONTENDERS[key].environment for key, _ in asked}
@@ -154,8 +156,8 @@ def main() -> None:
         names = {name_of({"contender": key, "setting": setting}) for key, setting in asked}
         runs = reused(args.reuse, {(name, seed) for name in names for seed in seeds}, arguments, here)
         if load() > 0.5 and not args.smoke:
-            print(f"WARNING: load {load()} before the first run; figures will be too slow", flush=True)
-        for seed in seeds:  # seeds outside, so that a machine that grows slower does so for all
+            print(f"WARNING: load {load()} before the first run; the figures will be too slow", flush=True)
+        for seed in seeds:  # seeds in the outer loop, so that a slow phase of the machine affects all contenders
             for key, setting in asked:
                 folder = work / f"{key}-{setting}-{seed}"
                 job = Job(key, setting, str(model), str(data["train"]), str(data["test"]), seed, args.points,

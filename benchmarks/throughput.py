@@ -1,19 +1,19 @@
-"""Nodes embedded per second: `LoraEmbedding` beside LlamaIndex's `HuggingFaceEmbedding` on the same merged model.
+"""Nodes embedded per second: `LoraEmbedding` against LlamaIndex's `HuggingFaceEmbedding` on the same merged model.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --exports --data DIR
     python benchmarks/throughput.py --model FOLDER --texts 2000 --repeats 5
     python benchmarks/throughput.py --smoke
 
-A LoRA is trained for one step on made-up texts (what it learnt does not matter here) and read by `LoraEmbedding`. peft
-merges the same adapter into a copy of the base's folder, which `HuggingFaceEmbedding` reads with the same
-`max_seq_length`; their vectors must agree. Both embed two corpora through `get_text_embedding_batch`: texts of one
-length, and texts of 8 to 320 words, the short ones more common, in random order. They take turns, so that a machine
-that slows down slows both; printed are medians and ranges.
+A LoRA is trained for one step on random texts and loaded by `LoraEmbedding`. peft merges the same adapter into a copy
+of the base's folder, which `HuggingFaceEmbedding` loads with the same `max_seq_length`; their vectors must agree. Both
+embed two corpora through `get_text_embedding_batch`: texts of equal length, and texts of 8 to 320 words in random
+order, with more short ones. They take turns, so that a slow phase of the machine affects both. The output are medians
+and ranges.
 
-`--exports` adds the model exported to ONNX Runtime and OpenVINO, in fp32 and int8, and with `--data` the nDCG@10 of
-each on tenk_val, by an adapter that is trained on tenk_train at the engine's defaults (or is given by `--adapter`), and
-how near bfloat16 comes to float32 there.
+`--exports` adds the model exported to ONNX Runtime and OpenVINO, in fp32 and int8. With `--data` it also evaluates each
+of them on tenk_val, with an adapter that is trained on tenk_train at the engine's defaults (or `--adapter`), and
+reports how close bfloat16 is to float32.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SHORTEST, LONGEST = 8, 320
 
 
 def corpora(count: int, words: list[str], scale: float) -> dict[str, list[str]]:
-    """Texts of one length, and texts whose lengths are spread evenly on a logarithmic scale."""
+    """Texts of equal length, and texts whose lengths are uniform on a logarithmic scale."""
     rng = random.Random(0)
     mixed = [round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST))) * scale) for _ in range(count)]
     lengths = {"even": [round(EVEN_WORDS * scale)] * count, "mixed": mixed}
@@ -59,7 +59,7 @@ def corpora(count: int, words: list[str], scale: float) -> dict[str, list[str]]:
 
 
 def make_adapter(model: str, folder: Path) -> str:
-    """An adapter directory, one step from the base."""
+    """An adapter directory after one training step."""
     data = EmbeddingQAFinetuneDataset.from_json(toy.make_dataset(folder / "train.json", 16, seed=0))
     engine = LoraFinetuneEngine(
         data, model, str(folder / "adapter"), epochs=1, val_fraction=0.0, device="cpu", show_progress_bar=False
@@ -68,7 +68,7 @@ def make_adapter(model: str, folder: Path) -> str:
 
 
 def merge(model: str, adapter: str, folder: Path) -> str:
-    """The base's folder with the adapter merged into its weights, by peft."""
+    """A copy of the base's folder with the adapter merged into its weights by peft."""
     shutil.copytree(model, folder)
     merged: Any = PeftModel.from_pretrained(AutoModel.from_pretrained(model), adapter)
     merged.merge_and_unload().save_pretrained(folder)
@@ -82,7 +82,7 @@ def seconds(embedding: BaseEmbedding, texts: list[str]) -> float:
 
 
 def exports_of(ours: LoraEmbedding, folder: Path, texts: list[str]) -> dict[str, LoraEmbedding]:
-    """The model exported in every way, by name."""
+    """The exports of the model, by name."""
     made = {}
     for backend in ("onnx", "openvino"):
         for precision in ("fp32", "int8"):
@@ -93,7 +93,7 @@ def exports_of(ours: LoraEmbedding, folder: Path, texts: list[str]) -> dict[str,
 
 
 def quality(data: Path, adapter: str | None, model: str, folder: Path) -> dict[str, Any]:
-    """nDCG@10 on tenk_val of the plain model and of its exports, calibrated by tenk_train's passages; and bfloat16."""
+    """nDCG@10 on tenk_val of the model, its exports (calibrated on tenk_train's passages) and bfloat16."""
     if adapter is None:
         engine = LoraFinetuneEngine(data / "tenk_train.json", model, str(folder / "tuned"), device="cpu")
         adapter = engine.finetune().adapter_path
@@ -105,7 +105,7 @@ def quality(data: Path, adapter: str | None, model: str, folder: Path) -> dict[s
 
 
 def in_bfloat16(plain: LoraEmbedding, data: EmbeddingQAFinetuneDataset) -> dict[str, float]:
-    """How near bfloat16's vectors are to float32's, as an export's certificate says it."""
+    """Agreement of bfloat16 vectors with float32 vectors, as in an export's certificate."""
 
     def vectors() -> tuple[Any, Any]:
         passages = plain.get_text_embedding_batch(list(data.corpus.values()))
@@ -156,13 +156,13 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of the base; the packaged all-MiniLM-L6-v2 if not given")
+    parser.add_argument("--model", help="folder of the base model; default: the packaged all-MiniLM-L6-v2")
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, help="of both; each one's own default if not given")
-    parser.add_argument("--threads", type=int, help="of torch; its own choice if not given")
+    parser.add_argument("--batch-size", type=int, help="batch size of both; default: the default of each")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
     parser.add_argument("--out", type=Path, help="results file to write")
-    parser.add_argument("--exports", action="store_true", help="ONNX Runtime and OpenVINO, fp32 and int8, too")
+    parser.add_argument("--exports", action="store_true", help="also measure ONNX Runtime and OpenVINO, fp32 and int8")
     parser.add_argument("--data", type=Path, help="folder with tenk_train.json and tenk_val.json: nDCG@10 of each, too")
     parser.add_argument("--adapter", help="trained on tenk_train already")
     parser.add_argument("--smoke", action="store_true", help="a tiny model; figures mean nothing")

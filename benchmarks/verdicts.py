@@ -1,13 +1,13 @@
-"""How far a verdict on made-up questions can be trusted: the same models judged by made-up and by people's questions.
+"""How reliable are verdicts on synthetic queries? The same models, evaluated on synthetic and on human-written queries.
 
     python benchmarks/verdicts.py --data DIR --sets medquad_train tenk_train --seeds 1 2 3 --out verdicts.jsonl
     python benchmarks/verdicts.py --read verdicts.jsonl
 
-Each trial takes some passages of a set without their questions, makes questions without an LLM, holds some of them out,
-trains, and compares base and tuned on the held-out made-up questions, as `from_nodes` does, and on the set's own
-questions about these passages, which people (medquad) or GPT-3.5 (tenk) asked. Settings are the default and some that
-are known to do harm, so that there are both signs to tell. `--out` is appended to, a line for each trial, and read
-again for the summary; a trial that it has is not run again.
+Each trial takes some passages of a set without their queries, generates heuristic queries, holds some of them out,
+trains, and compares base and tuned twice: on the synthetic queries that were held out, as `from_nodes` does, and on the
+set's own queries about these passages, written by people (medquad) or GPT-3.5 (tenk). Besides the default settings,
+some are known to do harm, so that both signs occur. Each trial appends a line to `--out`; trials with a line are not
+run again.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def told(comparison: Comparison) -> dict[str, Any]:
-    """A verdict as JSON."""
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """A verdict as JSON values."""
     low, high = comparison.interval
     return {"difference": comparison.difference, "low": low, "high": high, "verdict": comparison.verdict.value,
             "queries": comparison.queries}  # fmt: skip
 
 
 def trial(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Path) -> dict[str, Any]:
-    """One model, judged twice."""
+    """Train one model and evaluate it on both kinds of queries."""
     ids = random.Random(seed).sample(sorted(data.answer_ids()), PASSAGES)
     own = data.subset([q for q in data.queries if set(data.relevant_docs[q]) <= set(ids)], ids)
     nodes = [TextNode(id_=i, text=data.corpus[i]) for i in ids]
@@ -59,44 +59,44 @@ def trial(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Pat
         show_progress_bar=False, **SETTINGS[setting],
     )  # fmt: skip
     result = engine.finetune()
-    made_up = result.compare()
+    synthetic = result.compare()
     vectors = folder / "vectors"
     base = evaluate_retrieval(LoraEmbedding(base_model=BASE, device="cpu"), own, cache_folder=vectors)
     tuned = evaluate_retrieval(LoraEmbedding(folder / "adapter", device="cpu"), own)
     half_model = LoraEmbedding(folder / "adapter", device="cpu", adapter_scale=HALF)
-    half = evaluate_retrieval(half_model, own), evaluate_retrieval(half_model, made_up.dataset)
+    half = evaluate_retrieval(half_model, own), evaluate_retrieval(half_model, synthetic.dataset)
     return {
-        "made_up": told(made_up.comparison),
-        "own": told(compare_retrieval(base, tuned, own).comparison),
-        "made_up_half": told(compare_retrieval(made_up.base, half[1], made_up.dataset).comparison),
-        "own_half": told(compare_retrieval(base, half[0], own).comparison),
-        "by_origin": {s.name: [s.measured.difference, s.queries] for s in made_up.slices if s.by == "origin"},
-        "by_style": {s.name: [s.measured.difference, s.queries] for s in made_up.slices if s.by == "style"},
-        "base_made_up": made_up.base.metrics["ndcg@10"],
+        "synthetic": as_json(synthetic.comparison),
+        "own": as_json(compare_retrieval(base, tuned, own).comparison),
+        "synthetic_half": as_json(compare_retrieval(synthetic.base, half[1], synthetic.dataset).comparison),
+        "own_half": as_json(compare_retrieval(base, half[0], own).comparison),
+        "by_origin": {s.name: [s.ndcg.difference, s.queries] for s in synthetic.slices if s.by == "origin"},
+        "by_style": {s.name: [s.ndcg.difference, s.queries] for s in synthetic.slices if s.by == "style"},
+        "base_synthetic": synthetic.base.metrics["ndcg@10"],
         "base_own": base.metrics["ndcg@10"],
         "best_step": result.best_step,
     }
 
 
 def summary(lines: list[dict[str, Any]]) -> str:
-    """What the trials come to: verdicts against verdicts, and how large the true difference is."""
-    said = []
-    for name, made, own in (("whole", "made_up", "own"), (f"at scale {HALF}", "made_up_half", "own_half")):
-        said.append(f"{name}: {len(lines)} trials")
+    """Agreement of the verdicts, and the size of the true difference."""
+    lines_out = []
+    for name, made, own in (("whole", "synthetic", "own"), (f"at scale {HALF}", "synthetic_half", "own_half")):
+        lines_out.append(f"{name}: {len(lines)} trials")
         for verdict in ("BETTER", "NO CLEAR DIFFERENCE", "WORSE"):
             of = [line for line in lines if line[made]["verdict"] == verdict]
             counts = {
                 v: sum(line[own]["verdict"] == v for line in of) for v in ("BETTER", "NO CLEAR DIFFERENCE", "WORSE")
             }
-            said.append(f"  made-up says {verdict} {len(of)} times; their own questions: {counts}")
-        made_up, true = (np.array([line[key]["difference"] for line in lines]) for key in (made, own))
-        agree = int((np.sign(made_up) == np.sign(true)).sum())
-        slope = float((made_up @ true) / (made_up @ made_up))
-        said.append(
-            f"  the sign is right {agree} times; mean difference {made_up.mean():+.3f} made-up, {true.mean():+.3f} "
-            f"own; true difference per made-up one {slope:.2f}; correlation {np.corrcoef(made_up, true)[0, 1]:.2f}"
+            lines_out.append(f"  {verdict} on synthetic queries: {len(of)} times; on the own queries: {counts}")
+        synthetic, true = (np.array([line[key]["difference"] for line in lines]) for key in (made, own))
+        agree = int((np.sign(synthetic) == np.sign(true)).sum())
+        slope = float((synthetic @ true) / (synthetic @ synthetic))
+        lines_out.append(
+            f"  the sign agrees {agree} times; mean difference {synthetic.mean():+.3f} synthetic, {true.mean():+.3f} "
+            f"own; true difference per synthetic one {slope:.2f}; correlation {np.corrcoef(synthetic, true)[0, 1]:.2f}"
         )
-    return "\n".join(said)
+    return "\n".join(lines_out)
 
 
 def main() -> None:
@@ -106,12 +106,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=Path("verdicts.jsonl"))
-    parser.add_argument("--read", type=Path, help="only print the summary of an earlier file")
+    parser.add_argument("--read", type=Path, help="print the summary of an earlier file, without new trials")
     args = parser.parse_args()
     file = args.read or args.out
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(line["data"], line["seed"], line["setting"]) for line in lines}
-    warnings.simplefilter("ignore")  # verdicts, which are printed below
+    warnings.simplefilter("ignore")  # of verdicts, which are printed below
     for seed in () if args.read else args.seeds:
         for name in args.sets:
             data = EmbeddingQAFinetuneDataset.from_json(args.data / f"{name}.json")
@@ -123,9 +123,9 @@ def main() -> None:
                 lines.append(line)
                 with file.open("a") as out:
                     out.write(json.dumps(line) + "\n")
-                judged = ("made_up", "own", "made_up_half", "own_half")
-                told_of = (f"{k} {line[k]['difference']:+.3f} {line[k]['verdict']}" for k in judged)
-                print(name, seed, setting, *told_of, flush=True)
+                kinds = ("synthetic", "own", "synthetic_half", "own_half")
+                outcomes = (f"{k} {line[k]['difference']:+.3f} {line[k]['verdict']}" for k in kinds)
+                print(name, seed, setting, *outcomes, flush=True)
     for name in [*dict.fromkeys(line["data"] for line in lines)]:
         print(f"\n{name}\n{summary([line for line in lines if line['data'] == name])}")
     print(f"\nall\n{summary(lines)}")

@@ -1,5 +1,5 @@
-"""The contenders of `benchmarks/speed.py`, one file each, and what they are measured with.
+"""The contenders of `benchmarks/speed.py`, one file each, and the measurements.
 
-This package is also imported in the contenders' own environments: `measure.py` and `child.py` need torch,
-transformers and sentence-transformers alone.
+This package is also imported in the contenders' own environments: `measure.py` and `child.py` only need torch,
+transformers and sentence-transformers.
 """

@@ -1,4 +1,4 @@
-"""Who runs: a letter, the file, the environment, and one line that says what it is."""
+"""The contenders: letter, file, environment and title."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Contender:
     Attributes:
         module: File in this folder with `run(job, recorder)`.
         environment: A name in `environments.REQUIREMENTS`; None for the interpreter that runs the benchmark.
-        title: What it is.
+        title: Description in one line.
     """
 
     module: str
@@ -33,20 +33,20 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a contender's process is told.
+    """Arguments of a contender's process.
 
     Attributes:
         contender: Key of `CONTENDERS`.
-        setting: Name in the contender's own table of settings; "default" everywhere but in `ours.py`.
+        setting: Name in the table of settings in `ours.py`; "default" for the other contenders.
         model: Folder of the base model.
-        train: JSON file of the training questions.
-        test: JSON file of the test questions, which draw the curve and nothing else.
-        seed: Of everything random.
-        points: Evaluations in an epoch, where the contender can be evaluated within one.
-        threads: Of torch; None leaves torch's own choice.
+        train: JSON file of the training set.
+        test: JSON file of the test set, which is only used for the curve.
+        seed: Random seed.
+        points: Evaluations per epoch, if the contender can be evaluated within one.
+        threads: Threads of torch; None for torch's own choice.
         device: torch device to train on.
         events: File to write JSON lines to.
-        folder: Where models may be written.
+        folder: Folder for models.
     """
 
     contender: str
@@ -62,5 +62,5 @@ class Job:
     folder: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the child's process."""
+        """JSON values for the child process."""
         return asdict(self)

@@ -1,10 +1,10 @@
-"""Virtual environments of contenders that do not go with this package's own, made on the first run.
+"""Virtual environments for contenders that cannot be installed beside this package; the first run creates them.
 
-Each is a folder below `--envs` with torch, transformers and sentence-transformers of its own, in the versions of the
-repository's `constraints.txt`, so that contenders differ in their own code and not in the libraries below. The
-two take 1.9 GB and 1.7 GB with a CPU build of torch, the one for plots 0.2 GB. Where pip's index has CUDA builds of
-torch only (PyPI, on Linux), they take several times that: point pip at https://download.pytorch.org/whl/cpu with
-`PIP_EXTRA_INDEX_URL` for the first run.
+Each is a folder below `--envs` with its own torch, transformers and sentence-transformers, in the versions of the
+repository's `constraints.txt`, so that contenders differ in their own code and not in their libraries. The two
+environments take 1.9 GB and 1.7 GB with a CPU build of torch, the one for plots 0.2 GB. If pip's index only has CUDA
+builds of torch (PyPI, on Linux), they take several times as much: set `PIP_EXTRA_INDEX_URL` to
+https://download.pytorch.org/whl/cpu for the first run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
-# mistralai 2 broke llama-index-finetuning's imports; khoji has no sentence-transformers, which judges it here
+# mistralai 2 broke llama-index-finetuning's imports; sentence-transformers evaluates khoji, which does not install it
 REQUIREMENTS = {
     "llama-index-finetuning": ["torch", "llama-index-finetuning==0.4.2", "mistralai<2", "sentence-transformers[train]"],
     "khoji": ["torch", "khoji==0.4.0", "sentence-transformers"],
@@ -23,7 +23,7 @@ REQUIREMENTS = {
 
 
 def pinned(requirement: str, constraints: str) -> str:
-    """The requirement with the version that the constraints have for it, if it has none of its own."""
+    """The requirement with its version in the constraints, if it does not name one."""
     for line in constraints.splitlines():
         name, _, version = line.partition(";")[0].strip().partition("==")
         if version and name == requirement:
@@ -32,10 +32,10 @@ def pinned(requirement: str, constraints: str) -> str:
 
 
 def python_of(name: str, envs: Path) -> str:
-    """The interpreter of an environment, which is made if it is not there or its requirements have changed.
+    """The interpreter of an environment, which is created if it is missing or its requirements have changed.
 
     Raises:
-        subprocess.CalledProcessError: pip could not install it.
+        subprocess.CalledProcessError: The installation failed.
     """
     folder = envs / name
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -45,9 +45,9 @@ def python_of(name: str, envs: Path) -> str:
     known = "\n".join([*wanted, constraints])
     if marker.exists() and marker.read_text(encoding="utf-8") == known:
         return str(python)
-    print(f"making the environment {name!r} in {folder}: {', '.join(wanted)}", flush=True)
+    print(f"creating the environment {name!r} in {folder}: {', '.join(wanted)}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--constraint", str(CONSTRAINTS), *wanted], check=True)
-    marker.write_text(known, encoding="utf-8")  # last, so that a broken installation is made again
+    marker.write_text(known, encoding="utf-8")  # written last, so that a broken installation is repeated
     return str(python)

@@ -1,12 +1,13 @@
 """(c) khoji 0.4.0, with the configuration for MiniLM that it ships (`khoji init` writes `minilm_scifact_full.yaml`).
 
-Three triplets for each question (one mined negative, two random ones), LoRA of rank 16 on query, key and value,
-512 tokens, batches of 16, 5 epochs, float32. The steps of `khoji.run` are made one by one, as its README shows for
-Python, so that the clock can stop; mining is on the clock, as preparation. There is no hook in its loop; epochs are
-noticed by counting batches. With tenk_train an epoch has 2,004 triplets: give `--timeout` if that is too long.
+It trains on three triplets per query (one mined negative, two random ones), with a LoRA of rank 16 on query, key and
+value, 512 tokens, batches of 16, 5 epochs, in float32. The steps of `khoji.run` are called one by one, as its README
+shows for Python, so that the clock can be paused; mining counts as preparation. Its training loop has no hooks, so
+epochs are detected by counting batches. With tenk_train an epoch has 2,004 triplets: use `--timeout` if that is too
+long.
 
-khoji reads a model's pooling from the Hub and takes the first token's vector for a folder; here the folder's own file
-says which pooling it is, as the Hub's would.
+khoji reads a model's pooling from the Hub, and uses the first token's vector for models in a folder; here the pooling
+is read from the folder instead.
 """
 
 from __future__ import annotations
@@ -30,53 +31,53 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from speed.contenders import Job
 from speed.measure import Recorder, count_tokens, read_dataset
 
-ENCODED_PER_BATCH = 3  # questions, passages, negatives: one call each
+ENCODED_PER_BATCH = 3  # queries, passages, negatives: one call each
 
 
 class WatchedTrainer(Trainer):
-    """khoji's trainer, which is evaluated after every so many batches.
+    """khoji's trainer with regular evaluations.
 
     Args:
-        *args: khoji's.
-        recorder: The run's.
-        judged: sentence-transformers' model around the same weights.
-        batches: In an epoch.
+        *args: Arguments of khoji's trainer.
+        recorder: The recorder of the run.
+        evaluated: A sentence-transformers model with the same weights.
+        batches: Batches per epoch.
         every: Batches between evaluations.
-        **kwargs: khoji's.
+        **kwargs: Arguments of khoji's trainer.
     """
 
     def __init__(
-        self, *args: Any, recorder: Recorder, judged: SentenceTransformer, batches: int, every: int, **kwargs: Any
+        self, *args: Any, recorder: Recorder, evaluated: SentenceTransformer, batches: int, every: int, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.recorder, self.judged, self.batches, self.every = recorder, judged, batches, every
+        self.recorder, self.evaluated, self.batches, self.every = recorder, evaluated, batches, every
         self.calls = 0
-        # peft put the LoRA into khoji's transformer in place: judge those modules
-        judged[0].model = self.model.base_model.model
+        # peft changed khoji's transformer in place, so these modules are evaluated
+        evaluated[0].model = self.model.base_model.model
 
     def _encode_batch(self, texts: Any) -> torch.Tensor:
-        if not torch.is_grad_enabled():  # its own look at a few samples, before and after
+        if not torch.is_grad_enabled():  # khoji's own look at a few samples, before and after training
             return super()._encode_batch(texts)
         done, inside = divmod(self.calls, ENCODED_PER_BATCH)
         if done and not inside and (done % self.batches == 0 or done % self.every == 0):
-            self.judge(done)
+            self.evaluate(done)
         self.calls += 1
         return super()._encode_batch(texts)
 
-    def judge(self, done: int) -> None:
-        """Evaluate after so many batches."""
-        self.recorder.judge(self.judged, done, done / self.batches)
+    def evaluate(self, done: int) -> None:
+        """Evaluate after `done` batches."""
+        self.recorder.evaluate(self.evaluated, done, done / self.batches)
 
 
 def run(job: Job, recorder: Recorder) -> None:
     data = read_dataset(job.train)
     config = yaml.safe_load(CONFIGS["minilm_scifact_full.yaml"])
     chosen, lora, train = config["data"], config["lora"], config["train"]
-    assert (chosen["negatives"], train["loss"]) == ("mixed", "infonce"), "the example is another one now"
-    judged = SentenceTransformer(job.model, device="cpu")
-    positions = int(judged.config.max_position_embeddings)
-    judged.max_seq_length = min(train["max_length"], positions)
-    mode = next(module for module in judged if isinstance(module, Pooling)).pooling_mode
+    assert (chosen["negatives"], train["loss"]) == ("mixed", "infonce"), "khoji's example has changed"
+    evaluated = SentenceTransformer(job.model, device="cpu")
+    positions = int(evaluated.config.max_position_embeddings)
+    evaluated.max_seq_length = min(train["max_length"], positions)
+    mode = next(module for module in evaluated if isinstance(module, Pooling)).pooling_mode
     khoji.model._detect_pooling = khoji.trainer._detect_pooling = lambda name: mode
     random.seed(job.seed)
     torch.manual_seed(job.seed)
@@ -86,7 +87,7 @@ def run(job: Job, recorder: Recorder) -> None:
     dataset = RetrievalDataset(queries=data["queries"], corpus=data["corpus"], qrels=qrels)
     triplets = build_triplets(
         dataset,
-        EmbeddingModel(job.model, max_length=judged.max_seq_length),
+        EmbeddingModel(job.model, max_length=evaluated.max_seq_length),
         n_random=chosen["n_random"],
         n_hard=chosen["n_hard"],
         top_k=chosen["top_k"],
@@ -104,14 +105,14 @@ def run(job: Job, recorder: Recorder) -> None:
             weight_decay=train["weight_decay"],
             warmup_steps=train["warmup_steps"],
             max_grad_norm=train["max_grad_norm"],
-            max_length=judged.max_seq_length,
+            max_length=evaluated.max_seq_length,
             mixed_precision=train["mixed_precision"],
             loss_fn=partial(infonce_loss, temperature=train["temperature"]),
             lora=LoRASettings(r=lora["r"], alpha=lora["alpha"], dropout=lora["dropout"]),
             save_dir=f"{job.folder}/model",
         ),
         recorder=recorder,
-        judged=judged,
+        evaluated=evaluated,
         batches=batches,
         every=max(1, round(batches / job.points)),
     )
@@ -119,13 +120,13 @@ def run(job: Job, recorder: Recorder) -> None:
         texts = [text for t in triplets for text in (t.query, t.positive, t.negative)]
         recorder.facts = {
             "precision": train["mixed_precision"] or "fp32",
-            "max_seq_length": judged.max_seq_length,
-            "tokens_per_epoch": count_tokens(judged.tokenizer, texts, judged.max_seq_length),
+            "max_seq_length": evaluated.max_seq_length,
+            "tokens_per_epoch": count_tokens(evaluated.tokenizer, texts, evaluated.max_seq_length),
             "steps": batches * train["epochs"],
             "epochs": train["epochs"],
         }
     recorder.train_begin(trainer.model)
     trainer.train(TripletDataset(triplets))
     recorder.train_end()
-    trainer.judge(batches * train["epochs"])
+    trainer.evaluate(batches * train["epochs"])
     recorder.done()

@@ -1,4 +1,4 @@
-"""The machine that a figure was taken on."""
+"""The machine of a measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, instructions that matter here, memory, operating system, Python; the GPU if one is used."""
+    """Processor, cores, relevant instruction sets, memory, operating system, Python, and the GPU if one is used."""
     entries: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -36,5 +36,5 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def load() -> float:
-    """How many processes waited for a core in the last minute; above 0 before a run, something else was running."""
+    """Load average of the last minute; a value above 0 before a run means that other programs were running."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else -1.0

@@ -1,17 +1,17 @@
-"""The clock, the judge and the count of tokens: the same code for all contenders.
+"""Clock, evaluation and token count: the same code for all contenders.
 
-The clock starts before a contender loads its model, with libraries imported and data read, and ends when the model is
-on disk. It stands still during every evaluation: those on the test set, which draw the curve, and a contender's own.
-So what remains is what a user waits for to get the model: preparation, steps, writing.
+The clock starts before a contender loads its model, after libraries are imported and data is read, and ends when the
+model is on disk. It is paused during every evaluation, on the test set for the curve as well as a contender's own. The
+remaining time is what a user waits for: preparation, steps, writing.
 
-Tokens are those of the texts that are trained on in an epoch, prompts and special tokens included, each text cut at
-the model's `max_seq_length`; padding does not count. A text that stands in two rows counts twice, because a trainer
-that encodes rows computes it twice. Tokens per second are these over the time from the first step to the last.
-`tokens_embedded` is a second count, taken at the embedding table between these; it is lower where vectors of frozen
-layers are cached, higher where a step is computed twice, and should equal the first count elsewhere.
+Tokens are those of the texts in an epoch, including prompts and special tokens, with each text truncated at the model's
+`max_seq_length` and without padding. A text in two rows counts twice, because a trainer that encodes rows computes it
+twice. Tokens per second are these tokens divided by the time from the first step to the last. `tokens_embedded` is a
+second count, taken at the embedding table; it is lower where hidden states of frozen layers are cached, higher where a
+step is computed twice, and should equal the first count otherwise.
 
-Memory is the process's peak (`ru_maxrss`), on a GPU the peak of what torch has allocated there. Evaluations run in
-batches of 16 texts, so that training, not they, should set it; `peak_in_evaluation` says where that was not so.
+Memory is the peak of the process (`ru_maxrss`), on a GPU the peak of torch's allocations. Evaluations run in batches of
+16 texts, so that the peak should be that of training; `peak_in_evaluation` is true where it was not.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from transformers import TrainerCallback
 
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "accelerate", "llama-index-core",
              "llama-index-finetuning", "mistralai", "khoji", "llama-index-lora-embed")  # fmt: skip
-MEASURES = {"ndcg@10": "cosine_ndcg@10", "hit@5": "cosine_accuracy@5"}
+METRICS = {"ndcg@10": "cosine_ndcg@10", "hit@5": "cosine_accuracy@5"}
 
 
 def peak_mb() -> float:
-    """Peak memory of this process so far: of a GPU if it uses one, else kilobytes on Linux, bytes on macOS."""
+    """Peak memory so far, on the GPU if one is used; `ru_maxrss` is in kilobytes on Linux and in bytes on macOS."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def has_bf16(device: str = "cpu") -> bool:
-    """Whether the device computes bfloat16 itself; emulated, it is slower than float32."""
+    """Whether the device computes bfloat16 natively; emulation is slower than float32."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -57,14 +57,14 @@ def read_dataset(path: str) -> dict[str, Any]:
 
 
 def pairs(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """(question, passage) of every question, with its first relevant passage."""
+    """(query, passage) of every query, with its first relevant passage."""
     return [(text, data["corpus"][data["relevant_docs"][i][0]]) for i, text in data["queries"].items()]
 
 
-def one_question_each(data: dict[str, Any]) -> dict[str, Any]:
-    """The dataset with the first question of every passage only.
+def one_query_each(data: dict[str, Any]) -> dict[str, Any]:
+    """The dataset with only the first query of every passage.
 
-    Then rows and passages are the same: who encodes each passage once, and who encodes each row, do the same work.
+    Rows and passages then correspond, so that encoding each passage once and encoding each row is the same work.
     """
     first: dict[str, str] = {}
     for query_id in data["queries"]:
@@ -79,23 +79,23 @@ def one_question_each(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def linear_layers(model: Any) -> list[str]:
-    """Names of all linear layers inside the transformer's numbered layers, for a LoRA that is the same everywhere."""
+    """Names of all linear layers inside the transformer's numbered layers, for identical LoRAs."""
     named = model.transformers_model.named_modules()
     return [n for n, m in named if isinstance(m, torch.nn.Linear) and any(part.isdigit() for part in n.split("."))]
 
 
 def count_tokens(tokenizer: Any, texts: Iterable[str], limit: int, prompt: str = "") -> int:
-    """Tokens of these texts, prompt and special tokens included, each text cut at `limit`."""
+    """Tokens of these texts, including prompt and special tokens, with each text truncated at `limit`."""
     encoded = tokenizer([prompt + text for text in texts], truncation=False, padding=False, verbose=False)
     return sum(min(len(ids), limit) for ids in encoded["input_ids"])
 
 
 class Recorder:
-    """Writes what happens in a run as JSON lines, each with the seconds on the clock.
+    """Writes the events of a run as JSON lines, each with the seconds on the clock.
 
     Args:
         events: File to write to.
-        test: Test questions of the curve.
+        test: Test set of the curve.
     """
 
     def __init__(self, events: str, test: dict[str, Any]) -> None:
@@ -105,9 +105,9 @@ class Recorder:
             test["queries"], test["corpus"], relevant, batch_size=16, write_csv=False, show_progress_bar=False
         )
         self._started: float | None = None
-        self._apart = 0.0
+        self._paused_seconds = 0.0
         self._depth = 0
-        self._seen: dict[tuple[int, int], dict[str, float]] = {}
+        self._evaluated: dict[tuple[int, int], dict[str, float]] = {}
         self._round = 0
         self._embedded = 0
         self._counting = False
@@ -120,15 +120,15 @@ class Recorder:
 
     @property
     def seconds(self) -> float:
-        """On the clock; to be read while it runs. A GPU is waited for."""
+        """Seconds on the clock, after waiting for the GPU; only valid while the clock runs."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         assert self._started is not None, "begin() comes first"
-        return time.perf_counter() - self._started - self._apart
+        return time.perf_counter() - self._started - self._paused_seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock and the count at the embedding table."""
+        """Pause the clock and the token count."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         started, before = time.perf_counter(), peak_mb()
@@ -138,18 +138,18 @@ class Recorder:
         finally:
             self._depth -= 1
             if not self._depth:
-                self._apart += time.perf_counter() - started
+                self._paused_seconds += time.perf_counter() - started
                 if peak_mb() > before:
                     self._raised_to = peak_mb()
 
     def event(self, name: str, **values: Any) -> None:
-        """Write a line, which outlives a process that is stopped."""
+        """Write a line; it is kept if the process is stopped."""
         line = {"event": name, "seconds": round(self.seconds, 3), **values}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def train_begin(self, model: Any) -> None:
-        """The first step comes next; count at this model's embedding table from here."""
+        """Call before the first step; tokens are counted at this model's embedding table from here on."""
         self._round += 1
         table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         if table is not None:
@@ -158,20 +158,20 @@ class Recorder:
         self.event("train_begin", **self.facts)
 
     def train_end(self) -> None:
-        """The last step was done."""
+        """Call after the last step."""
         self._counting = False
         self.event("train_end")
 
-    def judge(self, model: Any, step: int, epoch: float, name: str = "evaluated") -> dict[str, float]:
-        """Evaluate a sentence-transformers model on the test set; a step that was evaluated is not evaluated again."""
+    def evaluate(self, model: Any, step: int, epoch: float, name: str = "evaluated") -> dict[str, float]:
+        """Evaluate a sentence-transformers model on the test set, once per step."""
         seconds, peak, key = self.seconds, peak_mb(), (self._round, step)
-        if name != "evaluated" or key not in self._seen:
+        if name != "evaluated" or key not in self._evaluated:
             with self.paused(), torch.autocast(model.device.type, enabled=False):
                 training = [module for module in model.modules() if module.training]
-                self._seen[key] = self._evaluator(model)
-                for module in training:  # encoding leaves the model in eval mode
+                self._evaluated[key] = self._evaluator(model)
+                for module in training:  # encoding switches the model to eval mode
                     module.training = True
-            values = {ours: round(float(self._seen[key][theirs]), 4) for ours, theirs in MEASURES.items()}
+            values = {ours: round(float(self._evaluated[key][theirs]), 4) for ours, theirs in METRICS.items()}
             self.event(
                 name,
                 **{
@@ -182,15 +182,15 @@ class Recorder:
                     "seconds": round(seconds, 3),
                 },
             )
-        return self._seen[key]
+        return self._evaluated[key]
 
     @property
     def primary_metric(self) -> str:
-        """The evaluator's, by which sentence-transformers' own callbacks go."""
+        """Name of the metric for sentence-transformers' callbacks."""
         return "cosine_ndcg@10"
 
     def done(self) -> None:
-        """The model is on disk; write what there is to say of the run."""
+        """Call when the model is on disk; writes the summary of the run."""
         seconds = self.seconds
         versions = {}
         for library in LIBRARIES:
@@ -198,7 +198,7 @@ class Recorder:
                 versions[library] = importlib.metadata.version(library)
             except importlib.metadata.PackageNotFoundError:
                 continue
-        self.event("done", seconds=round(seconds, 3), evaluation_seconds=round(self._apart, 3),
+        self.event("done", seconds=round(seconds, 3), evaluation_seconds=round(self._paused_seconds, 3),
                    peak_mb=round(peak_mb()), peak_in_evaluation=peak_mb() <= self._raised_to,
                    tokens_embedded=self._embedded, threads=torch.get_num_threads(),
                    python=".".join(map(str, sys.version_info[:3])), versions=versions, **self.facts)  # fmt: skip
@@ -210,11 +210,11 @@ class Recorder:
 
 
 class Curve(TrainerCallback):
-    """transformers' callback: evaluates on the test set at the end of each epoch, and at points within.
+    """A transformers callback that evaluates on the test set at the end of each epoch and at points within.
 
     Args:
-        recorder: The run's.
-        points: Evaluations in an epoch.
+        recorder: The recorder of the run.
+        points: Evaluations per epoch.
     """
 
     def __init__(self, recorder: Recorder, points: int) -> None:
@@ -229,14 +229,14 @@ class Curve(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
-            self.recorder.judge(model, state.global_step, state.epoch)
+            self.recorder.evaluate(model, state.global_step, state.epoch)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.recorder.event("loss", step=state.global_step, loss=round(float(logs["loss"]), 4))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.recorder.judge(model, state.global_step, state.epoch)
+        self.recorder.evaluate(model, state.global_step, state.epoch)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.facts |= {"steps": state.global_step, "epochs": round(state.epoch, 3)}

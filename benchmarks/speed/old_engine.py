@@ -1,9 +1,9 @@
 """(a) llama-index-finetuning 0.4.2: `SentenceTransformersFinetuneEngine` at its defaults.
 
-Full fine-tuning in float32, batches of 10 rows, 2 epochs, the model's own `max_seq_length`. All training questions
-are trained on. `val_dataset` has to be given, or `finetune()` fails: the default `evaluation_steps=50` asks for an
-evaluator. It is the test set, as in LlamaIndex's own example. The engine writes the model that did best on it; this
-benchmark's figure for (a) is the model after the last step instead.
+Full fine-tuning in float32, batches of 10 rows, 2 epochs, the model's own `max_seq_length`, on all training queries.
+`finetune()` fails without `val_dataset`, because the default `evaluation_steps=50` needs an evaluator. It is the test
+set, as in LlamaIndex's example. The engine writes the model with the best metric on it; this benchmark's figure for (a)
+is the model after the last step instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from speed.measure import Curve, Recorder, count_tokens, pairs, read_dataset
 
 
 class TestCurve(BaseEvaluator):
-    """The engine's evaluator, with the clock stopped: called every 50 steps and at the end of each epoch."""
+    """The engine's evaluator with the clock paused; called every 50 steps and at the end of each epoch."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -31,16 +31,16 @@ class TestCurve(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1, **kwargs: Any
     ) -> dict[str, float]:
-        return dict(self.recorder.judge(model, steps, epoch))
+        return dict(self.recorder.evaluate(model, steps, epoch))
 
 
 def run(job: Job, recorder: Recorder) -> None:
     train, test = (EmbeddingQAFinetuneDataset.from_json(path) for path in (job.train, job.test))
     rows = pairs(read_dataset(job.train))
-    # the engine has no seed: without this line, all runs would be of transformers' default, 42
+    # the engine has no seed argument; without this line all runs would use transformers' default, 42
     arguments: Any = fit_mixin.SentenceTransformerTrainingArguments
     fit_mixin.SentenceTransformerTrainingArguments = partial(arguments, seed=job.seed)
-    # and it takes no callbacks: these are what every trainer starts with
+    # it takes no callbacks either; these are the defaults of every trainer
     transformers.trainer.DEFAULT_CALLBACKS.append(Curve(recorder, points=0))
     recorder.begin()
     engine = SentenceTransformersFinetuneEngine(

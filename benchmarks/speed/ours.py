@@ -1,16 +1,15 @@
-"""(d) this package: the engine at its defaults, and at settings by name.
+"""(d) this package: the engine at its defaults, and with named settings.
 
-The engine holds out its own validation set from the training questions and chooses by that which weights it writes; its
-evaluations are off the clock, like all others. The curve is of the test set, which the engine never sees; `kept` is
-the test set's word on the directory that was written.
+The engine holds out a validation set from the training queries and selects the weights on it; its evaluations are not
+timed, like all others. The curve is on the test set, which the engine never sees; `kept` is the evaluation of the
+written adapter directory on the test set.
 
-(d2) is the counterpart of (b2) in `plain_trainer.py`: same texts, length, batch and LoRA, nothing held out.
+(d2) is the counterpart of (b2) in `plain_trainer.py`: the same texts, length, batch size and LoRA, without validation.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig
@@ -20,20 +19,20 @@ from transformers import TrainerCallback
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine
 from llama_index_lora_embed.config import ObjectiveSettings
 from speed.contenders import Job
-from speed.measure import Curve, Recorder, count_tokens, linear_layers, one_question_each, read_dataset
+from speed.measure import Curve, Recorder, count_tokens, linear_layers, one_query_each, read_dataset
 from speed.plain_trainer import BATCH_SIZE, LEARNING_RATE, LIKE_FOR_LIKE_EPOCHS, like_for_like_length
 
-# One line for each setting: arguments of LoraFinetuneEngine.
+# arguments of LoraFinetuneEngine
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    # one trick less each
+    # each without one optimisation
     "fp32": {"precision": "fp32"},
     "base-dropout": {"base_dropout": True},
     "pefts-lora": {"fused_lora": False},
     "torchs-attention": {"fused_attention": False},
     "whole-batch": {"objective": ObjectiveSettings(mini_batch_size=None)},
     "frozen-each-time": {"lora_layers": 0.5, "frozen_cache_mb": 0},
-    # others
+    # other settings
     "quality": {"window": 512, "batch_size": 64, "epochs": 5, "lora_layers": 0.66, "val_fraction": 0.0},
     "upper-half": {"lora_layers": 0.5},
     "windows": {"window": 192},
@@ -44,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Facts(TrainerCallback):
-    """Counts the tokens of an epoch, with the model's prompts and length, before the first step."""
+    """Counts the tokens of an epoch before the first step, with the model's prompts and length."""
 
     def __init__(self, recorder: Recorder, dataset: EmbeddingQAFinetuneDataset) -> None:
         self.recorder = recorder
@@ -52,7 +51,7 @@ class Facts(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         with self.recorder.paused():
-            trained_on = {ids[0] for ids in self.dataset.relevant_docs.values()}  # each passage once an epoch
+            trained_on = {ids[0] for ids in self.dataset.relevant_docs.values()}  # each passage once per epoch
             parts = {
                 "query": list(self.dataset.queries.values()),
                 "document": [self.dataset.corpus[i] for i in trained_on],
@@ -65,22 +64,22 @@ class Facts(TrainerCallback):
             )
 
 
-def off_the_clock(recorder: Recorder) -> list[int]:
-    """Stop the clock during the engine's own evaluations; nothing public says when they start.
+def pause_evaluations(recorder: Recorder) -> list[int]:
+    """Pause the clock during the engine's own evaluations, which have no public hook.
 
     Returns:
-        How many there were, in a list of one.
+        The number of evaluations, in a list of one.
     """
     calls = [0]
-    encoders = importlib.import_module("llama_index_lora_embed.engines.evaluator")
-    evaluate_model = encoders.evaluate_model
+    evaluator = importlib.import_module("llama_index_lora_embed.engines.evaluator")
+    evaluate_model = evaluator.evaluate_model
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         with recorder.paused():
             return evaluate_model(*args, **kwargs)
 
-    encoders.evaluate_model = timed
+    evaluator.evaluate_model = timed
     return calls
 
 
@@ -90,7 +89,7 @@ def run(job: Job, recorder: Recorder) -> None:
     like_for_like = job.contender == "d2"
     if like_for_like:
         base = SentenceTransformer(job.model, device=job.device)
-        dataset = EmbeddingQAFinetuneDataset.coerce(one_question_each(read_dataset(job.train)), "dataset")
+        dataset = EmbeddingQAFinetuneDataset.coerce(one_query_each(read_dataset(job.train)), "dataset")
         own = {
             "lora_config": LoraConfig(r=16, lora_alpha=32, target_modules=linear_layers(base)),
             "max_seq_length": like_for_like_length(base),
@@ -99,28 +98,28 @@ def run(job: Job, recorder: Recorder) -> None:
             "epochs": LIKE_FOR_LIKE_EPOCHS,
             "val_fraction": 0.0,
         }
-        if taken := settings.keys() & {*own, "lora_layers", "window"}:
-            raise ValueError(f"setting {job.setting!r} with d2, which has its own {', '.join(sorted(taken))}")
-        # (b2)'s loss has no masks, so that the curves are of one loss
+        if fixed := settings.keys() & {*own, "lora_layers", "window"}:
+            raise ValueError(f"setting {job.setting!r} with d2, which fixes {', '.join(sorted(fixed))}")
+        # without masks, like the loss of (b2)
         objective = settings.get("objective", ObjectiveSettings())
-        objective = replace(objective, sibling_window=0, mask_near_duplicates=False)
+        objective = objective.replace(sibling_window=0, mask_near_duplicates=False)
         settings |= {**own, "objective": objective}
-    evaluations = off_the_clock(recorder)
+    evaluations = pause_evaluations(recorder)
     recorder.begin()
     engine = LoraFinetuneEngine(
         dataset, job.model, f"{job.folder}/adapter", device=job.device, seed=job.seed, **settings
     )
     curve = Curve(recorder, 1 if like_for_like else job.points)
     result = engine.finetune(callbacks=[Facts(recorder, engine.dataset), curve], logging_steps=1)
-    assert evaluations[0] >= len(result.history), "the engine evaluates elsewhere now, and the clock ran on"
+    assert evaluations[0] >= len(result.history), "the engine evaluated without pausing the clock"
     recorder.facts |= {
         "precision": result.precision,
         "best_step": result.best_step,
         "verdict": result.verdict.value,
     }
     recorder.done()
-    # after the last figure was taken: this loads a second model
-    recorder.judge(
+    # after all measurements, because this loads a second model
+    recorder.evaluate(
         SentenceTransformer(result.adapter_path, device=job.device, trust_remote_code=True),
         result.best_step,
         0.0,

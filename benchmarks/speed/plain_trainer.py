@@ -1,13 +1,13 @@
-"""(b) sentence-transformers' trainer with a peft `LoraConfig`, as one writes it from their documentation.
+"""(b) sentence-transformers' trainer with a peft `LoraConfig`, written after their documentation.
 
 From sentence-transformers' page on PEFT adapters: `add_adapter`, MultipleNegativesRankingLoss, a tenth of the steps for
-warmup, bf16, no duplicates in a batch. From peft's quicktour: batches of 32 and a learning rate of 1e-3; the 2e-5
-on sentence-transformers' page is for 3 million pairs, and on a few hundred a LoRA would hardly move. Everything else
-is a default: 3 epochs, no LoRA dropout, the base's own dropout on, the model's own `max_seq_length`.
+warmup, bf16, no duplicates in a batch. From peft's quicktour: batches of 32 and a learning rate of 1e-3; the 2e-5 on
+sentence-transformers' page is for 3 million pairs, and would hardly change a LoRA on a few hundred. Everything else is
+a default: 3 epochs, no LoRA dropout, the base's own dropout, the model's own `max_seq_length`.
 
-(b2) like for like: one question for each passage, so that rows and passages are the same; all texts up to 512 tokens
-(or what the model's positions allow); a LoRA on all linear layers inside the transformer's layers; batches of 32; two
-epochs. `ours.py` has its counterpart (d2). What is compared is training tokens per second.
+(b2) like for like: one query per passage, so that rows and passages correspond; all texts up to 512 tokens (or the
+limit of the model's position embeddings); a LoRA on all linear layers inside the transformer's layers; batches of 32;
+two epochs. `ours.py` has the counterpart (d2). Training tokens per second are compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from speed.measure import (
     count_tokens,
     has_bf16,
     linear_layers,
-    one_question_each,
+    one_query_each,
     pairs,
     read_dataset,
 )
@@ -43,19 +43,19 @@ LIKE_FOR_LIKE_LENGTH = 512
 
 
 def like_for_like_length(model: SentenceTransformer) -> int:
-    """512, or what the positions allow."""
+    """512, or the limit of the position embeddings."""
     return min(LIKE_FOR_LIKE_LENGTH, int(model.config.max_position_embeddings))
 
 
 def lora(target_modules: list[str] | str) -> LoraConfig:
-    """Rank 16 and alpha 32, everything else peft's."""
+    """Rank 16 and alpha 32; everything else is peft's default."""
     return LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=16, lora_alpha=32, target_modules=target_modules)
 
 
 def run(job: Job, recorder: Recorder) -> None:
     like_for_like = job.contender == "b2"
     data = read_dataset(job.train)
-    rows = pairs(one_question_each(data) if like_for_like else data)
+    rows = pairs(one_query_each(data) if like_for_like else data)
     recorder.begin()
     model = SentenceTransformer(job.model, device=job.device)
     settings: dict[str, Any] = {}

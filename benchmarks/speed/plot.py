@@ -17,7 +17,7 @@ from speed.report import curve, name_of
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """nDCG@10 of every run over the seconds on the clock; one colour a contender, one line a seed."""
+    """nDCG@10 of every run over the seconds on the clock, with a colour per contender and a line per seed."""
     figure, axes = plt.subplots(figsize=(9, 5.5))
     runs = [run for run in results["runs"] if run["contender"] in "abcd" and curve(run)]
     names = list(dict.fromkeys(name_of(run) for run in runs))
@@ -36,7 +36,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("seconds, evaluations apart")
+    axes.set_xlabel("seconds, without evaluations")
     axes.set_ylabel(f"nDCG@10 on {results['arguments']['test']}")
     axes.set_title(f"{machine['processor']}, {machine['cores']} cores", fontsize=10)
     axes.grid(alpha=0.3)

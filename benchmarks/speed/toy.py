@@ -1,4 +1,4 @@
-"""A tiny model and a toy dataset, to try every contender in seconds. Their figures mean nothing."""
+"""A tiny model and a toy dataset, to try every contender in seconds; their figures mean nothing."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def make_model(folder: Path) -> Path:
     return folder / "model"
 
 
-def make_dataset(path: Path, passages: int, seed: int, questions: int = 2, words: int = 10) -> Path:
-    """Write passages of random words; each question holds three words of its passage."""
+def make_dataset(path: Path, passages: int, seed: int, queries_each: int = 2, words: int = 10) -> Path:
+    """Write passages of random words; each query has three words of its passage."""
     rng = random.Random(seed)
     corpus, queries, relevant = {}, {}, {}
     for number in range(passages):
         drawn = rng.choices(WORDS, k=words)
         corpus[f"p{seed}-{number}"] = " ".join(drawn)
-        for question in range(questions):
-            queries[f"q{seed}-{number}-{question}"] = " ".join(rng.sample(drawn, 3)) + " ?"
-            relevant[f"q{seed}-{number}-{question}"] = [f"p{seed}-{number}"]
+        for copy in range(queries_each):
+            queries[f"q{seed}-{number}-{copy}"] = " ".join(rng.sample(drawn, 3)) + " ?"
+            relevant[f"q{seed}-{number}-{copy}"] = [f"p{seed}-{number}"]
     data = {"queries": queries, "corpus": corpus, "relevant_docs": relevant, "mode": "text"}
     path.write_text(json.dumps(data), encoding="utf-8")
     return path

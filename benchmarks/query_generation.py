@@ -1,8 +1,9 @@
-"""Seconds to have questions made by an LLM with a fixed latency: llama-index-finetuning 0.4.2 against this package.
+"""Time to generate queries with an LLM of fixed latency: llama-index-finetuning 0.4.2 against this package.
 
-    python benchmarks/question_making.py
+    python benchmarks/query_generation.py
 
-One process, the same nodes, the same fake LLM, one after the other. The old function asks one node after another.
+Both run in one process, one after the other, with the same nodes and the same fake LLM. The old function sends one
+request at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from llama_index_lora_embed.data import LLMQueryGenerator, dataset_from_nodes
 
 
 class SlowLLM(CustomLLM):
-    """Two questions after `latency` seconds."""
+    """Returns two queries after `latency` seconds."""
 
     latency: float
 
@@ -72,7 +73,7 @@ def main() -> None:
         ours, _ = dataset_from_nodes(nodes, [generator])
         ours_seconds = time.perf_counter() - started
         started = time.perf_counter()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
             theirs = old.generate_qa_embedding_pairs(nodes, llm, output_path=f"{folder}/old.json")
         theirs_seconds = time.perf_counter() - started
     assert len(ours.queries) == len(theirs.queries) == 2 * args.nodes
