@@ -17,13 +17,13 @@ import numpy as np
 from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
 from llama_index_lora_embed.core.files import append_json_line, read_json_lines, write_json
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, origin_name
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
+from llama_index_lora_embed.evaluation.compare import Difference, metric_differences
 from llama_index_lora_embed.evaluation.report.run_facts import RunFacts
 from llama_index_lora_embed.evaluation.report.tables import Table
-from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, judged_digest
-from llama_index_lora_embed.evaluation.retrieval_comparison import Difference, differences
-from llama_index_lora_embed.evaluation.significance import FEWEST, paired_intervals
+from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, evaluation_digest
+from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals
 from llama_index_lora_embed.models.adapter_directory import Manifest
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class RunRegistry:
         digest = None
         if dataset is not None:
             dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-            digest = judged_digest(dataset)
+            digest = evaluation_digest(dataset)
             if evaluation is None:
                 evaluation = evaluate_retrieval(embed_model or LoraEmbedding(adapter_path), dataset)
             elif evaluation.per_query.keys() != dataset.queries.keys() or evaluation.digest not in ("", digest):
@@ -250,7 +250,7 @@ class RunRegistry:
             for v in self.list()
         ]
         columns = ("version", "trained", "base", "evaluated on", "hit@5", "nDCG@10", "directory")
-        return Table("Versions", columns, rows, texts=("trained", "base", "evaluated on", "directory"))
+        return Table("Versions", columns, rows, text_columns=("trained", "base", "evaluated on", "directory"))
 
     def compare(self, before: str, after: str) -> VersionComparison:
         """Compare the training and, if they were evaluated on the same dataset, the metrics of two versions.
@@ -264,7 +264,7 @@ class RunRegistry:
         changed = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
         metrics = None
         if versions[0].evaluated_on is not None and versions[0].evaluated_on == versions[1].evaluated_on:
-            metrics = differences(*map(self._load_evaluation, versions))
+            metrics = metric_differences(self._load_evaluation(versions[0]), self._load_evaluation(versions[1]))
         return VersionComparison(*versions, changed, metrics)
 
     def trend(self, metric: str = _METRIC) -> Figure:
@@ -338,10 +338,11 @@ class RunRegistry:
                 "Add both with the same dataset=.",
             )
         old, new = self._load_evaluation(promoted), self._load_evaluation(candidate)
-        difference = differences(old, new, names=[_METRIC])[_METRIC]
+        difference = metric_differences(old, new, metrics=[_METRIC])[_METRIC]
         low, high = difference.interval
-        if len(new.per_query) < FEWEST:
-            return Gate(False, f"{len(new.per_query)} queries are too few; at least {FEWEST} are needed", difference)
+        if len(new.per_query) < MIN_QUERIES:
+            reason = f"{len(new.per_query)} queries are too few; at least {MIN_QUERIES} are needed"
+            return Gate(False, reason, difference)
         return Gate(
             low >= -tolerance,
             f"nDCG@10 of {name} is {difference.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) against the "
@@ -372,7 +373,8 @@ class RunRegistry:
         file = self.path / _EVALUATIONS / f"{version.name}.json"
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
-            return RetrievalEvaluation(version.metrics, saved["per_query"], {}, saved["origins"], saved["passages"])
+            origins = {origin_name(origin): count for origin, count in saved["origins"].items()}
+            return RetrievalEvaluation(version.metrics, saved["per_query"], {}, origins, saved["passages"])
         except (OSError, ValueError, KeyError) as error:
             raise DatasetError(
                 f"an evaluation of {version.name} that cannot be read ({error})",

@@ -1,12 +1,11 @@
-"""A sentence-transformers model judged on whatever there is to judge by."""
+"""Evaluate a sentence-transformers model, in training or after it, on queries or on labelled pairs."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
+from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation, evaluate_pair_encoders
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_encoders
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
@@ -20,20 +19,20 @@ _BATCH = 16  # passages encoded at once
 
 def evaluate_model(
     model: SentenceTransformer,
-    dataset: EmbeddingQAFinetuneDataset | LabelledPairs,
+    dataset: TrainingData,
     *,
     precision: str = "fp32",
     fused_attention: bool = True,
     show_progress: bool = False,
 ) -> RetrievalEvaluation | PairEvaluation:
-    """Evaluate a model under the prompts that it serves with.
+    """Evaluate a model with the prompts that it is used with.
 
     Args:
-        model: Its prompts "query" and "document" are used.
-        dataset: Questions with judgments, or labelled pairs.
+        model: The model; its prompts "query" and "document" are used.
+        dataset: Queries with judgments, or labelled pairs.
         precision: "bf16", "fp32" or "auto" (`precision.resolve_precision`).
-        fused_attention: See `TrainingSettings`; without effect in float32.
-        show_progress: Show a bar while passages are encoded.
+        fused_attention: See `TrainingSettings`; no effect in float32.
+        show_progress: Show a progress bar for the passages.
 
     Raises:
         DatasetError: The dataset is empty or inconsistent.
@@ -50,13 +49,13 @@ def evaluate_model(
         stack.enter_context(autocast(resolve_precision(precision, model.device), model.device))
         if fused_attention:
             stack.enter_context(blocked_attention(model))
-        if isinstance(dataset, LabelledPairs):
+        if dataset.kind == "pairs":
             return evaluate_pair_encoders(queries, passages, dataset)
         return evaluate_encoders(queries, passages, dataset)
 
 
-def default_metric(dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None) -> str:
-    """The measure that says which step is best: nDCG@10, or ROC-AUC for 0/1 labels, or Spearman's for graded ones."""
-    if isinstance(dataset, LabelledPairs):
+def default_metric(dataset: TrainingData | None) -> str:
+    """The metric that selects the best step: nDCG@10, ROC-AUC for labels of 0 and 1, Spearman for grades."""
+    if dataset is not None and dataset.kind == "pairs":
         return "roc_auc" if dataset.binary else "spearman"
     return "ndcg@10"

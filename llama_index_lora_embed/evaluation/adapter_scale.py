@@ -1,4 +1,4 @@
-"""How much of an adapter to use."""
+"""Choose the scale of an adapter: how much of it to apply."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class ScaleSweep:
-    """What each scale gave.
+    """Evaluations of an adapter at several scales.
 
     Attributes:
-        best: The scale with the highest mean; of equals the smallest, which is nearest to the base.
-        metric: The measure that decided.
-        evaluations: Scale to its evaluation; 0 is the base.
+        best: The scale with the highest metric; among ties the smallest, which is closest to the base.
+        metric: The metric that decided.
+        evaluations: Scale to evaluation; 0 is the base.
     """
 
     best: float
@@ -31,7 +31,7 @@ class ScaleSweep:
     evaluations: dict[float, RetrievalEvaluation] = field(repr=False)
 
     def scores(self) -> dict[float, float]:
-        """Scale to its mean of the measure."""
+        """Scale to its value of the metric."""
         return {scale: found.metrics[self.metric] for scale, found in self.evaluations.items()}
 
 
@@ -43,34 +43,32 @@ def tune_scale(
     metric: str = "ndcg@10",
     **embedding: Any,
 ) -> ScaleSweep:
-    """Evaluate an adapter at several scales; the weights between base and adapter forget less.
+    """Evaluate an adapter at several scales. Interpolating between base and adapter reduces forgetting.
 
-    An interpolation of base and fine-tuned weights is what WiSE-FT calls weight-space ensembling (Wortsman et al. 2022,
-    arXiv 2109.01903, section 3); for a LoRA it costs a number. Where scales were chosen by a dataset, its measures
-    flatter the chosen one: judge by another.
+    WiSE-FT calls it weight-space ensembling (Wortsman et al. 2022, arXiv 2109.01903, section 3). The metrics of the
+    chosen scale are too high on the dataset that it was chosen on: evaluate it on another one.
 
     Args:
         adapter_path: Folder or Hub id of a plain LoRA.
-        dataset: Validation questions, not those that were trained on.
-        scales: From 0 to 1 each.
-        metric: Of `RetrievalEvaluation.metrics`.
-        **embedding: More for `LoraEmbedding`: device, prompts, ...
+        dataset: Validation dataset, not the training dataset.
+        scales: Numbers from 0 to 1.
+        metric: One of `RetrievalEvaluation.metrics`.
+        **embedding: Further arguments of `LoraEmbedding`: device, prompts, ...
 
     Raises:
-        ConfigError: A scale is out of bounds, the measure is unknown, or the adapter is more than a LoRA.
+        ConfigError: A scale is out of range, the metric is unknown, or the adapter is not a plain LoRA.
         DatasetError: The dataset is empty or inconsistent.
 
     Example:
         >>> sweep = tune_scale("runs/handbook", val_dataset)  # doctest: +SKIP
         >>> embed_model = LoraEmbedding("runs/handbook", adapter_scale=sweep.best)  # doctest: +SKIP
     """
-    wrong = [repr(s) for s in scales if not is_share(s)]
-    if wrong or not scales:
-        raise ConfigError(f"scales with {', '.join(wrong) or 'none in it'}", "numbers from 0 to 1", f"scales={SCALES}")
+    if not scales or not all(map(is_share, scales)):
+        raise ConfigError(f"scales={scales!r}", "at least one number from 0 to 1", f"scales={SCALES}")
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset, "dataset")
     evaluations: dict[float, RetrievalEvaluation] = {}
     for scale in sorted({float(scale) for scale in scales}):
-        # one base in memory for all of them
+        # all of them share one base model in memory
         embed_model = LoraEmbedding(
             adapters={"tuned": adapter_path}, adapter="tuned", adapter_scale=scale, max_adapters=1, **embedding
         )

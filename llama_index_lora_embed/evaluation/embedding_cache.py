@@ -1,4 +1,4 @@
-"""Vectors on disk, by model, side and text, so that an API is paid once."""
+"""Embeddings on disk, by model, side and text, so that an API is paid once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from llama_index_lora_embed.evaluation.search import FloatArray
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-_PATIENCE = 60  # seconds that one process waits for another to have written
-# what does not decide a vector, and what a digest should not be made of, by a part of its name
+_LOCK_TIMEOUT = 60  # seconds that one process waits for another that writes
+# settings that do not change a vector, and secrets, by a part of their names
 _NOT_IDENTITY = re.compile(
     r"key$|token$|secret|password|^auth|authori|header|credential|timeout|retries|batch_size|num_workers|callback|cache|client"
     r"|limiter|progress",
@@ -29,17 +29,17 @@ _NOT_IDENTITY = re.compile(
 
 
 class EmbeddingCache:
-    """A SQLite file of vectors by text; several processes can use it at once.
+    """A SQLite file of vectors by text, which several processes can use at once.
 
     Args:
-        file: Made, with its folder, when the first vectors are written.
+        file: Created, with its folder, when the first vectors are written.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def read(self, texts: Sequence[str]) -> dict[str, FloatArray]:
-        """Those that are kept, by text; none from a file that is damaged, which is written anew."""
+        """The cached vectors by text. A damaged file is removed and counts as empty."""
         if not self.file.exists():
             return {}
         keys = {_key(text): text for text in texts}
@@ -50,24 +50,23 @@ class EmbeddingCache:
                     [json.dumps([*keys])],
                 ).fetchall()
         except sqlite3.DatabaseError as error:
-            if "no such table" in str(error):  # another process is about to make it
+            if "no such table" in str(error):  # another process has just created the file
                 return {}
             if not isinstance(error, sqlite3.OperationalError):
                 with suppress(OSError):
                     self.file.unlink()
                 return {}
             raise self._unwritable(error) from error
-        whole = [(key, vector) for key, vector in found if len(vector) % 4 == 0]  # bytes of a float32
-        vectors = {keys[key]: np.frombuffer(vector, dtype=np.float32) for key, vector in whole}
+        vectors = {keys[key]: np.frombuffer(data, dtype=np.float32) for key, data in found if len(data) % 4 == 0}
         return {text: vector for text, vector in vectors.items() if len(vector) and np.isfinite(vector).all()}
 
     def write(self, texts: Sequence[str], vectors: FloatArray, *, replace: bool = True) -> None:
-        """Keep vectors; those that are NaN or infinite are not.
+        """Write vectors; those with NaN or infinity are left out.
 
         Args:
-            texts: Whose they are.
+            texts: The texts.
             vectors: [texts, dimensions].
-            replace: Whether what is there already gives way.
+            replace: Whether to replace the vectors of texts that are in the file already.
 
         Raises:
             OutputDirectoryError: The file cannot be written.
@@ -87,41 +86,41 @@ class EmbeddingCache:
             raise self._unwritable(error) from error
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.file, timeout=_PATIENCE)
+        return sqlite3.connect(self.file, timeout=_LOCK_TIMEOUT)
 
     def _unwritable(self, error: Exception) -> OutputDirectoryError:
         return OutputDirectoryError(
             f"a cache folder {str(self.file.parent)!r} that cannot be used ({error})",
-            "a folder with room for the vectors",
-            "Pass another cache_folder, or none.",
+            "a writable folder with room for the vectors",
+            "Pass another cache_folder, or None.",
         )
 
 
-def identity(embed_model: BaseEmbedding) -> tuple[str, bool]:
-    """Letters and digits that stand for an embedding model, and whether they stand for all that decides its vectors.
+def model_identity(embed_model: BaseEmbedding) -> tuple[str, bool]:
+    """A file name for an embedding model, and whether it covers everything that determines the vectors.
 
-    A `LoraEmbedding`'s fingerprint does. Of others it is a digest of class and settings, without keys and whatever only
-    concerns speed, and of names, sizes and times of the files where `model_name` is a model's folder. What a model
-    keeps to itself is not in it.
+    The fingerprint of a `LoraEmbedding` does. For other models it is a digest of the class, of the settings (except
+    secrets and those that only affect speed), and of names, sizes and times of the files if `model_name` is a folder.
+    Private state of a model is not covered.
     """
     from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 
     if isinstance(embed_model, LoraEmbedding):
         return str(embed_model.fingerprint), True
-    kind = type(embed_model)
+    cls = type(embed_model)
     settings = {k: v for k, v in embed_model.to_dict().items() if not _NOT_IDENTITY.search(k)}
-    told = [kind.__module__, kind.__qualname__, settings, _files(embed_model.model_name)]
-    text = json.dumps(told, sort_keys=True, default=lambda value: type(value).__name__)
+    identity = [cls.__module__, cls.__qualname__, settings, _model_files(embed_model.model_name)]
+    text = json.dumps(identity, sort_keys=True, default=lambda value: type(value).__name__)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40], False
 
 
-def _files(model_name: Any) -> list[Any]:
+def _model_files(model_name: Any) -> list[Any]:
     try:
         folder = Path(str(model_name))
         if not any((folder / name).is_file() for name in ("config.json", "modules.json", "adapter_config.json")):
             return []
         stats = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    except (OSError, ValueError):  # no name that a path could have
+    except (OSError, ValueError):  # not a valid path
         return []
     return [[str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 

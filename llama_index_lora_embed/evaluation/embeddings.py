@@ -1,4 +1,4 @@
-"""Vectors of any LlamaIndex embedding model: some texts at a time, many requests at once, kept on disk by text."""
+"""Embed texts with any LlamaIndex embedding model: in batches, with concurrent requests, through a cache on disk."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from llama_index_lora_embed.config.base import is_int
-from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.evaluation.embedding_cache import EmbeddingCache, identity
+from llama_index_lora_embed.core.arrays import unit_norm
+from llama_index_lora_embed.core.errors import ConfigError, NonFiniteLossError
+from llama_index_lora_embed.evaluation.embedding_cache import EmbeddingCache, model_identity
 from llama_index_lora_embed.evaluation.search import FloatArray
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-_AT_ONCE = 1024  # texts whose vectors are Python lists at one time, and that are kept together
-# what no two models read alike: long enough to be cut, with capitals, digits and a question
+_CHUNK = 1024  # texts whose vectors are Python lists at one time, and that are cached together
+# tells models apart: long enough to be truncated, with capitals, digits and a question
 _PROBE = "Which of these 12 Words does it read? " + " ".join(
     f"Part {i} of a long text, {i * 7} of it." for i in range(90)
 )
-_SAME = 0.9999  # cosine from which a probe's vector is the same model's; APIs are not exact to the last digit
+_SAME_MODEL = 0.9999  # cosine of two probe vectors of one model; APIs are not exact to the last digit
+_EXAMPLES = 3  # ids that a message names
 
 _T = TypeVar("_T")
 Side = Literal["query", "passage"]
 
 
 class Embedder:
-    """Makes float32 vectors with a LlamaIndex embedding model.
+    """Embeds texts as float32 vectors with a LlamaIndex embedding model.
 
     Args:
-        embed_model: Any.
-        num_workers: Requests under way at once; None embeds synchronously.
-        cache_folder: Where vectors are kept; None keeps none.
-        show_progress: Show a bar.
+        embed_model: Any LlamaIndex embedding model.
+        num_workers: Number of concurrent requests; None embeds synchronously.
+        cache_folder: Folder of the embedding cache; None for no cache.
+        show_progress: Show a progress bar.
 
     Raises:
-        ConfigError: The model is none, or num_workers is no positive number.
+        ConfigError: embed_model is not an embedding model, or num_workers is not a positive number.
     """
 
     def __init__(
@@ -60,106 +62,108 @@ class Embedder:
                 'LoraEmbedding("runs/handbook"), LoraEmbedding(base_model="..."), HuggingFaceEmbedding(...), ...',
             )
         self.embed_model = embed_model
-        self.num_workers = checked_workers(num_workers)
+        self.num_workers = check_num_workers(num_workers)
         self.show_progress = show_progress
         self.cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
 
-    async def vectors(self, texts: Sequence[str], side: Side) -> FloatArray:
-        """Vectors of texts, [texts, dimensions], in an array of their own.
+    async def embed(self, texts: Sequence[str], side: Side) -> FloatArray:
+        """Vectors of texts, [texts, dimensions], in an array that the caller may change.
 
-        With `num_workers` the model's asynchronous methods are awaited in the loop that runs this; without, nothing
-        is awaited at all.
+        With `num_workers` the asynchronous methods of the model are awaited; without, this coroutine never suspends.
+
+        Args:
+            texts: At least one.
+            side: Whether they are queries or passages.
 
         Raises:
-            ConfigError: They differ in length, or there are not as many as texts.
+            ConfigError: The vectors differ in length, or their number is not that of the texts.
             OutputDirectoryError: cache_folder cannot be written.
         """
-        made: FloatArray | None = None
-        kept = None if self.cache_folder is None else await self._kept(self.cache_folder, side)
+        vectors: FloatArray | None = None
+        cache = None if self.cache_folder is None else await self._open_cache(self.cache_folder, side)
         with tqdm(total=len(texts), desc=f"{side} vectors", disable=not self.show_progress) as bar:
-            for start in range(0, len(texts), _AT_ONCE):
-                part = list(texts[start : start + _AT_ONCE])
-                found = {} if kept is None else kept.read(part)
-                missing = [text for text in dict.fromkeys(part) if text not in found]
+            for start in range(0, len(texts), _CHUNK):
+                chunk = list(texts[start : start + _CHUNK])
+                found = {} if cache is None else cache.read(chunk)
+                missing = [text for text in dict.fromkeys(chunk) if text not in found]
                 if missing:
-                    fresh = await self._make(missing, side)
+                    fresh = await self._request(missing, side)
                     found |= dict(zip(missing, fresh, strict=True))
-                    if kept is not None:
-                        kept.write(missing, fresh)
-                rows = _one_length([found[text] for text in part])
-                if made is None:
-                    made = np.empty((len(texts), rows.shape[1]), dtype=np.float32)
-                if rows.shape[1] != made.shape[1]:
-                    raise _differing([made.shape[1], rows.shape[1]])
-                made[start : start + len(part)] = rows
-                bar.update(len(part))
-        assert made is not None, "a dataset that was checked has texts"
-        return made
+                    if cache is not None:
+                        cache.write(missing, fresh)
+                rows = _as_array([found[text] for text in chunk])
+                if vectors is None:
+                    vectors = np.empty((len(texts), rows.shape[1]), dtype=np.float32)
+                _check_lengths([vectors.shape[1], rows.shape[1]])
+                vectors[start : start + len(chunk)] = rows
+                bar.update(len(chunk))
+        assert vectors is not None, "a checked dataset has texts"
+        return vectors
 
-    async def _kept(self, folder: Path, side: Side) -> EmbeddingCache | None:
-        """The model's own file, by its fingerprint, or by its settings and by what it makes of a text; or None."""
-        name, certain = identity(self.embed_model)
-        if certain:
+    async def _open_cache(self, folder: Path, side: Side) -> EmbeddingCache | None:
+        """The cache file of the model, found by its fingerprint, or by its settings and the vector of a probe."""
+        name, complete = model_identity(self.embed_model)
+        if complete:
             return EmbeddingCache(folder / name / f"{side}.sqlite")
-        probe = (await self._make([_PROBE], side))[0]
+        probe = (await self._request([_PROBE], side))[0]
         if not np.isfinite(probe).all():
             return None
         number = 0
-        while True:  # models that tell the same of themselves have a file each
-            file = EmbeddingCache(folder / f"{name}-{number}" / f"{side}.sqlite")
-            if _PROBE not in file.read([_PROBE]):
-                file.write([_PROBE], probe[None], replace=False)  # another process may be the first
-            before = file.read([_PROBE]).get(_PROBE)
-            if before is None:  # damaged
-                file.write([_PROBE], probe[None])
-                before = probe
-            if before.shape == probe.shape and float(before @ probe) >= _SAME * float(
-                np.linalg.norm(before) * np.linalg.norm(probe)
+        while True:  # models with equal settings but different vectors have a file each
+            cache = EmbeddingCache(folder / f"{name}-{number}" / f"{side}.sqlite")
+            if _PROBE not in cache.read([_PROBE]):
+                cache.write([_PROBE], probe[None], replace=False)  # another process may be first
+            cached = cache.read([_PROBE]).get(_PROBE)
+            if cached is None:  # the file is damaged
+                cache.write([_PROBE], probe[None])
+                cached = probe
+            if cached.shape == probe.shape and float(cached @ probe) >= _SAME_MODEL * float(
+                np.linalg.norm(cached) * np.linalg.norm(probe)
             ):
-                return file
+                return cache
             number += 1
 
-    async def _make(self, texts: list[str], side: Side) -> FloatArray:
+    async def _request(self, texts: list[str], side: Side) -> FloatArray:
         from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 
         model = self.embed_model
-        made: Any
+        vectors: Any
         if self.num_workers is not None:
-            made = await self._make_together(texts, side, self.num_workers)
+            vectors = await self._request_concurrently(texts, side, self.num_workers)
         elif side == "passage":
-            made = model.get_text_embedding_batch(texts)
+            vectors = model.get_text_embedding_batch(texts)
         elif isinstance(model, LoraEmbedding):
-            made = model._get_query_embeddings(texts)  # LlamaIndex has no batches of queries
+            vectors = model._get_query_embeddings(texts)  # LlamaIndex has no batches of queries
         else:
-            made = [model.get_query_embedding(text) for text in texts]
-        count = len(made) if isinstance(made, Sequence) else 0
+            vectors = [model.get_query_embedding(text) for text in texts]
+        count = len(vectors) if isinstance(vectors, Sequence) else 0
         if count != len(texts):
             raise ConfigError(
-                f"{count} vectors of {len(texts)} texts from {type(model).__name__}",
+                f"{count} vectors for {len(texts)} texts from {type(model).__name__}",
                 "a vector for each text, in their order",
-                "The embedding model leaves texts out; look at how it treats empty or repeated ones.",
+                "The embedding model drops texts: check how it treats empty or repeated ones.",
             )
-        return _one_length(made)
+        return _as_array(vectors)
 
-    async def _make_together(self, texts: list[str], side: Side, at_once: int) -> list[Any]:
+    async def _request_concurrently(self, texts: list[str], side: Side, limit: int) -> list[Any]:
         model = self.embed_model
         if side == "query":
-            return await in_turns([lambda t=text: model.aget_query_embedding(t) for text in texts], at_once)  # type: ignore[misc]
+            return await gather_limited([lambda t=text: model.aget_query_embedding(t) for text in texts], limit)  # type: ignore[misc]
         size = model.embed_batch_size
         batches = [texts[i : i + size] for i in range(0, len(texts), size)]
-        made = await in_turns([lambda b=batch: model.aget_text_embedding_batch(b) for batch in batches], at_once)  # type: ignore[misc]
-        return [vector for vectors in made for vector in vectors]
+        found = await gather_limited([lambda b=batch: model.aget_text_embedding_batch(b) for batch in batches], limit)  # type: ignore[misc]
+        return [vector for vectors in found for vector in vectors]
 
 
-async def in_turns(calls: Sequence[Callable[[], Awaitable[_T]]], at_once: int) -> list[_T]:
-    """Results of asynchronous calls in their order, so many under way at once; the first error stops the others."""
-    turns = asyncio.Semaphore(at_once)
+async def gather_limited(calls: Sequence[Callable[[], Awaitable[_T]]], limit: int) -> list[_T]:
+    """Results of asynchronous calls in their order, at most `limit` at a time; the first error cancels the others."""
+    semaphore = asyncio.Semaphore(limit)
 
-    async def in_turn(call: Callable[[], Awaitable[_T]]) -> _T:
-        async with turns:
+    async def run(call: Callable[[], Awaitable[_T]]) -> _T:
+        async with semaphore:
             return await call()
 
-    tasks = [asyncio.ensure_future(in_turn(call)) for call in calls]
+    tasks = [asyncio.ensure_future(run(call)) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -167,7 +171,7 @@ async def in_turns(calls: Sequence[Callable[[], Awaitable[_T]]], at_once: int) -
             task.cancel()
 
 
-def checked_workers(num_workers: Any) -> int | None:
+def check_num_workers(num_workers: Any) -> int | None:
     """`num_workers`, if it is None or a positive number.
 
     Raises:
@@ -179,15 +183,47 @@ def checked_workers(num_workers: Any) -> int | None:
     return workers
 
 
-def _one_length(vectors: Sequence[Any]) -> FloatArray:
-    if len(lengths := {len(vector) for vector in vectors}) > 1:
-        raise _differing(sorted(lengths))
+def unit_vectors(vectors: Any, ids: Sequence[str], name: str) -> FloatArray:
+    """Check vectors and scale them to length 1, in place if they are a writable float32 array; zeros stay zeros.
+
+    Args:
+        vectors: [ids, dimensions].
+        ids: Names of the rows, for error messages.
+        name: What the vectors are of, for error messages.
+
+    Raises:
+        ConfigError: Their number is not that of the ids.
+        NonFiniteLossError: Some are NaN or infinite.
+    """
+    array: FloatArray = np.require(vectors, np.float32, ["W"])
+    if array.ndim != 2 or len(array) != len(ids):
+        raise ConfigError(
+            f"{name} vectors of shape {array.shape}", f"one vector for each of {len(ids)} texts", "Check the encoder."
+        )
+    bad = [ids[row] for row in np.flatnonzero(~np.isfinite(array).all(axis=1)).tolist()]
+    if bad:
+        raise NonFiniteLossError(
+            f"NaN or infinity in {len(bad)} of {len(array)} {name} vectors ({examples(bad)})",
+            "finite numbers",
+            "Lower the learning_rate of a model in training; load any other model in float32.",
+        )
+    return unit_norm(array, out=array)
+
+
+def examples(ids: Sequence[str]) -> str:
+    """The first ids, for a message."""
+    return ", ".join(repr(i) for i in ids[:_EXAMPLES]) + (", ..." if len(ids) > _EXAMPLES else "")
+
+
+def _as_array(vectors: Sequence[Any]) -> FloatArray:
+    _check_lengths([len(vector) for vector in vectors])
     return np.asarray(vectors, dtype=np.float32)
 
 
-def _differing(lengths: Sequence[int]) -> ConfigError:
-    return ConfigError(
-        f"vectors of different dimensions ({', '.join(map(str, lengths[:5]))})",
-        "one number of dimensions",
-        "The embedding model gives texts vectors that cannot be compared; look at its settings.",
-    )
+def _check_lengths(lengths: Sequence[int]) -> None:
+    if len(set(lengths)) > 1:
+        raise ConfigError(
+            f"vectors of different dimensions ({', '.join(map(str, sorted(set(lengths))[:5]))})",
+            "one number of dimensions",
+            "The embedding model gives texts vectors that cannot be compared: check its settings.",
+        )

@@ -1,4 +1,4 @@
-"""Measures of rankings, by trec_eval (pytrec-eval-terrier)."""
+"""Ranking metrics, computed by trec_eval (pytrec-eval-terrier)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from llama_index_lora_embed.core.errors import DatasetError
 
 DEPTH = 100
-"""Places of a ranking that any measure looks at."""
+"""Ranks that any metric looks at."""
 
-_CUT = 10
-_GRADES = 1000  # trec_eval takes whole numbers; nDCG is the same whatever the highest of a query's grades is called
-# our names, which are the field's, and trec_eval's
-_TREC = {
+_MRR_CUTOFF = 10
+_GRADE_SCALE = 1000  # trec_eval takes integer grades; nDCG depends only on their ratio to the highest one of the query
+# our names, which are the field's, and those of trec_eval
+_TREC_NAMES = {
     "hit@1": "success_1",
     "hit@5": "success_5",
     "mrr@10": "recip_rank",
@@ -26,34 +26,36 @@ _TREC = {
     "precision@5": "P_5",
     "precision@10": "P_10",
 }
-_ASKED = {"success.1,5,10", "recip_rank", "ndcg_cut.10", "map_cut.100", "recall.1,5,10", "P.1,5,10"}
+_TREC_REQUEST = {"success.1,5,10", "recip_rank", "ndcg_cut.10", "map_cut.100", "recall.1,5,10", "P.1,5,10"}
+_LABELS = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "roc_auc": "ROC-AUC", "spearman": "Spearman"}
 
-NAMES = tuple(_TREC)
-"""Names of the measures, all from 0 to 1."""
+NAMES = tuple(_TREC_NAMES)
+"""Names of the metrics, all from 0 to 1."""
 HEADLINE = NAMES[:5]
-"""Those that stand alone where there is little room."""
+"""The metrics to show where there is little room."""
 
 
-def measure(
+def compute_metrics(
     rankings: Mapping[str, Sequence[str]], relevance: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Measures of each ranking, as trec_eval has them.
+    """Compute the metrics of each ranking as trec_eval defines them.
 
-    hit@k: one relevant passage or more among the first k. mrr@10: 1 / rank of the first relevant one, 0 beyond 10.
-    ndcg@10: the grade as gain and log2(rank + 1) as discount (Järvelin and Kekäläinen 2002). map@100: mean of the
-    precision at the rank of each relevant passage, 0 for those beyond 100. recall@k: share of the relevant passages
-    among the first k. precision@k: share of the first k that are relevant. A grade above 0 is relevant.
+    hit@k: 1 if at least one of the first k passages is relevant. mrr@10: 1 / rank of the first relevant passage, 0
+    beyond rank 10. ndcg@10: the grade as gain and log2(rank + 1) as discount (Järvelin and Kekäläinen 2002). map@100:
+    mean of the precision at the rank of each relevant passage, 0 for those beyond rank 100. recall@k: share of the
+    relevant passages among the first k. precision@k: share of the first k that is relevant. A grade above 0 is
+    relevant.
 
-    trec_eval puts passages of one score in the reverse order of their ids, sentence-transformers in that of their
-    ids. Here the order is given, so that nothing is tied any more.
+    trec_eval sorts passages with equal scores by descending id, sentence-transformers by ascending id. Here the ranking
+    is given, so there are no ties left.
 
     Args:
-        rankings: Query id to passage ids, best first; of one that comes again the first place counts, and what is
-            beyond the first hundred is not looked at.
-        relevance: Query id to passage id to grade; what is graded 0 or less is not relevant, as if it were not there.
+        rankings: Query id to passage ids, best first. Of a repeated passage the first rank counts; ranks beyond 100
+            are ignored.
+        relevance: Query id to passage id to grade. A grade of 0 or less means not relevant.
 
     Returns:
-        Query id to measures by name (`NAMES`), in the order of `rankings`.
+        Query id to metrics by name (`NAMES`), in the order of `rankings`.
 
     Raises:
         DatasetError: A query has no relevant passage; all such queries are named.
@@ -65,37 +67,38 @@ def measure(
     if unjudged:
         raise DatasetError(
             f"{len(unjudged)} of {len(rankings)} queries without judgments",
-            "a relevant passage for each query",
-            "Judge them or leave them out:",
+            "at least one relevant passage for each query",
+            "Add judgments or leave these queries out:",
             [repr(query_id) for query_id in unjudged],
         )
-    judged: dict[str, dict[str, int]] = {}
-    found: dict[str, dict[str, float]] = {}
+    judgments: dict[str, dict[str, int]] = {}
+    scores: dict[str, dict[str, float]] = {}
     for number, (query_id, ranking) in enumerate(rankings.items()):
-        places, graded = list(dict.fromkeys(ranking))[:DEPTH], grades[query_id]
-        names: dict[str, str] = {}  # ids need not be what trec_eval can read
-        for passage_id in (*places, *graded):
+        ranked, graded = list(dict.fromkeys(ranking))[:DEPTH], grades[query_id]
+        names: dict[str, str] = {}  # trec_eval cannot read every string as an id
+        for passage_id in (*ranked, *graded):
             names.setdefault(passage_id, str(len(names)))
         key, highest = str(number), max(graded.values())
-        judged[key] = {names[i]: max(1, round(grade / highest * _GRADES)) for i, grade in graded.items()}
-        found[key] = {names[i]: float(-rank) for rank, i in enumerate(places)}
-    values = pytrec_eval.RelevanceEvaluator(judged, _ASKED).evaluate({k: v for k, v in found.items() if v})
-    nothing = dict.fromkeys(_TREC.values(), 0.0)  # of a query that got no answer at all
-    return {query_id: _by_name(values.get(str(number), nothing)) for number, query_id in enumerate(rankings)}
+        judgments[key] = {names[i]: max(1, round(grade / highest * _GRADE_SCALE)) for i, grade in graded.items()}
+        scores[key] = {names[i]: float(-rank) for rank, i in enumerate(ranked)}
+    values = pytrec_eval.RelevanceEvaluator(judgments, _TREC_REQUEST).evaluate({k: v for k, v in scores.items() if v})
+    zeros = dict.fromkeys(_TREC_NAMES.values(), 0.0)  # for a query with an empty ranking
+    return {query_id: _renamed(values.get(str(number), zeros)) for number, query_id in enumerate(rankings)}
 
 
 def query_metrics(ranking: Sequence[str], relevant: set[str]) -> dict[str, float]:
-    """`measure` of one ranking under binary relevance.
-
-    Args:
-        ranking: Passage ids, best first.
-        relevant: Ids of all relevant passages.
-    """
-    return measure({"": ranking}, {"": dict.fromkeys(relevant, 1.0)})[""]
+    """`compute_metrics` of one ranking with binary relevance."""
+    return compute_metrics({"": ranking}, {"": dict.fromkeys(relevant, 1.0)})[""]
 
 
-def _by_name(values: Mapping[str, float]) -> dict[str, float]:
-    measured = {name: float(values[theirs]) for name, theirs in _TREC.items()}
-    if measured["mrr@10"] < 1 / _CUT - 1e-9:
-        measured["mrr@10"] = 0.0  # trec_eval's has no end
-    return measured
+def metric_label(metric: str) -> str:
+    """The name of a metric as papers write it: "nDCG@10"."""
+    name, at, cutoff = metric.partition("@")
+    return _LABELS.get(name, name.replace("_", " ")) + at + cutoff
+
+
+def _renamed(values: Mapping[str, float]) -> dict[str, float]:
+    metrics = {name: float(values[trec_name]) for name, trec_name in _TREC_NAMES.items()}
+    if metrics["mrr@10"] < 1 / _MRR_CUTOFF - 1e-9:
+        metrics["mrr@10"] = 0.0  # recip_rank has no cutoff
+    return metrics

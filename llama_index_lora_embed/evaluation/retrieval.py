@@ -1,4 +1,4 @@
-"""Retrieval measures of an embedding model on a dataset, query by query."""
+"""Retrieval metrics of an embedding model on a dataset, overall and for each query."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llama_index_lora_embed.core.concurrency import run_async
-from llama_index_lora_embed.core.errors import ConfigError, NonFiniteLossError
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, normalise
-from llama_index_lora_embed.evaluation.embeddings import Embedder
-from llama_index_lora_embed.evaluation.metrics import DEPTH, measure
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.text import normalise
+from llama_index_lora_embed.evaluation.embeddings import Embedder, examples, unit_vectors
+from llama_index_lora_embed.evaluation.metrics import DEPTH, compute_metrics
 from llama_index_lora_embed.evaluation.search import FloatArray, nearest
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-_ON_THE_MAP = 150  # queries whose vectors are kept; more would be a blot on a picture
-_PASSAGES_OF_ONE = 2  # of a query's, on the picture
-_SHOWN = 3
+_SAMPLE_QUERIES = 150  # queries whose vectors are kept; a scatter plot of more is hard to read
+_SAMPLE_PASSAGES = 2  # passages of each of them
 
 Encode = Callable[[list[str]], FloatArray]
 
 
 @dataclass(frozen=True, eq=False)
-class VectorSample:
-    """Vectors of some queries and their relevant passages, for a picture.
+class EmbeddingSample:
+    """Vectors of some queries and of their relevant passages, for a plot.
 
     Attributes:
         query_ids: Names of the rows of `queries`.
-        passage_ids: Names of the rows of `passages`: what is relevant to these queries, two of each at most.
-        queries: [query_ids, dimensions], of length 1.
-        passages: [passage_ids, dimensions], of length 1.
-        relevant: Of each query, which of the passages are.
+        passage_ids: Names of the rows of `passages`: at most two relevant passages of each query.
+        relevant: For each query, its relevant passages among `passage_ids`.
+        queries: Unit vectors, [query_ids, dimensions].
+        passages: Unit vectors, [passage_ids, dimensions].
     """
 
     query_ids: list[str]
@@ -50,21 +50,21 @@ class VectorSample:
 
 @dataclass(frozen=True, eq=False)
 class RetrievalEvaluation:
-    """Measures of one model, or of one retriever, on one dataset.
+    """Metrics of one model, or of one retriever, on one dataset.
 
     Attributes:
-        metrics: Mean over the queries of each of `measures.NAMES`, from 0 to 1; see `measures.measure`.
-        per_query: Query id to its own measures.
-        rankings: Query id to the ids of the hundred best passages, best first.
-        origins: How many of the queries were made in which way.
-        passages: Size of the corpus that was searched.
+        metrics: Mean over the queries of each of `metrics.NAMES`, from 0 to 1; see `compute_metrics`.
+        per_query: Query id to its metrics.
+        rankings: Query id to the ids of the 100 best passages, best first.
+        origins: Number of queries by origin.
+        passages: Size of the corpus.
         similarities: Query id to the scores of its ranking; a retriever may give none.
-        relevant_similarities: Query id to the cosine of each of its relevant passages, wherever they were ranked.
-        sample: Some vectors; None of a retriever.
-        query_origins: Query id to how it was made, where the dataset says so.
-        digest: Of queries, corpus and judgments, so that only evaluations of the same ones are compared; empty if it is
-            not known.
-        notes: What there is to know of dataset and answers beside the measures, a sentence each.
+        relevant_similarities: Query id to the cosine similarity of each of its relevant passages, whatever their rank.
+        sample: Some vectors; None for a retriever.
+        notes: Peculiarities of the dataset and of the results that affect the metrics, a sentence each.
+        query_origins: Query id to origin, where the dataset records it.
+        digest: Digest of queries, corpus and judgments, by which comparisons check that they are the same; empty if not
+            known.
     """
 
     metrics: dict[str, float]
@@ -74,14 +74,14 @@ class RetrievalEvaluation:
     passages: int
     similarities: dict[str, list[float]] = field(default_factory=dict, repr=False)
     relevant_similarities: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
-    sample: VectorSample | None = field(default=None, repr=False)
+    sample: EmbeddingSample | None = field(default=None, repr=False)
     notes: list[str] = field(default_factory=list)
     query_origins: dict[str, str] = field(default_factory=dict, repr=False)
     digest: str = field(default="", repr=False)
 
-    def scores(self, measure: str) -> list[float]:
-        """A measure of each query, in the order of the dataset."""
-        return [values[measure] for values in self.per_query.values()]
+    def scores(self, metric: str) -> list[float]:
+        """The metric of each query, in the order of the dataset."""
+        return [values[metric] for values in self.per_query.values()]
 
 
 def evaluate_retrieval(
@@ -94,24 +94,24 @@ def evaluate_retrieval(
 ) -> RetrievalEvaluation:
     """Evaluate any LlamaIndex embedding model on a dataset, by exact search with cosine similarity.
 
-    Memory is that of the vectors, of a block of scores (16 MB) and of a hundred places for each query.
+    Memory holds the vectors, a block of scores (16 MB) and 100 ranks for each query.
 
     Args:
-        embed_model: Its query and text sides are both used.
-        dataset: Questions, corpus and judgments; grades, where it has some, count in nDCG.
-        num_workers: For models behind an API: how many requests are under way at once, by their asynchronous methods.
-            None embeds with the synchronous ones.
-        cache_folder: Where vectors are kept by model, side and text, 1,024 texts at a time, so that an API is paid
-            once; None keeps none. A model is known by its fingerprint; one without by its settings (keys left out),
-            the files of its folder, and the vectors that it makes of a probe, which is embedded each time.
-        show_progress: Show a bar.
+        embed_model: The model; queries and passages are embedded by its respective methods.
+        dataset: Queries, corpus and judgments. Grades, if there are any, count in nDCG.
+        num_workers: For models behind an API: number of concurrent requests, by the asynchronous methods. None uses the
+            synchronous methods.
+        cache_folder: Folder in which vectors are cached by model, side and text, 1,024 texts at a time, so that an API
+            is paid once. A model is identified by its fingerprint, or else by its settings (except secrets), the files
+            of its folder, and its vector of a probe, which is embedded each time.
+        show_progress: Show a progress bar.
 
     Returns:
-        Measures that agree with sentence-transformers' InformationRetrievalEvaluator, where it has them, and with
-        trec_eval.
+        Metrics that agree with trec_eval and, where it has them, with sentence-transformers'
+        InformationRetrievalEvaluator.
 
     Raises:
-        ConfigError: The vectors differ in length, or num_workers is no positive number.
+        ConfigError: The vectors differ in length, or num_workers is not a positive number.
         DatasetError: The dataset is empty or has dangling ids.
         NonFiniteLossError: Vectors are NaN or infinite; the texts are named.
         OutputDirectoryError: cache_folder cannot be written.
@@ -121,8 +121,8 @@ def evaluate_retrieval(
         0.748
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    maker = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
-    return _judge(*run_async(_vectors_of_both(maker, dataset), suspends=num_workers is not None), dataset)
+    embedder = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    return _evaluate(*run_async(_embed(embedder, dataset), suspends=num_workers is not None), dataset)
 
 
 async def aevaluate_retrieval(
@@ -133,77 +133,66 @@ async def aevaluate_retrieval(
     cache_folder: str | os.PathLike[str] | None = None,
     show_progress: bool = False,
 ) -> RetrievalEvaluation:
-    """`evaluate_retrieval` in the running event loop, by the model's asynchronous methods.
+    """`evaluate_retrieval` in the running event loop, by the asynchronous methods of the model.
 
-    Results and errors are the same. The search runs in a thread, so that the loop stays free.
+    Results and errors are the same. The search runs in a thread, so that it does not block the loop.
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    maker = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
-    return await asyncio.to_thread(_judge, *await _vectors_of_both(maker, dataset), dataset)
-
-
-async def _vectors_of_both(maker: Embedder, dataset: EmbeddingQAFinetuneDataset) -> tuple[FloatArray, FloatArray]:
-    """Of queries in the order of the dataset, and of passages in that of their ids."""
-    queries = await maker.vectors(list(dataset.queries.values()), "query")
-    return queries, await maker.vectors([dataset.corpus[i] for i in sorted(dataset.corpus)], "passage")
+    embedder = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    return await asyncio.to_thread(_evaluate, *await _embed(embedder, dataset), dataset)
 
 
 def evaluate_encoders(
     encode_queries: Encode, encode_passages: Encode, dataset: EmbeddingQAFinetuneDataset
 ) -> RetrievalEvaluation:
-    """Evaluate two functions from texts to vectors.
+    """Evaluate a pair of functions from texts to vectors.
 
     Args:
-        encode_queries: n texts to a float array [n, dimensions] of their own, which is scaled in place.
+        encode_queries: From n texts to a float array [n, dimensions], which is scaled in place.
         encode_passages: The same for passages.
-        dataset: Questions, corpus and judgments.
+        dataset: Queries, corpus and judgments.
 
     Raises:
-        ConfigError: Vectors of queries and passages differ in length, or there are not as many as texts.
+        ConfigError: Vectors of queries and passages differ in length, or their number is not that of the texts.
         DatasetError: The dataset is empty or has dangling ids.
         NonFiniteLossError: Vectors are NaN or infinite.
     """
     dataset.check("evaluation dataset")
-    queries = encode_queries(list(dataset.queries.values()))
-    return _judge(queries, encode_passages([dataset.corpus[i] for i in sorted(dataset.corpus)]), dataset)
+    queries, passages = _texts(dataset)
+    return _evaluate(encode_queries(queries), encode_passages(passages), dataset)
 
 
-def _judge(queries: FloatArray, passages: FloatArray, dataset: EmbeddingQAFinetuneDataset) -> RetrievalEvaluation:
-    query_ids = list(dataset.queries)
-    passage_ids = sorted(dataset.corpus)  # equal scores are ranked by id, as sentence-transformers does
-    queries, passages = unit_vectors(queries, query_ids, "query"), unit_vectors(passages, passage_ids, "passage")
-    if queries.shape[1] != passages.shape[1]:
-        raise ConfigError(
-            f"query vectors of {queries.shape[1]} and passage vectors of {passages.shape[1]} dimensions",
-            "as many of both",
-            "Take one model for queries and passages.",
-        )
-    rows, scores = nearest(queries, passages, DEPTH)
-    rankings = {q: [passage_ids[row] for row in found] for q, found in zip(query_ids, rows, strict=True)}
-    per_query = measure(rankings, relevance(dataset))
-    place = {passage_id: row for row, passage_id in enumerate(passage_ids)}
+def evaluation_of(
+    dataset: EmbeddingQAFinetuneDataset,
+    per_query: dict[str, dict[str, float]],
+    rankings: dict[str, list[str]],
+    similarities: dict[str, list[float]],
+    notes: list[str],
+    *,
+    relevant_similarities: dict[str, dict[str, float]] | None = None,
+    sample: EmbeddingSample | None = None,
+) -> RetrievalEvaluation:
+    """A `RetrievalEvaluation` with its means, and with what it records of the dataset."""
+    names = next(iter(per_query.values()))
     return RetrievalEvaluation(
-        means(per_query),
+        {name: float(np.mean([values[name] for values in per_query.values()])) for name in names},
         per_query,
         rankings,
         dataset.origins(),
-        len(passage_ids),
-        similarities={q: found.tolist() for q, found in zip(query_ids, scores, strict=True)},
-        relevant_similarities={
-            q: {i: float(vector @ passages[place[i]]) for i in dataset.relevant_docs[q]}
-            for q, vector in zip(query_ids, queries, strict=True)
-        },
-        sample=_sample(dataset, queries, passages, place),
-        notes=[*notes_on(dataset), *_notes_on_vectors(queries, passages)],
+        len(dataset.corpus),
+        similarities=similarities,
+        relevant_similarities=relevant_similarities or {},
+        sample=sample,
+        notes=notes,
         query_origins=dict(dataset.query_origins or {}),
-        digest=judged_digest(dataset),
+        digest=evaluation_digest(dataset),
     )
 
 
-def judged_digest(dataset: EmbeddingQAFinetuneDataset) -> str:
-    """SHA-256 (hex) of queries, corpus and judgments, whatever else a dataset holds."""
-    held = [dataset.queries, dataset.corpus, relevance(dataset)]
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+def evaluation_digest(dataset: EmbeddingQAFinetuneDataset) -> str:
+    """SHA-256 (hex) of queries, corpus and judgments, which decide the metrics."""
+    content = [dataset.queries, dataset.corpus, relevance(dataset)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def relevance(dataset: EmbeddingQAFinetuneDataset) -> dict[str, dict[str, float]]:
@@ -211,82 +200,78 @@ def relevance(dataset: EmbeddingQAFinetuneDataset) -> dict[str, dict[str, float]
     return {q: {i: dataset.score(q, i) for i in dataset.relevant_docs[q]} for q in dataset.queries}
 
 
-def means(per_query: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Mean of each measure over the queries."""
-    first = next(iter(per_query.values()))
-    return {name: float(np.mean([values[name] for values in per_query.values()])) for name in first}
+def _texts(dataset: EmbeddingQAFinetuneDataset) -> tuple[list[str], list[str]]:
+    """Queries in the order of the dataset, and passages in the order of their ids."""
+    return list(dataset.queries.values()), [dataset.corpus[i] for i in sorted(dataset.corpus)]
 
 
-def notes_on(dataset: EmbeddingQAFinetuneDataset) -> list[str]:
-    """What makes a dataset's measures lower or higher than retrieval is, a sentence each."""
-    seen: dict[str, str] = {}
-    twins = [i for i, text in dataset.corpus.items() if seen.setdefault(normalise(text), i) != i]
-    asked: dict[str, str] = {}
-    again = [i for i, text in dataset.queries.items() if asked.setdefault(normalise(text), i) != i]
-    notes = []
-    if twins:
-        notes.append(
-            f"{len(twins)} of {len(dataset.corpus)} passages have the text of another ({_some(twins)}): where only one "
-            "of them is judged relevant, finding the other counts as wrong."
-        )
-    if again:
-        notes.append(f"{len(again)} of {len(dataset.queries)} queries have the wording of another ({_some(again)}).")
-    return notes
+async def _embed(embedder: Embedder, dataset: EmbeddingQAFinetuneDataset) -> tuple[FloatArray, FloatArray]:
+    queries, passages = _texts(dataset)
+    return await embedder.embed(queries, "query"), await embedder.embed(passages, "passage")
 
 
-def unit_vectors(vectors: Any, ids: Sequence[str], what: str) -> FloatArray:
-    """Vectors of length 1; those that are zero stay so. An array of float32 is scaled in place, where it can be.
-
-    Args:
-        vectors: [ids, dimensions].
-        ids: Names of the rows, for the message.
-        what: What they are of, for the message.
-
-    Raises:
-        ConfigError: There are not as many as ids.
-        NonFiniteLossError: Some are NaN or infinite.
-    """
-    array: FloatArray = np.require(vectors, np.float32, ["W"])
-    if array.ndim != 2 or len(array) != len(ids):
-        raise ConfigError(
-            f"{what} vectors of the shape {array.shape}", f"one for each of {len(ids)} texts", "Look at the encoder."
-        )
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1)).tolist()
-    if bad:
-        raise NonFiniteLossError(
-            f"{len(bad)} of {len(array)} {what} vectors with NaN or infinity in them ({_some([ids[i] for i in bad])})",
-            "numbers",
-            "Of a model in training: lower the learning_rate. Of another: load it in float32.",
-        )
-    array /= np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
-    return array
-
-
-def _notes_on_vectors(queries: FloatArray, passages: FloatArray) -> list[str]:
-    nothing = {what: int((~vectors.any(axis=1)).sum()) for what, vectors in (("query", queries), ("passage", passages))}
-    return [
-        f"{count} {what} vector(s) are zero, as near to one text as to any other."
-        for what, count in nothing.items()
-        if count
-    ]
-
-
-def _sample(
-    dataset: EmbeddingQAFinetuneDataset, queries: FloatArray, passages: FloatArray, place: dict[str, int]
-) -> VectorSample:
-    """Of queries at even distances, so that the same ones are drawn for every model."""
+def _evaluate(queries: FloatArray, passages: FloatArray, dataset: EmbeddingQAFinetuneDataset) -> RetrievalEvaluation:
     query_ids = list(dataset.queries)
-    chosen = np.unique(np.linspace(0, len(query_ids) - 1, min(_ON_THE_MAP, len(query_ids))).astype(int)).tolist()
-    relevant = [list(dict.fromkeys(dataset.relevant_docs[query_ids[row]]))[:_PASSAGES_OF_ONE] for row in chosen]
-    passage_ids = list(dict.fromkeys(i for ids in relevant for i in ids))
-    return VectorSample(
-        [query_ids[row] for row in chosen],
-        passage_ids,
-        relevant,
-        queries[chosen],
-        passages[[place[i] for i in passage_ids]],
+    passage_ids = sorted(dataset.corpus)  # ties are ranked by id, as sentence-transformers does
+    queries, passages = unit_vectors(queries, query_ids, "query"), unit_vectors(passages, passage_ids, "passage")
+    if queries.shape[1] != passages.shape[1]:
+        raise ConfigError(
+            f"query vectors of {queries.shape[1]} and passage vectors of {passages.shape[1]} dimensions",
+            "the same number of dimensions for both",
+            "Embed queries and passages with one model.",
+        )
+    rows, scores = nearest(queries, passages, DEPTH)
+    rankings = {q: [passage_ids[row] for row in ranked] for q, ranked in zip(query_ids, rows, strict=True)}
+    row_of = {passage_id: row for row, passage_id in enumerate(passage_ids)}
+    return evaluation_of(
+        dataset,
+        compute_metrics(rankings, relevance(dataset)),
+        rankings,
+        {q: values.tolist() for q, values in zip(query_ids, scores, strict=True)},
+        _notes(dataset, queries, passages),
+        relevant_similarities={
+            q: {i: float(vector @ passages[row_of[i]]) for i in dataset.relevant_docs[q]}
+            for q, vector in zip(query_ids, queries, strict=True)
+        },
+        sample=_sample(dataset, queries, passages, row_of),
     )
 
 
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(repr(i) for i in ids[:_SHOWN]) + (", ..." if len(ids) > _SHOWN else "")
+def _notes(dataset: EmbeddingQAFinetuneDataset, queries: FloatArray, passages: FloatArray) -> list[str]:
+    notes = []
+    if copies := _repeated(dataset.corpus):
+        notes.append(
+            f"{len(copies)} of {len(dataset.corpus)} passages have the same text as another one ({examples(copies)}): "
+            "where only one of them is judged relevant, retrieving the other counts as wrong."
+        )
+    if copies := _repeated(dataset.queries):
+        notes.append(
+            f"{len(copies)} of {len(dataset.queries)} queries have the same text as another one ({examples(copies)})."
+        )
+    for name, vectors in (("query", queries), ("passage", passages)):
+        if zeros := int((~vectors.any(axis=1)).sum()):
+            notes.append(f"{zeros} of {len(vectors)} {name} vectors are zero, so their similarity to every text is 0.")
+    return notes
+
+
+def _repeated(texts: dict[str, str]) -> list[str]:
+    """Ids of the texts that repeat an earlier one."""
+    first: dict[str, str] = {}
+    return [i for i, text in texts.items() if first.setdefault(normalise(text), i) != i]
+
+
+def _sample(
+    dataset: EmbeddingQAFinetuneDataset, queries: FloatArray, passages: FloatArray, row_of: dict[str, int]
+) -> EmbeddingSample:
+    """Vectors of evenly spaced queries, so that the sample is the same for every model."""
+    query_ids = list(dataset.queries)
+    rows = np.unique(np.linspace(0, len(query_ids) - 1, min(_SAMPLE_QUERIES, len(query_ids))).astype(int)).tolist()
+    relevant = [list(dict.fromkeys(dataset.relevant_docs[query_ids[row]]))[:_SAMPLE_PASSAGES] for row in rows]
+    passage_ids = list(dict.fromkeys(i for ids in relevant for i in ids))
+    return EmbeddingSample(
+        [query_ids[row] for row in rows],
+        passage_ids,
+        relevant,
+        queries[rows],
+        passages[[row_of[i] for i in passage_ids]],
+    )

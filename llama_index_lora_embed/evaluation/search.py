@@ -10,26 +10,27 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-_QUERIES = 256  # scored at a time against
-_PASSAGES = 16_384  # so many passages: 16 MB of scores, whatever the size of the corpus
+# block size: 16 MB of scores, whatever the size of the corpus
+_QUERIES = 256
+_PASSAGES = 16_384
 
 FloatArray = NDArray[np.float32]
 
 
 def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDArray[np.int64], FloatArray]:
-    """The passages with the highest dot product for each query, best first; equal ones in the order of their rows.
+    """The passages with the highest dot product for each query, best first; ties in the order of their rows.
 
     Args:
         queries: [queries, dimensions].
         passages: [passages, dimensions].
-        depth: How many.
+        depth: Number of passages for each query.
 
     Returns:
         Rows of `passages` and their scores, each [queries, min(depth, passages)].
     """
     import torch
 
-    # an evaluation in training's precision is about the vectors; scores are always float32
+    # the precision of training applies to the vectors; scores are always float32
     with torch.autocast("cpu", enabled=False):
         return _nearest(queries, passages, depth)
 
@@ -46,7 +47,7 @@ def _nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDA
         where = torch.empty(len(part), 0, dtype=torch.int64)
         for begin in range(0, len(passages), _PASSAGES):
             found, at = _highest(part @ torch.from_numpy(passages[begin : begin + _PASSAGES]).T, depth)
-            # what came from earlier rows stands before, and a stable sort leaves it there
+            # earlier rows come first, and a stable sort keeps them there
             values, where = torch.cat([values, found], dim=1), torch.cat([where, at + begin], dim=1)
             values, order = (t[:, :depth] for t in values.sort(dim=1, descending=True, stable=True))
             where = where.gather(1, order)
@@ -55,20 +56,20 @@ def _nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDA
 
 
 def _highest(scores: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The highest scores of each row and their columns; equal ones in the order of their columns."""
+    """The highest scores of each row and their columns; ties in the order of their columns."""
     import torch
 
     depth = min(depth, scores.shape[1])
     more = min(depth + 1, scores.shape[1])
     values, columns = scores.topk(more, dim=1)
-    # torch.topk takes whichever it likes of equal scores: where the last one taken has an equal, all are sorted
+    # torch.topk picks any of several equal scores: rows in which the last one picked is tied are sorted in full
     tied = values[:, depth - 1] == values[:, -1] if more > depth else torch.zeros(len(values), dtype=torch.bool)
-    doubtful = tied.nonzero().flatten()
+    ambiguous = tied.nonzero().flatten()
     columns, order = columns[:, :depth].sort(dim=1)
     values = values[:, :depth].gather(1, order)
     values, order = values.sort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, order)
-    if len(doubtful):
-        exact = scores[doubtful].sort(dim=1, descending=True, stable=True)
-        values[doubtful], columns[doubtful] = exact.values[:, :depth], exact.indices[:, :depth]
+    if len(ambiguous):
+        exact = scores[ambiguous].sort(dim=1, descending=True, stable=True)
+        values[ambiguous], columns[ambiguous] = exact.values[:, :depth], exact.indices[:, :depth]
     return values, columns

@@ -1,4 +1,4 @@
-"""How sure a difference is: paired bootstrap and sign test."""
+"""Statistical significance of a difference: paired bootstrap and sign test."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 2000
-FEWEST = 10
-"""Queries below which there is no verdict: of so few, one or two decide."""
+MIN_QUERIES = 10
+"""Queries below which there is no verdict, because one or two of them would decide it."""
 
-_AT_ONCE = 100  # resamples; bounds the memory at 100 x queries numbers
+_RESAMPLES = 2000
+_BATCH = 100  # resamples drawn at once; bounds the memory to 100 x queries numbers
 
 Numbers = NDArray[np.float64]
 
 
 def paired_intervals(differences: Numbers, *, seed: int = 0) -> list[tuple[float, float]]:
-    """95 % interval of the mean of each column.
+    """95 % confidence interval of the mean of each column, by a paired bootstrap over the rows.
 
-    A paired bootstrap over the rows: percentiles of the mean over 2,000 resamples (Efron and Tibshirani, 1993, chapter
-    13; for retrieval Sakai, 2006). Resamples of few rows are too narrow, so that percentiles further out are taken, as
-    far as Student's t lies beyond the normal distribution (Hesterberg 2015, arXiv 1411.5279, section 3.2). All columns
-    are resampled together. One row says nothing of others: its interval is everything, -1 to 1.
+    Percentiles of the mean over 2,000 resamples (Efron and Tibshirani 1993, chapter 13; for retrieval Sakai 2006).
+    Percentile intervals of few rows are too narrow, so the percentiles are moved outwards by as much as Student's t
+    exceeds the normal distribution (Hesterberg 2015, arXiv 1411.5279, section 3.2), which `scipy.stats.bootstrap` does
+    not offer. A single row gives the whole range, -1 to 1.
 
     Args:
-        differences: [queries, measures], from -1 to 1.
-        seed: Of the resamples.
+        differences: [queries, metrics], from -1 to 1.
+        seed: Random seed.
     """
     from scipy.stats import norm, t  # type: ignore[import-untyped]
 
@@ -34,25 +34,22 @@ def paired_intervals(differences: Numbers, *, seed: int = 0) -> list[tuple[float
     count = len(differences)
     if count < 2:
         return [(-1.0, 1.0)] * differences.shape[1]
-    found = []
-    for start in range(0, RESAMPLES, _AT_ONCE):
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(_AT_ONCE, RESAMPLES - start))
-        found.append(drawn @ differences / count)
+    means = []
+    for start in range(0, _RESAMPLES, _BATCH):
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=min(_BATCH, _RESAMPLES - start))
+        means.append(weights @ differences / count)
     tail = 100 * float(norm.cdf(np.sqrt(count / (count - 1)) * t.ppf(0.025, count - 1)))
-    return [interval(column, tail) for column in np.concatenate(found).T]
+    return [percentile_interval(column, tail) for column in np.concatenate(means).T]
 
 
-def interval(values: Sequence[float] | Numbers, tail: float = 2.5) -> tuple[float, float]:
-    """What lies between two percentiles of resampled values: the middle 95 %, unless another tail is given."""
+def percentile_interval(values: Sequence[float] | Numbers, tail: float = 2.5) -> tuple[float, float]:
+    """The percentiles `tail` and 100 - `tail` of resampled values; by default those around the middle 95 %."""
     low, high = (float(np.percentile(values, q)) for q in (tail, 100 - tail))
     return low, high
 
 
-def sign_test(won: int, lost: int) -> float:
-    """Two-sided p-value of so many wins and losses if both were equally likely; ties count for neither.
-
-    SciPy's exact binomial test (Conover, 1999, section 3.4).
-    """
+def sign_test(improved: int, degraded: int) -> float:
+    """Two-sided p-value of the sign test; ties are left out (Conover 1999, section 3.4)."""
     from scipy.stats import binomtest
 
-    return float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return float(binomtest(improved, improved + degraded).pvalue) if improved + degraded else 1.0

@@ -9,9 +9,9 @@ from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
 from llama_index_lora_embed.deployment import RunRegistry
 from llama_index_lora_embed.evaluation.report import plots
-from llama_index_lora_embed.evaluation.retrieval import judged_digest
+from llama_index_lora_embed.evaluation.retrieval import evaluation_digest
 from tests.conftest import make_dataset
-from tests.evaluation.test_retrieval_comparison import judged
+from tests.helpers.evaluation import noisy_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def registry(adapter, many, tmp_path):
     """Three versions, the second better and the third worse than the first; v1 is promoted."""
     registry = RunRegistry(tmp_path / "registry")
     for noise in (1.0, 0.6, 3.0):
-        registry.add(adapter, dataset=many, evaluation=judged(noise, many))
+        registry.add(adapter, dataset=many, evaluation=noisy_evaluation(noise, many))
     registry.promote("v1")
     return registry
 
@@ -34,7 +34,7 @@ def test_versions_are_listed_and_shown(registry, adapter, many):
     assert RunRegistry(registry.path).list() == registry.list(), "all of it is on disk"
     shown = registry.show("v1")
     manifest = json.loads((adapter / "finetune.json").read_text())
-    for part in (manifest["fingerprint"], manifest["verdict"], str(adapter), judged_digest(many), "ndcg@10"):
+    for part in (manifest["fingerprint"], manifest["verdict"], str(adapter), evaluation_digest(many), "ndcg@10"):
         assert part in shown
     assert ["promoted", "yes"] in [line.split() for line in shown.splitlines()]
     assert ["promoted", "no"] in [line.split() for line in registry.show("v2").splitlines()]
@@ -49,7 +49,7 @@ def test_a_version_is_evaluated_when_it_is_added(adapter, tmp_path):
     registry, dataset = RunRegistry(tmp_path / "r"), make_dataset(passages=10, seed=7, prefix="v")
     version = registry.add(adapter, dataset=dataset, embed_model=LoraEmbedding(adapter, device="cpu"), name="first")
     assert version.metrics == evaluate_retrieval(LoraEmbedding(adapter, device="cpu"), dataset).metrics
-    assert version.evaluated_on == judged_digest(dataset)
+    assert version.evaluated_on == evaluation_digest(dataset)
     assert registry.add(adapter).metrics == {}
 
 
@@ -73,7 +73,7 @@ def test_the_gate_refuses_a_version_with_too_little_evidence(adapter, tmp_path):
     registry, few = RunRegistry(tmp_path / "r"), make_dataset(passages=8)
     rng = np.random.default_rng(0)
     for _ in range(2):
-        evaluation = judged(2.0, few, seed=int(rng.integers(100)))
+        evaluation = noisy_evaluation(2.0, few, seed=int(rng.integers(100)))
         registry.add(adapter, dataset=few, evaluation=evaluation)
     registry.promote("v1")
     gate = registry.gate("v2")
@@ -82,7 +82,7 @@ def test_the_gate_refuses_a_version_with_too_little_evidence(adapter, tmp_path):
     assert RunRegistry(tmp_path / "empty").promoted() is None
     fewer = make_dataset(passages=4)
     for _ in range(2):
-        registry.add(adapter, dataset=fewer, evaluation=judged(1.0, fewer))
+        registry.add(adapter, dataset=fewer, evaluation=noisy_evaluation(1.0, fewer))
     registry.promote("v3")
     assert str(registry.gate("v4", tolerance=1)) == "NOT PASSED: 8 queries are too few; at least 10 are needed"
 
@@ -92,7 +92,7 @@ def test_the_first_version_passes_and_one_evaluated_on_other_data_cannot_be_comp
     fresh.add(adapter)
     assert str(fresh.gate("v1")) == "PASSED: no version is promoted yet"
     other = make_dataset(passages=20)
-    registry.add(adapter, dataset=other, evaluation=judged(1.0, other))
+    registry.add(adapter, dataset=other, evaluation=noisy_evaluation(1.0, other))
     with pytest.raises(DatasetError, match="both evaluated on the same dataset"):
         registry.gate("v4")
     compared = registry.compare("v1", "v4")
@@ -106,7 +106,7 @@ def test_two_versions_are_compared_with_what_changed(registry, adapter, many, tm
     manifest = json.loads((changed / "finetune.json").read_text())
     manifest["settings"]["epochs"] = 99
     (changed / "finetune.json").write_text(json.dumps(manifest))
-    registry.add(changed, dataset=many, evaluation=judged(0.6, many), name="more-epochs")
+    registry.add(changed, dataset=many, evaluation=noisy_evaluation(0.6, many), name="more-epochs")
     compared = registry.compare("v1", "more-epochs")
     assert compared.changed == {"settings.epochs": (6, 99)}
     assert compared.metrics["ndcg@10"].difference > 0
@@ -134,8 +134,8 @@ def test_a_version_reports_a_replaced_or_removed_directory(adapter, tmp_path):
 
 def test_the_trend_covers_versions_evaluated_on_the_latest_dataset(registry, adapter, many, tmp_path):
     other = make_dataset(passages=20)
-    registry.add(adapter, dataset=other, evaluation=judged(1.0, other), name="elsewhere")
-    registry.add(adapter, dataset=many, evaluation=judged(0.5, many), name="last")
+    registry.add(adapter, dataset=other, evaluation=noisy_evaluation(1.0, other), name="elsewhere")
+    registry.add(adapter, dataset=many, evaluation=noisy_evaluation(0.5, many), name="last")
     figure = registry.trend()
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["v1", "v2", "v3", "last"]
     assert len(plots.png(figure)) > 5000
@@ -183,12 +183,12 @@ def test_invalid_additions_are_refused(registry, adapter, many, tiny_model, tmp_
         with pytest.raises(ConfigError, match="letters, digits"):
             registry.add(adapter, name=wrong)
     with pytest.raises(ConfigError, match="without its dataset"):
-        registry.add(adapter, evaluation=judged(1.0, many))
+        registry.add(adapter, evaluation=noisy_evaluation(1.0, many))
     with pytest.raises(DatasetError, match="other queries"):
-        registry.add(adapter, dataset=make_dataset(), evaluation=judged(1.0, many))
+        registry.add(adapter, dataset=make_dataset(), evaluation=noisy_evaluation(1.0, many))
     larger = many.model_copy(update={"corpus": {**many.corpus, "more": "w1"}})
     with pytest.raises(DatasetError, match="other queries or passages"):
-        registry.add(adapter, dataset=larger, evaluation=judged(1.0, many))
+        registry.add(adapter, dataset=larger, evaluation=noisy_evaluation(1.0, many))
     with pytest.raises(TypeError, match="datset"):
         registry.add(adapter, datset=many)
     (registry.path / "evaluations" / "v2.json").write_text("{")

@@ -1,5 +1,3 @@
-"""Half of an adapter: between the base and what was learnt."""
-
 import numpy as np
 import pytest
 from peft import LoraConfig
@@ -7,8 +5,7 @@ from peft import LoraConfig
 from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.evaluation import tune_scale
-from tests.conftest import WORDS, make_dataset
-from tests.embedding.test_many_adapters import trained
+from tests.conftest import WORDS, make_dataset, make_engine
 
 TEXTS = [" ".join(WORDS[i : i + 1 + i % 12]) for i in range(30)]
 
@@ -17,7 +14,7 @@ def vectors(*args, **kwargs):
     return np.array(LoraEmbedding(*args, **kwargs, device="cpu").get_text_embedding_batch(TEXTS))
 
 
-def test_nothing_of_it_is_the_base_and_all_of_it_the_adapter(adapter, tiny_model):
+def test_scale_0_is_the_base_and_scale_1_the_adapter(adapter, tiny_model):
     base, tuned = vectors(base_model=tiny_model), vectors(adapter)
     assert np.abs(vectors(adapter, adapter_scale=0.0) - base).max() < 1e-6
     assert np.abs(vectors(adapter, adapter_scale=1.0) - tuned).max() == 0
@@ -28,11 +25,11 @@ def test_nothing_of_it_is_the_base_and_all_of_it_the_adapter(adapter, tiny_model
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_merged_unmerged_and_among_many_it_is_the_same(adapter, merge):
+def test_merged_unmerged_and_pooled_adapters_agree(adapter, merge):
     alone = vectors(adapter, adapter_scale=0.3, merge=merge)
-    many = LoraEmbedding(adapters={"a": adapter}, adapter_scale=0.3, device="cpu").with_adapter("a")
-    assert np.abs(many.get_text_embedding_batch(TEXTS) - alone).max() < 1e-5
-    assert many.fingerprint == LoraEmbedding(adapter, adapter_scale=0.3, device="cpu").fingerprint
+    pooled = LoraEmbedding(adapters={"a": adapter}, adapter_scale=0.3, device="cpu").with_adapter("a")
+    assert np.abs(pooled.get_text_embedding_batch(TEXTS) - alone).max() < 1e-5
+    assert pooled.fingerprint == LoraEmbedding(adapter, adapter_scale=0.3, device="cpu").fingerprint
 
 
 def test_two_scales_of_one_adapter_do_not_disturb_each_other(adapter):
@@ -43,20 +40,20 @@ def test_two_scales_of_one_adapter_do_not_disturb_each_other(adapter):
             assert np.abs(one.get_text_embedding_batch(TEXTS) - vectors(adapter, adapter_scale=scale)).max() < 1e-5
 
 
-def test_the_fingerprint_tells_scales_apart(adapter):
+def test_every_scale_has_its_fingerprint(adapter):
     digests = {LoraEmbedding(adapter, adapter_scale=s, device="cpu").fingerprint for s in (0.0, 0.25, 0.5, 1.0)}
     assert len(digests) == 4
     assert LoraEmbedding(adapter, device="cpu").fingerprint in digests
 
 
-def test_it_outlives_a_dict(adapter):
+def test_the_scale_survives_to_dict_and_from_dict(adapter):
     half = LoraEmbedding(adapter, adapter_scale=0.5, device="cpu")
     again = LoraEmbedding.from_dict(half.to_dict())
     assert again.adapter_scale == 0.5
     assert again.get_text_embedding(TEXTS[3]) == half.get_text_embedding(TEXTS[3])
 
 
-def test_the_sweep_evaluates_every_scale_and_takes_the_best(adapter, tiny_model):
+def test_the_sweep_evaluates_every_scale_and_chooses_the_best(adapter, tiny_model):
     dataset = make_dataset(passages=20, seed=11, prefix="w")
     sweep = tune_scale(adapter, dataset, scales=(1, 0.5, 0.0, 0.5), device="cpu")
     assert list(sweep.scores()) == [0.0, 0.5, 1.0]
@@ -68,7 +65,7 @@ def test_the_sweep_evaluates_every_scale_and_takes_the_best(adapter, tiny_model)
     assert sweep.scores()[sweep.best] == max(sweep.scores().values())
 
 
-def test_of_equals_the_one_nearest_to_the_base_is_taken(adapter):
+def test_among_ties_the_scale_closest_to_the_base_is_chosen(adapter):
     dataset = make_dataset(passages=2, questions=1, seed=11, prefix="w")
     sweep = tune_scale(adapter, dataset, metric="recall@10", device="cpu")  # ten of two passages
     assert set(sweep.scores().values()) == {1.0}
@@ -76,18 +73,20 @@ def test_of_equals_the_one_nearest_to_the_base_is_taken(adapter):
 
 
 @pytest.mark.parametrize("scales", [(), (0.5, 1.5), (-0.1,), ("half",), (True,)])
-def test_scales_out_of_bounds_are_named(adapter, scales):
-    with pytest.raises(ConfigError, match="scales with"):
+def test_scales_out_of_range_are_refused(adapter, scales):
+    with pytest.raises(ConfigError, match="scales="):
         tune_scale(adapter, make_dataset(), scales=scales)
 
 
-def test_an_unknown_measure_is_refused_with_the_known_ones(adapter):
+def test_an_unknown_metric_is_refused_with_the_known_ones(adapter):
     with pytest.raises(ConfigError, match=r"metric='f1'.*ndcg@10"):
         tune_scale(adapter, make_dataset(), metric="f1", device="cpu")
 
 
-def test_what_is_more_than_a_lora_is_not_scaled(tiny_model, tmp_path):
-    path = trained(tiny_model, tmp_path / "dora", lora_config=LoraConfig(r=4, use_dora=True, target_modules=["query"]))
+def test_only_plain_loras_can_be_scaled(tiny_model, tmp_path):
+    dora = LoraConfig(r=4, use_dora=True, target_modules=["query"])
+    engine = make_engine(tiny_model, tmp_path / "dora", epochs=1, val_dataset=None, val_fraction=0.0, lora_config=dora)
+    path = engine.finetune().adapter_path
     with pytest.raises(ConfigError, match=r"adapter_scale=0\.5.*use_dora"):
         LoraEmbedding(path, adapter_scale=0.5, device="cpu")
     with pytest.raises(ValueError, match="adapter_scale"):

@@ -21,31 +21,31 @@ from llama_index_lora_embed.evaluation.pairs import best_threshold, evaluate_pai
 from tests.conftest import WORDS
 
 
-class Table(BaseEmbedding):
-    """Gives texts the vectors of a table, and counts what it is asked."""
+class TableEmbedding(BaseEmbedding):
+    """Gives texts the vectors of a table, and records the requests."""
 
     table: dict[str, list[float]]
-    asked: dict[str, list[str]] = Field(default_factory=lambda: {"query": [], "text": []})
+    requested: dict[str, list[str]] = Field(default_factory=lambda: {"query": [], "text": []})
 
     def _get_query_embedding(self, query):
-        self.asked["query"].append(query)
+        self.requested["query"].append(query)
         return self.table[query]
 
     async def _aget_query_embedding(self, query):
         return self._get_query_embedding(query)
 
     def _get_text_embedding(self, text):
-        self.asked["text"].append(text)
+        self.requested["text"].append(text)
         return self.table[text]
 
 
 def random_pairs(count=120, seed=0, graded=False, **kwargs):
     rng = random.Random(seed)
-    texts = [" ".join(rng.sample(WORDS, rng.randint(2, 9))) for _ in range(count)]  # so that some texts occur twice
-    # two different ones: a text and itself are equally near in every pair, and rounding would decide on their order
-    drawn = {tuple(sorted(rng.sample(texts, 2))) for _ in range(count)}
-    scores = [rng.random() if graded else float(rng.random() < 0.4) for _ in drawn]
-    return LabelledPairs(*zip(*sorted(drawn), strict=True), scores, **kwargs)
+    texts = [" ".join(rng.sample(WORDS, rng.randint(2, 9))) for _ in range(count)]  # some texts occur twice
+    # pairs of a text with itself all have the similarity 1, and rounding would decide their order
+    chosen = {tuple(sorted(rng.sample(texts, 2))) for _ in range(count)}
+    scores = [rng.random() if graded else float(rng.random() < 0.4) for _ in chosen]
+    return LabelledPairs(*zip(*sorted(chosen), strict=True), scores, **kwargs)
 
 
 def from_table(table, **kwargs):
@@ -56,7 +56,7 @@ def from_table(table, **kwargs):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_binary_measures_agree_with_sentence_transformers(tiny_model, seed):
+def test_binary_metrics_agree_with_sentence_transformers(tiny_model, seed):
     pairs = random_pairs(seed=seed)
     ours = evaluate_pairs(LoraEmbedding(base_model=tiny_model, device="cpu"), pairs)
     evaluator = BinaryClassificationEvaluator(pairs.texts1, pairs.texts2, [int(score) for score in pairs.scores])
@@ -88,7 +88,7 @@ def test_graded_pairs_have_correlations_only(tiny_model):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_measures_of_similarities_with_ties_are_those_of_their_definitions(seed):
+def test_metrics_of_tied_similarities_follow_their_definitions(seed):
     rng = np.random.default_rng(seed)
     similarities = rng.integers(0, 8, 90) / 8
     labels = (rng.random(90) < 0.3).astype(float)
@@ -151,16 +151,16 @@ def test_similarities_are_cosines_in_the_order_of_the_pairs():
     assert np.abs(evaluation.similarities).max() <= 1
 
 
-def test_no_pair_has_a_measure_of_its_own(tiny_model):
+def test_there_are_no_metrics_of_single_pairs(tiny_model):
     assert evaluate_pairs(LoraEmbedding(base_model=tiny_model, device="cpu"), random_pairs()).scores("roc_auc") == []
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_each_text_is_encoded_once_and_on_its_side(symmetric):
+def test_each_text_is_encoded_once_on_its_side(symmetric):
     rows = [("a", "b", 1), ("a", "c", 0), ("b", "a", 1)]
-    model = Table(table={"a": [1, 0], "b": [1, 1], "c": [0, 1]})
+    model = TableEmbedding(table={"a": [1, 0], "b": [1, 1], "c": [0, 1]})
     evaluation = evaluate_pairs(model, LabelledPairs.from_rows(rows, symmetric=symmetric))
-    queries, texts = Counter(model.asked["query"]), Counter(model.asked["text"])
+    queries, texts = Counter(model.requested["query"]), Counter(model.requested["text"])
     assert queries == ({} if symmetric else {"a": 1, "b": 1})
     assert texts == {"a": 1, "b": 1, "c": 1}
     assert evaluation.metrics["roc_auc"] == 1
@@ -188,7 +188,7 @@ def test_prompts_of_the_query_side_count(tiny_model):
 def test_rows_and_files_are_evaluated_as_they_are(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("sentence1,sentence2,label\na,b,yes\na,c,no\n")
-    model = Table(table={"a": [1, 0], "b": [1, 1], "c": [0, 1]})
+    model = TableEmbedding(table={"a": [1, 0], "b": [1, 1], "c": [0, 1]})
     from_rows, from_path = evaluate_pairs(model, [("a", "b", 1), ("a", "c", 0)]), evaluate_pairs(model, path)
     assert from_rows.metrics == from_path.metrics
     assert from_rows.digest == from_path.digest
@@ -199,14 +199,14 @@ def test_rows_and_files_are_evaluated_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_vectors_that_are_no_numbers_are_an_error(value):
+def test_nan_and_infinity_are_refused(value):
     with pytest.raises(NonFiniteLossError, match="1 of 3 text vectors"):
         from_table({"a": [1, 0], "b": [value, 1], "c": [0, 1]}, texts1=["a", "a"], texts2=["b", "c"], scores=[1, 0])
 
 
-def test_pairs_that_cannot_be_judged_by_are_refused():
+def test_pairs_that_cannot_be_evaluated_on_are_refused():
     for scores in ([1, 1], [1, None], [1, 2]):
         with pytest.raises(DatasetError, match="evaluation pairs"):
             from_table({}, texts1=["a", "b"], texts2=["c", "d"], scores=scores)
     with pytest.raises(DatasetError, match="NoneType"):
-        evaluate_pairs(Table(table={}), None)
+        evaluate_pairs(TableEmbedding(table={}), None)

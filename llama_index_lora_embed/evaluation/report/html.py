@@ -1,4 +1,4 @@
-"""`report.html`: one page that says whether a model is better, and by what it was judged."""
+"""Write `report.html`: one page with the verdict on a model and the evidence for it."""
 
 from __future__ import annotations
 
@@ -12,39 +12,57 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError
 from llama_index_lora_embed.core.files import whole_file
-from llama_index_lora_embed.evaluation.compare import Comparison, compare_pairs
+from llama_index_lora_embed.evaluation.pair_comparison import compare_pairs
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation
 from llama_index_lora_embed.evaluation.report import plots
 from llama_index_lora_embed.evaluation.report.run_facts import RunFacts
 from llama_index_lora_embed.evaluation.report.tables import Table, comparison_tables, metrics_table, shortened
 from llama_index_lora_embed.evaluation.retrieval_comparison import QueryOutcome, RetrievalComparison
+from llama_index_lora_embed.evaluation.verdict import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_QUERIES = 10  # won and lost ones that are shown in full
-_FOUND = 3  # passages of each
-_WIDTH = 220  # characters of a passage
-_FEWEST = 4  # vectors that a map takes
+_QUERIES = 10  # improved and degraded queries that are shown
+_PASSAGES = 3  # passages of each
+_PASSAGE_WIDTH = 220  # characters of a passage
+_MIN_VECTORS = 4  # for a map
+_STYLES = {Verdict.BETTER: "better", Verdict.WORSE: "worse"}
+_CURVES = "Training loss and validation metrics; the dashed line marks the step whose weights were written."
+_METRICS = "Means over the queries, with 95 % intervals."
+_SIMILARITIES = (
+    "Relevant passages should lie to the right of the best other passages; where the two overlap, the search errs."
+)
+_SLICES = "Grey slices show no clear difference or are too small. Of twenty slices, one is coloured by chance."
+_MAP = (
+    "A sample of queries and their relevant passages (t-SNE). Short lines are good; the positions and sizes of groups "
+    "mean nothing."
+)
+_PAIRS = "The further apart the two distributions are, the better a threshold separates them."
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of the page.
+class Plot:
+    """A plot on the page.
 
     Attributes:
-        name: Of its file, without ending.
+        name: Name of its file, without extension.
         caption: What it shows, and how to read it.
-        png: The file.
+        png: Content of the file.
     """
 
     name: str
     caption: str
     png: bytes
 
+    @classmethod
+    def of(cls, name: str, caption: str, figure: Figure) -> Plot:
+        """The plot of a figure."""
+        return cls(name, caption, plots.png(figure))
+
     @property
     def source(self) -> str:
-        """The picture itself as an address, so that the page needs no other file."""
+        """The file as a data URL, so that the page needs no other file."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
@@ -56,72 +74,66 @@ def write_report(
     figures: str | os.PathLike[str] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write one self-contained page: verdict, curves, measures, pictures, queries won and lost, settings.
+    """Write one self-contained page: verdict, plots, metrics, improved and degraded queries, settings of the run.
 
-    It loads nothing from anywhere, so that it opens from a disk and can be sent around.
+    The page loads nothing, so it can be opened from a disk and sent around.
 
     Args:
-        path: File to write; its folder is made.
-        comparison: What `compare_retrieval` gave; or base and tuned on labelled pairs.
-        run: The run's adapter directory, for its curves and settings; None leaves these out.
-        figures: Folder for the pictures as PNG files of their own, for notebooks; None writes none.
-        title: Heading; None takes the adapter directory's name.
+        path: File to write; its folder is created.
+        comparison: Result of `compare_retrieval`; or the evaluations of base and tuned on labelled pairs.
+        run: Adapter directory of the run, for its curves and settings; None leaves these out.
+        figures: Folder in which the plots are saved as PNG files too; None saves none.
+        title: Title; None for the name of the adapter directory.
 
     Returns:
         The file.
 
     Raises:
-        AdapterError: `run` is no adapter directory of this package.
-        ConfigError: comparison is neither.
+        AdapterError: `run` is not an adapter directory of this package.
+        ConfigError: comparison is of another type.
         MissingExtraError: The extra "report" is not installed.
-        OutputDirectoryError: The page or a picture cannot be written; an older page is unchanged.
+        OutputDirectoryError: The page or a plot cannot be written; an existing page is unchanged.
     """
     import jinja2
 
     facts = run if isinstance(run, RunFacts) or run is None else RunFacts.read(run)
+    content: dict[str, Any]
     if isinstance(comparison, RetrievalComparison):
-        verdict, line, notes = comparison.comparison, str(comparison), comparison.notes
-        tables = comparison_tables(comparison, queries=0)
-        pictures = list(_of_retrieval(comparison))
-        won, lost = (
-            [_side_by_side(outcome, comparison) for outcome in outcomes[:_QUERIES]]
-            for outcomes in (comparison.won, comparison.lost)
-        )
-        names = comparison.names
-    elif (
-        isinstance(comparison, tuple)
-        and len(comparison) == 2
-        and all(isinstance(c, PairEvaluation) for c in comparison)
-    ):
-        base, tuned = comparison
-        verdict, notes, won, lost, names = compare_pairs(base, tuned), [], [], [], ("base", "tuned")
-        line, tables = str(verdict), [metrics_table({"base": base, "tuned": tuned})]
-        pictures = [_picture("similarities", plots.pair_distributions({"base": base, "tuned": tuned}), _PAIRS)]
+        result, line = comparison.comparison, str(comparison)
+        shown = list(_retrieval_plots(comparison))
+        content = {
+            "notes": comparison.notes,
+            "names": comparison.names,
+            "tables": comparison_tables(comparison, queries=0),
+            "improved": [_side_by_side(outcome, comparison) for outcome in comparison.improved[:_QUERIES]],
+            "degraded": [_side_by_side(outcome, comparison) for outcome in comparison.degraded[:_QUERIES]],
+        }
+    elif _is_pair_of_evaluations(comparison):
+        result = compare_pairs(*comparison)
+        line, by_name = str(result), dict(zip(("base", "tuned"), comparison, strict=True))
+        shown = [Plot.of("similarities", _PAIRS, plots.pair_distributions(by_name))]
+        content = {"notes": [], "names": [], "tables": [metrics_table(by_name)], "improved": [], "degraded": []}
     else:
         raise ConfigError(
             f"a comparison of type {type(comparison).__name__}",
-            "what compare_retrieval gives, or (base, tuned) of evaluate_pairs",
+            "the result of compare_retrieval, or (base, tuned) of evaluate_pairs",
             "write_report(path, compare_retrieval(base, tuned, val))",
         )
     if facts is not None and facts.log:
-        pictures.insert(0, _picture("curves", plots.curves(facts.log, facts.manifest.best_step), _CURVES))
+        shown.insert(0, Plot.of("curves", _CURVES, plots.curves(facts.log, facts.manifest.best_step)))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llama_index_lora_embed.evaluation.report", "."), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     page = environment.get_template("report.html.j2").render(
         title=title or (facts.path.name if facts else "Base against tuned"),
-        verdict=verdict.verdict.value,
-        colour=_colour(verdict),
+        verdict=result.verdict.value,
+        style=_STYLES.get(result.verdict, "unclear"),
         line=line.partition(": ")[2],
-        notes=notes,
-        names=names,
-        pictures=pictures,
-        tables=tables,
-        won=won,
-        lost=lost,
-        facts=[] if facts is None else _facts(facts),
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        plots=shown,
+        facts=[] if facts is None else _run_tables(facts),
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **content,
     )
     target = Path(path).expanduser().absolute()
     try:
@@ -129,101 +141,81 @@ def write_report(
         if figures is not None:
             folder = Path(figures).expanduser()
             folder.mkdir(parents=True, exist_ok=True)
-            for picture in pictures:
-                with whole_file(folder / f"{picture.name}.png", "wb") as file:
-                    file.write(picture.png)
+            for plot in shown:
+                with whole_file(folder / f"{plot.name}.png", "wb") as file:
+                    file.write(plot.png)
         with whole_file(target, "wb") as file:
-            file.write(page.encode("utf-8", "replace"))  # halves of characters
+            file.write(page.encode("utf-8", "replace"))  # lone surrogates
     except OSError as error:
         raise OutputDirectoryError(
-            f"a report that cannot be written ({error})", "a folder that can be written", "Name another path."
+            f"a report that cannot be written ({error})", "a writable folder", "Choose another path."
         ) from error
     return target
 
 
-_SLICES = (
-    "Grey slices may have gained or lost, or are too small to tell. Of twenty slices one lies beside zero by chance."
-)
-_CURVES = (
-    "Loss of the training batches, and measures on the validation set; the dashed line is the step that was written."
-)
-_PAIRS = "The further the two are apart, the better a threshold can tell them apart."
+def _is_pair_of_evaluations(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(item, PairEvaluation) for item in value)
 
 
-def _of_retrieval(comparison: RetrievalComparison) -> Iterator[Picture]:
-    both = dict(zip(comparison.names, (comparison.base, comparison.tuned), strict=True))
-    yield _picture(
-        "measures", plots.bars(both), "Means over the queries, with the interval that other queries would give."
-    )
-    if any(e.similarities for e in both.values()):
-        caption = "The relevant passages are to lie to the right of the best others; where they overlap, search errs."
-        yield _picture("similarities", plots.distributions(both), caption)
+def _retrieval_plots(comparison: RetrievalComparison) -> Iterator[Plot]:
+    evaluations = dict(zip(comparison.names, (comparison.base, comparison.tuned), strict=True))
+    yield Plot.of("metrics", _METRICS, plots.bars(evaluations))
+    if any(evaluation.similarities for evaluation in evaluations.values()):
+        yield Plot.of("similarities", _SIMILARITIES, plots.distributions(evaluations))
     if comparison.slices:
-        yield _picture("slices", plots.slices(comparison), _SLICES)
-    samples = {name: e.sample for name, e in both.items() if e.sample is not None}
-    if len(samples) == len(both) and all(len(s.queries) + len(s.passages) >= _FEWEST for s in samples.values()):
-        caption = (
-            "Some queries and their passages, drawn so that near ones are near (t-SNE). Short lines are good; "
-            "positions and sizes of groups say nothing."
-        )
-        yield _picture("map", plots.vector_map(samples), caption)
-
-
-def _picture(name: str, figure: Figure, caption: str) -> Picture:
-    return Picture(name, caption, plots.png(figure))
+        yield Plot.of("slices", _SLICES, plots.slices(comparison))
+    samples = {name: e.sample for name, e in evaluations.items() if e.sample is not None}
+    if len(samples) == 2 and all(len(s.queries) + len(s.passages) >= _MIN_VECTORS for s in samples.values()):
+        yield Plot.of("map", _MAP, plots.embedding_map(samples))
 
 
 def _side_by_side(outcome: QueryOutcome, comparison: RetrievalComparison) -> dict[str, Any]:
     corpus = comparison.dataset.corpus
 
-    def shown(ids: tuple[str, ...]) -> list[tuple[bool, str]]:
-        return [(i in outcome.relevant, shortened(corpus.get(i, i), _WIDTH)) for i in ids]
+    def top(ids: tuple[str, ...]) -> list[tuple[bool, str]]:
+        return [(i in outcome.relevant, shortened(corpus.get(i, i), _PASSAGE_WIDTH)) for i in ids[:_PASSAGES]]
 
     return {
         "text": outcome.text,
-        "scores": (f"{outcome.base:.2f}", f"{outcome.tuned:.2f}"),
-        "found": (shown(outcome.base_found[:_FOUND]), shown(outcome.tuned_found[:_FOUND])),
-        "wanted": [shortened(corpus.get(i, i), _WIDTH) for i in outcome.relevant],
+        "ndcg": (f"{outcome.base:.2f}", f"{outcome.tuned:.2f}"),
+        "top": (top(outcome.base_top), top(outcome.tuned_top)),
+        "relevant": [shortened(corpus.get(i, i), _PASSAGE_WIDTH) for i in outcome.relevant],
     }
 
 
-def _facts(facts: RunFacts) -> list[Table]:
+def _run_tables(facts: RunFacts) -> list[Table]:
     manifest = facts.manifest
-    truncation = manifest.truncation
     run = {
-        "adapter": facts.path.name,  # the page is sent around
+        "adapter": facts.path.name,  # not its path, because the page is sent around
         "created": manifest.created,
         "base": f"{manifest.base.get('model_id', '')} {manifest.base.get('revision') or ''}".strip(),
         "fingerprint": manifest.fingerprint,
         "step written": manifest.best_step,
-        "verdict when it was trained": manifest.verdict,
+        "verdict of the run": manifest.verdict,
         "prompts": ", ".join(f"{name}: {prompt!r}" for name, prompt in manifest.prompts.items()),
         "max_seq_length": manifest.max_seq_length,
     }
-    tables = [_pairs("Run", run), _pairs("Data", manifest.dataset)]
+    tables = [_values_table("Run", run), _values_table("Data", manifest.dataset)]
     if facts.data:
-        tables.append(Table("From nodes to questions", ("",), [(line,) for line in facts.data]))
-    if truncation:
-        tables.append(_pairs("Texts cut at the end", truncation))
+        tables.append(Table("From nodes to queries", ("",), [(line,) for line in facts.data]))
+    if manifest.truncation:
+        tables.append(_values_table("Truncated texts", manifest.truncation))
     return [
         *tables,
-        _pairs("LoRA", manifest.lora),
-        _pairs("Settings", manifest.settings),
-        _pairs("Libraries", manifest.versions),
+        _values_table("LoRA", manifest.lora),
+        _values_table("Settings", manifest.settings),
+        _values_table("Libraries", manifest.versions),
     ]
 
 
-def _pairs(title: str, values: dict[str, Any]) -> Table:
-    return Table(title, ("", " "), [(str(k).replace("_", " "), _plain(v)) for k, v in values.items()], texts=(" ",))
+def _values_table(title: str, values: dict[str, Any]) -> Table:
+    rows = [(str(name).replace("_", " "), _as_text(value)) for name, value in values.items()]
+    return Table(title, ("", " "), rows, text_columns=(" ",))
 
 
-def _plain(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {_plain(v)}" for k, v in value.items())
+        return ", ".join(f"{k}: {_as_text(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(_as_text, value))
     return "" if value is None else str(value)
-
-
-def _colour(comparison: Comparison) -> str:
-    return {"BETTER": "better", "WORSE": "worse"}.get(comparison.verdict.value, "unclear")

@@ -1,4 +1,4 @@
-"""Pictures of a comparison and of a run, with matplotlib; each function returns a figure of its own."""
+"""Plots of a comparison and of a run, with matplotlib; each function returns a new figure."""
 
 from __future__ import annotations
 
@@ -11,42 +11,41 @@ import numpy as np
 
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.core.optional import require
-from llama_index_lora_embed.evaluation.compare import written
-from llama_index_lora_embed.evaluation.metrics import HEADLINE
-from llama_index_lora_embed.evaluation.significance import FEWEST, paired_intervals
+from llama_index_lora_embed.evaluation.metrics import HEADLINE, metric_label
+from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from llama_index_lora_embed.evaluation.pairs import PairEvaluation
-    from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, VectorSample
+    from llama_index_lora_embed.evaluation.retrieval import EmbeddingSample, RetrievalEvaluation
     from llama_index_lora_embed.evaluation.retrieval_comparison import RetrievalComparison
 
-_BASE, _TUNED, _WRONG, _GRID = "#8d949e", "#0b7285", "#c92a2a", "#e9ecef"
+_GREY, _BLUE, _RED, _LIGHT = "#8d949e", "#0b7285", "#c92a2a", "#e9ecef"
 _DPI = 160
 _BINS = 40
-_NEIGHBOURS = 15.0  # t-SNE's perplexity; less where there are few points
+_PERPLEXITY = 15.0  # of t-SNE; less if there are few points
 
 
 def curves(log: Sequence[Mapping[str, Any]], best_step: int | None = None) -> Figure:
-    """Loss and measures over the steps of a run.
+    """Loss and metrics over the steps of a run.
 
     Args:
         log: Lines of `log.jsonl`, each with "step".
-        best_step: Step whose weights were written; marked.
+        best_step: Step whose weights were written, which is marked.
     """
     figure, (left, right) = _panels(2)
     losses = [(line["step"], line["loss"]) for line in log if isinstance(line.get("loss"), (int, float))]
-    left.plot(*zip(*losses, strict=True), color=_TUNED, marker="o", markersize=3) if losses else _nothing(left)
+    left.plot(*zip(*losses, strict=True), color=_BLUE, marker="o", markersize=3) if losses else _nothing(left)
     _label(left, "training loss", "step")
     for name, style in zip((*HEADLINE, "roc_auc", "spearman"), ("-", "-", ":", "-", ":", "-", "-"), strict=True):
         points = [(x["step"], x[f"eval_{name}"]) for x in log if isinstance(x.get(f"eval_{name}"), (int, float))]
         if points:
-            right.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=written(name))
+            right.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=metric_label(name))
     if right.lines:
         if best_step is not None:
-            right.axvline(best_step, color=_BASE, linewidth=1, linestyle="--", label="written")
+            right.axvline(best_step, color=_GREY, linewidth=1, linestyle="--", label="weights written")
         right.legend(frameon=False, fontsize=8)
     else:
         _nothing(right)
@@ -55,11 +54,11 @@ def curves(log: Sequence[Mapping[str, Any]], best_step: int | None = None) -> Fi
 
 
 def bars(evaluations: Mapping[str, RetrievalEvaluation], *, seed: int = 0) -> Figure:
-    """Means of the headline measures with 95 % intervals (`bootstrap.paired_intervals`), a colour for each model.
+    """Means of the headline metrics with 95 % intervals (`significance.paired_intervals`), a colour for each model.
 
     Args:
-        evaluations: Name to evaluation, of the same queries.
-        seed: Of the resamples.
+        evaluations: Name of the model to evaluation, on the same queries.
+        seed: Random seed of the bootstrap.
     """
     names = [n for n in HEADLINE if all(n in e.metrics for e in evaluations.values())]
     figure, (axes,) = _panels(1)
@@ -73,18 +72,18 @@ def bars(evaluations: Mapping[str, RetrievalEvaluation], *, seed: int = 0) -> Fi
         places = np.arange(len(names)) + (number - (len(evaluations) - 1) / 2) * width
         axes.bar(places, means, width * 0.94, color=_colour(number, len(evaluations)), label=_plain(label))
         axes.errorbar(places, means, yerr=around.clip(0).T, fmt="none", ecolor="#343a40", capsize=2, linewidth=1)
-    axes.set_xticks(np.arange(len(names)), [written(n) for n in names])
+    axes.set_xticks(np.arange(len(names)), [metric_label(n) for n in names])
     axes.set_ylim(0, 1)
     axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(evaluations))
-    _label(axes, "measures with 95 % intervals", "")
+    _label(axes, "metrics with 95 % intervals", "")
     return figure
 
 
 def distributions(evaluations: Mapping[str, RetrievalEvaluation]) -> Figure:
-    """How similar a query is to what is relevant, and to the best that is not; a panel for each model.
+    """Similarities of queries to relevant passages and to the best other passage; a panel for each model.
 
     Args:
-        evaluations: Name to evaluation; those of retrievers have no similarities.
+        evaluations: Name of the model to evaluation; retrievers may have no similarities.
     """
     figure, panels = _panels(len(evaluations))
     for axes, (label, evaluation) in zip(panels, evaluations.items(), strict=True):
@@ -102,7 +101,7 @@ def distributions(evaluations: Mapping[str, RetrievalEvaluation]) -> Figure:
 
 
 def pair_distributions(evaluations: Mapping[str, PairEvaluation]) -> Figure:
-    """Similarities of labelled pairs by label: 1 and 0, or upper and lower half of graded ones."""
+    """Similarities of labelled pairs by label: 1 and 0, or upper and lower half of the grades."""
     figure, panels = _panels(len(evaluations))
     for axes, (label, evaluation) in zip(panels, evaluations.items(), strict=True):
         positive = evaluation.labels > (0.5 if evaluation.binary else float(np.median(evaluation.labels)))
@@ -113,23 +112,23 @@ def pair_distributions(evaluations: Mapping[str, PairEvaluation]) -> Figure:
 
 
 def slices(comparison: RetrievalComparison) -> Figure:
-    """Difference of nDCG@10 with its interval on each slice, and on all queries.
+    """Difference in nDCG@10 with its interval on all queries and on each slice.
 
-    Grey where the interval has 0 in it, or where fewer than ten queries changed.
+    Grey if the interval includes 0, or if fewer than ten queries changed.
     """
-    whole = comparison.measures["ndcg@10"]
+    whole = comparison.metrics["ndcg@10"]
     rows = [("all queries", comparison.comparison.queries, whole)]
-    rows += [(f"{s.by}: {s.name}", s.queries, s.measured) for s in comparison.slices]
+    rows += [(f"{s.by}: {s.name}", s.queries, s.ndcg) for s in comparison.slices]
     figure: Figure = require("matplotlib.figure").Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_GRID, axis="x")
-    for place, (_, _, measured) in enumerate(rows):
-        low, high = measured.interval
-        few = measured.won + measured.lost < FEWEST
-        colour = _BASE if few or low <= 0 <= high else _TUNED if low > 0 else _WRONG
+    axes.grid(color=_LIGHT, axis="x")
+    for place, (_, _, found) in enumerate(rows):
+        low, high = found.interval
+        few = found.improved + found.degraded < MIN_QUERIES
+        colour = _GREY if few or low <= 0 <= high else _BLUE if low > 0 else _RED
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
-        axes.plot(measured.difference, place, "o", color=colour, markersize=5)
+        axes.plot(found.difference, place, "o", color=colour, markersize=5)
     axes.axvline(0, color="#343a40", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_plain(f"{name[:40]} ({count})") for name, count, _ in rows], fontsize=8)
     axes.invert_yaxis()
@@ -137,15 +136,15 @@ def slices(comparison: RetrievalComparison) -> Figure:
     return figure
 
 
-def vector_map(samples: Mapping[str, VectorSample], seed: int = 0) -> Figure:
+def embedding_map(samples: Mapping[str, EmbeddingSample], seed: int = 0) -> Figure:
     """Queries and their relevant passages in two dimensions, a panel for each model.
 
-    t-SNE by cosine distance (van der Maaten and Hinton 2008, scikit-learn): what is near was near, distances between
-    groups say nothing. A line leads from each query to its passage: the shorter the better.
+    t-SNE by cosine distance (van der Maaten and Hinton 2008, scikit-learn): near points are similar, distances between
+    groups mean nothing. A line connects each query to its passages: the shorter, the better.
 
     Args:
-        samples: Name to vectors, of the same queries.
-        seed: Of t-SNE.
+        samples: Name of the model to vectors, of the same queries.
+        seed: Random seed of t-SNE.
 
     Raises:
         ConfigError: There are fewer than four vectors.
@@ -156,9 +155,9 @@ def vector_map(samples: Mapping[str, VectorSample], seed: int = 0) -> Figure:
     for axes, (label, sample) in zip(panels, samples.items(), strict=True):
         vectors = np.concatenate([sample.queries, sample.passages])
         if len(vectors) < 4:
-            raise ConfigError(f"{len(vectors)} vectors to draw a map of", "four or more", "Evaluate on more queries.")
-        perplexity = min(_NEIGHBOURS, (len(vectors) - 1) / 3)
-        # PCA has no more dimensions than there are vectors; a random start does for few
+            raise ConfigError(f"{len(vectors)} vectors to plot", "at least four", "Evaluate on more queries.")
+        perplexity = min(_PERPLEXITY, (len(vectors) - 1) / 3)
+        # PCA needs at least as many vectors as dimensions of the plot
         start = "pca" if min(vectors.shape) >= 2 else "random"
         flat = TSNE(2, perplexity=perplexity, metric="cosine", init=start, random_state=seed).fit_transform(vectors)
         queries, passages = flat[: len(sample.query_ids)], flat[len(sample.query_ids) :]
@@ -167,7 +166,7 @@ def vector_map(samples: Mapping[str, VectorSample], seed: int = 0) -> Figure:
             for passage_id in relevant:
                 ends = np.stack([queries[row], passages[place[passage_id]]])
                 axes.plot(ends[:, 0], ends[:, 1], color="#adb5bd", linewidth=0.6, zorder=1)
-        axes.scatter(passages[:, 0], passages[:, 1], s=12, marker="s", color=_TUNED, label="passages", zorder=2)
+        axes.scatter(passages[:, 0], passages[:, 1], s=12, marker="s", color=_BLUE, label="passages", zorder=2)
         axes.scatter(queries[:, 0], queries[:, 1], s=10, color="#e8590c", label="queries", zorder=3)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -177,41 +176,41 @@ def vector_map(samples: Mapping[str, VectorSample], seed: int = 0) -> Figure:
 
 
 def trend(points: Sequence[tuple[str, float, tuple[float, float] | None]], metric: str) -> Figure:
-    """A measure over versions.
+    """A metric over versions of a model.
 
     Args:
-        points: Name of a version, its mean, and the 95 % interval of the mean where it is known.
-        metric: Name of the measure.
+        points: Name of a version, the mean of the metric, and its 95 % interval if known.
+        metric: Name of the metric.
     """
     figure, (axes,) = _panels(1)
     values = [value for _, value, _ in points]
-    axes.plot(range(len(points)), values, color=_TUNED, marker="o")
+    axes.plot(range(len(points)), values, color=_BLUE, marker="o")
     for place, (_, value, around) in enumerate(points):
         if around is not None:
             spread = [[max(0.0, value - around[0])], [max(0.0, around[1] - value)]]
-            axes.errorbar(place, value, yerr=spread, fmt="none", ecolor=_BASE, capsize=3)
+            axes.errorbar(place, value, yerr=spread, fmt="none", ecolor=_GREY, capsize=3)
     axes.set_xticks(range(len(points)), [_plain(name) for name, _, _ in points], rotation=30, ha="right", fontsize=8)
-    _label(axes, f"{written(metric)} by version", "")
+    _label(axes, f"{metric_label(metric)} by version", "")
     return figure
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file."""
+    """A figure as the bytes of a PNG file."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the font has no letters of some scripts; tables do
+        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some scripts
         figure.savefig(file, format="png", dpi=_DPI)
     return file.getvalue()
 
 
 def _panels(count: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    # not through pyplot, which would change what a notebook draws next
+    # pyplot would change the current figure of a notebook
     figure: Figure = require("matplotlib.figure").Figure(figsize=(8, height), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0].tolist()
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-        axes.grid(color=_GRID)
+        axes.grid(color=_LIGHT)
     return figure, panels
 
 
@@ -220,19 +219,19 @@ def _two_histograms(axes: Axes, right: Any, wrong: Any, names: tuple[str, str]) 
         return _nothing(axes)
     both = np.concatenate([right, wrong])
     edges: Any = np.histogram_bin_edges(both, _BINS)
-    for values, name, colour in ((right, names[0], _TUNED), (wrong, names[1], _WRONG)):
+    for values, name, colour in ((right, names[0], _BLUE), (wrong, names[1], _RED)):
         axes.hist(values, edges, color=colour, alpha=0.6, label=name)
     axes.legend(frameon=False, fontsize=8)
     return None
 
 
 def _plain(text: str) -> str:
-    """A text of a user's, in which matplotlib is to see no formula."""
+    """A text in which matplotlib sees no formula."""
     return text.replace("\\", "/").replace("$", "\\$")
 
 
 def _nothing(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "not recorded", ha="center", va="center", color=_BASE, transform=axes.transAxes)
+    axes.text(0.5, 0.5, "not recorded", ha="center", va="center", color=_GREY, transform=axes.transAxes)
 
 
 def _label(axes: Axes, title: str, x: str) -> None:
@@ -242,4 +241,4 @@ def _label(axes: Axes, title: str, x: str) -> None:
 
 
 def _colour(number: int, count: int) -> str:
-    return _BASE if number == 0 and count > 1 else (_TUNED, "#e8590c", "#5f3dc4", "#2b8a3e")[(number - 1) % 4]
+    return _GREY if number == 0 and count > 1 else (_BLUE, "#e8590c", "#5f3dc4", "#2b8a3e")[(number - 1) % 4]

@@ -1,4 +1,4 @@
-"""What is on disk of a run: its manifest and its log."""
+"""The files of a run that a report reads: its manifest and its log."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from llama_index_lora_embed.config import MANIFEST_NAME
 from llama_index_lora_embed.core.errors import AdapterError
 from llama_index_lora_embed.models.adapter_directory import Manifest
 
-_LOG = "log.jsonl"
+_LOG_NAME = "log.jsonl"
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a report says of a run beside its evaluations.
+    """What a report shows of a run in addition to its evaluations.
 
     Attributes:
         path: Adapter directory.
         manifest: Its `finetune.json`.
-        log: Lines of `<path>.run/log.jsonl`; empty if there is none any more.
-        data: What became of the nodes, a line each; empty if a dataset was passed, or if it is not known.
+        log: Lines of `<path>.run/log.jsonl`; empty without that file.
+        data: Lines of the run's `data_report`; empty if a dataset was passed, or if it is not known.
     """
 
     path: Path
@@ -33,28 +33,28 @@ class RunFacts:
 
     @classmethod
     def read(cls, adapter_path: str | os.PathLike[str], data: str = "") -> RunFacts:
-        """The facts of an adapter directory that this package wrote.
+        """Read the facts of an adapter directory.
 
         Args:
             adapter_path: The directory.
-            data: The run's `data_report` in words.
+            data: The run's `data_report` as a string.
 
         Raises:
-            AdapterError: There is no manifest, or a damaged one.
+            AdapterError: The manifest is missing or damaged.
         """
         path = Path(adapter_path).expanduser().absolute()
         manifest = Manifest.read(path)
         if manifest is None:
             raise AdapterError(
-                f"{str(path)!r} without a {MANIFEST_NAME}",
-                "an adapter directory that this package wrote",
+                f"{str(path)!r} without {MANIFEST_NAME}",
+                "an adapter directory written by this package",
                 "Pass the model_output_path of a run.",
             )
-        return cls(path, manifest, read_log(path.with_name(path.name + ".run") / _LOG), data.splitlines())
+        return cls(path, manifest, read_log(path.with_name(path.name + ".run") / _LOG_NAME), data.splitlines())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log; what a resumed run went over again counts once, a line that was cut short not at all."""
+    """Lines of a run's log. Of steps that a resumed run repeated the last line counts; incomplete lines are skipped."""
     lines: list[dict[str, Any]] = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -66,7 +66,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
-            # a run that was resumed goes over some steps again; a new one in the same place begins at 0
+            # a resumed run repeats some steps; a new run in the same directory starts at step 0
             lines = [kept for kept in lines if kept["step"] <= value["step"]]
             lines.append(value)
     return lines

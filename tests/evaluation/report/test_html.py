@@ -12,18 +12,16 @@ from PIL import Image
 from llama_index_lora_embed import LabelledPairs, LoraFinetuneEngine, compare_retrieval
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, MissingExtraError, OutputDirectoryError
 from llama_index_lora_embed.evaluation import RunFacts, write_report
-from llama_index_lora_embed.evaluation.report.run_facts import read_log
-from tests.conftest import make_dataset
-from tests.evaluation.test_compare import drawn, pair_evaluation
-from tests.evaluation.test_retrieval_comparison import judged
+from tests.conftest import make_dataset, make_engine
+from tests.helpers.evaluation import labels_and_similarities, noisy_evaluation, pair_evaluation
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-# without these it looks for hosts of its maker's
+# without these it connects to hosts of its vendor
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--no-first-run", "--disable-quic"]  # fmt: skip
-PICTURES = {"curves", "measures", "similarities", "slices", "map"}
+PLOTS = {"curves", "metrics", "similarities", "slices", "map"}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +33,17 @@ def comparison():
     dataset.corpus["p0"] += " <img src=x onerror=alert(1)> " + "x" * 500
     ids = list(dataset.queries)
     return compare_retrieval(
-        judged(3.0, dataset), judged(1.0, dataset), dataset, slices={r"C:\$users$": ids[:20]}, names=("$a$", "b [$^^$]")
+        noisy_evaluation(3.0, dataset),
+        noisy_evaluation(1.0, dataset),
+        dataset,
+        slices={r"C:\$users$": ids[:20]},
+        names=("$a$", "b [$^^$]"),
     )
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
-    """What `finetune()` gives back of a run on nodes."""
+    """The result of a run on nodes."""
     from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
     made = make_dataset(passages=40)
@@ -58,29 +60,29 @@ def run(tiny_model, tmp_path_factory):
         return engine.finetune()
 
 
-def test_a_page_of_a_run_is_one_file_with_everything_in_it(run, tmp_path):
+def test_the_page_of_a_run_is_self_contained_and_complete(run, tmp_path):
     page = run.write_report(figures=tmp_path / "figures")
     assert str(page) == f"{run.adapter_path}.run/report.html"
     text = page.read_text(encoding="utf-8")
     assert f'<p class="verdict">{run.verdict.value}</p>' in text
     assert text.index('class="verdict"') < text.index("<img"), "the verdict comes first"
-    assert not re.findall(r'(?:src|href)="(?!data:)', text), "nothing is loaded from anywhere"
+    assert not re.findall(r'(?:src|href)="(?!data:)', text), "nothing is loaded"
     assert not re.findall(r"https?://", text)
-    for said in ("How it was made", "batch size", "fingerprint", run.fingerprint, "passages of 40 nodes",
-                 "Texts cut at the end", "length after", "sentence-transformers", "learning rate"):  # fmt: skip
-        assert said in text, said
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == PICTURES
+    for expected in ("How the model was trained", "batch size", "fingerprint", run.fingerprint, "passages of 40 nodes",
+                 "Truncated texts", "length after", "sentence-transformers", "learning rate"):  # fmt: skip
+        assert expected in text, expected
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == PLOTS
     for path in (tmp_path / "figures").iterdir():
-        assert np.asarray(Image.open(path).convert("L")).std() > 5, f"{path.name} is not empty"
+        assert np.asarray(Image.open(path).convert("L")).std() > 5, f"{path.name} is empty"
 
 
-def test_a_page_of_any_comparison_and_of_pairs(comparison, tmp_path):
+def test_the_pages_of_a_comparison_and_of_pairs(comparison, tmp_path):
     page = write_report(tmp_path / "new" / "folder" / "page.html", comparison, title="<Handbook>")
     text = page.read_text(encoding="utf-8")
     assert "&lt;Handbook&gt;" in text
     assert text.count("<img") == 4
-    assert "How it was made" not in text
-    labels, weak = drawn()
+    assert "How the model was trained" not in text
+    labels, weak = labels_and_similarities()
     pairs = (pair_evaluation(weak, labels), pair_evaluation(weak + 0.1 * labels, labels))
     text = write_report(tmp_path / "pairs.html", pairs).read_text(encoding="utf-8")
     assert "BETTER" in text
@@ -88,13 +90,12 @@ def test_a_page_of_any_comparison_and_of_pairs(comparison, tmp_path):
     assert text.count("<img") == 1
 
 
-def test_a_run_on_pairs_has_a_page(tiny_model, tmp_path):
+def test_the_page_of_a_run_on_pairs(tiny_model, tmp_path):
     rng = np.random.default_rng(0)
     texts = list(make_dataset(passages=80).corpus.values())
     pairs = LabelledPairs(texts[:40], texts[40:], rng.integers(0, 2, 40).astype(float).tolist())
-    judge = LabelledPairs(texts[:30], texts[30:60], [0.0, 1.0] * 15)
-    engine = LoraFinetuneEngine(pairs, tiny_model, str(tmp_path / "a"), val_dataset=judge, epochs=1, device="cpu",
-                                on_overlap="allow", show_progress_bar=False)  # fmt: skip
+    val = LabelledPairs(texts[:30], texts[30:60], [0.0, 1.0] * 15)
+    engine = make_engine(tiny_model, tmp_path / "a", pairs, val_dataset=val, epochs=1, on_overlap="allow")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = engine.finetune()
@@ -104,7 +105,7 @@ def test_a_run_on_pairs_has_a_page(tiny_model, tmp_path):
         result.compare()
 
 
-def test_what_cannot_be_reported_is_refused_and_an_older_page_stays(comparison, adapter, tiny_model, tmp_path):
+def test_wrong_arguments_are_refused_and_an_existing_page_is_unchanged(comparison, adapter, tiny_model, tmp_path):
     page = write_report(tmp_path / "page.html", comparison)
     before = page.read_text(encoding="utf-8")
     with pytest.raises(AdapterError, match=r"finetune\.json"):
@@ -125,16 +126,7 @@ def test_without_the_extra_the_error_is_the_install_command(comparison, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_log_is_read_as_far_as_it_tells(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text(
-        '{"step": 0, "eval_x": 1}\n{"step": 5, "loss": 1.0}\nnonsense\n{"step": 3, "loss": 2.0}\n{"step": 4, "lo'
-    )
-    assert [line["step"] for line in read_log(log)] == [0, 3], "what a resumed run went over again counts once"
-    assert read_log(tmp_path / "none") == []
-
-
-def test_facts_survive_a_lost_log(run, comparison, tmp_path):
+def test_a_run_without_a_log_has_no_curves(run, comparison, tmp_path):
     shutil.copytree(run.adapter_path, tmp_path / "moved")
     facts = RunFacts.read(tmp_path / "moved")
     assert facts.log == []
@@ -145,25 +137,25 @@ def test_facts_survive_a_lost_log(run, comparison, tmp_path):
     BROWSER is None and not os.environ.get("LORA_EMBED_BROWSER"), reason="no Chromium; CI has one and must run this"
 )
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_right_in_a_browser(run, comparison, tmp_path, width):
+def test_the_page_renders_in_a_browser(run, comparison, tmp_path, width):
     assert BROWSER, "LORA_EMBED_BROWSER asks for this test, and there is no Chromium"
     playwright = importlib.import_module("playwright.sync_api")
     page_file = write_report(tmp_path / "page.html", comparison, run=run.adapter_path)
-    said, asked = [], []
+    messages, requests = [], []
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=QUIET)
         page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(page_file.as_uri())
-        assert page.title().endswith("BETTER"), "texts of users are texts"
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+        assert page.title().endswith("BETTER"), "texts are escaped"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing overflows"
         sizes = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])")
-        assert len(sizes) == len(PICTURES)
+        assert len(sizes) == len(PLOTS)
         assert all(complete and natural > 500 and shown > 100 for complete, natural, shown in sizes)
-        # colours of each picture, as the browser has drawn them
-        drawn_colours = page.evaluate(
+        # number of colours of each plot as the browser renders it
+        colours = page.evaluate(
             """[...document.images].map(image => {
                 const canvas = document.createElement('canvas');
                 canvas.width = 200; canvas.height = 100;
@@ -172,8 +164,8 @@ def test_the_page_is_right_in_a_browser(run, comparison, tmp_path, width):
                 return new Set(new Uint32Array(context.getImageData(0, 0, 200, 100).data.buffer)).size;
             })"""
         )
-        assert min(drawn_colours) > 20, "no picture is empty"
+        assert min(colours) > 20, "no plot is empty"
         assert page.locator(".verdict").bounding_box()["y"] < 200
         browser.close()
-    assert said == []
-    assert asked == [page_file.as_uri(), *[url for url in asked[1:] if url.startswith("data:")]]
+    assert messages == []
+    assert requests == [page_file.as_uri(), *[url for url in requests[1:] if url.startswith("data:")]]

@@ -1,0 +1,106 @@
+import asyncio
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from llama_index.core.bridge.pydantic import PrivateAttr
+
+from llama_index_lora_embed import evaluate_retrieval
+from llama_index_lora_embed.core import concurrency
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.evaluation import aevaluate_retrieval
+from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
+from tests.conftest import make_dataset
+from tests.helpers.evaluation import WordCountEmbedding
+
+
+class Client(WordCountEmbedding):
+    """Like API clients, it has connections that belong to the event loop of their first use."""
+
+    _loops: set = PrivateAttr(default_factory=set)
+
+    async def _under_way(self, value):
+        self._loops.add(id(asyncio.get_running_loop()))
+        return await super()._under_way(value)
+
+
+def test_all_requests_of_a_client_run_in_one_event_loop():
+    model, dataset = Client(embed_batch_size=5), make_dataset(passages=8)
+    for _ in range(2):
+        evaluate_retrieval(model, dataset, num_workers=3)
+    assert len(model._loops) == 1
+
+    async def loops():
+        await aevaluate_retrieval(model := Client(), dataset)
+        return model._loops, {id(asyncio.get_running_loop())}
+
+    used, running = asyncio.run(loops())
+    assert used == running
+
+
+def test_nested_synchronous_calls_are_refused_and_the_loop_survives():
+    async def inside():
+        return evaluate_retrieval(WordCountEmbedding(), make_dataset(passages=4), num_workers=2)
+
+    with pytest.raises(ConfigError, match="Await aevaluate_retrieval"):
+        concurrency.run_async(inside())
+
+    async def exits():
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        concurrency.run_async(exits())
+    assert evaluate_retrieval(WordCountEmbedding(), make_dataset(passages=4), num_workers=2).passages == 4
+
+
+def test_an_interrupt_cancels_waiting_requests(monkeypatch):
+    model, dataset = Client(), make_dataset()
+    requested = threading.Event()
+
+    async def slow(self, value):
+        requested.set()
+        self._running[0] += 1
+        await asyncio.sleep(0.2)
+        return value
+
+    monkeypatch.setattr(Client, "_under_way", slow)
+
+    def interrupt():
+        requested.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_retrieval(model, dataset, num_workers=2)
+    time.sleep(0.5)
+    assert model._running[0] <= 6, "of 48"
+
+
+def test_wrong_models_and_vectors_of_different_lengths_are_refused():
+    class Ragged(WordCountEmbedding):
+        def vector(self, text):
+            return [1.0] * len(text)
+
+    with pytest.raises(ConfigError, match="different dimensions"):
+        evaluate_retrieval(Ragged(), make_dataset())
+    for wrong in (None, "a-model", WordCountEmbedding):
+        with pytest.raises(ConfigError, match="a LlamaIndex BaseEmbedding"):
+            evaluate_retrieval(wrong, make_dataset())
+    for wrong in (0, True, "2"):
+        with pytest.raises(ConfigError, match="num_workers"):
+            evaluate_retrieval(WordCountEmbedding(), make_dataset(), num_workers=wrong)
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_a_model_that_drops_texts_is_refused(num_workers):
+    class Skips(WordCountEmbedding):
+        def _get_text_embeddings(self, texts):
+            return super()._get_text_embeddings(texts)[:-1]
+
+    with pytest.raises(ConfigError, match="vectors for 24 texts from Skips"):
+        evaluate_retrieval(Skips(), make_dataset(), num_workers=num_workers)
+    with pytest.raises(ConfigError, match=r"query vectors of shape \(47, 3\)"):
+        evaluate_encoders(lambda t: np.ones((len(t) - 1, 3)), lambda t: np.ones((len(t), 3)), make_dataset())
