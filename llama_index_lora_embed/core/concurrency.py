@@ -1,8 +1,8 @@
 """Asynchronous work from synchronous code, in scripts and in notebooks.
 
-LlamaIndex's `asyncio_run` is not used: where a loop is running, an interrupt waits for all of the work instead of cancelling
-it, and each call has a loop of its own, which breaks API clients that are bound to an earlier one. Its `run_jobs` leaves the
-other jobs running when one fails.
+LlamaIndex's `asyncio_run` is not used: where a loop is running, an interrupt waits for all of the work instead of
+cancelling it, and each call has a loop of its own, which breaks API clients that are bound to an earlier one. Its
+`run_jobs` leaves the other jobs running when one fails.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _LOOPS: dict[int, asyncio.AbstractEventLoop] = {}  # by process id, because thre
 def run_async(work: Coroutine[Any, Any, _T], *, suspends: bool = True) -> _T:
     """Run a coroutine to its end, whether or not an event loop is running in the calling thread.
 
-    All coroutines of a process run in one event loop in a background thread, because the clients of API models are bound
-    to the loop in which they were first used. They see the caller's context variables. Ctrl-C and a notebook's stop
-    button cancel the work; the interrupt is raised once the work has cleaned up.
+    All coroutines of a process run in one event loop in a background thread, because the clients of API models are
+    bound to the loop in which they were first used. They see the caller's context variables. Ctrl-C and a notebook's
+    stop button cancel the work; the interrupt is raised once the work has cleaned up.
 
     Args:
         work: The coroutine.

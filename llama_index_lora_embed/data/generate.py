@@ -1,4 +1,4 @@
-"""llama-index-finetuning's `generate_qa_embedding_pairs`, on the journalled question generator."""
+"""llama-index-finetuning's `generate_qa_embedding_pairs`, on top of `LLMQueryGenerator` and its journal."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ DEFAULT_QA_GENERATE_PROMPT_TMPL = str(
         }
     )
 )
-"""Asks for search queries. Where it is passed unchanged, nodes in other languages are asked about in theirs."""
+"""Asks for search queries. If it is passed unchanged, nodes in other languages get the prompt in their language."""
 
 
 @dataclass(frozen=True)
-class _Made:
-    """Questions that are there already, as a generator."""
+class _Existing:
+    """Existing queries as a generator."""
 
-    questions: list[GeneratedQuery]
+    queries: list[GeneratedQuery]
     name: str = "llm"
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> list[GeneratedQuery]:
-        return self.questions
+        return self.queries
 
 
 async def agenerate_qa_embedding_pairs(
@@ -61,35 +61,35 @@ async def agenerate_qa_embedding_pairs(
     output_path: str = "qa_finetune_dataset.json",
     verbose: bool = True,
 ) -> EmbeddingQAFinetuneDataset:
-    """`generate_qa_embedding_pairs` for callers that are asynchronous themselves; the same in all else."""
+    """The asynchronous `generate_qa_embedding_pairs`."""
     if not isinstance(save_every, int) or save_every < 1:
         raise ConfigError(f"save_every={save_every!r}", "a whole number of at least 1", "500 is the default.")
     default = qa_generate_prompt_tmpl == DEFAULT_QA_GENERATE_PROMPT_TMPL
     generator = LLMQueryGenerator(
-        llm=llm,
-        num_questions=num_questions_per_chunk,
+        llm,
+        num_queries=num_questions_per_chunk,
         prompt=None if default else qa_generate_prompt_tmpl,
         journal=f"{output_path}.journal.jsonl",
         settings=LLMSettings(attempts=retry_limit, on_failure=on_failure, show_progress=verbose),
     )
     nodes = list(nodes)
-    questions = _from_the_old_package(nodes, output_path)
-    known = {question.node_id for question in questions}
+    queries = _queries_of_old_package(nodes, output_path)
+    done = {query.node_id for query in queries}
     _keep_other_dataset(nodes, output_path)
     dataset: EmbeddingQAFinetuneDataset | None = None
     for end in range(save_every, len(nodes) + save_every, save_every):
-        chunk = [node for node in nodes[end - save_every : end] if node.node_id not in known]
-        questions += await generator.agenerate(chunk)
+        chunk = [node for node in nodes[end - save_every : end] if node.node_id not in done]
+        queries += await generator.agenerate(chunk)
         if verbose:
             tqdm.write(f"nodes {end - save_every} to {min(end, len(nodes))}: {generator.report}")
-        if questions:
-            dataset, _ = dataset_from_nodes(nodes[:end], [_Made(questions)])
+        if queries:
+            dataset, _ = dataset_from_nodes(nodes[:end], [_Existing(queries)])
             dataset.save_json(output_path)
     if dataset is None:
         raise DatasetError(
-            f"no question about {len(nodes)} node(s): {generator.report}",
+            f"no query for {len(nodes)} node(s): {generator.report}",
             "at least one",
-            "Check the LLM and that the nodes have text.",
+            "Check the LLM, and that the nodes have text.",
         )
     return dataset
 
@@ -105,32 +105,32 @@ def generate_qa_embedding_pairs(
     output_path: str = "qa_finetune_dataset.json",
     verbose: bool = True,
 ) -> EmbeddingQAFinetuneDataset:
-    """Let an LLM write questions about nodes, as llama-index-finetuning's function of this name.
+    """Let an LLM write queries for nodes: llama-index-finetuning's function with the same signature.
 
-    What differs: requests run side by side; each answer is at once in a journal (`<output_path>.journal.jsonl`),
-    so that an interrupted call goes on where it was; the default prompt asks for search queries
-    (`prompts.EXAM_PROMPT` for exam questions); the passages are the texts that indexing embeds; query ids are
-    made from the content. An unfinished file of the old package is taken up and kept aside (as
-    `<output_path>.llama-index-finetuning`): nodes that it has questions for are not asked about. A file about other
-    nodes is kept as `<output_path>.previous`.
+    Differences: requests run concurrently; each answer is at once in a journal (`<output_path>.journal.jsonl`), so that
+    an interrupted call continues where it stopped; the default prompt asks for search queries (`prompts.EXAM_PROMPT`
+    asks for exam questions); passages are the texts that indexing embeds; query ids are derived from the content.
+
+    An unfinished file of llama-index-finetuning is continued and kept as `<output_path>.llama-index-finetuning`; nodes
+    that it has queries for are not sent to the LLM. A file about other nodes is kept as `<output_path>.previous`.
 
     Args:
         nodes: Nodes with text.
         llm: Any LlamaIndex LLM.
-        qa_generate_prompt_tmpl: With {context_str} and {num_questions_per_chunk}.
-        num_questions_per_chunk: Questions for each node.
+        qa_generate_prompt_tmpl: Prompt with {context_str} and {num_questions_per_chunk}.
+        num_questions_per_chunk: Queries for each node.
         retry_limit: Attempts for each node.
-        on_failure: "continue" leaves a node without a usable answer out, "fail" raises.
-        save_every: Nodes after which the dataset so far is written to `output_path`.
+        on_failure: "continue" skips a node without a usable answer, "fail" raises.
+        save_every: Number of nodes after which the dataset so far is written to `output_path`.
         output_path: JSON file of the dataset.
-        verbose: Show progress and what was asked.
+        verbose: Show progress and a report on the requests.
 
     Returns:
         The dataset, also in `output_path`.
 
     Raises:
-        ConfigError: Wrong arguments.
-        DatasetError: No question came of it, or nodes share an id.
+        ConfigError: Arguments are wrong.
+        DatasetError: There is no query in the end, or nodes share an id.
         LLMError: The LLM fails altogether, or for one node where `on_failure` is "fail".
         JournalError: The journal cannot be used.
     """
@@ -149,10 +149,10 @@ def generate_qa_embedding_pairs(
     )
 
 
-def _from_the_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[GeneratedQuery]:
-    """Questions of a file that llama-index-finetuning wrote, about nodes whose text is still the same.
+def _queries_of_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[GeneratedQuery]:
+    """Queries in a file of llama-index-finetuning for nodes whose text has not changed.
 
-    The file is kept aside before it is replaced: its answers are in no journal, and a later start wants them again.
+    The file is copied before it is replaced: its answers are in no journal, and a later call needs them again.
     """
     kept = f"{output_path}.llama-index-finetuning"
     if os.path.exists(output_path) and EmbeddingQAFinetuneDataset.from_json(output_path).query_origins is None:
@@ -174,10 +174,10 @@ def _from_the_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[G
 
 
 def _keep_other_dataset(nodes: Sequence[BaseNode], output_path: str) -> None:
-    """Put a file aside that holds passages of other nodes: one output path for two corpora is an old mishap."""
+    """Copy a file with passages of other nodes, because both corpora often get the same (default) output path."""
     if os.path.exists(output_path):
         others = EmbeddingQAFinetuneDataset.from_json(output_path).corpus.keys() - {node.node_id for node in nodes}
         if others:
             kept = Path(f"{output_path}.previous")
             shutil.copyfile(output_path, kept)
-            logger.warning("%s held %d passages of other nodes and was kept as %s", output_path, len(others), kept)
+            logger.warning("%s had %d passages of other nodes and was copied to %s", output_path, len(others), kept)

@@ -27,7 +27,7 @@ def test_the_signature_is_the_old_ones():
         assert list(mine) == list(theirs)
         for name in theirs:
             assert mine[name].kind == theirs[name].kind
-            if name != "qa_generate_prompt_tmpl":  # its words are ours
+            if name != "qa_generate_prompt_tmpl":  # another prompt
                 assert mine[name].default == theirs[name].default
 
 
@@ -54,14 +54,14 @@ def test_the_asynchronous_twin_gives_the_same(output, tmp_path):
     assert twin == generate(some_nodes(5), FakeLLM(), output)
 
 
-def test_started_again_it_asks_nothing(output):
+def test_a_second_call_sends_no_requests(output):
     llm = FakeLLM()
     first = generate(some_nodes(5), llm, output, save_every=2)
     assert generate(some_nodes(5), llm, output) == first
     assert llm.calls == 5
 
 
-def test_a_node_that_was_skipped_shifts_nothing(output):
+def test_a_skipped_node_does_not_shift_the_others(output):
     class OneBad(FakeLLM):
         def answer(self, prompt):
             return ConnectionError("down") if "number 1 " in prompt else calm_answer(prompt)
@@ -84,7 +84,7 @@ def test_the_dataset_so_far_is_on_disk_when_a_later_chunk_fails(output):
     assert len(EmbeddingQAFinetuneDataset.from_json(output).corpus) == 8
 
 
-def test_one_output_path_for_two_corpora_loses_neither(output):
+def test_two_corpora_with_one_output_path_are_both_kept(output):
     train = generate(some_nodes(3), FakeLLM(), output)
     val = generate(some_nodes(3, start=50), FakeLLM(), output)
     assert not val.corpus.keys() & train.corpus.keys()
@@ -92,7 +92,7 @@ def test_one_output_path_for_two_corpora_loses_neither(output):
     assert EmbeddingQAFinetuneDataset.from_json(f"{output}.previous") == train
 
 
-def test_an_unfinished_file_of_the_old_package_is_taken_up(output):
+def test_an_unfinished_file_of_the_old_package_is_continued(output):
     nodes = some_nodes(4)
     nodes[1].text = "Rewritten since."
     old = {
@@ -109,10 +109,10 @@ def test_an_unfinished_file_of_the_old_package_is_taken_up(output):
     assert "Old question zero?" in dataset.queries.values()
     assert "Old question one?" not in dataset.queries.values()
     assert generate(nodes, llm, output) == dataset
-    assert llm.calls == 3, "its answers are in no journal, so that the old file has to stay"
+    assert llm.calls == 3, "its answers are in no journal, so the old file must be kept"
 
 
-def test_a_prompt_of_ones_own_in_the_old_form_is_used(output):
+def test_a_custom_prompt_in_the_old_form_is_used(output):
     llm = FakeLLM()
     generate(
         [TextNode(text="some text")], llm, output, qa_generate_prompt_tmpl="{num_questions_per_chunk}: {context_str}"

@@ -1,4 +1,4 @@
-"""Fake LLMs: for latency, for chaos, and for what a provider may send."""
+"""Fake LLMs: with latency, with failures, and with the odd answers of providers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from llama_index_lora_embed.data import LLMQueryGenerator
 
 
 def calm_answer(prompt: str) -> str:
-    """Two questions that depend on the prompt alone."""
+    """Two queries that depend on the prompt alone."""
     mark = hashlib.sha256(prompt.encode()).hexdigest()[:8]
     return f"question: what is thing {mark} about?\nkeywords: thing {mark} size"
 
 
 class FakeLLM(CustomLLM):
-    """Answers after a while, with what `answers` hold in turn, or with `calm_answer`."""
+    """Answers after `latency` seconds with the items of `answers` in turn, or with `calm_answer`."""
 
     latency: float = 0.0
     answers: list[Any] = Field(default_factory=list)
@@ -64,7 +64,7 @@ class FakeLLM(CustomLLM):
 
 
 class ChaosLLM(FakeLLM):
-    """Three calls in ten fail, hang, or answer with nothing, a refusal or noise. Good answers go to `log` first."""
+    """Three calls in ten fail, hang, or answer with nothing, a refusal or noise. Good answers are logged first."""
 
     log: str = ""
 
@@ -102,7 +102,7 @@ def generator(llm, journal, **kwargs):
 
 
 class Blocking(CustomLLM):
-    """One of those that have no asynchronous methods of their own."""
+    """An LLM without asynchronous methods of its own."""
 
     @property
     def metadata(self):
@@ -118,7 +118,7 @@ class Blocking(CustomLLM):
 
 
 class Structured(FakeLLM):
-    """Calls functions: answers with the pydantic class it is asked for, or fails at it."""
+    """An LLM with function calling: answers with the requested pydantic class, or fails."""
 
     broken: bool = False
 

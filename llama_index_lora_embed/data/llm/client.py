@@ -1,15 +1,14 @@
-"""Asking an LLM many things at once: bounded, retried, journalled, counted."""
+"""Many requests to an LLM: a bounded number at a time, retried, journalled, counted."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms import LLM
@@ -23,22 +22,20 @@ from llama_index_lora_embed.data.llm.identity import digest, is_synchronous, llm
 from llama_index_lora_embed.data.llm.journal import Journal
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-Write = Callable[[dict[str, Any]], Awaitable[None]]
-# Requests that must fail, with none answered, before a run is given up as a whole: a wrong key, no network.
-_HOPELESS_AFTER = 8
+# A run ends when so many requests failed and none was answered: the key is wrong, or there is no network.
+_MAX_FAILURES_WITHOUT_ANSWER = 8
 
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask.
+    """A prompt for the LLM.
 
     Attributes:
         template: The prompt.
-        variables: What is filled into it.
-        text_hash: Digest of the text that is asked about.
-        settings: Whatever else decides the answer: number of questions, styles, ...
-        output_cls: Pydantic class of the answer where the LLM is asked for structured output; None for plain text.
+        variables: Values of its variables.
+        text_hash: Digest of the text that the prompt is about.
+        settings: What else decides the answer, for the journal's key.
+        output_cls: Pydantic class of a structured answer; None for plain text.
     """
 
     template: BasePromptTemplate
@@ -50,24 +47,24 @@ class Request:
 
 @dataclass(frozen=True)
 class LLMReport:
-    """What was asked and what came of it. Sums over a journal's earlier runs are not in it.
+    """Requests and their results in one run; earlier runs with the same journal are not included.
 
     Attributes:
-        requests: Calls made, repeated ones included.
-        answered: Requests with a usable answer from this run.
-        from_journal: Requests that were answered before.
-        refused: Calls whose answer held nothing usable (empty, refusals, noise).
+        requests: Calls made, retries included.
+        answered: Requests that got a usable answer in this run.
+        from_journal: Requests that an earlier run had answered.
+        unusable: Calls whose answer held nothing usable (empty, refusals, noise).
         errors: Calls that raised or timed out.
         given_up: Requests without a usable answer after all attempts.
-        prompt_tokens: As far as the LLM tells.
-        completion_tokens: As far as the LLM tells.
-        stopped: Why the run stopped before its end, or "".
+        prompt_tokens: As far as the LLM reports them.
+        completion_tokens: As far as the LLM reports them.
+        stopped: Why the run stopped early, or "".
     """
 
     requests: int = 0
     answered: int = 0
     from_journal: int = 0
-    refused: int = 0
+    unusable: int = 0
     errors: int = 0
     given_up: int = 0
     prompt_tokens: int = 0
@@ -76,54 +73,54 @@ class LLMReport:
 
     def __str__(self) -> str:
         text = (
-            f"{self.answered} answered with {self.requests} calls ({self.refused} unusable answers, {self.errors} "
+            f"{self.answered} answered with {self.requests} calls ({self.unusable} unusable answers, {self.errors} "
             f"errors), {self.from_journal} from the journal, {self.given_up} given up; "
-            f"{self.prompt_tokens} + {self.completion_tokens} tokens as far as the LLM told"
+            f"{self.prompt_tokens} + {self.completion_tokens} tokens as far as the LLM reported them"
         )
         return f"{text}; stopped: {self.stopped}" if self.stopped else text
 
 
-class _RefusedError(Exception):
-    """The LLM answered, and nothing in it can be used."""
+class _UnusableAnswerError(Exception):
+    """The LLM answered, with nothing usable in it."""
 
 
 class LLMClient:
-    """Asks an LLM requests, as many at once as the settings allow, and keeps every answer in a journal.
+    """Sends requests to an LLM, as many at a time as the settings allow, and keeps every answer in a journal.
 
-    An answer counts when the journal has it on disk; a request whose answer the journal has is not made again.
-    Answers with nothing usable in them are journalled too, because they were paid for: they count as attempts in
-    later runs. The LLM's own `rate_limiter` is honoured. An LLM without asynchronous methods of its own is called in
-    threads, and its calls have no timeout: a thread cannot be stopped.
+    An answer counts once the journal has it on disk; a request that the journal has an answer to is not sent again.
+    Unusable answers are journalled too, because they were paid for: they count as attempts in later runs. The LLM's own
+    `rate_limiter` is honoured. An LLM without asynchronous methods of its own is called in threads and without a
+    timeout, because a thread cannot be stopped.
 
     Args:
         llm: Any LlamaIndex LLM.
         journal: Open journal.
-        settings: Bounds.
-        usable: Tells from an answer's text whether there is anything in it.
+        settings: Concurrency, retries, and limits.
+        is_usable: Whether there is anything usable in the text of an answer.
     """
 
-    def __init__(self, llm: LLM, journal: Journal, settings: LLMSettings, usable: Callable[[str], bool]) -> None:
+    def __init__(self, llm: LLM, journal: Journal, settings: LLMSettings, is_usable: Callable[[str], bool]) -> None:
         self.llm = llm
         self.journal = journal
         self.settings = settings
-        self.usable = usable
+        self.is_usable = is_usable
         self.identity = llm_identity(llm)
         self.synchronous = is_synchronous(llm)
         self.in_flight = settings.in_flight or (1 if self.synchronous else 32)
         self.report = LLMReport()
-        self._asking: set[str] = set()
-        self._fruitless = 0  # requests of this run that got nothing usable
-        # Its limiter is waited for here, so that the wait is not taken for a slow answer.
+        self._keys_in_flight: set[str] = set()
+        self._failures = 0
+        self._unwritten: list[dict[str, Any]] = []
+        self._writing = asyncio.Lock()
+        # The client itself waits for the rate limiter, so that the wait does not count as a slow answer.
         self._limiter = llm.rate_limiter
-        self._caller = llm if self._limiter is None else llm.model_copy(update={"rate_limiter": None})
+        self._unlimited_llm = llm if self._limiter is None else llm.model_copy(update={"rate_limiter": None})
 
     def key(self, request: Request) -> str:
-        """What a request is journalled under: a digest of text, prompt, LLM and settings."""
-        # partially filled templates and functions are part of the prompt, so it is hashed as it will be sent
-        blank = {**request.variables, "context_str": ""}
-        prompt = request.template.format(llm=self.llm, **blank)
-        parts = [request.text_hash, digest(prompt), self.identity, request.settings]
-        return digest("\0".join(parts))
+        """The journal's key of a request: a digest of text, prompt, LLM and settings."""
+        # The prompt is hashed as it will be sent, partially filled variables and functions included.
+        prompt = request.template.format(llm=self.llm, **{**request.variables, "context_str": ""})
+        return digest("\0".join([request.text_hash, digest(prompt), self.identity, request.settings]))
 
     def answer(self, request: Request) -> str | None:
         """The journalled answer, or None."""
@@ -131,10 +128,10 @@ class LLMClient:
         return None if record is None else record.get("answer")
 
     async def complete_all(self, requests: Iterable[Request], total: int | None = None) -> LLMReport:
-        """Ask what is not yet answered.
+        """Send the requests that have no journalled answer.
 
         Args:
-            requests: Read one by one, as workers become free.
+            requests: Read one by one as workers become free.
             total: Their number, for the progress bar.
 
         Raises:
@@ -142,99 +139,107 @@ class LLMClient:
             JournalError: An answer could not be written.
         """
         queue = iter(requests)
-        with tqdm(total=total, desc="Asking the LLM", disable=not self.settings.show_progress, unit="node") as bar:
-            async with self._journal_writer() as write:
-                workers = [asyncio.create_task(self._work(queue, write, bar)) for _ in range(self.in_flight)]
-                try:
-                    await asyncio.gather(*workers)
-                finally:
-                    for worker in workers:
-                        worker.cancel()
-                    await asyncio.gather(*workers, return_exceptions=True)
+        with tqdm(total=total, desc="LLM requests", disable=not self.settings.show_progress, unit="node") as bar:
+            workers = [asyncio.create_task(self._work(queue, bar)) for _ in range(self.in_flight)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+                await asyncio.shield(self._flush())  # answers that arrived while the run was being stopped
         if self.report.stopped:
-            logger.warning("asking stopped early: %s", self.report.stopped)
+            logger.warning("LLM requests stopped early: %s", self.report.stopped)
         return self.report
 
-    async def _work(self, queue: Iterator[Request], write: Write, bar: Any) -> None:
+    async def _work(self, queue: Iterator[Request], bar: Any) -> None:
         for request in queue:
             if self.report.stopped:
                 return
             key = self.key(request)
             if key in self.journal:
                 self._count(from_journal=1)
-            elif key not in self._asking:  # the same text twice is asked about once
-                self._asking.add(key)
+            elif key not in self._keys_in_flight:  # two nodes with the same text share one request
+                self._keys_in_flight.add(key)
                 try:
-                    await self._ask(request, key, write)
+                    await self._complete(request, key)
                 finally:
-                    self._asking.discard(key)
+                    self._keys_in_flight.discard(key)
             bar.update()
 
-    async def _ask(self, request: Request, key: str, write: Write) -> None:
-        left = self.settings.attempts - self.journal.refusals(key)
-        if left <= 0:
-            self._give_up(_RefusedError(f"{self.settings.attempts} unusable answers in earlier runs"))
+    async def _complete(self, request: Request, key: str) -> None:
+        """Send a request until it has a usable answer or no attempts are left."""
+        attempts = self.settings.attempts - self.journal.unusable_answers(key)
+        if attempts <= 0:
+            self._give_up(_UnusableAnswerError(f"{self.settings.attempts} unusable answers in earlier runs"))
             return
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(left),
+            stop=stop_after_attempt(attempts),
             wait=wait_random_exponential(multiplier=self.settings.backoff, max=self.settings.max_backoff),
-            retry=retry_if_exception(_worth_retrying),
+            retry=retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, LoraEmbedError)),
             reraise=True,
         )
         try:
             async for attempt in retrying:
                 with attempt:
-                    if self._bound_reached():
+                    if self._limit_reached():
                         return
                     # an LLM that fails at structured output may still write plain lines
-                    plain = attempt.retry_state.attempt_number > (left + 1) // 2
-                    await self._once(replace(request, output_cls=None) if plain else request, key, write)
+                    plain = attempt.retry_state.attempt_number > (attempts + 1) // 2
+                    await self._attempt(replace(request, output_cls=None) if plain else request, key)
         except LoraEmbedError:
             raise
         except Exception as error:
             self._give_up(error)
 
-    async def _once(self, request: Request, key: str, write: Write) -> None:
+    async def _attempt(self, request: Request, key: str) -> None:
         if self._limiter is not None:
             await self._limiter.async_acquire()
         self._count(requests=1)
         call = asyncio.ensure_future(self._call(request))
         try:
-            if self.synchronous:  # a thread cannot be stopped; what it brings home late was paid for as well
+            if self.synchronous:  # a thread cannot be stopped, and its late answer was paid for as well
                 text, tokens = await asyncio.shield(call)
             else:
                 text, tokens = await asyncio.wait_for(call, self.settings.timeout)
         except asyncio.CancelledError:
             if self.synchronous:
                 with contextlib.suppress(Exception):
-                    await self._keep(request, key, write, *await call)
+                    await self._record(request, key, *await call)
             raise
         except Exception:
             self._count(errors=1)
             raise
-        answer, ok = await self._keep(request, key, write, text, tokens)
-        if not ok:
-            self._count(refused=1)
-            raise _RefusedError(f"nothing usable in the answer {answer[:80]!r}")
+        answer, usable = await self._record(request, key, text, tokens)
+        if not usable:
+            self._count(unusable=1)
+            raise _UnusableAnswerError(f"nothing usable in the answer {answer[:80]!r}")
         self._count(answered=1)
 
-    async def _keep(
-        self, request: Request, key: str, write: Write, text: Any, usage: dict[str, int]
-    ) -> tuple[str, bool]:
+    async def _record(self, request: Request, key: str, text: Any, tokens: dict[str, int]) -> tuple[str, bool]:
         """Journal an answer; returns it and whether it is usable."""
-        self._count(**usage)
+        self._count(**tokens)
         answer = text if isinstance(text, str) else repr(text)
         try:
-            ok = isinstance(text, str) and self.usable(text)
-        except Exception:  # whatever it stumbled over, the answer was paid for and is to be kept
-            ok = False
-        record = {"key": key, "ok": ok, "answer": answer, **usage}
-        await write({**record, "text": request.text_hash, "llm": self.identity, "settings": request.settings})
-        return answer, ok
+            usable = isinstance(text, str) and self.is_usable(text)
+        except Exception:  # the answer was paid for and is kept, whatever it is that cannot be parsed
+            usable = False
+        record = {"key": key, "ok": usable, "answer": answer, **tokens}
+        record |= {"text": request.text_hash, "llm": self.identity, "settings": request.settings}
+        self._unwritten.append(record)
+        await asyncio.shield(self._flush())
+        return answer, usable
+
+    async def _flush(self) -> None:
+        """Write what is not yet on disk; answers that arrive during a write share the next one."""
+        async with self._writing:
+            if batch := self._unwritten[:]:
+                await asyncio.to_thread(self.journal.append, batch)
+                del self._unwritten[: len(batch)]
 
     async def _call(self, request: Request) -> tuple[Any, dict[str, int]]:
-        """One call; returns (text, tokens). Prompts are wrapped as the LLM's own `predict` wraps them."""
-        llm: Any = self._caller
+        """One call; returns (text, tokens). Prompts are built as the LLM's own `predict` builds them."""
+        llm: Any = self._unlimited_llm
         if request.output_cls is not None:
             value = await llm.astructured_predict(request.output_cls, request.template, **request.variables)
             return (value.model_dump_json() if isinstance(value, BaseModel) else value), {}
@@ -252,71 +257,28 @@ class LLMClient:
     def _count(self, **more: int) -> None:
         self.report = replace(self.report, **{name: getattr(self.report, name) + n for name, n in more.items()})
 
-    def _bound_reached(self) -> bool:
+    def _limit_reached(self) -> bool:
         tokens = self.report.prompt_tokens + self.report.completion_tokens
-        for name, bound, used in (
+        for name, limit, used in (
             ("max_requests", self.settings.max_requests, self.report.requests),
             ("max_tokens", self.settings.max_tokens, tokens),
         ):
-            if bound is not None and used >= bound:
-                self.report = replace(self.report, stopped=f"{name}={bound} is reached")
+            if limit is not None and used >= limit:
+                self.report = replace(self.report, stopped=f"{name}={limit} is reached")
         return bool(self.report.stopped)
 
     def _give_up(self, error: Exception) -> None:
-        """Count a request that got no usable answer; raise where the run is to end with it."""
+        """Count a request without a usable answer; raise if the run is to end with it."""
         self._count(given_up=1)
-        logger.info("a request was given up: %s", error)
-        # nodes that an LLM refuses are no reason to doubt it where it answered others, now or in earlier runs
-        known = isinstance(error, _RefusedError) and (self.report.from_journal or self.report.refused == 0)
-        self._fruitless += 0 if known else 1
-        if self.settings.on_failure == "fail" or (self.report.answered == 0 and self._fruitless >= _HOPELESS_AFTER):
+        logger.info("no usable answer to a request: %s", error)
+        # An LLM that refuses some nodes still works if it answered others, now or in earlier runs.
+        refusal = isinstance(error, _UnusableAnswerError) and (self.report.from_journal or self.report.unusable == 0)
+        self._failures += 0 if refusal else 1
+        hopeless = self.report.answered == 0 and self._failures >= _MAX_FAILURES_WITHOUT_ANSWER
+        if hopeless or self.settings.on_failure == "fail":
             raise LLMError(
                 f"no usable answer from {self.llm.class_name()} to {self.report.given_up} request(s), the last with "
                 f"{type(error).__name__}: {error}",
-                "answers to questions about nodes",
-                "Check its key, its address and its model name. Answers that the journal has are kept.",
+                "answers to requests about nodes",
+                "Check its key, its address and its model name. Journalled answers are kept.",
             ) from error
-
-    @asynccontextmanager
-    async def _journal_writer(self) -> AsyncIterator[Write]:
-        """A function that returns when its record is on disk; records that come together share one sync."""
-        waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
-        wake, closing = asyncio.Event(), asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        async def write(record: dict[str, Any]) -> None:
-            done: asyncio.Future[None] = loop.create_future()
-            waiting.append((record, done))
-            wake.set()
-            await asyncio.shield(done)
-
-        def settle(batch: list[tuple[dict[str, Any], asyncio.Future[None]]], error: Exception | None) -> None:
-            for _, done in batch:
-                if error is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(error)
-                    done.exception()  # seen, though its worker may be gone
-
-        async def serve() -> None:
-            while waiting or not closing.is_set():
-                await wake.wait()
-                wake.clear()
-                batch, waiting[:] = waiting[:], []
-                try:
-                    await asyncio.to_thread(self.journal.append, [record for record, _ in batch])
-                    settle(batch, None)
-                except Exception as error:
-                    settle(batch, error)
-
-        server = asyncio.create_task(serve())
-        try:
-            yield write
-        finally:  # what came in while the run was being stopped is written too
-            closing.set()
-            wake.set()
-            await asyncio.shield(server)
-
-
-def _worth_retrying(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, LoraEmbedError)

@@ -1,4 +1,4 @@
-"""What an LLM tells of itself and of a call: identity, tokens, whether it blocks."""
+"""Facts about an LLM and its answers: identity, tokens, whether its calls block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from llama_index.core.llms import LLM
 from llama_index.core.llms.custom import CustomLLM
 
-# Fields of an LLM that decide what it says, by a part of their names. Counters, clients, keys and addresses do not.
+# Fields of an LLM that decide its answers, by a part of their names. Counters, clients, keys and addresses do not.
 _IDENTITY = re.compile(
     r"^model|temperature|^top_|^max_(?:new_|completion_|output_)?tokens|seed|system_prompt|query_wrapper_prompt|kwargs"
     r"|^stop|penalty|reasoning|thinking"
@@ -21,7 +21,7 @@ _PRIVATE = re.compile(r"key|header|auth|secret|password|timeout|retries", re.IGN
 
 
 def llm_identity(llm: LLM) -> str:
-    """Digest of what decides an LLM's answers: class, model, temperature and the like; no keys, no addresses."""
+    """Digest of what decides the answers: class, model, temperature and the like, without keys and addresses."""
     fields = {name: _public(value) for name, value in llm.to_dict().items() if _IDENTITY.search(name)}
     text = json.dumps(
         {"class": llm.class_name(), "name": llm.metadata.model_name, **fields},
@@ -32,20 +32,20 @@ def llm_identity(llm: LLM) -> str:
 
 
 def _public(value: Any) -> Any:
-    """Nested settings without keys and headers, which may stand in an LLM's `additional_kwargs`."""
+    """Nested settings without the keys and headers that an LLM's `additional_kwargs` may hold."""
     if isinstance(value, dict):
         return {name: _public(item) for name, item in value.items() if not _PRIVATE.search(str(name))}
     return value
 
 
 def is_synchronous(llm: LLM) -> bool:
-    """Whether its asynchronous methods are LlamaIndex's stand-ins, which block the event loop."""
-    # LlamaIndex wraps methods anew at each access, so that what is inside is compared
+    """Whether its asynchronous methods are LlamaIndex's defaults, which block the event loop."""
+    # LlamaIndex wraps methods at each access, so the wrapped functions are compared
     return isinstance(llm, CustomLLM) and inspect.unwrap(type(llm).acomplete) is inspect.unwrap(CustomLLM.acomplete)
 
 
 def usage(response: Any) -> dict[str, int]:
-    """Tokens as the providers' various fields tell them; empty where they do not."""
+    """Token counts from the fields of various providers; empty if the response has none."""
     found: dict[str, int] = {}
     raw = getattr(response, "raw", None)
     holders = [getattr(response, "additional_kwargs", None), raw]
@@ -66,5 +66,5 @@ def _field(holder: Any, name: str) -> Any:
 
 
 def digest(text: str) -> str:
-    """SHA-256 of a text, 32 hexadecimal digits of it."""
+    """The first 32 hexadecimal digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]

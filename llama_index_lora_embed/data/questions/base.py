@@ -1,4 +1,4 @@
-"""What a question generator is, how generators combine, and how nodes carry questions through a pipeline."""
+"""What a query generator is, how generators combine, and how nodes carry queries through an ingestion pipeline."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from llama_index.core.bridge.pydantic import Field
+from llama_index.core.bridge.pydantic import ConfigDict
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
-QUERIES_KEY = "finetune_questions"
-"""Metadata key under which a pipeline's nodes carry questions: JSON text, because vector stores want flat values."""
+QUERIES_KEY = "finetune_queries"
+"""Metadata key under which a pipeline's nodes carry queries: JSON text, because vector stores want flat values."""
+_FORMER_QUERIES_KEY = "finetune_questions"  # in nodes of earlier versions, whose items have "maker" for "generator"
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n{2,}")
 
 
 @dataclass(frozen=True)
 class GeneratedQuery:
-    """One question and what it is to be trained against.
+    """A synthetic query, or one from a log, and the passage to train it against.
 
     Attributes:
-        text: The question as a user would send it to the retriever.
+        text: The query as a user would send it to the retriever.
         node_id: The node that answers it.
         generator: Name of the generator, with the style after a slash ("llm/keywords"); the query's origin in the
             dataset.
-        passage: The text to train against, where that is not the node's own.
-        score: How well the node answers, above 0 and at most 1; training weighs by it.
+        passage: The passage to train against, where it is not the node's own text.
+        score: How well the node answers, above 0 and at most 1; it weights the training loss.
     """
 
     text: str
@@ -41,11 +42,11 @@ class GeneratedQuery:
 
 @runtime_checkable
 class QueryGenerator(Protocol):
-    """Makes questions from nodes.
+    """Generates queries from nodes.
 
-    A generator yields any number of questions for any of the nodes; it skips a node that gives it nothing, and
-    given the same nodes and seed it yields the same questions. Any object with `name` and `generate` will do;
-    `NodeQueryGenerator` adds what an `IngestionPipeline` needs.
+    A generator yields any number of queries for each node, or none. The same nodes and the same seed give the same
+    queries. Any object with `name` and `generate` is a generator; `NodeQueryGenerator` adds what an `IngestionPipeline`
+    needs.
 
     Example:
         >>> class FileNameQueryGenerator:
@@ -60,51 +61,49 @@ class QueryGenerator(Protocol):
 
     @property
     def name(self) -> str:
-        """What its questions are called in reports and verdicts."""
+        """Name of the generator in reports and in the dataset's `query_origins`."""
         ...
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterable[GeneratedQuery]:
-        """Yield questions about these nodes."""
+        """Yield queries that these nodes answer."""
         ...
 
 
 class NodeQueryGenerator(TransformComponent):
-    """A question generator that is a LlamaIndex `TransformComponent` too.
+    """A query generator that is also a LlamaIndex `TransformComponent`.
 
-    In an `IngestionPipeline` its questions travel in the nodes' metadata, under `QUERIES_KEY`, which is kept
-    out of what is embedded and of what an LLM reads. `MetadataQueryGenerator` takes them out again.
-
-    Attributes:
-        seed: Used in a pipeline, where nobody hands one in.
+    In an `IngestionPipeline` it writes its queries into the metadata of the nodes, under `QUERIES_KEY`, which is
+    excluded from what is embedded and from what an LLM reads. `MetadataQueryGenerator` reads them back.
     """
 
-    seed: int = Field(default=0, description="Seed of a run in a pipeline.")
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    seed: int = 0
+    """Seed of `generate` when the generator is a step of a pipeline."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What its questions are called in reports and verdicts."""
+        """Name of the generator in reports and in the dataset's `query_origins`."""
 
     @abstractmethod
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterable[GeneratedQuery]:
-        """Yield questions about these nodes."""
+        """Yield queries that these nodes answer."""
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Attach this generator's questions to the nodes."""
+        """Attach this generator's queries to the nodes."""
         return attach_queries(nodes, self.generate(nodes, seed=kwargs.get("seed", self.seed)))
 
 
 class FirstOf(NodeQueryGenerator):
-    """Asks several generators about each node and takes the questions of the first that has any.
+    """For each node, the queries of the first generator that has any.
 
-    So a node with a title gets the question that its title is, and inverse cloze, which is further from what
-    people ask, serves the nodes that have none.
-
-    Args:
-        *generators: In order of preference.
+    `FirstOf(TitleQueryGenerator(), InverseClozeQueryGenerator())` uses inverse cloze, which is further from what users
+    type, only for nodes without a title.
     """
 
-    generators: list[Any] = Field(description="Question generators in order of preference.")
+    generators: list[Any]
+    """Query generators in order of preference."""
 
     def __init__(self, *generators: QueryGenerator, **kwargs: Any) -> None:
         super().__init__(**{"generators": list(generators), **kwargs})
@@ -116,31 +115,32 @@ class FirstOf(NodeQueryGenerator):
 
     @property
     def name(self) -> str:
-        """The generators' names."""
+        """Names of the generators, joined by "or"."""
         return " or ".join(generator.name for generator in self.generators)
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
-        """Yield questions, each under the name of the generator that made it."""
-        left = list(nodes)
+        """Yield queries under the names of the generators that they come from."""
+        remaining = list(nodes)
         for generator in self.generators:
-            asked = set()
-            for question in generator.generate(left, seed=seed):
-                asked.add(question.node_id)
-                yield question
-            left = [node for node in left if node.node_id not in asked]
+            covered = set()
+            for query in generator.generate(remaining, seed=seed):
+                covered.add(query.node_id)
+                yield query
+            remaining = [node for node in remaining if node.node_id not in covered]
 
 
-def attach_queries(nodes: Sequence[BaseNode], questions: Iterable[GeneratedQuery]) -> Sequence[BaseNode]:
-    """Write questions into the metadata of their nodes, after those already there; returns the nodes."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for question in questions:
-        found[question.node_id].append({k: v for k, v in asdict(question).items() if k != "node_id" and v is not None})
+def attach_queries(nodes: Sequence[BaseNode], queries: Iterable[GeneratedQuery]) -> Sequence[BaseNode]:
+    """Add queries to the metadata of their nodes, each of them once; returns the nodes."""
+    by_node: dict[str, list[GeneratedQuery]] = defaultdict(list)
+    for query in queries:
+        by_node[query.node_id].append(query)
     for node in nodes:
-        if node.node_id not in found:
+        if node.node_id not in by_node:
             continue
-        carried = json.loads(node.metadata.get(QUERIES_KEY, "[]"))
-        carried += [item for item in found[node.node_id] if item not in carried]
-        node.metadata[QUERIES_KEY] = json.dumps(carried, ensure_ascii=False)
+        attached = attached_queries(node)
+        attached += [query for query in by_node[node.node_id] if query not in attached]
+        items = [{k: v for k, v in asdict(q).items() if k != "node_id" and v is not None} for q in attached]
+        node.metadata[QUERIES_KEY] = json.dumps(items, ensure_ascii=False)
         for excluded in (node.excluded_embed_metadata_keys, node.excluded_llm_metadata_keys):
             if QUERIES_KEY not in excluded:
                 excluded.append(QUERIES_KEY)
@@ -148,13 +148,16 @@ def attach_queries(nodes: Sequence[BaseNode], questions: Iterable[GeneratedQuery
 
 
 def attached_queries(node: BaseNode) -> list[GeneratedQuery]:
-    """The questions that `attach_queries` wrote into a node; what is not in its format is left out."""
+    """The queries that `attach_queries` wrote into a node; empty where the metadata is not in its format."""
     try:
-        items = json.loads(node.metadata.get(QUERIES_KEY) or "[]")
-        found = [GeneratedQuery(**{**item, "node_id": node.node_id}) for item in items or []]
-    except (TypeError, ValueError):
+        items = json.loads(node.metadata.get(QUERIES_KEY) or node.metadata.get(_FORMER_QUERIES_KEY) or "[]")
+        found = [
+            GeneratedQuery(**{"generator": item.pop("maker", None), **item, "node_id": node.node_id})
+            for item in items or []
+        ]
+    except (AttributeError, TypeError, ValueError):
         return []
-    return [q for q in found if isinstance(q.text, str) and isinstance(q.generator, str)]
+    return [query for query in found if isinstance(query.text, str) and isinstance(query.generator, str)]
 
 
 def embed_text(node: BaseNode) -> str:
@@ -163,5 +166,5 @@ def embed_text(node: BaseNode) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences as they stand in the text, split after . ! ? (also full-width) and at blank lines."""
+    """The sentences of a text, split after . ! ? (also full-width) and at blank lines."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part and part.strip()]

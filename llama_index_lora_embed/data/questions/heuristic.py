@@ -1,10 +1,10 @@
-"""Question generators that need no LLM."""
+"""Query generators that need no LLM."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -30,20 +30,18 @@ _HEADINGS = (
 class TitleQueryGenerator(NodeQueryGenerator):
     """A node's title or heading becomes the query for its body.
 
-    The title is looked for in the metadata (LlamaIndex's `TitleExtractor`, `MarkdownNodeParser` and usual
-    readers), then as a heading at the top of the text (Markdown or underlined), then as a question that opens
-    the text, as in FAQs. It is taken out of the text that is trained against, so that matching words is not enough.
+    The title is looked for in the metadata (LlamaIndex's `TitleExtractor`, `MarkdownNodeParser` and common readers),
+    then as a heading at the top of the text (Markdown or underlined), then as a question that opens the text, as in
+    FAQs. It is removed from the passage, so that matching words is not enough.
 
-    A title that many nodes share says little about each of them; beyond `max_nodes_per_title` nodes only the
-    first ones get it.
-
-    Args:
-        max_nodes_per_title: Nodes that may share one title.
-        max_words: Longer "titles" are left alone.
+    A title that many nodes share says little about each of them, so that only the first `max_nodes_per_title` nodes get
+    it.
     """
 
-    max_nodes_per_title: int = Field(default=3, ge=1, description="Nodes that may share one title.")
-    max_words: int = Field(default=30, ge=1, description="Longer titles are left alone.")
+    max_nodes_per_title: int = Field(default=3, ge=1)
+    """Nodes that may share one title."""
+    max_words: int = Field(default=30, ge=1)
+    """Longer titles are ignored."""
     name: ClassVar[str] = "title"
 
     @classmethod
@@ -52,45 +50,49 @@ class TitleQueryGenerator(NodeQueryGenerator):
         return "TitleQueryGenerator"
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
-        """Yield one question for each node that has a title; the seed changes nothing."""
-        used: dict[str, int] = {}
+        """Yield one query for each node that has a title; the seed has no effect."""
+        uses: Counter[str] = Counter()
         for node in nodes:
             found = _metadata_title(node) or _opening_title(node)
             if found is None:
                 continue
             title, passage = found
-            key = title.lower()
             if not title or len(title.split()) > self.max_words or not passage.strip():
                 continue
-            used[key] = used.get(key, 0) + 1
-            if used[key] <= self.max_nodes_per_title:
+            uses[title.lower()] += 1
+            if uses[title.lower()] <= self.max_nodes_per_title:
                 yield GeneratedQuery(title, node.node_id, self.name, passage)
 
 
 def _metadata_title(node: BaseNode) -> tuple[str, str] | None:
-    """(title, embedded text without the metadata line that says it), or None."""
-    body = node.get_content(metadata_mode=MetadataMode.NONE)
+    """(title, embedded text without the title's metadata line), or None."""
+    if not node.get_content(metadata_mode=MetadataMode.NONE).strip():
+        return None
     for key in _TITLE_KEYS:
         title = node.metadata.get(key)
-        if not isinstance(title, str) or not title.strip() or not body.strip():
-            continue
-        bare = node.model_copy(deep=True)
-        bare.excluded_embed_metadata_keys = [*bare.excluded_embed_metadata_keys, key]
-        title = " ".join(title.split())
-        return title, embed_text(bare)
+        if isinstance(title, str) and title.strip():
+            return " ".join(title.split()), _embed_text_without(node, (key,))
     return None
 
 
+def _embed_text_without(node: BaseNode, keys: Sequence[str]) -> str:
+    """The embedded text without some metadata."""
+    copy = node.model_copy(deep=True)
+    copy.excluded_embed_metadata_keys = [*copy.excluded_embed_metadata_keys, *keys]
+    return embed_text(copy)
+
+
 def _opening_title(node: BaseNode) -> tuple[str, str] | None:
+    """(title, embedded text without it), where a heading or a question opens the text, or None."""
     body = node.get_content(metadata_mode=MetadataMode.NONE)
     if match := next(filter(None, (heading.match(body) for heading in _HEADINGS)), None):
-        title, spoken = match["heading"], match[0]
+        title, opening = match["heading"], match[0]
     else:
         sentences = split_sentences(body)
         if len(sentences) < 2 or not sentences[0].endswith(("?", "？")):
             return None
-        title = spoken = sentences[0]
-    rest = body.replace(spoken, "", 1).strip()
+        title = opening = sentences[0]
+    rest = body.replace(opening, "", 1).strip()
     if len(rest.split()) < 3:
         return None
     return " ".join(title.split()), embed_text(node).replace(body, rest, 1)
@@ -99,21 +101,18 @@ def _opening_title(node: BaseNode) -> tuple[str, str] | None:
 class InverseClozeQueryGenerator(NodeQueryGenerator):
     """Inverse cloze: a sentence becomes the query, its node without the sentence the passage.
 
-    Lee, Chang and Toutanova, "Latent Retrieval for Weakly Supervised Open Domain Question Answering" (ACL
-    2019), section 4; keeping the sentence in the passage one time in ten is theirs too: it teaches that
-    matching words matter.
-
-    Args:
-        per_node: Questions for each node, as far as it has sentences.
-        keep_rate: Share of passages that keep the sentence.
-        min_words: Shorter sentences are left out.
-        max_words: Longer sentences are cut to this many words.
+    Lee, Chang and Toutanova, "Latent Retrieval for Weakly Supervised Open Domain Question Answering" (ACL 2019),
+    section 4. As there, one passage in ten keeps the sentence, which teaches the model that matching words matter.
     """
 
-    per_node: int = Field(default=1, ge=1, description="Questions for each node.")
-    keep_rate: float = Field(default=0.1, ge=0, le=1, description="Share of passages that keep the sentence.")
-    min_words: int = Field(default=4, ge=1, description="Shorter sentences are left out.")
-    max_words: int = Field(default=40, ge=1, description="Longer sentences are cut.")
+    per_node: int = Field(default=1, ge=1)
+    """Queries for each node, as far as it has sentences."""
+    keep_rate: float = Field(default=0.1, ge=0, le=1)
+    """Share of passages that keep the sentence."""
+    min_words: int = Field(default=4, ge=1)
+    """Shorter sentences are not used."""
+    max_words: int = Field(default=40, ge=1)
+    """Longer sentences are cut to this many words."""
     name: ClassVar[str] = "inverse_cloze"
 
     @classmethod
@@ -122,15 +121,14 @@ class InverseClozeQueryGenerator(NodeQueryGenerator):
         return "InverseClozeQueryGenerator"
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
-        """Yield up to `per_node` questions for each node with two sentences or more."""
+        """Yield up to `per_node` queries for each node with two sentences or more."""
         for node in nodes:
-            body = node.get_content(metadata_mode=MetadataMode.NONE)
-            sentences = split_sentences(body)
+            sentences = split_sentences(node.get_content(metadata_mode=MetadataMode.NONE))
             usable = [s for s in sentences if len(s.split()) >= self.min_words]
             if len(sentences) < 2 or not usable:
                 continue
             text = embed_text(node)
-            # seeded by node, so that a node's question does not depend on its neighbours
+            # seeded by node, so that a node's queries do not depend on the other nodes
             rng = random.Random(f"{seed}:{node.node_id}")
             for sentence in rng.sample(usable, min(self.per_node, len(usable))):
                 keep = rng.random() < self.keep_rate
@@ -140,17 +138,14 @@ class InverseClozeQueryGenerator(NodeQueryGenerator):
 
 
 class NeighbourQueryGenerator(NodeQueryGenerator):
-    """Adjacent chunks: a chunk is the query, the chunks that follow it in its document answer it, with grades.
+    """Adjacent chunks: a chunk is the query, and the chunks that follow it in its document are graded answers.
 
-    It teaches which passages belong together. A chunk is no question that a user would type, so that these
-    questions are for mixing with others. Nodes count as adjacent in the order in which they are given, within
-    one source document.
-
-    Args:
-        scores: Grade of the next chunk, of the next but one, and so on, each above 0 and at most 1.
+    They teach which passages belong together. No user types a whole chunk, so combine this generator with others. Nodes
+    are adjacent in the order in which they are given, within one source document.
     """
 
-    scores: tuple[float, ...] = Field(default=(0.9, 0.7), description="Grades by distance, nearest first.")
+    scores: tuple[float, ...] = (0.9, 0.7)
+    """Grade of the next chunk, of the next but one, and so on, each above 0 and at most 1."""
     name: ClassVar[str] = "neighbour"
 
     @classmethod
@@ -160,39 +155,35 @@ class NeighbourQueryGenerator(NodeQueryGenerator):
 
     @field_validator("scores")
     @classmethod
-    def _graded(cls, scores: tuple[float, ...]) -> tuple[float, ...]:
+    def _in_range(cls, scores: tuple[float, ...]) -> tuple[float, ...]:
         if not scores or not all(0 < score <= 1 for score in scores):
             raise ValueError("expected at least one grade, each above 0 and at most 1")
         return scores
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
-        """Yield up to `len(scores)` questions for each node that another follows; the seed changes nothing."""
+        """Yield up to `len(scores)` queries from each node that another one follows; the seed has no effect."""
         by_document: dict[str, list[BaseNode]] = defaultdict(list)
         for node in nodes:
             if node.ref_doc_id is not None and node.get_content(metadata_mode=MetadataMode.NONE).strip():
                 by_document[node.ref_doc_id].append(node)
         for chunks in by_document.values():
-            for place, chunk in enumerate(chunks):
+            for position, chunk in enumerate(chunks):
                 query = embed_text(chunk)
-                for score, answer in zip(self.scores, chunks[place + 1 :], strict=False):
+                for score, answer in zip(self.scores, chunks[position + 1 :], strict=False):
                     yield GeneratedQuery(query, answer.node_id, self.name, score=score)
 
 
 class MetadataQueryGenerator(NodeQueryGenerator):
-    """Questions that nodes bring along.
+    """Queries that nodes carry in their metadata.
 
-    Reads what question generators in an `IngestionPipeline` wrote, and the texts of LlamaIndex's
-    `QuestionsAnsweredExtractor`. The latter are embedded together with their node; a question is trained
-    against the node without them, or it would only learn to find itself.
-
-    Args:
-        keys: Metadata keys that hold questions as text, a line each.
+    They come from query generators in an `IngestionPipeline` and from LlamaIndex's `QuestionsAnsweredExtractor`. The
+    text of the latter is embedded together with its node; its queries are trained against the node without it, because
+    the model would otherwise only learn to find the query itself.
     """
 
-    keys: tuple[str, ...] = Field(
-        default=("questions_this_excerpt_can_answer",), description="Metadata keys that hold questions."
-    )
-    name: ClassVar[str] = "carried"
+    keys: tuple[str, ...] = ("questions_this_excerpt_can_answer",)
+    """Metadata keys that hold queries as text, one per line."""
+    name: ClassVar[str] = "metadata"
 
     @classmethod
     def class_name(cls) -> str:
@@ -200,14 +191,11 @@ class MetadataQueryGenerator(NodeQueryGenerator):
         return "MetadataQueryGenerator"
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
-        """Yield the questions, those of a pipeline under the names of their generators; the seed changes nothing."""
+        """Yield the queries, those of a pipeline under the names of their generators; the seed has no effect."""
         for node in nodes:
             yield from attached_queries(node)
             texts = [text for key in self.keys if isinstance(text := node.metadata.get(key), str)]
-            if not texts:
-                continue
-            bare = node.model_copy(deep=True)
-            bare.excluded_embed_metadata_keys = [*bare.excluded_embed_metadata_keys, *self.keys]
+            passage = _embed_text_without(node, self.keys) if texts else None
             for text in texts:
-                for answer in parse_queries(text):
-                    yield GeneratedQuery(answer.text, node.node_id, self.name, embed_text(bare))
+                for query in parse_queries(text):
+                    yield GeneratedQuery(query.text, node.node_id, self.name, passage)

@@ -1,4 +1,4 @@
-"""Questions written by an LLM, and questions judged by one."""
+"""Queries written by an LLM, and an LLM as the judge of queries."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from typing import Any, ClassVar
 
 from llama_index.core.bridge.pydantic import (
     BaseModel,
+    ConfigDict,
     Field,
     PrivateAttr,
     SerializeAsAny,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from llama_index.core.llms import LLM
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from llama_index_lora_embed.config import JOURNAL_NAME, LLMSettings
+from llama_index_lora_embed.config.base import config_error
 from llama_index_lora_embed.core.concurrency import run_async
-from llama_index_lora_embed.core.errors import ConfigError, JournalInUseError
+from llama_index_lora_embed.core.errors import JournalInUseError
+from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect
 from llama_index_lora_embed.data.llm.client import LLMClient, LLMReport, Request
 from llama_index_lora_embed.data.llm.identity import digest
 from llama_index_lora_embed.data.llm.journal import Journal
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, attach_queries, embed_text
-from llama_index_lora_embed.data.questions.parsing import parse_queries, strip_thoughts
+from llama_index_lora_embed.data.questions.parsing import parse_queries, strip_reasoning
 from llama_index_lora_embed.data.questions.prompts import JUDGE_PROMPT, STYLES, search_prompt, style_variables
 
-# What providers refuse in a request: control characters, and the halves of characters that broken readers leave.
+# Providers refuse requests with control characters, and with the lone surrogates that broken readers leave.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-
-
 _POLL_SECONDS = 0.1
 
 
@@ -55,77 +57,86 @@ class SearchQueries(BaseModel):
 class LLMQueryGenerator(NodeQueryGenerator):
     """An LLM writes search queries that each node answers.
 
-    Many requests are under way at once; each answer is in the journal, on disk, before it counts. Started again
-    after an interruption, or on a corpus that has changed in part, only nodes without an answer are asked about:
-    answers belong to a node's text, the prompt, the LLM and the settings, not to its id or place. The questions
-    come in the order of the nodes, however the answers came.
+    Many requests are in flight at once, and each answer is in the journal, on disk, before it counts. After an
+    interruption, or when the corpus has changed in part, only nodes without an answer are sent to the LLM: answers
+    belong to a node's text, the prompt, the LLM and the settings, not to its id or position. Queries come in the order
+    of the nodes, whatever the order of the answers.
 
-    The styles go round from node to node, so that with two questions a node and four styles each style gets its
-    share. The prompt is in the node's language where there is one in it.
-
-    Args:
-        llm: Any LlamaIndex LLM. Its `rate_limiter` is honoured.
-        num_questions: Questions for each node.
-        styles: Kinds of query: "question", "keywords", "paraphrase" (without the text's words), "conversational".
-        prompt: A template of your own with {context_str} and {num_questions_per_chunk}; None for the search
-            prompt. `prompts.EXAM_PROMPT` asks for exam questions.
-        structured: Ask for structured output; None where the LLM calls functions and no `max_tokens` is set. After
-            half the attempts failed, plain lines are asked for.
-        journal: Where answers are kept. The same file may serve several runs, one after the other.
-        settings: How the LLM is asked.
+    The styles rotate from node to node, so that with two queries for each node and four styles all styles are used
+    equally. The prompt is in the node's language if there is one in it.
 
     Raises:
-        ConfigError: Arguments are wrong.
+        ConfigError: Arguments are wrong; all of them are named.
 
     Example:
-        >>> generator = LLMQueryGenerator(llm=llm, journal="runs/questions.jsonl")  # doctest: +SKIP
+        >>> generator = LLMQueryGenerator(llm, journal="runs/queries.jsonl")  # doctest: +SKIP
         >>> engine = LoraFinetuneEngine.from_nodes(nodes, query_generators=[generator])  # doctest: +SKIP
     """
 
-    llm: SerializeAsAny[LLM] = Field(description="The LLM that writes the questions.")
-    num_questions: int = Field(default=2, ge=1, description="Questions for each node.")
-    styles: tuple[str, ...] = Field(default=tuple(STYLES["en"]), description="Kinds of query.")
-    prompt: SerializeAsAny[BasePromptTemplate] | None = Field(default=None, description="A template of your own.")
-    structured: bool | None = Field(default=None, description="Ask for structured output.")
-    journal: str = Field(default=JOURNAL_NAME, description="File in which answers are kept.")
-    settings: LLMSettings = Field(default_factory=LLMSettings, description="How the LLM is asked.")
+    model_config = ConfigDict(extra="forbid")
+
+    llm: SerializeAsAny[LLM]
+    """Any LlamaIndex LLM; its `rate_limiter` is honoured."""
+    num_queries: int = Field(default=2, ge=1)
+    """Queries for each node."""
+    styles: tuple[str, ...] = tuple(STYLES["en"])
+    """Kinds of query: "question", "keywords", "paraphrase" (without the text's words), "conversational"."""
+    prompt: SerializeAsAny[BasePromptTemplate] | None = None
+    """A template with {context_str} and {num_questions_per_chunk}, also as text; None for the search prompt.
+    `prompts.EXAM_PROMPT` asks for exam questions."""
+    structured: bool | None = None
+    """Request structured output; None where the LLM calls functions and no `max_tokens` is set. After half of the
+    attempts have failed, plain lines are requested."""
+    journal: str = Field(default=JOURNAL_NAME, validate_default=True)
+    """File in which answers are kept. Several runs can use it, one after the other."""
+    settings: LLMSettings = Field(default_factory=LLMSettings)
+    """Concurrency, retries, and limits."""
     name: ClassVar[str] = "llm"
 
     _report: LLMReport = PrivateAttr(default_factory=LLMReport)
 
-    def __init__(self, **kwargs: Any) -> None:
-        if isinstance(kwargs.get("prompt"), str):
-            kwargs["prompt"] = PromptTemplate(kwargs["prompt"])
-        problems = [f"{name}: no such argument" for name in sorted(kwargs.keys() - type(self).model_fields.keys())]
-        if not isinstance(kwargs.get("llm"), LLM):
-            problems.append(f"llm={kwargs.get('llm')!r:.60}: expected a LlamaIndex LLM")
+    def __init__(self, llm: LLM, **kwargs: Any) -> None:
         try:
-            if not problems:
-                super().__init__(**kwargs)
-                problems = self._problems()
+            super().__init__(**{"llm": llm, **kwargs})
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        if problems:
-            raise ConfigError(f"{len(problems)} unusable argument(s)", "the values below", "Correct them:", problems)
+            raise config_error(type(self), error) from None
 
-    def _problems(self) -> list[str]:
-        problems = []
-        if self.prompt is not None and "context_str" not in self.prompt.template_vars:
-            problems.append("prompt without {context_str}: expected a template that shows the node's text")
-        if not self.styles or not set(self.styles) <= STYLES["en"].keys():
-            problems.append(f"styles={self.styles!r}: expected some of {sorted(STYLES['en'])}")
-        if self.structured and self.settings.max_tokens is not None:
-            problems.append(
-                "structured=True with max_tokens: expected one of them, as structured answers tell no tokens"
-            )
-        return problems
+    @field_validator("llm", mode="before")
+    @classmethod
+    def _is_llm(cls, llm: Any) -> Any:
+        if not isinstance(llm, LLM):
+            raise ValueError(f"expected a LlamaIndex LLM, got {llm!r:.60}")
+        return llm
+
+    @field_validator("styles")
+    @classmethod
+    def _are_known(cls, styles: tuple[str, ...]) -> tuple[str, ...]:
+        if not styles or not set(styles) <= STYLES["en"].keys():
+            raise ValueError(f"expected some of {sorted(STYLES['en'])}, got {styles!r}")
+        return styles
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _as_template(cls, prompt: Any) -> Any:
+        template = PromptTemplate(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(template, BasePromptTemplate) and "context_str" not in template.template_vars:
+            raise ValueError("expected a template with {context_str}, which shows the node's text")
+        return template
 
     @field_validator("journal", mode="before")
     @classmethod
     def _absolute(cls, path: Any) -> str:
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"expected a path, got {path!r}")
-        return os.path.abspath(os.path.expanduser(os.fspath(path)))  # another working directory finds the same file
+        return absolute(path)  # workers in another working directory find the same file
+
+    @model_validator(mode="after")
+    def _can_count_tokens(self) -> LLMQueryGenerator:
+        if self.structured and self.settings.max_tokens is not None:
+            raise ValueError(
+                "structured=True with max_tokens: expected one of them, because structured answers have no token count"
+            )
+        return self
 
     @classmethod
     def class_name(cls) -> str:
@@ -134,11 +145,11 @@ class LLMQueryGenerator(NodeQueryGenerator):
 
     @property
     def report(self) -> LLMReport:
-        """What the last run asked, and what it cost."""
+        """The requests of the last run and their results."""
         return self._report
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
-        """Ask about every node with text; yield its questions in the order of the nodes.
+        """Yield queries for every node with text, in the order of the nodes; the seed has no effect.
 
         Raises:
             LLMError: The LLM fails altogether, or for one node where `on_failure` is "fail".
@@ -147,32 +158,32 @@ class LLMQueryGenerator(NodeQueryGenerator):
         return iter(run_async(self.agenerate(nodes, seed=seed)))
 
     async def agenerate(self, nodes: Sequence[BaseNode], *, seed: int = 0, wait: bool = False) -> list[GeneratedQuery]:
-        """As `generate`, for callers that are asynchronous themselves.
+        """The asynchronous `generate`.
 
         Args:
-            nodes: Nodes to ask about.
-            seed: Changes nothing: an LLM's chance is its own.
+            nodes: Nodes, with or without text.
+            seed: No effect; an LLM's sampling cannot be seeded from here.
             wait: Wait for another run that has the journal open instead of raising.
         """
         structured = self.structured
         if structured is None:
             structured = self.llm.metadata.is_function_calling_model and self.settings.max_tokens is None
-        with await _opened(self.journal, wait) as journal:
-            asker = LLMClient(self.llm, journal, self.settings, lambda text: bool(parse_queries(text)))
+        with await _open_journal(self.journal, wait) as journal:
+            client = LLMClient(self.llm, journal, self.settings, lambda text: bool(parse_queries(text)))
             try:
-                await asker.complete_all(
-                    (self._request(n, structured) for n in nodes if _has_text(n)), total=len(nodes)
+                await client.complete_all(
+                    (self._request(node, structured) for node in nodes if _has_text(node)), total=len(nodes)
                 )
             finally:
-                self._report = asker.report
-            return list(self._questions(nodes, asker, structured))
+                self._report = client.report
+            return list(self._parsed_queries(nodes, client, structured))
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Attach questions to the nodes; workers of a pipeline take turns at the journal."""
+        """Attach queries to the nodes; the workers of a pipeline take turns with the journal."""
         return attach_queries(nodes, run_async(self.agenerate(nodes, wait=True)))
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """As calling it, without blocking."""
+        """The asynchronous `__call__`."""
         return attach_queries(nodes, await self.agenerate(nodes, wait=True))
 
     def _request(self, node: BaseNode, structured: bool) -> Request:
@@ -180,15 +191,15 @@ class LLMQueryGenerator(NodeQueryGenerator):
         text_hash = digest(text)
         start = int(text_hash[:8], 16) % len(self.styles)
         styles = tuple(
-            self.styles[(start + i) % len(self.styles)] for i in range(min(self.num_questions, len(self.styles)))
+            self.styles[(start + i) % len(self.styles)] for i in range(min(self.num_queries, len(self.styles)))
         )
         language = detect(text)
         variables: dict[str, Any] = {
-            "context_str": _cut(text, self.llm),
-            "num_questions_per_chunk": self.num_questions,
+            "context_str": _truncate(text, self.llm),
+            "num_questions_per_chunk": self.num_queries,
         }
         if self.prompt is None:
-            variables |= style_variables(styles, language, self.num_questions)
+            variables |= style_variables(styles, language, self.num_queries)
         return Request(
             template=self.prompt or search_prompt(language),
             variables=variables,
@@ -197,13 +208,15 @@ class LLMQueryGenerator(NodeQueryGenerator):
             output_cls=SearchQueries if structured else None,
         )
 
-    def _questions(self, nodes: Sequence[BaseNode], asker: LLMClient, structured: bool) -> Iterator[GeneratedQuery]:
+    def _parsed_queries(
+        self, nodes: Sequence[BaseNode], client: LLMClient, structured: bool
+    ) -> Iterator[GeneratedQuery]:
         for node in nodes:
-            if not _has_text(node) or (answer := asker.answer(self._request(node, structured))) is None:
+            if not _has_text(node) or (answer := client.answer(self._request(node, structured))) is None:
                 continue
-            for question in parse_queries(answer, self.num_questions):
-                style = f"/{question.style}" if question.style else ""
-                yield GeneratedQuery(question.text, node.node_id, f"{self.name}{style}")
+            for query in parse_queries(answer, self.num_queries):
+                style = f"/{query.style}" if query.style else ""
+                yield GeneratedQuery(query.text, node.node_id, f"{self.name}{style}")
 
 
 def judge_queries(
@@ -214,54 +227,55 @@ def judge_queries(
     journal: str | os.PathLike[str] = JOURNAL_NAME,
     settings: LLMSettings | None = None,
 ) -> tuple[EmbeddingQAFinetuneDataset, LLMReport, list[str]]:
-    """Let an LLM judge whether passages answer their questions; drop the questions whose passage does not.
+    """Let an LLM judge whether passages answer their queries; drop the queries whose passage does not.
 
     Args:
         dataset: Checked dataset.
         llm: Any LlamaIndex LLM.
-        origins: Judge questions of these origins only; None judges those that an LLM wrote ("llm...").
-        journal: Where its answers are kept; a question that was judged before is not judged again.
-        settings: How the LLM is asked.
+        origins: Origins of the queries to judge; None judges the LLM-written ones ("llm...").
+        journal: Where its answers are kept; a query is not judged twice.
+        settings: Concurrency, retries, and limits.
 
     Returns:
-        The dataset without them, what was asked, and the ids of the dropped questions. A question without a
-        usable verdict stays.
+        The remaining dataset, the report on the requests, and the ids of the dropped queries. A query without a usable
+        verdict stays.
 
     Raises:
         LLMError: The LLM fails altogether.
         JournalError: The journal cannot be used.
     """
     wanted = None if origins is None else set(origins)
+    origin_of = dataset.query_origins or {}
     judged = [
-        i
-        for i, origin in ((i, (dataset.query_origins or {}).get(i, "")) for i in dataset.queries)
-        if (origin.startswith("llm") if wanted is None else origin in wanted)
+        query_id
+        for query_id in dataset.queries
+        if (origin_of.get(query_id, "").startswith("llm") if wanted is None else origin_of.get(query_id, "") in wanted)
     ]
 
     def request(query_id: str) -> Request:
         passage = _CONTROL.sub(" ", dataset.corpus[dataset.relevant_docs[query_id][0]])
-        variables = {"context_str": _cut(passage, llm), "query_str": dataset.queries[query_id]}
+        variables = {"context_str": _truncate(passage, llm), "query_str": dataset.queries[query_id]}
         return Request(PromptTemplate(JUDGE_PROMPT), variables, digest(passage), "judge")
 
     with Journal(journal) as opened:
-        asker = LLMClient(llm, opened, settings or LLMSettings(), lambda text: _verdict(text) is not None)
-        report = run_async(asker.complete_all((request(i) for i in judged), total=len(judged)))
-        dropped = [i for i in judged if _verdict(asker.answer(request(i)) or "") is False]
-    gone = set(dropped)
-    return dataset.subset((i for i in dataset.queries if i not in gone), dataset.corpus), report, dropped
+        client = LLMClient(llm, opened, settings or LLMSettings(), lambda text: _verdict(text) is not None)
+        report = run_async(client.complete_all((request(i) for i in judged), total=len(judged)))
+        dropped = [i for i in judged if _verdict(client.answer(request(i)) or "") is False]
+    remaining = dataset.queries.keys() - set(dropped)
+    return dataset.subset((i for i in dataset.queries if i in remaining), dataset.corpus), report, dropped
 
 
 def _verdict(answer: str) -> bool | None:
-    """Yes or no: the first word of an answer, or the only one of its kind in it; None where it is neither."""
-    words = re.findall(r"\w+", strip_thoughts(answer).lower())
-    said = [word for word in words if word in ("yes", "no")]
-    if words[:1] == said[:1] and not (len(words) > 1 and {*words[:2]} == {"yes", "no"}):
-        return said[0] == "yes" if said else None
-    return said[0] == "yes" if len(said) == 1 and words[-1:] == said else None
+    """Whether the answer's first word is yes or no, or else its last word if it is the only one; None if neither."""
+    words = re.findall(r"\w+", strip_reasoning(answer).lower())
+    verdicts = [word for word in words if word in ("yes", "no")]
+    if words[:1] == verdicts[:1] and not (len(words) > 1 and {*words[:2]} == {"yes", "no"}):
+        return verdicts[0] == "yes" if verdicts else None
+    return verdicts[0] == "yes" if len(verdicts) == 1 and words[-1:] == verdicts else None
 
 
-async def _opened(path: str, wait: bool) -> Journal:
-    """The journal; where another run has it open, polled for until that is done, or refused."""
+async def _open_journal(path: str, wait: bool) -> Journal:
+    """The journal; if another run has it open, wait for that run or raise."""
     while True:
         try:
             return Journal(path)
@@ -275,17 +289,17 @@ def _has_text(node: BaseNode) -> bool:
     return bool(node.get_content(metadata_mode=MetadataMode.NONE).strip())
 
 
-def _cut(text: str, llm: LLM) -> str:
-    """As much of a text as surely fits the LLM's context window beside the prompt and the answer.
+def _truncate(text: str, llm: LLM) -> str:
+    """The start of a text that fits the LLM's context window beside the prompt and the answer.
 
-    Without the LLM's tokenizer a token is taken for three characters, or for one outside ASCII: English has four.
+    Without the LLM's tokenizer, three ASCII characters or one other character count as a token; English averages four.
     """
     room = max(256, llm.metadata.context_window - max(llm.metadata.num_output, 0) - 512)
     if len(text) <= room:
         return text
-    spent = 0.0
-    for place, character in enumerate(text):
-        spent += 1 / 3 if character.isascii() else 1
-        if spent > room:
-            return text[:place]
+    tokens = 0.0
+    for position, character in enumerate(text):
+        tokens += 1 / 3 if character.isascii() else 1
+        if tokens > room:
+            return text[:position]
     return text

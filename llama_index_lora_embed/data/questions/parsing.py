@@ -1,4 +1,4 @@
-"""From what an LLM wrote to the questions in it."""
+"""Queries out of the text of an LLM's answer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llama_index_lora_embed.data.dataset import normalise
+from llama_index_lora_embed.data.text import normalise
 
 _MAX_CHARACTERS = 300
-"""Longer lines are prose. The longest of 3,000 questions of people in MedQuAD has 190 characters."""
+"""Longer lines are prose. The longest of 3,000 human-written questions in MedQuAD has 190 characters."""
 _STYLES = {
     "question": r"question|frage|pregunta|domanda|pergunta|вопрос|问题|問題|質問|질문",
     "keywords": r"keywords?(?: search)?|stichwörter|schlüsselwörter|suchwörter|mots[- ]clés|palabras clave|关键词",
@@ -20,7 +20,7 @@ _STYLES = {
     "conversational": r"conversational|umgangssprachlich|conversationnelle?|conversacional|对话|口语",
 }
 _STYLE = "|".join(f"(?P<{name}>{words})" for name, words in _STYLES.items())
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_REASONING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^\s*```\w*\s*$", re.MULTILINE)
 _MARK = re.compile(
     r"(?:[-*•–—·‣▪]+\s+"  # bullets
@@ -62,17 +62,17 @@ _NO_QUERY = re.compile(
 )
 _TEXT_KEYS = ("query", "question", "text", "search_query")
 _JSON_STRING = r'"(?P<text>(?:[^"\\]|\\.)*)"'
-_CUT_VALUE = re.compile(rf'"(?:{"|".join((*_TEXT_KEYS, *_STYLES))})"\s*:\s*{_JSON_STRING}')
-_CUT_ITEM = re.compile(rf"[\[,]\s*{_JSON_STRING}")
+_TRUNCATED_VALUE = re.compile(rf'"(?:{"|".join((*_TEXT_KEYS, *_STYLES))})"\s*:\s*{_JSON_STRING}')
+_TRUNCATED_ITEM = re.compile(rf"[\[,]\s*{_JSON_STRING}")
 
 
 @dataclass(frozen=True)
 class ParsedQuery:
-    """A question as it stood in an answer.
+    """A query in an answer.
 
     Attributes:
-        text: Without numbering, bullets, quotes and tags.
-        style: The style that the answer tagged it with, or None.
+        text: The query without numbering, bullets, quotes and tags.
+        style: The style that the answer names, or None.
     """
 
     text: str
@@ -87,21 +87,21 @@ class _Line:
 
 
 def parse_queries(answer: Any, limit: int | None = None) -> list[ParsedQuery]:
-    """The questions in an answer, one a line or as JSON; preambles, refusals and remarks are dropped.
+    """The queries in an answer, one per line or as JSON; preambles, refusals and remarks are dropped.
 
-    Where some lines are numbered, bulleted or tagged with a style, only those count.
+    If some lines are numbered, bulleted or tagged with a style, only those count.
 
     Args:
-        answer: Text of the answer; anything else holds no question.
-        limit: Questions at most; None for all.
+        answer: Text of the answer; anything else holds no query.
+        limit: Maximum number of queries; None for all.
 
     Returns:
-        Questions in their order, each wording once; empty where there is none.
+        Queries in their order, each wording once; empty if there are none.
     """
     if not isinstance(answer, str):
         return []
-    text = strip_thoughts(_FENCE.sub("", answer))
-    lines = [_undress(line) for line in text.splitlines()]
+    text = strip_reasoning(_FENCE.sub("", answer))
+    lines = [_clean(line) for line in text.splitlines()]
     if (in_json := _json_lines(text)) is not None:
         lines = in_json
     elif marked := [line for line in lines if line.marked and _is_query(line)]:
@@ -113,33 +113,33 @@ def parse_queries(answer: Any, limit: int | None = None) -> list[ParsedQuery]:
     return list(found.values())[:limit]
 
 
-def strip_thoughts(answer: str) -> str:
-    """An answer without what a reasoning model wrote in front of it."""
-    return _THOUGHT.sub("", answer).strip()
+def strip_reasoning(answer: str) -> str:
+    """An answer without the reasoning that some models write in front of it."""
+    return _REASONING.sub("", answer).strip()
 
 
 def _json_lines(text: str) -> list[_Line] | None:
-    """What stands in the answer's JSON, also if something is written around it or its end is missing; None if none."""
+    """The strings in the answer's JSON, even inside other text or with its end missing; None if there is no JSON."""
     starts = [match.start() for match in re.finditer(r"^\s*[\[{]", text, re.MULTILINE)]
     if not starts:
         return None
-    decoder, lines, place = json.JSONDecoder(), [], starts[0]
+    decoder, lines, end = json.JSONDecoder(), [], starts[0]
     broken = False
     for start in starts:
-        if start < place:
-            continue  # inside what was read already
+        if start < end:
+            continue  # inside a value that was read before
         body = text[start:].lstrip()
         try:
             value, length = decoder.raw_decode(body)
         except (ValueError, RecursionError):
             broken = True
             continue
-        place = len(text) - len(body) + length
+        end = len(text) - len(body) + length
         lines += list(_from_json(value))
     if broken and not lines and re.match(r'\s*(?:\[\s*["{\[]|\{\s*")', text[starts[0] :]):
-        cut = list(_CUT_VALUE.finditer(text)) or list(_CUT_ITEM.finditer(text))
-        lines = [_undress(_unescape(match["text"]), marked=True) for match in cut]
-    # a line in brackets that is no JSON ("[question] ...") is a line like others
+        found = list(_TRUNCATED_VALUE.finditer(text)) or list(_TRUNCATED_ITEM.finditer(text))
+        lines = [_clean(_unescape(match["text"]), marked=True) for match in found]
+    # a line in brackets that is not JSON ("[question] ...") is a line like any other
     return lines if lines or not broken else None
 
 
@@ -152,25 +152,25 @@ def _unescape(text: str) -> str:
 
 def _from_json(value: Any, style: str | None = None) -> Iterator[_Line]:
     if isinstance(value, str):
-        yield _undress(value, style, marked=True)
+        yield _clean(value, style, marked=True)
     elif isinstance(value, list):
         for item in value:
             yield from _from_json(item, style)
     elif isinstance(value, dict) and "error" not in value:
-        told = next((s for key in ("style", "type", "kind") if isinstance(s := value.get(key), str)), None)
+        style_name = next((s for key in ("style", "type", "kind") if isinstance(s := value.get(key), str)), None)
         for key, item in value.items():
             if isinstance(item, str) and (key in _TEXT_KEYS or _style_of(key)):
-                yield from _from_json(item, _style_of(told) if told else _style_of(key))
+                yield from _from_json(item, _style_of(style_name or key))
             elif isinstance(item, (list, dict)):
                 yield from _from_json(item, _style_of(key))
 
 
-def _undress(line: str, style: str | None = None, marked: bool = False) -> _Line:
+def _clean(line: str, style: str | None = None, marked: bool = False) -> _Line:
     """A line without control characters, bullets, numbers, quotes and tags."""
     line = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in line)
     line = " ".join(line.split())
-    for _ in range(3):  # "1. **Question:** ..." wears several layers
-        bare = line.lstrip("#> ")  # headings and quotations in Markdown
+    for _ in range(3):  # "1. **Question:** ..." has several layers
+        bare = line.lstrip("#> ")  # Markdown headings and quotations
         if mark := _MARK.match(bare):
             bare, marked = bare[mark.end() :], True
         bare = bare.strip(_QUOTES + " ")
@@ -187,7 +187,7 @@ def _is_query(line: _Line) -> bool:
     text = line.text
     if len(text) > _MAX_CHARACTERS or sum(c.isalpha() for c in text) < 2:
         return False
-    # under half letters and spaces is no language: markup, noise
+    # text with less than half letters, digits and spaces is markup or noise
     if 2 * sum(c.isalnum() or c.isspace() for c in text) < len(text):
         return False
     if text.endswith((":", "：")) or text[0] in "<{[|":

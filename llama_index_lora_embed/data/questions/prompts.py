@@ -1,4 +1,4 @@
-"""Prompts for question making, as LlamaIndex templates, in the language of the node."""
+"""Prompts for query generation, as LlamaIndex templates, in the language of the node."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STYLES: dict[str, dict[str, str]] = {
         "conversational": "同事之间聊天时随口会问的话",
     },
 }
-"""Language to style to what the LLM is told of it."""
+"""Descriptions of the styles in the prompt, by language and style."""
 
 _SEARCH = {
     "en": """\
@@ -128,7 +128,7 @@ Material for a course:
 You teach this course. Using the material alone, write {num_questions_per_chunk} varied questions for an examination,
 one a line.
 """
-"""Exam questions, the kind that llama-index-finetuning's default prompt asked for. They differ from what users type."""
+"""Asks for exam questions, as the default prompt of llama-index-finetuning does. They differ from what users type."""
 
 JUDGE_PROMPT = """\
 Search query: {query_str}
@@ -140,15 +140,15 @@ Text:
 
 Does the text answer the query? Say yes or no, one word.
 """
-"""Asks for a verdict on one question and its passage."""
+"""Asks whether a passage answers a query."""
 
 
 def search_prompt(language: str | None = None) -> PromptTemplate:
     """The prompt for search queries in a language.
 
     Args:
-        language: ISO 639-1 code; where there is no prompt in it, the English one asks for queries in the language
-            of the text.
+        language: ISO 639-1 code. If there is no prompt in this language, the English one asks for queries in the
+            language of the text.
 
     Returns:
         A template with the variables context_str, num_questions_per_chunk, styles, example and language_note.
@@ -157,12 +157,12 @@ def search_prompt(language: str | None = None) -> PromptTemplate:
 
 
 def style_variables(styles: tuple[str, ...], language: str | None, count: int) -> dict[str, str]:
-    """What `search_prompt` needs besides the text: the kinds of query described, and the form of the answer.
+    """Variables of `search_prompt` that describe the styles and the form of the answer.
 
     Args:
         styles: Names of styles.
         language: As for `search_prompt`.
-        count: Queries asked for; the example shows a line for each, going round the styles.
+        count: Number of queries; the example shows a line for each and repeats the styles in turn.
     """
     known = STYLES.get(language or "en", STYLES["en"])
     foreign = language is not None and language not in _SEARCH

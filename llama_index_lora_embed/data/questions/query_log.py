@@ -1,6 +1,6 @@
-"""Pairs that people made become a dataset of their own, or the questions of the nodes that they belong to.
+"""Query logs and other human-written pairs: as a dataset of their own, or as queries for nodes.
 
-How sources are read stands in `pair_sources`. A pair with a label of 0 becomes a hard negative of its query.
+`readers.query_logs` reads the sources.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer
+from llama_index.core.bridge.pydantic import PrivateAttr, field_serializer
 from llama_index.core.schema import BaseNode, MetadataMode
 from pydantic import computed_field  # LlamaIndex's bridge lacks it
 
 from llama_index_lora_embed.core.errors import warn_user
-from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset, normalise
+from llama_index_lora_embed.core.files import absolute
+from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, embed_text
 from llama_index_lora_embed.data.readers.files import PairsReport
-from llama_index_lora_embed.data.readers.query_logs import Pair, nothing_usable, open_pairs, read_pairs
+from llama_index_lora_embed.data.readers.query_logs import Pair, nothing_usable, open_pairs
+from llama_index_lora_embed.data.text import normalise
 
-__all__ = ["Pair", "PairsReport", "QueryLogGenerator", "dataset_from_pairs", "read_pairs"]
-
-_SHINGLE = 5  # words; shorter passages match by equality only, because they stand in many texts by chance
-_MOST_ALIKE = 100  # texts that share a shingle; more is boilerplate, and comparing them all takes too long
+_SHINGLE = 5  # words; shorter passages match by equality only, because many texts contain them by chance
+_MAX_CANDIDATES = 100  # texts that share a shingle; more is boilerplate, and comparing them all takes too long
 
 
 def dataset_from_pairs(
@@ -35,33 +35,33 @@ def dataset_from_pairs(
     origin: str = HUMAN,
     name: str = "pairs",
 ) -> tuple[EmbeddingQAFinetuneDataset, PairsReport]:
-    """Make a dataset from pairs alone.
+    """Make a dataset from pairs alone. A pair with a label of 0 becomes a hard negative of its query.
 
-    Queries are one if their wording is (case and spaces aside), passages if their text is. Passages keep the
-    source's ids; others, and all queries, are called by a hash of their text, so that the same file gives the
-    same ids every time. Two texts under one id are taken for chunks of one document: the second is called by the
-    id and a hash. The corpus holds the passages of the source and nothing else, which is enough to train on but
-    makes retrieval look easier than it is in a whole index.
+    Queries with the same wording (ignoring case and spaces) are merged, and so are passages with the same text.
+    Passages keep the ids of the source; other passages and all queries are named by a hash of their text, so that the
+    same file always gives the same ids. Two texts under one id count as chunks of one document: the id of the second
+    gets a hash appended. The corpus holds only the passages of the source, which is enough for training but makes
+    retrieval look easier than it is in a whole index.
 
     Args:
         source: See `read_pairs`.
         columns: See `read_pairs`.
         split: See `read_pairs`.
-        origin: What `query_origins` says of every query.
-        name: What to call the source in messages.
+        origin: Origin of all queries in `query_origins`.
+        name: Name of the source in messages.
 
     Returns:
         The dataset and the report. A passage that is labelled both 0 and above 0 for the same query is an answer.
 
     Raises:
         ConfigError: See `read_pairs`.
-        DatasetError: The source cannot be read, or no row of it has a query with a passage that answers it.
+        DatasetError: The source cannot be read, or it has no query with a passage that answers it.
     """
     found, report = open_pairs(source, columns, split)
-    draft = _Draft()
+    builder = _DatasetBuilder()
     for where, pair in found:
-        draft.add(pair, where, report)
-    dataset = draft.finish(origin, report)
+        builder.add(pair, where, report)
+    dataset = builder.build(origin, report)
     if not dataset.queries:
         raise nothing_usable(name, report)
     report.pairs = sum(map(len, dataset.relevant_docs.values()))
@@ -70,25 +70,22 @@ def dataset_from_pairs(
 
 
 class QueryLogGenerator(NodeQueryGenerator):
-    """Asks nodes the questions of a query log or of labelled pairs.
+    """The queries of a query log, or of labelled pairs, for the nodes that answer them.
 
-    A pair belongs to the node that has its `node_id`; else to the one with its passage's text (case and spaces
-    aside, with or without the metadata that indexing embeds); else to the only node whose text holds the passage
-    or is held by it, from five words on. Pairs that fit no node, or several, are left out and counted in a
-    warning. Pairs with a label of 0 are left out too, and so are negative texts: a node is asked only what it
-    answers.
+    A pair belongs to the node with its `node_id`; else to the node with its passage's text (ignoring case and spaces,
+    with or without the metadata that indexing embeds); else to the only node whose text contains the passage or is
+    contained in it, from five words on. Pairs that match no node, or several, are skipped and counted in a warning.
+    Pairs with a label of 0 and negative passages are skipped too.
 
-    In a pipeline with workers each knows its share of the nodes only, and warns about the pairs of the others.
-
-    Args:
-        source: See `read_pairs`. A path is made absolute, an iterator is read at once.
-        columns: See `read_pairs`.
-        split: See `read_pairs`.
+    In a pipeline with workers each worker knows only its share of the nodes, and warns about the pairs of the others.
     """
 
-    source: Any = Field(description="A path, a folder, a Dataset, a DataFrame or an iterable of pairs.")
-    columns: dict[str, str | None] | None = Field(default=None, description="Unusual names of columns, by field.")
-    split: str = Field(default="train", description="Qrels of a BEIR folder, or split of a dict of datasets.")
+    source: Any
+    """See `read_pairs`. A path is made absolute, and an iterator is read at once."""
+    columns: dict[str, str | None] | None = None
+    """See `read_pairs`."""
+    split: str = "train"
+    """See `read_pairs`."""
     name: ClassVar[str] = HUMAN
 
     _report: PairsReport | None = PrivateAttr(default=None)
@@ -97,9 +94,9 @@ class QueryLogGenerator(NodeQueryGenerator):
         self, source: Any, *, columns: Mapping[str, str | None] | None = None, split: str = "train", **kwargs: Any
     ) -> None:
         if isinstance(source, (str, os.PathLike)):
-            source = os.path.abspath(os.path.expanduser(source))  # a worker elsewhere finds the same file
+            source = absolute(source)  # workers in another working directory find the same file
         elif isinstance(source, Iterator):
-            source = list(source)  # so that the next call finds the rows too
+            source = list(source)  # so that `generate` can be called twice
         super().__init__(**{"source": source, "columns": columns, "split": split, **kwargs})
 
     @classmethod
@@ -114,7 +111,7 @@ class QueryLogGenerator(NodeQueryGenerator):
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @property
     def pairs_sha256(self) -> str:
-        """Of all pairs, read anew; in `to_dict`, so that a pipeline's cache knows this source from others."""
+        """Digest of all pairs; part of `to_dict`, so that a pipeline's cache tells sources apart."""
         digest = hashlib.sha256()
         for _, pair in open_pairs(self.source, self.columns, self.split)[0]:
             digest.update(repr(pair).encode())
@@ -122,11 +119,11 @@ class QueryLogGenerator(NodeQueryGenerator):
 
     @property
     def report(self) -> PairsReport | None:
-        """What became of the rows; None until the questions of a `generate` are used up."""
+        """The rows used and skipped; None until all queries of a `generate` have been consumed."""
         return self._report
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
-        """Yield the questions in the order of the source; the seed changes nothing."""
+        """Yield the queries in the order of the source; the seed has no effect."""
         found, report = open_pairs(self.source, self.columns, self.split)
         pairs = list(found)
         node_ids = {node.node_id for node in nodes}
@@ -138,24 +135,24 @@ class QueryLogGenerator(NodeQueryGenerator):
                 report.skip("label of 0")
                 continue
             known = pair.node_id in node_ids
-            fitting = [pair.node_id] if known else [*matches.get(normalise(pair.passage or ""), ())]
-            if len(fitting) == 1:
+            matching = [pair.node_id] if known else [*matches.get(normalise(pair.passage or ""), ())]
+            if len(matching) == 1:
                 report.pairs += 1
-                yield GeneratedQuery(pair.query, str(fitting[0]), self.name, score=pair.score)
+                yield GeneratedQuery(pair.query, str(matching[0]), self.name, score=pair.score)
             else:
                 unmatched += 1
-                report.skip("passage that fits several nodes" if fitting else "passage that fits no node", where)
+                report.skip("passage matches several nodes" if matching else "passage matches no node", where)
         self._report = report
         if unmatched:
             warn_user(
-                f"{unmatched} of {report.pairs + unmatched} pair(s) fit no node, or several, and were left out. "
+                f"{unmatched} of {report.pairs + unmatched} pair(s) match no node, or several, and were skipped. "
                 "Pass the nodes that the pairs were made from, or train on the pairs' own passages with "
                 "dataset_from_pairs(source)."
             )
 
 
-class _Draft:
-    """A dataset in the making."""
+class _DatasetBuilder:
+    """Collects pairs and merges equal queries and passages."""
 
     def __init__(self) -> None:
         self.queries: dict[str, str] = {}
@@ -164,7 +161,7 @@ class _Draft:
         self.scores: defaultdict[str, dict[str, float]] = defaultdict(dict)
         self.negatives: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self.ids_by_text: dict[str, str] = {}
-        self.said: set[tuple[str, str, bool]] = set()
+        self.seen: set[tuple[str, str, bool]] = set()
 
     def add(self, pair: Pair, where: str, report: PairsReport) -> None:
         if pair.passage is None:
@@ -177,9 +174,9 @@ class _Draft:
         passage_id = self._passage_id(pair.passage, pair.node_id, pair.source_document)
         for text in pair.negatives:
             self.negatives[query_id].setdefault(self._passage_id(text))
-        if (query_id, passage_id, pair.score > 0) in self.said:
+        if (query_id, passage_id, pair.score > 0) in self.seen:
             report.skip("same pair twice", where)
-        self.said.add((query_id, passage_id, pair.score > 0))
+        self.seen.add((query_id, passage_id, pair.score > 0))
         if pair.score > 0:
             scores = self.scores[query_id]
             scores[passage_id] = max(pair.score, scores.get(passage_id, 0.0))
@@ -191,7 +188,7 @@ class _Draft:
         passage_id = self.ids_by_text.get(key)
         if passage_id is None:
             passage_id = given or _digest(key)
-            if passage_id in self.corpus:  # a document's id, then: its chunks stay together
+            if passage_id in self.corpus:  # the id of a document, whose chunks stay together
                 source, passage_id = source or passage_id, f"{passage_id}-{_digest(key)}"
             self.ids_by_text[key] = passage_id
             self.corpus[passage_id] = text
@@ -199,7 +196,7 @@ class _Draft:
             self.sources.setdefault(passage_id, source)
         return passage_id
 
-    def finish(self, origin: str, report: PairsReport) -> EmbeddingQAFinetuneDataset:
+    def build(self, origin: str, report: PairsReport) -> EmbeddingQAFinetuneDataset:
         queries = {i: text for i, text in self.queries.items() if self.scores.get(i)}
         negatives = {i: [p for p in self.negatives.get(i, ()) if p not in self.scores[i]] for i in queries}
         graded = {i: {p: score for p, score in self.scores[i].items() if score != 1} for i in queries}
@@ -224,8 +221,8 @@ def _digest(text: str) -> str:
 
 
 def _matches(passages: set[str], nodes: Sequence[BaseNode]) -> dict[str, set[str]]:
-    """Normalised passage to the ids of the nodes that it fits: one if they are equal, else all in or around it."""
-    equal: dict[str, str] = {}  # of nodes with one text, the first gets the questions
+    """Normalised passages to the ids of the nodes that match: the one with the same text, or all that overlap."""
+    equal: dict[str, str] = {}  # of several nodes with the same text, the first one
     bodies: dict[str, str] = {}
     for node in nodes:
         body = normalise(node.get_content(metadata_mode=MetadataMode.NONE))
@@ -233,33 +230,33 @@ def _matches(passages: set[str], nodes: Sequence[BaseNode]) -> dict[str, set[str
         for text in (normalise(embed_text(node)), body):
             equal.setdefault(text, node.node_id)
     found = {passage: {equal[passage]} if passage in equal else set() for passage in passages}
-    loose = [passage for passage, ids in found.items() if not ids]
-    for passage, body in _contained(loose, bodies):
+    unmatched = [passage for passage, ids in found.items() if not ids]
+    for passage, body in _contained(unmatched, bodies):
         found[passage].add(bodies[body])
-    for body, passage in _contained(bodies, loose):
+    for body, passage in _contained(bodies, unmatched):
         found[passage].add(bodies[body])
     return found
 
 
-def _contained(texts: Collection[str], holders: Collection[str]) -> Iterator[tuple[str, str]]:
-    """(text, holder) where the holder has the text's words in it.
+def _contained(texts: Collection[str], containers: Collection[str]) -> Iterator[tuple[str, str]]:
+    """All (text, container) where the container has the text's words in it.
 
-    Each text is filed under one run of words from its middle (the edges are where boilerplate stands); whoever
-    holds the text has that run too. So the cost is one look-up for each word, whatever the number of texts.
+    Each text is indexed by one shingle from its middle, because boilerplate is at the edges; a container of the text
+    has that shingle too. The cost is one look-up for each word, whatever the number of texts.
     """
-    filed: defaultdict[int, list[str]] = defaultdict(list)
-    for text in texts if holders else ():
-        if runs := _runs(text):
-            filed[runs[len(runs) // 2]].append(text)
-    for holder in holders:
-        for run in _runs(holder):
-            alike = filed.get(run, ())
-            for text in alike if len(alike) <= _MOST_ALIKE else ():
-                if f" {text} " in f" {holder} ":
-                    yield text, holder
+    index: defaultdict[int, list[str]] = defaultdict(list)
+    for text in texts if containers else ():
+        if shingles := _shingles(text):
+            index[shingles[len(shingles) // 2]].append(text)
+    for container in containers:
+        for shingle in _shingles(container):
+            candidates = index.get(shingle, ())
+            for text in candidates if len(candidates) <= _MAX_CANDIDATES else ():
+                if f" {text} " in f" {container} ":
+                    yield text, container
 
 
-def _runs(text: str) -> list[int]:
+def _shingles(text: str) -> list[int]:
     """A hash for each run of `_SHINGLE` words."""
     words = text.split()
     return [hash(run) for run in zip(*(words[start:] for start in range(_SHINGLE)), strict=False)]

@@ -26,13 +26,13 @@ def journal(tmp_path):
     return str(tmp_path / "journal.jsonl")
 
 
-def test_no_more_requests_are_under_way_than_allowed(journal):
+def test_no_more_requests_are_in_flight_than_allowed(journal):
     llm = FakeLLM(latency=0.02)
     list(generator(llm, journal, settings=LLMSettings(in_flight=5, show_progress=False)).generate(some_nodes(20)))
     assert llm.most_at_once == 5
 
 
-def test_an_llms_identity_holds_no_key_and_no_address():
+def test_the_identity_of_an_llm_has_no_key_and_no_address():
     class Keyed(FakeLLM):
         api_key: str = "secret"
         api_base: str = "http://a"
@@ -47,12 +47,12 @@ def test_an_llms_identity_holds_no_key_and_no_address():
     assert llm_identity(headers[0]) != llm_identity(Keyed(additional_kwargs={"n": 2}))
 
 
-def test_the_same_text_twice_is_asked_about_once(journal):
+def test_two_nodes_with_the_same_text_share_one_request(journal):
     llm = FakeLLM(latency=0.01)
     nodes = [TextNode(text="The same text in two nodes.", id_=f"n{i}") for i in range(2)]
-    questions = list(generator(llm, journal).generate(nodes))
+    queries = list(generator(llm, journal).generate(nodes))
     assert llm.calls == 1
-    assert len(questions) == 4
+    assert len(queries) == 4
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_the_same_text_twice_is_asked_about_once(journal):
     ],
     ids=["empty", "refusal", "noise", "raises", "object", "blank"],
 )
-def test_a_bad_answer_is_asked_for_again(journal, bad):
+def test_a_request_with_a_bad_answer_is_sent_again(journal, bad):
     llm = FakeLLM(answers=[bad, "What is cleaned?"])
-    made = generator(llm, journal, settings=LLMSettings(in_flight=1, backoff=0.001, show_progress=False))
-    (question,) = made.generate(some_nodes(1))
-    assert question.text == "What is cleaned?"
+    llm_generator = generator(llm, journal, settings=LLMSettings(in_flight=1, backoff=0.001, show_progress=False))
+    (query,) = llm_generator.generate(some_nodes(1))
+    assert query.text == "What is cleaned?"
     assert llm.calls == 2
-    assert made.report.refused + made.report.errors == 1
+    assert llm_generator.report.unusable + llm_generator.report.errors == 1
 
 
 def test_a_hanging_call_times_out_and_is_repeated(journal):
@@ -84,35 +84,36 @@ def test_a_hanging_call_times_out_and_is_repeated(journal):
                 await asyncio.sleep(60)
             return CompletionResponse(text=calm_answer(prompt))
 
-    made = generator(HangsOnce(), journal, settings=LLMSettings(timeout=0.05, backoff=0.001, show_progress=False))
-    assert len(list(made.generate(some_nodes(1)))) == 2
-    assert made.report.errors == 1
+    settings = LLMSettings(timeout=0.05, backoff=0.001, show_progress=False)
+    llm_generator = generator(HangsOnce(), journal, settings=settings)
+    assert len(list(llm_generator.generate(some_nodes(1)))) == 2
+    assert llm_generator.report.errors == 1
 
 
 def test_unusable_answers_were_paid_for_and_count_as_attempts_in_later_runs(journal):
     llm = FakeLLM(answers=["I'm sorry, I cannot help with that."])
     settings = LLMSettings(attempts=3, in_flight=1, backoff=0.001, show_progress=False)
     for _ in range(2):
-        made = generator(llm, journal, settings=settings)
-        assert list(made.generate(some_nodes(1))) == []
-        assert made.report.given_up == 1
+        llm_generator = generator(llm, journal, settings=settings)
+        assert list(llm_generator.generate(some_nodes(1))) == []
+        assert llm_generator.report.given_up == 1
     assert llm.calls == 3
 
 
-def test_one_bad_node_is_left_out_or_ends_the_run(journal):
+def test_one_bad_node_is_skipped_or_ends_the_run(journal):
     class OneBad(FakeLLM):
         def answer(self, prompt):
             return ConnectionError("down") if "machine number 3 " in prompt else calm_answer(prompt)
 
     settings = {"attempts": 2, "backoff": 0.001, "show_progress": False}
-    made = generator(OneBad(), journal, settings=LLMSettings(**settings))
-    assert {q.node_id for q in made.generate(some_nodes(6))} == {"n0", "n1", "n2", "n4", "n5"}
-    assert made.report.given_up == 1
+    llm_generator = generator(OneBad(), journal, settings=LLMSettings(**settings))
+    assert {q.node_id for q in llm_generator.generate(some_nodes(6))} == {"n0", "n1", "n2", "n4", "n5"}
+    assert llm_generator.report.given_up == 1
     with pytest.raises(LLMError, match="ConnectionError: down"):
         list(generator(OneBad(), journal, settings=LLMSettings(**settings, on_failure="fail")).generate(some_nodes(6)))
 
 
-def test_an_llm_that_never_answers_is_not_asked_about_the_whole_corpus(journal):
+def test_an_llm_that_never_answers_ends_the_run_early(journal):
     llm = FakeLLM(answers=[PermissionError("wrong key")])
     with pytest.raises(LLMError, match="wrong key"):
         list(
@@ -139,7 +140,7 @@ def test_nodes_that_were_refused_before_do_not_end_the_next_run(journal):
     assert llm.calls == calls
 
 
-def test_a_wait_for_the_rate_limiter_is_no_timeout(journal):
+def test_a_wait_for_the_rate_limiter_is_not_a_timeout(journal):
     class Slow(BaseRateLimiter):
         def acquire(self, num_tokens=0):
             raise NotImplementedError
@@ -152,25 +153,25 @@ def test_a_wait_for_the_rate_limiter_is_no_timeout(journal):
             return CompletionResponse(text=calm_answer(prompt))
 
     settings = LLMSettings(timeout=0.1, attempts=1, show_progress=False)
-    made = generator(Patient(rate_limiter=Slow()), journal, settings=settings)
-    assert len(list(made.generate(some_nodes(2)))) == 4
-    assert made.report.errors == 0
+    llm_generator = generator(Patient(rate_limiter=Slow()), journal, settings=settings)
+    assert len(list(llm_generator.generate(some_nodes(2)))) == 4
+    assert llm_generator.report.errors == 0
 
 
-def test_a_thread_that_outlives_its_run_brings_its_answer_home(journal):
+def test_the_answer_of_a_thread_that_outlives_its_run_is_journalled(journal):
     async def stopped():
-        asking = asyncio.create_task(generator(Blocking(), journal).agenerate(some_nodes(3)))
+        run = asyncio.create_task(generator(Blocking(), journal).agenerate(some_nodes(3)))
         await asyncio.sleep(0.15)
-        asking.cancel()
+        run.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asking
+            await run
 
-    list(generator(FakeLLM(), f"{journal}.other").generate(some_nodes(1)))  # what loads slowly is loaded
+    list(generator(FakeLLM(), f"{journal}.other").generate(some_nodes(1)))  # slow imports are done
     asyncio.run(stopped())
     assert len([r for r in Journal(journal) if r["ok"]]) == 1
 
 
-def test_stopping_a_notebooks_cell_stops_the_asking_and_frees_the_journal(tmp_path, journal):
+def test_stopping_a_notebook_cell_stops_the_requests_and_frees_the_journal(tmp_path, journal):
     code = f"""
 import asyncio, os, signal, threading, time
 from llama_index_lora_embed.config import LLMSettings
@@ -178,10 +179,10 @@ from tests.helpers.llms import FakeLLM, generator, some_nodes
 from llama_index_lora_embed.data.llm.journal import Journal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job would have inherited as ignored
 llm = FakeLLM(latency=0.2)
-made = generator(llm, {journal!r}, settings=LLMSettings(in_flight=1, show_progress=False))
+llm_generator = generator(llm, {journal!r}, settings=LLMSettings(in_flight=1, show_progress=False))
 async def cell():
     try:
-        list(made.generate(some_nodes(50)))
+        list(llm_generator.generate(some_nodes(50)))
     except KeyboardInterrupt:
         calls = llm.calls
         Journal({journal!r}).close()
@@ -219,27 +220,27 @@ def test_a_system_prompt_reaches_llms_of_both_kinds(journal):
     assert completion.prompts[0].startswith("Be brief.")
 
 
-def test_with_a_bound_in_tokens_plain_text_is_asked_for(journal):
+def test_with_a_limit_in_tokens_plain_text_is_requested(journal):
     llm = Structured()
     settings = LLMSettings(max_tokens=300, in_flight=1, show_progress=False)
-    made = generator(llm, journal, settings=settings)
-    list(made.generate(some_nodes(10)))
-    assert "max_tokens=300" in made.report.stopped
+    llm_generator = generator(llm, journal, settings=settings)
+    list(llm_generator.generate(some_nodes(10)))
+    assert "max_tokens=300" in llm_generator.report.stopped
     with pytest.raises(ConfigError, match="structured"):
         generator(llm, journal, settings=settings, structured=True)
 
 
-def test_bounds_stop_cleanly_and_the_next_run_goes_on(journal):
+def test_limits_stop_cleanly_and_the_next_run_continues(journal):
     nodes = some_nodes(20)
     llm = FakeLLM()
-    made = generator(llm, journal, settings=LLMSettings(max_requests=7, in_flight=3, show_progress=False))
-    assert len(list(made.generate(nodes))) == 14
+    llm_generator = generator(llm, journal, settings=LLMSettings(max_requests=7, in_flight=3, show_progress=False))
+    assert len(list(llm_generator.generate(nodes))) == 14
     assert llm.calls == 7
-    assert "max_requests=7" in str(made.report)
-    made = generator(llm, journal, settings=LLMSettings(max_tokens=500, in_flight=1, show_progress=False))
-    list(made.generate(nodes))
-    assert made.report.requests == 5  # 107 tokens each
-    assert "max_tokens=500" in made.report.stopped
+    assert "max_requests=7" in str(llm_generator.report)
+    llm_generator = generator(llm, journal, settings=LLMSettings(max_tokens=500, in_flight=1, show_progress=False))
+    list(llm_generator.generate(nodes))
+    assert llm_generator.report.requests == 5  # 107 tokens each
+    assert "max_tokens=500" in llm_generator.report.stopped
     assert len(list(generator(llm, journal).generate(nodes))) == 40
     assert llm.calls == 20
 
@@ -270,13 +271,13 @@ def test_an_llm_without_asynchronous_methods_does_not_block_the_loop(journal):
                 ticks += 1
 
         ticking = asyncio.create_task(tick())
-        questions = await generator(Blocking(), journal).agenerate(some_nodes(1))
+        queries = await generator(Blocking(), journal).agenerate(some_nodes(1))
         ticking.cancel()
-        return ticks, questions
+        return ticks, queries
 
-    ticks, questions = asyncio.run(main())
+    ticks, queries = asyncio.run(main())
     assert ticks > 5
-    assert len(questions) == 2
+    assert len(queries) == 2
 
 
 def test_it_runs_inside_a_running_loop_as_in_a_notebook(journal):
@@ -309,7 +310,7 @@ def test_chaos_and_ten_kills_end_with_the_dataset_of_a_calm_run(tmp_path, journa
         run = subprocess.Popen([sys.executable, "-c", CHAOS, journal, str(log), str(out)], stderr=subprocess.PIPE)
         if kills < 10:
             while run.poll() is None and not _grown(journal, known):
-                time.sleep(0.01)  # until it has asked something
+                time.sleep(0.01)  # until the journal has a new answer
             time.sleep(rng.random() * 0.08)
             run.send_signal(signal.SIGKILL)
             kills += 1
@@ -320,10 +321,10 @@ def test_chaos_and_ten_kills_end_with_the_dataset_of_a_calm_run(tmp_path, journa
     calm, _ = dataset_from_nodes(some_nodes(120), [generator(FakeLLM(), f"{journal}.calm")])
     assert json.loads(out.read_text()) == calm.model_dump(exclude_none=True)
     usable = [r["key"] for r in Journal(journal) if r["ok"]]
-    assert len(usable) == len(set(usable)) == 120, "a journalled answer was asked for again"
-    # An answer on its way between the LLM and the disk when the kill came may be paid for again, no other.
-    asked = log.read_text().split()
-    assert len(asked) - len(set(asked)) <= 10 * 8
+    assert len(usable) == len(set(usable)) == 120, "a journalled answer was requested again"
+    # Only an answer that a kill caught between the LLM and the disk may be paid for again.
+    paid = log.read_text().split()
+    assert len(paid) - len(set(paid)) <= 10 * 8
 
 
 def _grown(journal, known):

@@ -29,18 +29,18 @@ def test_an_answer_is_found_again_by_another_process(path):
         assert journal.get("c") is None
 
 
-def test_the_first_usable_answer_counts_and_refusals_are_counted_across_runs(path):
+def test_the_first_usable_answer_counts_and_unusable_ones_are_counted_across_runs(path):
     with Journal(path) as journal:
         journal.append([record("a", "", ok=False)])
     with Journal(path) as journal:
         journal.append([record("a", "", ok=False), record("a", "one"), record("a", "two")])
-        assert journal.refusals("a") == 2
+        assert journal.unusable_answers("a") == 2
         assert journal.get("a")["answer"] == "one"
-        assert journal.refusals("b") == 0
+        assert journal.unusable_answers("b") == 0
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 6))
-def test_a_torn_last_line_is_put_aside_and_the_rest_stays(path, cut):
+def test_a_torn_last_line_is_moved_aside_and_the_rest_stays(path, cut):
     with Journal(path) as journal:
         journal.append([record("a", "kept"), record("b", "torn")])
     whole = path.read_bytes()
@@ -57,7 +57,7 @@ def test_a_torn_last_line_is_put_aside_and_the_rest_stays(path, cut):
     assert torn.exists() == (cut > 1)
 
 
-def test_lines_that_are_no_records_are_passed_over_and_stay(path):
+def test_lines_that_are_not_records_are_skipped_and_stay(path):
     with Journal(path) as journal:
         journal.append([record("a")])
     with open(path, "ab") as file:
@@ -113,11 +113,11 @@ def test_one_process_at_a_time(path):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_a_full_disk_takes_back_the_half_line_and_says_so(path):
+def test_a_full_disk_removes_the_half_written_line_and_says_so(path):
     code = f"""
 import resource, signal
 from llama_index_lora_embed.data.llm.journal import Journal
-from llama_index_lora_embed.core.errors import JournalError, JournalInUseError
+from llama_index_lora_embed.core.errors import JournalError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal = Journal({str(path)!r})
 journal.append([{{"key": "a", "ok": True, "answer": "kept"}}])
@@ -165,7 +165,7 @@ def test_a_link_to_the_file_is_the_same_journal(path, tmp_path):
 
 def test_a_broken_index_overwrites_no_answer(path):
     with Journal(path) as journal:
-        journal._index.execute("DROP TABLE answered")
+        journal._index.execute("DROP TABLE answers")
         with pytest.raises(JournalError):
             journal.append([record("a")])
         with pytest.raises(JournalError):
@@ -174,3 +174,34 @@ def test_a_broken_index_overwrites_no_answer(path):
         assert "a" in journal
         assert "b" in journal
         assert journal.unreadable == 0
+
+
+def test_every_answer_that_was_appended_survives_a_kill(path):
+    code = f"""
+from itertools import count
+from llama_index_lora_embed.data.llm.journal import Journal
+journal = Journal({str(path)!r})
+for number in count():
+    journal.append([{{"key": f"{{number}}.{{part}}", "ok": True, "answer": "x" * 20_000}} for part in range(3)])
+    print(number, flush=True)
+"""
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as run:
+            for line in run.stdout:
+                if int(line) == 10:
+                    run.kill()
+                    break
+            numbers = [10, *map(int, run.stdout.read().split())]
+        with Journal(path) as journal:
+            assert all(f"{number}.{part}" in journal for number in range(numbers[-1] + 1) for part in range(3))
+            assert journal.unreadable == 0
+
+
+def test_a_read_only_folder_is_an_error_that_names_it(path):
+    path.parent.mkdir()
+    path.parent.chmod(0o500)
+    if os.access(path.parent, os.W_OK):
+        pytest.skip("this user can write everywhere")
+    with pytest.raises(JournalError, match="cannot be written"):
+        Journal(path)
+    path.parent.chmod(0o700)

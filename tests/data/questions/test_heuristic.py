@@ -20,7 +20,7 @@ from llama_index_lora_embed.data.questions.base import QUERIES_KEY, attach_queri
 TEXT = "Adapters are small. They hold two low rank matrices! Do they need a base? Yes they do."
 
 
-def test_both_makers_fulfil_the_protocol():
+def test_both_generators_fulfil_the_protocol():
     assert isinstance(TitleQueryGenerator(), QueryGenerator)
     assert isinstance(InverseClozeQueryGenerator(), QueryGenerator)
     assert not isinstance(object(), QueryGenerator)
@@ -28,8 +28,8 @@ def test_both_makers_fulfil_the_protocol():
 
 def test_a_metadata_title_becomes_the_query_and_leaves_the_passage():
     node = TextNode(text=TEXT, metadata={"title": "What adapters are", "file": "a.md"})
-    (question,) = TitleQueryGenerator().generate([node])
-    assert question == GeneratedQuery("What adapters are", node.node_id, "title", f"file: a.md\n\n{TEXT}")
+    (query,) = TitleQueryGenerator().generate([node])
+    assert query == GeneratedQuery("What adapters are", node.node_id, "title", f"file: a.md\n\n{TEXT}")
 
 
 @pytest.mark.parametrize(
@@ -37,38 +37,38 @@ def test_a_metadata_title_becomes_the_query_and_leaves_the_passage():
     [f"# What adapters are\n\n{TEXT}", f"\n### What adapters are ###\n{TEXT}", f"What adapters are\n=====\n\n{TEXT}"],
 )
 def test_a_heading_is_a_title(text):
-    (question,) = TitleQueryGenerator().generate([TextNode(text=text)])
-    assert question.text == "What adapters are"
-    assert "What adapters are" not in question.passage
-    assert question.passage.startswith("Adapters are small.")
+    (query,) = TitleQueryGenerator().generate([TextNode(text=text)])
+    assert query.text == "What adapters are"
+    assert "What adapters are" not in query.passage
+    assert query.passage.startswith("Adapters are small.")
 
 
 def test_a_question_that_opens_the_text_is_a_title():
-    (question,) = TitleQueryGenerator().generate([TextNode(text="What is an adapter? " + TEXT)])
-    assert (question.text, question.passage) == ("What is an adapter?", TEXT)
+    (query,) = TitleQueryGenerator().generate([TextNode(text="What is an adapter? " + TEXT)])
+    assert (query.text, query.passage) == ("What is an adapter?", TEXT)
 
 
 @pytest.mark.parametrize("text", [TEXT, "# Only a heading", "# Heading\n\nno", "What? ", ""])
-def test_no_title_no_question(text):
+def test_without_a_title_there_is_no_query(text):
     assert list(TitleQueryGenerator().generate([TextNode(text=text)])) == []
 
 
-def test_a_title_that_every_node_carries_is_used_for_the_first_ones_only():
+def test_a_title_that_all_nodes_share_is_used_for_the_first_ones_only():
     nodes = [TextNode(text=TEXT + str(i), metadata={"title": "Handbook"}) for i in range(9)]
     assert len(list(TitleQueryGenerator(max_nodes_per_title=3).generate(nodes))) == 3
 
 
-def test_inverse_cloze_takes_the_sentence_out():
+def test_inverse_cloze_removes_the_sentence_from_the_passage():
     node = TextNode(text=TEXT, id_="n")
-    (question,) = InverseClozeQueryGenerator(keep_rate=0).generate([node])
-    assert question.text in TEXT
-    assert question.text not in question.passage
-    assert len(question.passage) < len(TEXT)
+    (query,) = InverseClozeQueryGenerator(keep_rate=0).generate([node])
+    assert query.text in TEXT
+    assert query.text not in query.passage
+    assert len(query.passage) < len(TEXT)
 
 
 def test_inverse_cloze_keeps_the_sentence_one_time_in_ten():
     nodes = [TextNode(text=TEXT, id_=f"n{i}") for i in range(2000)]
-    kept = sum(question.passage == TEXT for question in InverseClozeQueryGenerator().generate(nodes))
+    kept = sum(query.passage == TEXT for query in InverseClozeQueryGenerator().generate(nodes))
     assert 150 < kept < 250
 
 
@@ -81,20 +81,20 @@ def test_inverse_cloze_is_seeded_by_node_not_by_order():
     assert forward != other
 
 
-def test_first_of_asks_the_next_maker_only_about_what_is_left(nodes):
+def test_first_of_runs_the_next_generator_only_on_the_remaining_nodes(nodes):
     generator = FirstOf(TitleQueryGenerator(), InverseClozeQueryGenerator())
     assert isinstance(generator, QueryGenerator)
     assert generator.name == "title or inverse_cloze"
-    made = {question.node_id: question.generator for question in generator.generate(nodes)}
-    assert made == {f"n{i}": "title" if i < 8 else "inverse_cloze" for i in range(12)}
+    by_node = {query.node_id: query.generator for query in generator.generate(nodes)}
+    assert by_node == {f"n{i}": "title" if i < 8 else "inverse_cloze" for i in range(12)}
 
 
-def test_inverse_cloze_asks_as_often_as_told():
+def test_inverse_cloze_yields_as_many_queries_for_each_node_as_asked_for():
     assert len(list(InverseClozeQueryGenerator(per_node=2, min_words=3).generate([TextNode(text=TEXT)]))) == 2
 
 
 @pytest.mark.parametrize("text", ["One sentence only.", "a b. c d.", ""])
-def test_inverse_cloze_skips_what_has_no_two_sentences(text):
+def test_inverse_cloze_skips_texts_without_two_sentences(text):
     assert list(InverseClozeQueryGenerator().generate([TextNode(text=text)])) == []
 
 
@@ -107,7 +107,7 @@ def test_the_corpus_is_what_indexing_embeds(nodes):
     assert dataset.corpus == {node.node_id: embed_text(node) for node in nodes}
     assert sum("title: " in text for text in dataset.corpus.values()) == 8
     assert dataset.source_documents["n5"] == "d2"
-    assert report.questions == {"title": 8, "inverse_cloze": 4}
+    assert report.queries == {"title": 8, "inverse_cloze": 4}
     dataset.check()
 
 
@@ -115,7 +115,7 @@ def test_making_a_dataset_twice_gives_the_same(nodes):
     assert dataset_from_nodes(nodes, seed=1)[0].digest() == dataset_from_nodes(list(nodes), seed=1)[0].digest()
 
 
-def test_what_is_left_out_is_counted():
+def test_skipped_nodes_are_counted():
     nodes = [
         TextNode(text=TEXT, id_="a"),
         TextNode(text=TEXT + " ", id_="b"),
@@ -127,7 +127,7 @@ def test_what_is_left_out_is_counted():
     dataset, report = dataset_from_nodes(nodes, [InverseClozeQueryGenerator(per_node=1)])
     assert set(dataset.corpus) == {"a", "b", "e"}
     assert report.skipped == {"node without text": 2, "same node twice": 1, "node with another node's text": 1}
-    assert report.questions == {"inverse_cloze": 2}
+    assert report.queries == {"inverse_cloze": 2}
 
 
 class Parrot:
@@ -141,13 +141,13 @@ class Parrot:
         yield GeneratedQuery("Is it silent?", nodes[0].node_id, self.name, passage=" ")
 
 
-def test_bad_questions_of_a_maker_are_counted_not_trained_on():
+def test_unusable_queries_of_a_generator_are_counted_and_dropped():
     dataset, report = dataset_from_nodes([TextNode(text=TEXT)], [Parrot()])
     assert list(dataset.queries.values()) == ["What does a parrot say?"]
     assert report.skipped == {
-        "question empty or about no node": 2,
-        "question asked twice of a node": 1,
-        "question with an empty passage": 1,
+        "query empty or about no node": 2,
+        "query repeated for the same node": 1,
+        "query with an empty passage": 1,
     }
 
 
@@ -157,23 +157,23 @@ def test_two_nodes_with_one_id_are_refused():
 
 
 @pytest.mark.parametrize("nodes", [[], [TextNode(text="")]])
-def test_no_text_is_refused(nodes):
+def test_nodes_without_text_are_refused(nodes):
     with pytest.raises(DatasetError, match="none of them with text"):
         dataset_from_nodes(nodes)
 
 
-def test_no_question_is_refused():
+def test_nodes_without_any_query_are_refused():
     with pytest.raises(DatasetError, match="title or inverse_cloze"):
         dataset_from_nodes([TextNode(text="short")])
 
 
 @pytest.mark.parametrize("nodes", ["text", None, ["text"], [TextNode(text=TEXT), 3]])
-def test_what_are_no_nodes_is_refused(nodes):
+def test_objects_that_are_not_nodes_are_refused(nodes):
     with pytest.raises(ConfigError, match="LlamaIndex node"):
         dataset_from_nodes(nodes)
 
 
-def test_what_is_no_maker_is_refused():
+def test_an_object_that_is_not_a_generator_is_refused():
     with pytest.raises(ConfigError, match=r"generators\[0\]"):
         dataset_from_nodes([TextNode(text=TEXT)], ["title"])
 
@@ -186,10 +186,10 @@ def chunks(count, document):
 
 
 def test_adjacent_chunks_answer_with_grades_and_never_across_documents():
-    questions = list(
+    queries = list(
         NeighbourQueryGenerator().generate([*chunks(3, "a"), *chunks(2, "b"), TextNode(text="of no document")])
     )
-    assert [(q.text, q.node_id, q.score) for q in questions] == [
+    assert [(q.text, q.node_id, q.score) for q in queries] == [
         ("a chunk 0", "a1", 0.9),
         ("a chunk 0", "a2", 0.7),
         ("a chunk 1", "a2", 0.9),
@@ -206,7 +206,7 @@ def test_grades_outside_zero_to_one_are_refused(scores):
         NeighbourQueryGenerator(scores=scores)
 
 
-def test_questions_of_llamaindex_extractors_are_trained_against_the_node_without_them():
+def test_queries_of_llamaindex_extractors_are_trained_against_the_node_without_them():
     node = TextNode(
         text=TEXT,
         metadata={
@@ -214,13 +214,13 @@ def test_questions_of_llamaindex_extractors_are_trained_against_the_node_without
             "a": "b",
         },
     )
-    questions = list(MetadataQueryGenerator().generate([node]))
-    assert [q.text for q in questions] == ["What is small?", "What is low rank?"]
+    queries = list(MetadataQueryGenerator().generate([node]))
+    assert [q.text for q in queries] == ["What is small?", "What is low rank?"]
     assert "What is small?" in embed_text(node)
-    assert all(q.passage == f"a: b\n\n{TEXT}" for q in questions)
+    assert all(q.passage == f"a: b\n\n{TEXT}" for q in queries)
 
 
-MAKERS = [
+GENERATORS = [
     TitleQueryGenerator(),
     InverseClozeQueryGenerator(),
     FirstOf(TitleQueryGenerator(), InverseClozeQueryGenerator()),
@@ -228,20 +228,20 @@ MAKERS = [
 ]
 
 
-@pytest.mark.parametrize("generator", MAKERS, ids=lambda generator: generator.name)
+@pytest.mark.parametrize("generator", GENERATORS, ids=lambda generator: generator.name)
 @pytest.mark.parametrize("workers", [None, 2])
-def test_every_maker_is_a_step_of_an_ingestion_pipeline(generator, workers, nodes):
+def test_every_generator_is_a_step_of_an_ingestion_pipeline(generator, workers, nodes):
     wanted = list(generator.generate(nodes))
     before = {node.node_id: embed_text(node) for node in nodes}
     out = IngestionPipeline(transformations=[generator]).run(nodes=nodes, num_workers=workers)
     assert {node.node_id: embed_text(node) for node in out} == before
-    carried = list(MetadataQueryGenerator().generate(out))
+    attached = list(MetadataQueryGenerator().generate(out))
     if workers is None or generator.name != "neighbour":  # a worker sees its own share of the nodes only
-        assert sorted(carried, key=str) == sorted(wanted, key=str)
+        assert sorted(attached, key=str) == sorted(wanted, key=str)
     assert all(isinstance(node.metadata.get(QUERIES_KEY, ""), str) for node in out), "vector stores want flat values"
 
 
-def test_a_pipelines_cache_tells_settings_apart(nodes):
+def test_the_cache_of_a_pipeline_distinguishes_settings(nodes):
     cache = IngestionCache()
 
     def run(generator):
@@ -255,7 +255,7 @@ def test_a_pipelines_cache_tells_settings_apart(nodes):
     assert run(FirstOf(TitleQueryGenerator(), InverseClozeQueryGenerator(min_words=2))) == 12
 
 
-def test_questions_of_two_makers_add_up_in_the_metadata_and_none_comes_twice(nodes):
+def test_queries_of_two_generators_accumulate_in_the_metadata_without_repetition(nodes):
     for _ in range(2):
         attach_queries(nodes, TitleQueryGenerator().generate(nodes))
         attach_queries(nodes, InverseClozeQueryGenerator().generate(nodes))
@@ -263,13 +263,13 @@ def test_questions_of_two_makers_add_up_in_the_metadata_and_none_comes_twice(nod
 
 
 @pytest.mark.parametrize(
-    "carried", ["no json", "[1]", '[{"text": "q"}]', '[{"x": 1}]', "null", '[{"text": 5, "generator": "m"}]']
+    "value", ["no json", "[1]", '[{"text": "q"}]', '[{"x": 1}]', "null", '[{"text": 5, "generator": "m"}]']
 )
-def test_metadata_that_somebody_else_wrote_is_left_alone(carried):
-    assert list(MetadataQueryGenerator().generate([TextNode(text=TEXT, metadata={QUERIES_KEY: carried})])) == []
+def test_metadata_of_another_format_gives_no_queries(value):
+    assert list(MetadataQueryGenerator().generate([TextNode(text=TEXT, metadata={QUERIES_KEY: value})])) == []
 
 
-def test_odd_nodes_go_all_the_way_without_a_crash():
+def test_unusual_nodes_pass_all_steps_without_a_crash():
     filler = [
         TextNode(text=f"{TEXT} Number {i} has word{i} and thing{i * 7} in it. And other{i} too.") for i in range(30)
     ]
@@ -294,7 +294,7 @@ def test_odd_nodes_go_all_the_way_without_a_crash():
     assert str(report).startswith(f"{len(dataset.corpus)} passages of {len(nodes)} nodes")
 
 
-def test_filters_that_leave_nothing_say_what_they_dropped():
+def test_filters_that_drop_everything_report_the_reasons():
     nodes = [TextNode(text="same text in all. of these nodes here. again and again.", id_=f"n{i}") for i in range(3)]
 
     class Exam:
@@ -305,5 +305,15 @@ def test_filters_that_leave_nothing_say_what_they_dropped():
                 GeneratedQuery("What does the author of this passage say?", node.node_id, self.name) for node in nodes
             ]
 
-    with pytest.raises(DatasetError, match="speaks of the passage"):
+    with pytest.raises(DatasetError, match="refers to the passage"):
         dataset_from_nodes(nodes, [Exam()], filters=QueryFilterSettings())
+
+
+def test_queries_that_earlier_versions_attached_are_read():
+    items = '[{"text": "What is small?", "maker": "llm/question", "score": 0.5}]'
+    node = TextNode(text=TEXT, id_="n", metadata={"finetune_questions": items})
+    old = GeneratedQuery("What is small?", "n", "llm/question", score=0.5)
+    assert list(MetadataQueryGenerator().generate([node])) == [old]
+    new = GeneratedQuery("What is low rank?", "n", "title")
+    attach_queries([node], [new])
+    assert list(MetadataQueryGenerator().generate([node])) == [old, new]

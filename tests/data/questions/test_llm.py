@@ -8,7 +8,6 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import ImageNode, TextNode
 
-from llama_index_lora_embed.config import LLMSettings
 from llama_index_lora_embed.core.errors import ConfigError, JournalError
 from llama_index_lora_embed.data import (
     LLMQueryGenerator,
@@ -28,18 +27,18 @@ def journal(tmp_path):
     return str(tmp_path / "journal.jsonl")
 
 
-def test_two_questions_a_node_in_the_order_of_the_nodes(journal):
+def test_each_node_gets_two_queries_in_the_order_of_the_nodes(journal):
     nodes = some_nodes()
-    made = generator(FakeLLM(), journal)
-    assert isinstance(made, QueryGenerator)
-    questions = list(made.generate(nodes))
-    assert [q.node_id for q in questions] == [node.node_id for node in nodes for _ in range(2)]
-    assert {q.generator for q in questions} == {"llm/question", "llm/keywords"}
-    assert made.report.requests == made.report.answered == 12
-    assert (made.report.prompt_tokens, made.report.completion_tokens) == (1200, 84)
+    llm_generator = generator(FakeLLM(), journal)
+    assert isinstance(llm_generator, QueryGenerator)
+    queries = list(llm_generator.generate(nodes))
+    assert [q.node_id for q in queries] == [node.node_id for node in nodes for _ in range(2)]
+    assert {q.generator for q in queries} == {"llm/question", "llm/keywords"}
+    assert llm_generator.report.requests == llm_generator.report.answered == 12
+    assert (llm_generator.report.prompt_tokens, llm_generator.report.completion_tokens) == (1200, 84)
 
 
-def test_nothing_is_asked_twice(journal):
+def test_no_request_is_sent_twice(journal):
     nodes = some_nodes()
     llm = FakeLLM()
     first = list(generator(llm, journal).generate(nodes))
@@ -49,7 +48,7 @@ def test_nothing_is_asked_twice(journal):
     assert again.report.from_journal == 12
 
 
-def test_changed_nodes_are_asked_anew_removed_ones_dropped_and_order_does_not_matter(journal):
+def test_only_changed_nodes_are_sent_again_in_any_order_of_the_nodes(journal):
     nodes = some_nodes()
     llm = FakeLLM()
     first = list(generator(llm, journal).generate(nodes))
@@ -63,12 +62,12 @@ def test_changed_nodes_are_asked_anew_removed_ones_dropped_and_order_does_not_ma
     assert changed[0].node_id == "n5"
 
 
-def test_another_prompt_llm_or_setting_asks_again(journal):
+def test_another_prompt_llm_or_setting_sends_new_requests(journal):
     nodes = some_nodes(2)
     llm = FakeLLM()
     list(generator(llm, journal).generate(nodes))
     list(generator(llm, journal, prompt=EXAM_PROMPT).generate(nodes))
-    list(generator(llm, journal, num_questions=3).generate(nodes))
+    list(generator(llm, journal, num_queries=3).generate(nodes))
     other = FakeLLM(system_prompt="Be brief.")
     list(generator(other, journal).generate(nodes))
     assert (llm.calls, other.calls) == (6, 2)
@@ -76,8 +75,8 @@ def test_another_prompt_llm_or_setting_asks_again(journal):
 
 def test_many_pipelines_at_once_in_one_loop_take_turns(journal):
     async def all_at_once():
-        made = generator(FakeLLM(latency=0.01), journal)
-        pipelines = [IngestionPipeline(transformations=[made]).arun(nodes=some_nodes(3)) for _ in range(10)]
+        llm_generator = generator(FakeLLM(latency=0.01), journal)
+        pipelines = [IngestionPipeline(transformations=[llm_generator]).arun(nodes=some_nodes(3)) for _ in range(10)]
         return await asyncio.gather(*pipelines)
 
     for nodes in asyncio.run(all_at_once()):
@@ -86,14 +85,14 @@ def test_many_pipelines_at_once_in_one_loop_take_turns(journal):
 
 
 def test_structured_output_is_used_where_the_llm_has_it(journal):
-    questions = list(generator(Structured(), journal).generate(some_nodes(2)))
-    assert [(q.text, q.generator) for q in questions] == [("machine cleaning", "llm/keywords")] * 2
+    queries = list(generator(Structured(), journal).generate(some_nodes(2)))
+    assert [(q.text, q.generator) for q in queries] == [("machine cleaning", "llm/keywords")] * 2
     assert json.loads(next(iter(Journal(journal)))["answer"])["queries"]
 
 
-def test_plain_lines_are_asked_for_where_structured_output_keeps_failing(journal):
-    questions = list(generator(Structured(broken=True), journal).generate(some_nodes(1)))
-    assert len(questions) == 2
+def test_plain_lines_are_requested_if_structured_output_keeps_failing(journal):
+    queries = list(generator(Structured(broken=True), journal).generate(some_nodes(1)))
+    assert len(queries) == 2
 
 
 @pytest.mark.parametrize(
@@ -110,28 +109,28 @@ def test_plain_lines_are_asked_for_where_structured_output_keeps_failing(journal
         ("Машину чистят каждый вечер перед тем, как последняя смена покидает здание.", "in the language of the text"),
     ],
 )
-def test_a_node_is_asked_about_in_its_own_language(journal, text, word):
+def test_the_prompt_is_in_the_language_of_the_node(journal, text, word):
     llm = FakeLLM()
     list(generator(llm, journal).generate([TextNode(text=text)]))
     assert word in llm.prompts[0]
     assert text in llm.prompts[0]
 
 
-def test_all_styles_come_round(journal):
+def test_all_styles_are_used_in_turn(journal):
     llm = FakeLLM()
-    list(generator(llm, journal, num_questions=2).generate(some_nodes(40)))
+    list(generator(llm, journal, num_queries=2).generate(some_nodes(40)))
     for style in ("question", "keywords", "paraphrase", "conversational"):
         assert 5 < sum(f"- {style}:" in prompt for prompt in llm.prompts) < 35
 
 
-def test_a_prompt_of_ones_own_is_used_as_it_is(journal):
+def test_a_custom_prompt_is_used_as_it_is(journal):
     llm = FakeLLM()
     template = PromptTemplate("Ask {num_questions_per_chunk} about {context_str} for {whom}", whom="nurses")
     list(generator(llm, journal, prompt=template).generate([TextNode(text="a {text} with {braces}")]))
     assert llm.prompts == ["Ask 2 about a {text} with {braces} for nurses"]
 
 
-def test_odd_nodes_are_asked_about_or_passed_over_never_a_crash(journal):
+def test_unusual_nodes_get_queries_or_are_skipped(journal):
     llm = FakeLLM()
     nodes = [
         ImageNode(image="aGVsbG8=", id_="image"),
@@ -144,34 +143,34 @@ def test_odd_nodes_are_asked_about_or_passed_over_never_a_crash(journal):
         TextNode(text="first text", id_="twice"),
         TextNode(text="second text", id_="twice"),
     ]
-    questions = list(generator(llm, journal).generate(nodes))
-    assert {q.node_id for q in questions} == {"megabyte", "mixed", "control", "twice", "surrogate"}
+    queries = list(generator(llm, journal).generate(nodes))
+    assert {q.node_id for q in queries} == {"megabyte", "mixed", "control", "twice", "surrogate"}
     assert max(map(len, llm.prompts)) < 4096 * 3
     assert not any(ord(c) < 32 and c not in "\n\t" for prompt in llm.prompts for c in prompt)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "problem"),
     [
-        ({"llm": "gpt-4"}, "llm='gpt-4'"),
+        ({"llm": "gpt-4"}, "llm: expected a LlamaIndex LLM, got 'gpt-4'"),
         ({"styles": ("question", "rhymes")}, "rhymes"),
         ({"prompt": "Ask me anything"}, "context_str"),
-        ({"settings": LLMSettings(attempts=0, timeout=-1)}, "attempts=0"),
+        ({"settings": {"attempts": 0, "timeout": -1}}, "timeout=-1"),
         ({"settings": {"attempts": 0}}, "attempts=0"),
         ({"styles": ()}, "styles"),
         ({"styles": "question"}, "styles"),
-        ({"num_questions": 0}, "num_questions"),
-        ({"num_question": 7}, "num_question: no such argument"),
+        ({"num_queries": 0}, "num_queries=0: expected a whole number"),
+        ({"num_query": 7}, "num_query: unknown; did you mean 'num_queries'"),
         ({"journal": None}, "journal"),
     ],
 )
-def test_wrong_arguments_are_all_named_before_anything_is_asked(journal, wrong, told):
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_arguments_are_named_before_any_request(journal, wrong, problem):
+    with pytest.raises(ConfigError, match=problem):
         LLMQueryGenerator(**{"llm": FakeLLM(), "journal": journal, **wrong})
     assert not os.path.exists(journal)
 
 
-def test_a_journal_of_another_version_stops_before_the_llm_is_asked(journal):
+def test_a_journal_of_another_version_is_refused_before_any_request(journal):
     with open(journal, "w") as file:
         file.write('{"format": "llama-index-lora-embed journal", "version": 9}\n')
     llm = FakeLLM()
@@ -180,31 +179,31 @@ def test_a_journal_of_another_version_stops_before_the_llm_is_asked(journal):
     assert llm.calls == 0
 
 
-def test_it_works_in_an_ingestion_pipeline_and_its_questions_come_out_again(journal):
+def test_queries_of_an_ingestion_pipeline_are_read_from_the_metadata(journal):
     llm = FakeLLM()
     nodes = IngestionPipeline(transformations=[generator(llm, journal)]).run(nodes=some_nodes(3))
-    questions = list(MetadataQueryGenerator().generate(nodes))
-    assert len(questions) == 6
-    assert {q.generator for q in questions} == {"llm/question", "llm/keywords"}
+    queries = list(MetadataQueryGenerator().generate(nodes))
+    assert len(queries) == 6
+    assert {q.generator for q in queries} == {"llm/question", "llm/keywords"}
     assert nodes[0].get_content("embed") == some_nodes(1)[0].get_content("embed")
     arun = asyncio.run(IngestionPipeline(transformations=[generator(llm, journal)]).arun(nodes=some_nodes(3)))
-    assert [q.text for q in MetadataQueryGenerator().generate(arun)] == [q.text for q in questions]
+    assert [q.text for q in MetadataQueryGenerator().generate(arun)] == [q.text for q in queries]
     assert llm.calls == 3
 
 
-def test_worker_processes_of_a_pipeline_take_turns_at_the_journal(journal):
+def test_worker_processes_of_a_pipeline_take_turns_with_the_journal(journal):
     nodes = IngestionPipeline(transformations=[generator(FakeLLM(), journal)]).run(nodes=some_nodes(6), num_workers=2)
     assert len(list(MetadataQueryGenerator().generate(nodes))) == 12
     assert len(list(Journal(journal))) == 6
 
 
-def test_it_pickles_and_its_dict_tells_settings_apart(journal):
-    made = generator(FakeLLM(), journal)
-    assert pickle.loads(pickle.dumps(made)).to_dict() == made.to_dict()
-    assert generator(FakeLLM(), journal, num_questions=3).to_dict() != made.to_dict()
+def test_a_generator_can_be_pickled_and_its_dict_distinguishes_settings(journal):
+    llm_generator = generator(FakeLLM(), journal)
+    assert pickle.loads(pickle.dumps(llm_generator)).to_dict() == llm_generator.to_dict()
+    assert generator(FakeLLM(), journal, num_queries=3).to_dict() != llm_generator.to_dict()
 
 
-def test_a_judge_drops_questions_that_their_passage_does_not_answer(journal):
+def test_a_judge_drops_queries_that_their_passage_does_not_answer(journal):
     class Judge(FakeLLM):
         def answer(self, prompt):
             if "Does the text answer the query?" not in prompt:
@@ -238,5 +237,5 @@ def test_a_judge_drops_questions_that_their_passage_does_not_answer(journal):
         ("", None),
     ],
 )
-def test_a_verdict_is_read_or_left_open(answer, verdict):
+def test_a_verdict_is_parsed_or_none(answer, verdict):
     assert _verdict(answer) is verdict

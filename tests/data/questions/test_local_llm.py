@@ -14,13 +14,13 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "local_llm.py"
 
 @pytest.mark.slow
 @pytest.mark.extended
-def test_a_real_llm_writes_questions_and_the_filters_show_what_they_drop(tmp_path):
+def test_a_real_llm_writes_queries_and_the_filters_show_what_they_drop(tmp_path):
     def run():
         command = [sys.executable, str(EXAMPLE), "--nodes", "5", "--out", str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     first = run()
-    records = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()[1:]]
+    records = [json.loads(line) for line in (tmp_path / "queries.jsonl").read_text().splitlines()[1:]]
     assert len(records) == 5
     assert any(record["ok"] for record in records)
     assert "5 calls" in first

@@ -6,7 +6,7 @@ from llama_index_lora_embed.data.questions.parsing import parse_queries
 
 
 def texts(answer, **kwargs):
-    return [question.text for question in parse_queries(answer, **kwargs)]
+    return [query.text for query in parse_queries(answer, **kwargs)]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def texts(answer, **kwargs):
         '["What is LoRA? \\ud83d", "How big is an adapter?"]',
     ],
 )
-def test_every_dress_of_the_same_two_questions_is_taken_off(answer):
+def test_the_same_two_queries_are_found_in_every_format(answer):
     assert texts(answer) == ["What is LoRA?", "How big is an adapter?"]
 
 
@@ -85,7 +85,7 @@ def test_every_dress_of_the_same_two_questions_is_taken_off(answer):
         42,
     ],
 )
-def test_what_holds_no_question_gives_none(answer):
+def test_answers_without_a_query_give_none(answer):
     assert texts(answer) == []
 
 
@@ -109,7 +109,7 @@ def test_what_holds_no_question_gives_none(answer):
         "Keywords for SEO",
     ],
 )
-def test_a_query_that_looks_like_a_list_or_a_refusal_stays(query):
+def test_a_query_that_looks_like_a_list_or_a_refusal_is_kept(query):
     assert texts(query) == [query]
 
 
@@ -129,9 +129,9 @@ def test_styles_are_read_from_tags_and_json():
 @pytest.mark.parametrize(
     "query", ["I can't access my account, what do I do?", "note 7 battery recall", "Sorry! board game rules"]
 )
-def test_what_a_tag_calls_a_query_is_one(query):
+def test_a_line_with_a_style_tag_is_a_query(query):
     assert texts(f"conversational: {query}") == [query]
 
 
-def test_no_more_than_the_limit():
+def test_there_are_no_more_queries_than_the_limit():
     assert texts("one thing\nanother thing\nthird thing", limit=2) == ["one thing", "another thing"]

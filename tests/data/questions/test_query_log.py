@@ -57,7 +57,7 @@ def test_a_file_with_no_usable_row_is_an_error_that_names_the_first_rows(tmp_pat
 
 
 @pytest.mark.parametrize("rows", [[("a", "b", 0)], [{"query": "a", "node_id": "n1"}], ["text"], []])
-def test_rows_that_give_no_question_are_a_dataset_error(rows):
+def test_rows_without_a_query_are_a_dataset_error(rows):
     with pytest.raises(DatasetError, match="without a usable row"):
         dataset_from_pairs(rows)
 
@@ -103,8 +103,8 @@ def test_the_same_rows_give_the_same_ids_in_any_order(tmp_path):
     assert EmbeddingQAFinetuneDataset.from_json(tmp_path / "dataset.json").check() == one
 
 
-def test_the_origin_is_people_unless_said_otherwise():
-    assert dataset_from_pairs([("a", "b")])[0].origins() == {"people": 1}
+def test_the_origin_is_people_by_default():
+    assert dataset_from_pairs([("a", "b")])[0].origins() == {"human": 1}
     assert dataset_from_pairs([("a", "b")], origin="clicks")[0].origins() == {"clicks": 1}
 
 
@@ -125,20 +125,20 @@ def test_pairs_find_their_nodes_by_id_by_text_and_by_containment():
     generator = QueryLogGenerator(rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        questions = list(generator.generate(nodes))
-    assert questions == [
-        GeneratedQuery("by id", "n3", "people"),
-        GeneratedQuery("by text", "n2", "people", score=0.5),
-        GeneratedQuery("with metadata", "n2", "people"),
-        GeneratedQuery("inside", "n1", "people"),
-        GeneratedQuery("around", "n3", "people"),
+        queries = list(generator.generate(nodes))
+    assert queries == [
+        GeneratedQuery("by id", "n3", "human"),
+        GeneratedQuery("by text", "n2", "human", score=0.5),
+        GeneratedQuery("with metadata", "n2", "human"),
+        GeneratedQuery("inside", "n1", "human"),
+        GeneratedQuery("around", "n3", "human"),
     ]
     assert generator.report.pairs == 5
     assert generator.report.skipped == {"label of 0": 1}
     assert isinstance(generator, QueryGenerator)
 
 
-def test_pairs_that_fit_no_node_or_several_are_counted_and_warned_about_once():
+def test_pairs_that_match_no_node_or_several_are_counted_and_warned_about_once():
     nodes = [TextNode(id_="n1", text=f"{LONG} to you."), TextNode(id_="n2", text=f"{LONG} to her.")]
     generator = QueryLogGenerator(
         [("several", LONG), ("none", "Something else that nobody has ever written"), ("short", "by post")]
@@ -146,15 +146,15 @@ def test_pairs_that_fit_no_node_or_several_are_counted_and_warned_about_once():
     with pytest.warns(UserWarning, match=r"3 of 3 pair\(s\)") as caught:
         assert list(generator.generate(nodes)) == []
     assert len(caught) == 1
-    assert generator.report.skipped == {"passage that fits several nodes": 1, "passage that fits no node": 2}
+    assert generator.report.skipped == {"passage matches several nodes": 1, "passage matches no node": 2}
 
 
-def test_of_nodes_with_one_text_the_first_is_asked():
+def test_of_nodes_with_the_same_text_the_first_gets_the_query():
     nodes = [TextNode(id_="n1", text=LONG), TextNode(id_="n2", text=LONG)]
-    assert [question.node_id for question in QueryLogGenerator([("a", LONG)]).generate(nodes)] == ["n1"]
+    assert [query.node_id for query in QueryLogGenerator([("a", LONG)]).generate(nodes)] == ["n1"]
 
 
-def test_a_maker_from_a_generator_can_be_used_twice():
+def test_a_generator_over_an_iterator_can_be_used_twice():
     nodes = [TextNode(id_="n1", text="one"), TextNode(id_="n2", text="two")]
     generator = QueryLogGenerator(row for row in [("a", "one"), ("b", "two")])
     first = list(generator.generate(nodes))
@@ -162,20 +162,20 @@ def test_a_maker_from_a_generator_can_be_used_twice():
     assert list(generator.generate(nodes, seed=5)) == first
 
 
-def test_boilerplate_at_the_edges_does_not_hide_what_a_node_holds():
+def test_boilerplate_at_the_edges_does_not_hide_the_text_of_a_node():
     frame = "Copyright by the company of all the rights reserved here"
     nodes = [TextNode(id_=f"n{i}", text=f"{frame} {i} a b c d e f {i} {frame}") for i in range(300)]
     found = list(QueryLogGenerator([("q", "here 17 a b c d e f 17 copyright by")]).generate(nodes))
-    assert [question.node_id for question in found] == ["n17"]
+    assert [query.node_id for query in found] == ["n17"]
 
 
-def test_a_pair_without_text_fits_no_empty_node():
+def test_a_pair_without_text_matches_no_empty_node():
     generator = QueryLogGenerator([{"query": "a", "node_id": "gone"}])
     with pytest.warns(UserWarning, match="1 of 1"):
         assert list(generator.generate([TextNode(id_="n1", text="")])) == []
 
 
-def test_in_a_pipeline_the_questions_travel_with_the_nodes(tmp_path):
+def test_in_a_pipeline_the_queries_travel_with_the_nodes(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text(f"query,passage,label\na,{LONG},2\nb,{LONG},1\nc,Refunds take a week.,2\n")
     nodes = [TextNode(id_="n1", text=LONG), TextNode(id_="n2", text="Refunds take a week.")]
@@ -186,19 +186,19 @@ def test_in_a_pipeline_the_questions_travel_with_the_nodes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [str, Path, list, iter])
-def test_a_maker_survives_pickling(tmp_path, monkeypatch, kind):
+def test_a_generator_survives_pickling(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     Path("log.csv").write_text("Frage,passage\na,one\n")
     rows = [{"Frage": "a", "passage": "one"}]
     generator = QueryLogGenerator(kind("log.csv" if kind in (str, Path) else rows), columns={"query": "Frage"}, seed=3)
     monkeypatch.chdir("/")
     again = pickle.loads(pickle.dumps(generator))
-    assert list(again.generate([TextNode(id_="n1", text="one")])) == [GeneratedQuery("a", "n1", "people")]
+    assert list(again.generate([TextNode(id_="n1", text="one")])) == [GeneratedQuery("a", "n1", "human")]
     assert again.to_dict() == generator.to_dict()
     assert again.seed == 3
 
 
-def test_a_dict_of_a_maker_changes_with_the_pairs_and_only_with_them(tmp_path):
+def test_the_dict_of_a_generator_changes_with_the_pairs_and_only_with_them(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("query,passage\na,one\n")
     first = QueryLogGenerator(str(path)).to_dict()
@@ -210,7 +210,7 @@ def test_a_dict_of_a_maker_changes_with_the_pairs_and_only_with_them(tmp_path):
     assert QueryLogGenerator(path).to_dict() != first
 
 
-def test_dicts_of_makers_tell_sources_in_memory_apart():
+def test_dicts_of_generators_distinguish_sources_in_memory():
     rows = [("a", "one"), ("b", "two", 0)]
     dicts = [QueryLogGenerator(source).to_dict() for source in (rows, iter(rows), rows[:1], rows[::-1])]
     assert dicts[0] == dicts[1]
@@ -218,7 +218,7 @@ def test_dicts_of_makers_tell_sources_in_memory_apart():
     assert FirstOf(QueryLogGenerator(rows)).to_dict() != FirstOf(QueryLogGenerator(rows[:1])).to_dict()
 
 
-def test_the_dict_of_a_maker_is_the_same_in_another_process():
+def test_the_dict_of_a_generator_is_the_same_in_another_process():
     code = (
         "from llama_index_lora_embed.data import QueryLogGenerator; "
         "print(QueryLogGenerator([('a', 'one', 2)]).to_dict())"
