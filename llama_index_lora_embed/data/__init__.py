@@ -1,7 +1,4 @@
-"""Nodes to dataset: question generators, filters, hard negatives, the dataset and its file, the split.
-
-Importing it imports no torch.
-"""
+"""From nodes to a dataset: query generators, filters, splits, labelled pairs and their files; imports no torch."""
 
 from llama_index_lora_embed.data.build import BuildReport, dataset_from_nodes
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset

@@ -18,7 +18,7 @@ from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.core.files import write_json
 from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.split import split_by_source
-from llama_index_lora_embed.data.text import normalise as normalise
+from llama_index_lora_embed.data.text import normalise
 
 if TYPE_CHECKING:
     from llama_index_lora_embed.data.training_data import TrainingData
@@ -121,7 +121,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         """Read a dataset file (UTF-8) of this package or of llama-index-finetuning.
 
         Raises:
-            DatasetError: The file is missing, is not JSON, or holds something else.
+            DatasetError: The file does not exist, is not JSON, or has other content.
         """
         hint = "Write one with dataset.save_json(path), or check the path."
         try:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from llama_index_lora_embed.core.errors import ConfigError, SplitError, warn_user
 from llama_index_lora_embed.data.grouping import groups_sharing
@@ -13,7 +12,6 @@ from llama_index_lora_embed.data.text import normalise
 
 if TYPE_CHECKING:
     from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-    from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 
 FEWEST_DOCUMENTS = 10
 """Documents with queries below which `split_by_source` warns. Queries about one document succeed or fail together, so
@@ -178,23 +176,3 @@ def _tied_queries(dataset: EmbeddingQAFinetuneDataset, texts: dict[str, str]) ->
     relevant = (dataset.relevant_docs[query_id] for query_id in query_ids)
     keys = ([*(f"source:{dataset.source_of(i)}" for i in ids), *(f"text:{texts[i]}" for i in ids)] for ids in relevant)
     return [[query_ids[index] for index in group] for group in groups_sharing(keys)]
-
-
-Trainable: TypeAlias = "EmbeddingQAFinetuneDataset | LabelledPairs"
-
-
-def hold_out(
-    dataset: Trainable, fraction: float, seed: int, max_passages: int, in_vain: Sequence[str] = ()
-) -> tuple[Trainable, Trainable | None, str]:
-    """`dataset.hold_out`, with a warning where it cannot be split."""
-    try:
-        return dataset.hold_out(fraction, seed=seed, max_passages=max_passages)
-    except SplitError as error:
-        idle = f" Without effect: {', '.join(in_vain)}." if in_vain else ""
-        warn_user(f"Nothing is held out to judge by: {error}{idle}")
-        return dataset, None, ""
-
-
-def drop_overlap(train: Trainable, val: Trainable, *, drop: bool) -> Trainable:
-    """`train.without_overlap`."""
-    return train.without_overlap(val, drop=drop)

@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -62,7 +62,7 @@ class PairsReport:
         return ", ".join(f"{reason}: {count}" for reason, count in self.skipped.items())
 
 
-def numbered(rows: Iterable[Any]) -> Iterator[Entry]:
+def numbered(rows: Any) -> Iterator[Entry]:
     """Rows of an iterable or a DataFrame with their number, counted from 1."""
     if hasattr(rows, "itertuples"):  # iterating over a DataFrame yields its columns
         rows = rows.to_dict("records")

@@ -78,15 +78,15 @@ def read_rows(
     return texts1, texts2, scores, roles
 
 
-def choose_columns(found: list[str], asked: Columns) -> tuple[str, str, str, bool]:
+def choose_columns(found: list[str], given: Columns) -> tuple[str, str, str, bool]:
     """(column of the first text, of the second, of the label, whether they are named as a query and a passage)."""
-    asked = asked or {}
-    problems = [f"columns[{key!r}]: expected one of {', '.join(_FIELDS)}" for key in asked if key not in _FIELDS]
-    problems += [f"columns[{key!r}]={name!r}: no such column" for key, name in asked.items() if name not in found]
-    free = {squeezed(name): name for name in reversed(found) if name not in asked.values()}
-    named = [(asked.get("text1", free.get(a)), asked.get("text2", free.get(b))) for a, b in [*_SYMMETRIC, *_ROLES]]
-    first, second = next((pair for pair in named if all(pair)), (asked.get("text1"), asked.get("text2")))
-    label = asked.get("score", next((free[name] for name in _LABELS.split() if name in free), None))
+    given = given or {}
+    problems = [f"columns[{key!r}]: expected one of {', '.join(_FIELDS)}" for key in given if key not in _FIELDS]
+    problems += [f"columns[{key!r}]={name!r}: no such column" for key, name in given.items() if name not in found]
+    free = {squeezed(name): name for name in reversed(found) if name not in given.values()}
+    named = [(given.get("text1", free.get(a)), given.get("text2", free.get(b))) for a, b in [*_SYMMETRIC, *_ROLES]]
+    first, second = next((pair for pair in named if all(pair)), (given.get("text1"), given.get("text2")))
+    label = given.get("score", next((free[name] for name in _LABELS.split() if name in free), None))
     chosen = dict(zip(_FIELDS, (first, second, label), strict=True))
     problems += [f"no column was recognised for {what}" for what, name in chosen.items() if name is None]
     twice = {name for name, count in Counter(chosen.values()).items() if name is not None and count > 1}

@@ -107,7 +107,7 @@ def open_pairs(
         filled while they are read.
     """
     source = list(source) if isinstance(source, Iterator) else source
-    asked = columns or {}
+    given = columns or {}
     names = {squeezed(name) for name in _NAMES["score"].split()}
     found: dict[str, bool] = {}  # column to whether it may contain labels
     largest: defaultdict[str, float] = defaultdict(lambda: 1.0)
@@ -115,13 +115,13 @@ def open_pairs(
     for _, row in _rows(source, split, first):
         for column, value in row.items():
             if column not in found:
-                found[column] = column == asked.get("score") or squeezed(column) in names
+                found[column] = column == given.get("score") or squeezed(column) in names
             if found[column]:
                 with contextlib.suppress(ValueError):
                     largest[column] = max(largest[column], _grade(value))
     if not found:
         raise nothing_usable("source", first)
-    chosen, negatives = _choose(list(found), asked)
+    chosen, negatives = _choose(list(found), given)
     shown = {**chosen, **({"negatives": ", ".join(negatives)} if negatives else {})}
     report = PairsReport(columns=shown, largest_grade=largest[chosen.get("score", "")])
 
@@ -166,18 +166,18 @@ def nothing_usable(name: str, report: PairsReport) -> DatasetError:
     )
 
 
-def _choose(found: list[str], asked: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
+def _choose(found: list[str], given: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
     """(field to its column, columns of negatives)."""
-    problems = [f"columns[{what!r}]: expected one of {', '.join(_NAMES)}" for what in asked if what not in _NAMES]
-    problems += [f"columns[{k!r}]={v!r}: no such column" for k, v in asked.items() if v is not None and v not in found]
-    chosen = {what: column for what, column in asked.items() if column is not None}
+    problems = [f"columns[{what!r}]: expected one of {', '.join(_NAMES)}" for what in given if what not in _NAMES]
+    problems += [f"columns[{k!r}]={v!r}: no such column" for k, v in given.items() if v is not None and v not in found]
+    chosen = {what: column for what, column in given.items() if column is not None}
     free = {squeezed(column): column for column in reversed(found) if column not in chosen.values()}
     for what, names in _NAMES.items():
         fitting = [free[key] for key in map(squeezed, names.split()) if free.get(key, "") not in ("", *chosen.values())]
-        if what not in asked and fitting:
+        if what not in given and fitting:
             chosen[what] = fitting[0]
     negatives = [column for key, column in reversed(free.items()) if _NEGATIVE.fullmatch(key)]
-    if "negatives" in asked:
+    if "negatives" in given:
         negatives = [chosen["negatives"]] if "negatives" in chosen else []
     chosen.pop("negatives", None)
     if "query" not in chosen:
