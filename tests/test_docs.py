@@ -57,6 +57,7 @@ def blocks_of(page: str) -> list[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON_PAGES = list(dict.fromkeys(block.page for block in BLOCKS if block.language == "python" and block.executed))
+SLOW = ("docs/training.md", "docs/embedding.md", "docs/data.md")  # more than about three seconds
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,9 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("page", PYTHON_PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PYTHON_PAGES]
+)
 def test_the_python_of_a_page_runs_as_it_stands(page, namespace, base, capsys):
     execute(page, namespace, base)
     CHECKS.get(page, lambda names, printed: None)(namespace, capsys.readouterr().out)
@@ -248,3 +251,21 @@ def test_every_folder_that_exports_names_has_an_api_page_with_all_of_them():
         for name in names:
             if (folder / f"{name}.py").exists():
                 assert f"::: {package}.{name}.{name}\n" in page, name
+
+
+def line_of(file: str, name: str) -> int:
+    """Where a function or method of the package is defined."""
+    body: list[Any] = ast.parse((ROOT / "llama_index_lora_embed" / file).read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        node = next((node for node in body if getattr(node, "name", None) == part), None)
+        assert node is not None, f"{file} has no {name}"
+        body = node.body
+    return node.lineno
+
+
+def test_the_way_of_a_text_in_contributing_leads_through_functions_that_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stops = re.findall(r"^\d+\. `([\w/]+\.py):(\d+)` `([\w.]+)`", text, re.MULTILINE)
+    assert 10 <= len(stops) <= 15
+    for file, line, name in stops:
+        assert abs(line_of(file, name) - int(line)) <= 40, f"{file}: {name} is at line {line_of(file, name)} now"
