@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 from llama_index.core.bridge.pydantic import ConfigDict
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
+from llama_index_lora_embed.data.dataset import origin_name
+
 QUERIES_KEY = "finetune_queries"
 """Metadata key under which a pipeline's nodes carry queries: JSON text, because vector stores want flat values."""
 _FORMER_QUERIES_KEY = "finetune_questions"  # in nodes of earlier versions, whose items have "maker" for "generator"
@@ -81,6 +83,11 @@ class NodeQueryGenerator(TransformComponent):
     seed: int = 0
     """Seed of `generate` when the generator is a step of a pipeline."""
 
+    @classmethod
+    def class_name(cls) -> str:
+        """Name under which LlamaIndex serialises it."""
+        return cls.__name__
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -107,11 +114,6 @@ class FirstOf(NodeQueryGenerator):
 
     def __init__(self, *generators: QueryGenerator, **kwargs: Any) -> None:
         super().__init__(**{"generators": list(generators), **kwargs})
-
-    @classmethod
-    def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises it."""
-        return "FirstOf"
 
     @property
     def name(self) -> str:
@@ -150,11 +152,11 @@ def attach_queries(nodes: Sequence[BaseNode], queries: Iterable[GeneratedQuery])
 def attached_queries(node: BaseNode) -> list[GeneratedQuery]:
     """The queries that `attach_queries` wrote into a node; empty where the metadata is not in its format."""
     try:
-        items = json.loads(node.metadata.get(QUERIES_KEY) or node.metadata.get(_FORMER_QUERIES_KEY) or "[]")
-        found = [
-            GeneratedQuery(**{"generator": item.pop("maker", None), **item, "node_id": node.node_id})
-            for item in items or []
-        ]
+        items = json.loads(node.metadata.get(QUERIES_KEY) or node.metadata.get(_FORMER_QUERIES_KEY) or "[]") or []
+        for item in items:
+            if "maker" in item:
+                item["generator"] = origin_name(item.pop("maker"))
+        found = [GeneratedQuery(**{**item, "node_id": node.node_id}) for item in items]
     except (AttributeError, TypeError, ValueError):
         return []
     return [query for query in found if isinstance(query.text, str) and isinstance(query.generator, str)]

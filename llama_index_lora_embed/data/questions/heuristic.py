@@ -44,11 +44,6 @@ class TitleQueryGenerator(NodeQueryGenerator):
     """Longer titles are ignored."""
     name: ClassVar[str] = "title"
 
-    @classmethod
-    def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises it."""
-        return "TitleQueryGenerator"
-
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield one query for each node that has a title; the seed has no effect."""
         uses: Counter[str] = Counter()
@@ -115,11 +110,6 @@ class InverseClozeQueryGenerator(NodeQueryGenerator):
     """Longer sentences are cut to this many words."""
     name: ClassVar[str] = "inverse_cloze"
 
-    @classmethod
-    def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises it."""
-        return "InverseClozeQueryGenerator"
-
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield up to `per_node` queries for each node with two sentences or more."""
         for node in nodes:
@@ -147,11 +137,6 @@ class NeighbourQueryGenerator(NodeQueryGenerator):
     scores: tuple[float, ...] = (0.9, 0.7)
     """Grade of the next chunk, of the next but one, and so on, each above 0 and at most 1."""
     name: ClassVar[str] = "neighbour"
-
-    @classmethod
-    def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises it."""
-        return "NeighbourQueryGenerator"
 
     @field_validator("scores")
     @classmethod
@@ -184,11 +169,6 @@ class MetadataQueryGenerator(NodeQueryGenerator):
     keys: tuple[str, ...] = ("questions_this_excerpt_can_answer",)
     """Metadata keys that hold queries as text, one per line."""
     name: ClassVar[str] = "metadata"
-
-    @classmethod
-    def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises it."""
-        return "MetadataQueryGenerator"
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield the queries, those of a pipeline under the names of their generators; the seed has no effect."""

@@ -138,11 +138,6 @@ class LLMQueryGenerator(NodeQueryGenerator):
             )
         return self
 
-    @classmethod
-    def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises it."""
-        return "LLMQueryGenerator"
-
     @property
     def report(self) -> LLMReport:
         """The requests of the last run and their results."""

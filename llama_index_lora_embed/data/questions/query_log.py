@@ -99,11 +99,6 @@ class QueryLogGenerator(NodeQueryGenerator):
             source = list(source)  # so that `generate` can be called twice
         super().__init__(**{"source": source, "columns": columns, "split": split, **kwargs})
 
-    @classmethod
-    def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises it."""
-        return "QueryLogGenerator"
-
     @field_serializer("source")
     def _path(self, source: Any) -> str | None:
         return source if isinstance(source, str) else None

@@ -310,9 +310,9 @@ def test_filters_that_drop_everything_report_the_reasons():
 
 
 def test_queries_that_earlier_versions_attached_are_read():
-    items = '[{"text": "What is small?", "maker": "llm/question", "score": 0.5}]'
+    items = '[{"text": "What is small?", "maker": "people", "score": 0.5}]'
     node = TextNode(text=TEXT, id_="n", metadata={"finetune_questions": items})
-    old = GeneratedQuery("What is small?", "n", "llm/question", score=0.5)
+    old = GeneratedQuery("What is small?", "n", "human", score=0.5)
     assert list(MetadataQueryGenerator().generate([node])) == [old]
     new = GeneratedQuery("What is low rank?", "n", "title")
     attach_queries([node], [new])
