@@ -1,12 +1,11 @@
-"""One base in memory with many adapters beside it: each text is embedded with the adapter that it names."""
+"""Many adapters on one base model in memory: each text is embedded with the adapter that it names."""
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,19 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError, LoraEmbedError
+from llama_index_lora_embed.core.errors import AdapterError, ConfigError, LoraEmbedError
 from llama_index_lora_embed.core.files import file_digest
 from llama_index_lora_embed.embedding.encode import NO_ADAPTER, Task, Vectors, encode
-from llama_index_lora_embed.models import base_model, lora_adapter
-from llama_index_lora_embed.models.adapter_directory import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Manifest,
-    check_files,
-    describe_modules,
-    fingerprint,
+from llama_index_lora_embed.models.adapter_directory import CONFIG_NAME, WEIGHTS_NAME, Manifest, fingerprint
+from llama_index_lora_embed.models.base_model import BaseInfo, load_base
+from llama_index_lora_embed.models.lora_adapter import (
+    OpenedAdapter,
+    check_effect,
+    check_keys,
+    check_poolable,
+    does_not_load,
+    scale_lora,
 )
-from llama_index_lora_embed.models.lora_adapter import beyond_lora, check_effect, check_keys, scale_lora
 from llama_index_lora_embed.models.windows import check_prompts, longest_text
 
 if TYPE_CHECKING:
@@ -36,21 +35,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MIXED_TOLERANCE = 1e-4  # relative; padding changes sums in their last digits
-_ROOM = 16  # tokens that a tokenizer adds to a text, and more
+_MAX_SPECIAL_TOKENS = 16  # upper bound of the special tokens that a tokenizer adds to a text
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """An adapter that a base can hold.
+class PooledAdapter:
+    """An adapter that a pool can load.
 
     Attributes:
-        name: peft's name for it: of its weights, settings and scale, so that two users of a base can share it.
-        path: Its directory.
+        name: peft's name for it, made of its weights, settings and scale, so that users of one base model share it.
+        path: Adapter directory.
         prompts: "query" and "document".
-        max_seq_length: Tokens beyond which a text is cut.
-        fingerprint: Of its vectors; the same as of `LoraEmbedding(path)`.
+        max_seq_length: Tokens beyond which a text is truncated.
+        fingerprint: The same as that of `LoraEmbedding(path)`.
         manifest: None for an adapter that sentence-transformers saved.
-        scale: What it is multiplied by.
+        scale: Factor of the adapter.
     """
 
     name: str
@@ -59,151 +58,125 @@ class Adapter:
     max_seq_length: int
     fingerprint: str
     manifest: Manifest | None
-    scale: float = 1.0
+    scale: float
 
 
 class AdapterPool:
-    """A loaded base and the adapters that are in memory with it.
+    """A loaded base model and the adapters in memory with it.
 
-    Everybody in the process who asks for the same base gets the same object (`AdapterPool.of`); it is freed with the
-    last of them. All methods can be called from several threads: they take turns.
+    All users of one base model in a process share one pool (`AdapterPool.of`), which is freed with the last of them.
+    Methods may be called from several threads, which take turns.
 
     Args:
-        base: What `models.describe_base` found.
-        model: The base, loaded by `models.load_base`; nobody else may change it.
+        base: From `describe_base`.
+        model: The base model, loaded by `load_base`; only the pool may change it.
     """
 
-    _all: ClassVar[WeakValueDictionary[tuple[Any, ...], AdapterPool]] = WeakValueDictionary()
-    _making: ClassVar[Any] = threading.Lock()
+    _pools: ClassVar[WeakValueDictionary[tuple[Any, ...], AdapterPool]] = WeakValueDictionary()
+    _pools_lock: ClassVar[Any] = threading.Lock()
 
-    def __init__(self, base: base_model.BaseInfo, model: SentenceTransformer) -> None:
+    def __init__(self, base: BaseInfo, model: SentenceTransformer) -> None:
         self.base = base
         self.model = model
         self.prompts = {task: model.prompts.get(task) or "" for task in ("query", "document")}
         self.max_seq_length = int(model.max_seq_length or 0)
+        self.max_adapters = 1
         self.lock = threading.RLock()
-        self._resident: OrderedDict[str, None] = OrderedDict()  # the least recently used first
-        self._most = 1
-        self._mixes: bool | None = None
+        self._loaded: OrderedDict[str, None] = OrderedDict()  # the least recently used adapter first
+        self._can_mix: bool | None = None
 
     @classmethod
-    def of(cls, base: base_model.BaseInfo, **loading: Any) -> AdapterPool:
-        """The process's own of this base, loaded if it is not there.
+    def of(cls, base: BaseInfo, *, max_adapters: int = 1, **loading: Any) -> AdapterPool:
+        """The process's pool of a base model, which is loaded if there is none yet.
 
         Args:
-            base: What `models.describe_base` found.
-            **loading: For `models.load_base`; who loads it in another way gets another.
+            base: From `describe_base`.
+            max_adapters: Adapters in memory; the largest number of all users counts.
+            **loading: Arguments of `load_base`; others give another pool.
         """
         key = (base.weights_sha256, str(base.path), *sorted(loading.items()))
-        with cls._making:
-            shared = cls._all.get(key)
-            if shared is None:
-                shared = cls._all[key] = cls(base, base_model.load_base(base, **loading))
-            return shared
+        with cls._pools_lock:
+            pool = cls._pools.get(key)
+            if pool is None:
+                pool = cls._pools[key] = cls(base, load_base(base, **loading))
+            pool.max_adapters = max(pool.max_adapters, max_adapters)
+            return pool
 
-    def resident(self) -> list[str]:
+    def loaded(self) -> list[str]:
         """Names that peft has for the adapters in memory, the least recently used first."""
         with self.lock:
-            return list(self._resident)
+            return list(self._loaded)
 
     def fingerprint_of(
-        self, prompts: dict[str, str], max_seq_length: int, directory: Path | None, scale: float = 1.0
+        self, prompts: Mapping[str, str], max_seq_length: int, directory: Path | None = None, scale: float = 1.0
     ) -> str:
-        """`adapter.fingerprint` of the base, or of an adapter's directory, with these prompts and this length."""
+        """`fingerprint` of the base model, or of an adapter directory, with these prompts and this length."""
         with self.lock, self._length(max_seq_length):
-            before = dict(self.model.prompts)
-            self.model.prompts.update(prompts)
-            try:
-                check_prompts(self.model)
-                return fingerprint(self.model, self.base.weights_sha256, directory, scale=scale)
-            finally:
-                self.model.prompts.clear()
-                self.model.prompts.update(before)
+            check_prompts(self.model, prompts)
+            return fingerprint(self.model, self.base.weights_sha256, directory, scale=scale, prompts=prompts)
 
-    def describe(
-        self,
-        path: str,
-        *,
-        cache_folder: str | None = None,
-        prompts: dict[str, str] | None = None,
-        scale: float = 1.0,
-    ) -> Adapter:
-        """Find an adapter and check that it fits; its weights are loaded when a text first names it.
+    def register(
+        self, adapter: OpenedAdapter, *, prompts: Mapping[str, str] | None = None, scale: float = 1.0
+    ) -> PooledAdapter:
+        """Check that an adapter can be used here; its weights are loaded when a text first names it.
 
         Args:
-            path: Folder or Hub id.
-            cache_folder: Of huggingface_hub.
-            prompts: Instead of those recorded.
-            scale: Multiply it by so much, from 0 to 1.
+            adapter: Opened with the pool's base model.
+            prompts: Override the recorded prompts.
+            scale: Factor of the adapter, from 0 to 1.
 
         Raises:
-            ModelNotFoundError: It is not there.
-            AdapterError: It is damaged, or does nothing.
-            BaseModelMismatchError: It was trained on another base.
-            ConfigError: It cannot be one of several: DoRA, whole modules, biases, or another pooling than the base's.
+            AdapterError: The adapter has no effect.
+            ConfigError: The adapter is more than plain LoRA, or its modules are not those of the base model.
         """
-        directory, _ = base_model.locate(path, None, cache_folder)
-        manifest = check_files(directory)
-        config = lora_adapter.read_config(directory / CONFIG_NAME)
-        # an adapter of sentence-transformers says where its base is, not which weights it had
-        place = str(self.base.path) if manifest is not None else None
-        found = lora_adapter.find_base(place, config, manifest, cache_folder, directory)
-        if found.weights_sha256 != self.base.weights_sha256:
-            raise BaseModelMismatchError(
-                f"the adapter {str(directory)!r}, trained on {found.model_id!r}",
-                f"one for the loaded base, {self.base.model_id!r}",
-                f"Load it alone: LoraEmbedding({str(directory)!r}).",
-            )
-        self._check_kind(directory, config, manifest)
-        check_effect(directory, manifest)
-        recorded = _read(directory / "config_sentence_transformers.json").get("prompts") or {}
-        prompts = {**{task: recorded.get(task) or "" for task in self.prompts}, **(prompts or {})}
-        limit = manifest.max_seq_length if manifest is not None else _length_of(directory) or self.max_seq_length
-        limit = min(limit, longest_text(self.model))
-        digest = self.fingerprint_of(prompts, limit, directory, scale)
-        return Adapter(_name(directory, scale), directory, prompts, limit, digest, manifest, scale)
+        check_poolable(adapter, self.model)
+        check_effect(adapter)
+        prompts = {**adapter.prompts(), **(prompts or {})}
+        limit = min(adapter.max_seq_length() or self.max_seq_length, longest_text(self.model))
+        digest = self.fingerprint_of(prompts, limit, adapter.directory, scale)
+        name = _peft_name(adapter.directory, scale)
+        return PooledAdapter(name, adapter.directory, prompts, limit, digest, adapter.manifest, scale)
 
     def encode(
         self,
         texts: Sequence[str],
-        adapters: Sequence[Adapter | None],
+        adapters: Sequence[PooledAdapter | None],
         task: Task,
         *,
-        most_adapters: int,
-        base_prompts: dict[str, str] | None = None,
-        most_tokens: int | None = None,
-        most_texts: int | None = None,
+        base_prompts: Mapping[str, str] | None = None,
+        max_tokens: int | None = None,
+        max_texts: int | None = None,
         unit_length: bool = False,
     ) -> Vectors:
-        """Vectors of texts, each with its adapter, in as few forward passes as if there were one adapter.
+        """Vectors of texts, each with its adapter, in as few forward passes as for a single adapter.
+
+        If the texts name more than `max_adapters`, they are computed in several rounds.
 
         Args:
-            texts: Checked.
-            adapters: Of each text; None for the base.
+            texts: From `check_texts`.
+            adapters: For each text its adapter, or None for the base model.
             task: "query" or "document".
-            most_adapters: To hold in memory, if nobody has asked for more; others are unloaded, the least recently used
-                first. Where the texts name more, they are computed in several rounds.
-            base_prompts: Of texts without an adapter, instead of the base's.
-            most_tokens: In a forward pass.
-            most_texts: In a forward pass.
+            base_prompts: Prompts of texts without an adapter; None for the base model's.
+            max_tokens: Tokens in a forward pass.
+            max_texts: Texts in a forward pass.
             unit_length: Scale vectors to length 1.
 
         Returns:
             float32 [texts, dimension].
 
         Raises:
-            AdapterError: An adapter's files have changed since `describe`, or do not fit.
+            AdapterError: An adapter's files have changed since `register`, or do not fit the base model.
         """
         by_name: dict[str, list[int]] = defaultdict(list)
-        for number, adapter in enumerate(adapters):
-            by_name[NO_ADAPTER if adapter is None else adapter.name].append(number)
+        for index, adapter in enumerate(adapters):
+            by_name[NO_ADAPTER if adapter is None else adapter.name].append(index)
         out: Vectors | None = None
         with self.lock:
-            self._most = max(self._most, most_adapters)
             for names in self._rounds(by_name, adapters):
-                numbers = [i for name in names for i in by_name[name]]
-                self._hold({a.name: a for i in numbers if (a := adapters[i]) is not None})
-                for (prompt, limit), members in self._alike(texts, adapters, numbers, task, base_prompts).items():
+                indices = [i for name in names for i in by_name[name]]
+                self._load_all({a.name: a for i in indices if (a := adapters[i]) is not None})
+                groups = self._group(texts, adapters, indices, task, base_prompts or self.prompts)
+                for (prompt, limit), members in groups.items():
                     with self._length(limit):
                         vectors = encode(
                             self.model,
@@ -211,8 +184,8 @@ class AdapterPool:
                             task,
                             prompt=prompt,
                             adapters=[NO_ADAPTER if (a := adapters[i]) is None else a.name for i in members],
-                            most_tokens=most_tokens,
-                            most_texts=most_texts,
+                            max_tokens=max_tokens,
+                            max_texts=max_texts,
                             unit_length=unit_length,
                         )
                     if out is None:
@@ -220,21 +193,21 @@ class AdapterPool:
                     out[members] = vectors
         return encode(self.model, [], task) if out is None else out
 
-    def _rounds(self, by_name: dict[str, list[int]], adapters: Sequence[Adapter | None]) -> list[list[str]]:
-        """Names of adapters that are computed together."""
-        names = list(by_name)
-        if len(names) < 2 or self._can_mix(by_name, adapters):
-            return [names[i : i + self._most] for i in range(0, len(names), self._most)]
-        return [[name] for name in names]
+    def _rounds(self, by_name: dict[str, list[int]], adapters: Sequence[PooledAdapter | None]) -> list[list[str]]:
+        """Names of the adapters that are computed together."""
+        names, size = list(by_name), self.max_adapters
+        if len(names) > 1 and not self._mixing_works(by_name, adapters):
+            size = 1
+        return [names[i : i + size] for i in range(0, len(names), size)]
 
-    def _can_mix(self, by_name: dict[str, list[int]], adapters: Sequence[Adapter | None]) -> bool:
-        """Whether the model's layers keep texts apart; tried once, with the first two adapters that meet.
+    def _mixing_works(self, by_name: dict[str, list[int]], adapters: Sequence[PooledAdapter | None]) -> bool:
+        """Whether every layer keeps one row per text; tried once, with the first two adapters.
 
-        Some architectures put tokens before texts, or share rows among texts.
+        The layers of some architectures see tokens before texts, or share rows among texts.
         """
-        if self._mixes is None:
-            some = [name for name in by_name if name != NO_ADAPTER][: max(1, min(2, self._most))]
-            self._hold({n: a for n in some if (a := adapters[by_name[n][0]]) is not None})
+        if self._can_mix is None:
+            some = [name for name in by_name if name != NO_ADAPTER][: max(1, min(2, self.max_adapters))]
+            self._load_all({n: a for n in some if (a := adapters[by_name[n][0]]) is not None})
             names = [*some, NO_ADAPTER]
             texts = ["which rows are of which text, in every layer?", "a text that is a little longer, another one",
                      "the base alone for this one, with no adapter"][: len(names)]  # fmt: skip
@@ -245,44 +218,34 @@ class AdapterPool:
                     for t, n in zip(texts, names, strict=True)
                 ]
                 scale = float(np.abs(alone).max())
-                self._mixes = bool(np.abs(mixed - np.concatenate(alone)).max() <= _MIXED_TOLERANCE * scale)
+                self._can_mix = bool(np.abs(mixed - np.concatenate(alone)).max() <= _MIXED_TOLERANCE * scale)
             except (ConfigError, ValueError, RuntimeError, TypeError, IndexError) as error:
-                logger.info("adapters of %s are computed one after the other: %s", self.base.model_id, error)
-                self._mixes = False
-        return self._mixes
+                logger.info("Adapters of %s are computed one after the other: %s", self.base.model_id, error)
+                self._can_mix = False
+        return self._can_mix
 
-    def unload(self, adapter: Adapter) -> None:
-        """Free an adapter's memory, once those who are using it have done so; it is loaded again when it is named."""
-        with self.lock:
-            if adapter.name in self._resident:
-                self._drop(adapter.name)
-
-    def _drop(self, name: str) -> None:
-        self.model.delete_adapter(name)
-        del self._resident[name]
-
-    def _alike(
+    def _group(
         self,
         texts: Sequence[str],
-        adapters: Sequence[Adapter | None],
-        numbers: list[int],
+        adapters: Sequence[PooledAdapter | None],
+        indices: list[int],
         task: Task,
-        base_prompts: dict[str, str] | None,
+        base_prompts: Mapping[str, str],
     ) -> dict[tuple[str, int], list[int]]:
-        """Numbers of texts that can share a forward pass, by prompt and length.
+        """Indices of the texts that can share a forward pass, by prompt and length.
 
-        A text that is too short to be cut goes with any length.
+        A text that is too short to be truncated fits any length.
         """
-        lengths = [self.max_seq_length if a is None else a.max_seq_length for a in (adapters[i] for i in numbers)]
+        lengths = [self.max_seq_length if a is None else a.max_seq_length for a in (adapters[i] for i in indices)]
         shortest = min(lengths, default=0)
-        alike: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for number, length in zip(numbers, lengths, strict=True):
-            adapter, text = adapters[number], texts[number]
-            prompt = (adapter.prompts if adapter is not None else base_prompts or self.prompts)[task]
-            # an ASCII character is one token at most
-            whole = text.isascii() and prompt.isascii() and len(prompt) + len(text) + _ROOM <= shortest
-            alike[prompt, shortest if whole else length].append(number)
-        return alike
+        groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for index, length in zip(indices, lengths, strict=True):
+            adapter, text = adapters[index], texts[index]
+            prompt = (base_prompts if adapter is None else adapter.prompts)[task]
+            # an ASCII character is at most one token
+            fits = text.isascii() and prompt.isascii() and len(prompt) + len(text) + _MAX_SPECIAL_TOKENS <= shortest
+            groups[prompt, shortest if fits else length].append(index)
+        return groups
 
     @contextmanager
     def _length(self, limit: int) -> Iterator[None]:
@@ -292,70 +255,49 @@ class AdapterPool:
         finally:
             self.model.max_seq_length = self.max_seq_length
 
-    def _hold(self, wanted: dict[str, Adapter]) -> None:
-        """Have these in memory, and no more than so many others that the bound is kept."""
+    def _load_all(self, wanted: dict[str, PooledAdapter]) -> None:
+        """Load adapters, and unload the least recently used others beyond `max_adapters`."""
         for name in wanted:
-            if name in self._resident:
-                self._resident.move_to_end(name)
-        for name in [name for name in self._resident if name not in wanted]:
-            if len(self._resident.keys() | wanted.keys()) <= self._most:
+            if name in self._loaded:
+                self._loaded.move_to_end(name)
+        for name in [name for name in self._loaded if name not in wanted]:
+            if len(self._loaded.keys() | wanted.keys()) <= self.max_adapters:
                 break
-            self._drop(name)
+            self._unload(name)
         for name, adapter in wanted.items():
-            if name not in self._resident:
+            if name not in self._loaded:
                 self._load(adapter)
-                self._resident[name] = None
+                self._loaded[name] = None
 
-    def _load(self, adapter: Adapter) -> None:
-        if not adapter.path.is_dir() or _name(adapter.path, adapter.scale) != adapter.name:
-            raise _changed(adapter)
+    def unload(self, adapter: PooledAdapter) -> None:
+        """Free an adapter's memory after the calls that use it; it is loaded again when a text names it."""
+        with self.lock:
+            if adapter.name in self._loaded:
+                self._unload(adapter.name)
+
+    def _unload(self, name: str) -> None:
+        self.model.delete_adapter(name)
+        del self._loaded[name]
+
+    def _load(self, adapter: PooledAdapter) -> None:
+        _check_unchanged(adapter)
         try:
-            with _quiet():
+            with _without_loading_report():
                 self.model.load_adapter(str(adapter.path), adapter_name=adapter.name)
             check_keys(self.model, adapter.path, adapter.name)
-            if _name(adapter.path, adapter.scale) != adapter.name:  # replaced while it was read
-                raise _changed(adapter)
+            _check_unchanged(adapter)  # it may have been replaced while it was read
             scale_lora(self.model, adapter.scale, adapter.name)
         except BaseException as error:
             with suppress(Exception):
                 self.model.delete_adapter(adapter.name)
             if isinstance(error, LoraEmbedError) or not isinstance(error, Exception):
                 raise
-            raise AdapterError(
-                f"the adapter {str(adapter.path)!r}, which does not load onto {self.base.model_id!r} "
-                f"({type(error).__name__}: {error})",
-                "an adapter for this base model",
-                "Train again, or load it alone: LoraEmbedding(path).",
-            ) from error
-
-    def _check_kind(self, directory: Path, config: dict[str, Any], manifest: Manifest | None) -> None:
-        if more := beyond_lora(config):
-            raise ConfigError(
-                f"the adapter {str(directory)!r} with {', '.join(more)}",
-                "plain LoRA: others cannot share a forward pass with each other",
-                f"Load it alone: LoraEmbedding({str(directory)!r}).",
-            )
-        for path in directory.rglob("*.safetensors"):  # of heads, which sentence-transformers may have trained, too
-            same = self.base.path / path.relative_to(directory)
-            if path != directory / WEIGHTS_NAME and not (same.is_file() and file_digest(same) == file_digest(path)):
-                raise ConfigError(
-                    f"the adapter {str(directory)!r} with weights of its own in {path.relative_to(directory)}",
-                    "an adapter whose other modules are the base's",
-                    f"Load it alone: LoraEmbedding({str(directory)!r}).",
-                )
-        own = describe_modules(self.model)
-        trained = manifest.pooling if manifest is not None else _modules_of(directory, own)
-        if json.loads(json.dumps(own)) != trained:
-            raise ConfigError(
-                f"the adapter {str(directory)!r}, trained with the modules {trained}",
-                f"those of the loaded base, {own}",
-                "Pass the pooling= or window= that it was trained with, or load it alone: LoraEmbedding(path).",
-            )
+            raise does_not_load(adapter.path, self.base, error) from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report that a file lacks the other adapters' weights; `check_keys` looks itself."""
+def _without_loading_report() -> Iterator[None]:
+    """Without transformers' report that a file lacks the other adapters' weights; `check_keys` does this check."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -366,45 +308,17 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _changed(adapter: Adapter) -> AdapterError:
-    return AdapterError(
-        f"{str(adapter.path)!r}, which is not what it was when it was added",
-        "the adapter with the fingerprint " + adapter.fingerprint[:12] + "...",
-        "Add it again under its name, and index with it again.",
-    )
+def _check_unchanged(adapter: PooledAdapter) -> None:
+    if not adapter.path.is_dir() or _peft_name(adapter.path, adapter.scale) != adapter.name:
+        raise AdapterError(
+            f"{str(adapter.path)!r}, which has changed since it was added",
+            f"the adapter with the fingerprint {adapter.fingerprint[:12]}...",
+            "Add it again under its name, and rebuild the index.",
+        )
 
 
-def _name(directory: Path, scale: float) -> str:
-    """The name for peft: it must hold no dots, and say nothing of where the files lie."""
+def _peft_name(directory: Path, scale: float) -> str:
+    """A name for peft, which must contain no dots, made of the adapter's content and not of its path."""
     parts = [file_digest(directory / name) for name in (WEIGHTS_NAME, CONFIG_NAME)]
     digits = "" if scale == 1 else f"_{float(scale).hex().replace('.', 'd')}"
     return "adapter_" + "_".join(part[:16] for part in parts) + digits
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _length_of(directory: Path) -> int | None:
-    """`max_seq_length` of an adapter of sentence-transformers."""
-    for file, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        if isinstance(limit := _read(directory / file).get(key), int):
-            return limit
-    return None
-
-
-def _modules_of(directory: Path, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Modules after the transformer of an adapter of sentence-transformers, as `describe_modules` has them."""
-    try:
-        listed = json.loads((directory / "modules.json").read_text(encoding="utf-8"))[1:]
-    except (OSError, ValueError):
-        return own  # an adapter of peft alone has no modules of its own
-    return [
-        {"type": module["type"].rpartition(".")[2], **_read(directory / module["path"] / "config.json")}
-        for module in listed
-    ]

@@ -1,7 +1,6 @@
-"""LlamaIndex's `embeddings_cache`, so that it never gives one model's or one prompt's vector for another's.
+"""LlamaIndex's `embeddings_cache` with keys that contain the model and the task.
 
-LlamaIndex looks a text up by itself alone: queries and passages share an entry, and so do all models that share a
-store.
+LlamaIndex's own key is the text alone, so that queries and passages, and all models with one store, share an entry.
 """
 
 from __future__ import annotations
@@ -13,29 +12,29 @@ from typing import Any
 
 from llama_index.core.storage.kvstore.types import DEFAULT_COLLECTION, BaseKVStore
 
-_ASKING: ContextVar[str] = ContextVar("whose_vectors", default="")
+_PREFIX: ContextVar[str] = ContextVar("embeddings_cache_prefix", default="")
 
 
 @contextmanager
-def asking(fingerprint: str | None, task: str) -> Iterator[None]:
-    """Within it, also in the tasks and threads that it starts, keys are those of this model and task.
+def cache_keys(fingerprint: str | None, task: str) -> Iterator[None]:
+    """Within it, also in the tasks and threads that it starts, the cache's keys are those of this model and task.
 
     Args:
-        fingerprint: Of all that decides the vectors.
+        fingerprint: The model's `LoraEmbedding.fingerprint`.
         task: "query" or "document".
     """
-    token = _ASKING.set(f"{fingerprint}:{task}:")
+    token = _PREFIX.set(f"{fingerprint}:{task}:")
     try:
         yield
     finally:
-        _ASKING.reset(token)
+        _PREFIX.reset(token)
 
 
 class ModelEmbeddingsCache(BaseKVStore):
-    """A key-value store whose keys begin with who is asking; outside of `asking` it is the store itself.
+    """A key-value store whose keys begin with a model and a task within `cache_keys`; elsewhere it is the store itself.
 
     Args:
-        store: Any of LlamaIndex's, shared by as many models as you like.
+        store: Any store of LlamaIndex; any number of models may share it.
     """
 
     def __init__(self, store: BaseKVStore) -> None:
@@ -43,37 +42,37 @@ class ModelEmbeddingsCache(BaseKVStore):
 
     @classmethod
     def of(cls, store: Any) -> Any:
-        """Of a store; None and what is no store are left to LlamaIndex's own check."""
+        """The cache on a store; anything else is returned unchanged, for LlamaIndex to check."""
         return cls(store) if isinstance(store, BaseKVStore) and not isinstance(store, cls) else store
 
     def put(self, key: str, val: dict[str, Any], collection: str = DEFAULT_COLLECTION) -> None:
         """Store a value."""
-        self.store.put(_ASKING.get() + key, val, collection)
+        self.store.put(_PREFIX.get() + key, val, collection)
 
     async def aput(self, key: str, val: dict[str, Any], collection: str = DEFAULT_COLLECTION) -> None:
         """Store a value."""
-        await self.store.aput(_ASKING.get() + key, val, collection)
+        await self.store.aput(_PREFIX.get() + key, val, collection)
 
     def get(self, key: str, collection: str = DEFAULT_COLLECTION) -> dict[str, Any] | None:
         """A value, or None."""
-        return self.store.get(_ASKING.get() + key, collection)
+        return self.store.get(_PREFIX.get() + key, collection)
 
     async def aget(self, key: str, collection: str = DEFAULT_COLLECTION) -> dict[str, Any] | None:
         """A value, or None."""
-        return await self.store.aget(_ASKING.get() + key, collection)
+        return await self.store.aget(_PREFIX.get() + key, collection)
 
     def get_all(self, collection: str = DEFAULT_COLLECTION) -> dict[str, dict[str, Any]]:
-        """Everything, by whole keys."""
+        """All values by their complete keys."""
         return self.store.get_all(collection)
 
     async def aget_all(self, collection: str = DEFAULT_COLLECTION) -> dict[str, dict[str, Any]]:
-        """Everything, by whole keys."""
+        """All values by their complete keys."""
         return await self.store.aget_all(collection)
 
     def delete(self, key: str, collection: str = DEFAULT_COLLECTION) -> bool:
-        """Forget a value; whether it was there."""
-        return self.store.delete(_ASKING.get() + key, collection)
+        """Delete a value; False if there was none."""
+        return self.store.delete(_PREFIX.get() + key, collection)
 
     async def adelete(self, key: str, collection: str = DEFAULT_COLLECTION) -> bool:
-        """Forget a value; whether it was there."""
-        return await self.store.adelete(_ASKING.get() + key, collection)
+        """Delete a value; False if there was none."""
+        return await self.store.adelete(_PREFIX.get() + key, collection)

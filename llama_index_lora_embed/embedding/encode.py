@@ -1,4 +1,4 @@
-"""Texts to vectors: longest first, so many tokens at once, each text with the adapter that it names."""
+"""Encoding texts in batches of a limited number of tokens, the longest texts first, with one or several adapters."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ Vectors = npt.NDArray[np.float32]
 _Product = tuple[torch.Tensor, torch.Tensor, float]
 
 NO_ADAPTER = "__base__"
-"""peft's name for no adapter in a mixed batch."""
-# measured with MiniLM on two cores (benchmarks/README.md); an accelerator needs more to be busy
-_TOKENS_AT_ONCE = {"cpu": 2048}
-_TOKENS_ON_ACCELERATORS = 65_536
-_TOKENS_OF_A_CORE = 1024
-# that are worth a thread: of a pass, Python's part takes some milliseconds, and threads wait for each other in it
-_FEWEST_CHARACTERS, _FEWEST_TEXTS = 1500, 4
-_SAMPLE = 1000  # characters that show how many tokens there are in others
-_ROWS = threading.local()  # what `_adapters` reads: each thread computes another pass
+"""peft's name for rows without an adapter in a mixed batch."""
+# measured with MiniLM on two cores (benchmarks/README.md); accelerators are idle with so few
+_TOKENS_ON_CPU = 2048
+_TOKENS_ON_ACCELERATOR = 65_536
+_TOKENS_PER_CORE = 1024
+# fewer are not worth a thread: some milliseconds of each pass are Python code, in which threads wait for each other
+_CHARACTERS_PER_THREAD, _TEXTS_PER_THREAD = 1500, 4
+_SAMPLE = 1000  # characters from which the tokens per character are estimated
+_PASS = threading.local()  # `_PASS.rows` are the adapters of the forward pass that the thread computes
 
 
 def tokens_at_once(device: torch.device) -> int:
-    """Tokens in a forward pass, padding included, where the user has not said how many."""
-    return _TOKENS_AT_ONCE.get(device.type, _TOKENS_ON_ACCELERATORS)
+    """Default number of tokens in a forward pass, padding included."""
+    return _TOKENS_ON_CPU if device.type == "cpu" else _TOKENS_ON_ACCELERATOR
 
 
 def encode(
@@ -56,25 +56,25 @@ def encode(
     *,
     prompt: str | None = None,
     adapters: Sequence[str] | None = None,
-    most_tokens: int | None = None,
-    most_texts: int | None = None,
+    max_tokens: int | None = None,
+    max_texts: int | None = None,
     unit_length: bool = False,
     fused: bool = True,
 ) -> Vectors:
-    """What `model.encode_query` or `model.encode_document` gives, in batches of so many tokens.
+    """The vectors of `model.encode_query` or `model.encode_document`, computed in batches of a limited size.
 
     Args:
         model: Its prompts "query" and "document" are set.
-        texts: Checked.
-        task: Which of the two.
-        prompt: Instead of the model's for this task.
-        adapters: Of each text the name of the peft adapter, or `NO_ADAPTER`; None leaves those that are active.
-        most_tokens: In all forward passes that are computed at once, padding included; None for `tokens_at_once`, or
-            1,024 for each core. A longer text goes alone.
-        most_texts: In a forward pass.
-        unit_length: Scale vectors to length 1, after `model.truncate_dim` has cut them.
-        fused: On processors, take oneDNN's matrix products where they are faster (`onednn_linear`), and compute a pass
-            on each core at once (`parallel_passes`).
+        texts: From `check_texts`.
+        task: "query" or "document"; selects the prompt.
+        prompt: Overrides the model's prompt.
+        adapters: For each text the name of a peft adapter or `NO_ADAPTER`; None for the active adapters.
+        max_tokens: Tokens in all forward passes that run at the same time, padding included; None for
+            `tokens_at_once`, or 1,024 per core. A longer text is computed alone.
+        max_texts: Texts in a forward pass; None for no limit.
+        unit_length: Scale vectors to length 1 after `model.truncate_dim` has truncated them.
+        fused: On CPUs, use oneDNN's matrix products where they are faster (`onednn_linear`), and compute one pass per
+            core at the same time (`parallel_passes`).
 
     Returns:
         float32 [texts, dimension].
@@ -82,49 +82,49 @@ def encode(
     prompt = model.prompts.get(task) if prompt is None else prompt
     order = longest_first(texts)
     limit = model.max_seq_length or 512
-    most = most_texts or len(order)
+    most = max_texts or len(order)
     placed: list[int] = []
-    per_character, start = 1.0, 0  # tokens, as the batch before has shown; most scripts have fewer than characters
+    per_character, start = 1.0, 0  # tokens per character, estimated from the batch before
     if len(order) > 1:
         sample = texts[order[0]][:_SAMPLE]
-        seen, _ = _tokens(model.preprocess([sample], prompt=None, task=task))
+        seen, _ = _size(model.preprocess([sample], prompt=None, task=task))
         per_character = min(1.0, seen / max(1, len(sample))) if seen < limit else 1.0
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # once: it takes a millisecond
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # listed once: it takes a millisecond
     if any(module.training for module in modules):
         model.eval()
     fused = fused and bool(modules)
     threads = max_parallel_passes(model.device, modules) if fused else 1
-    if min(len(texts) // _FEWEST_TEXTS, sum(map(len, texts)) // _FEWEST_CHARACTERS) < threads:
-        threads = 1  # and all cores share a pass
+    if min(len(texts) // _TEXTS_PER_THREAD, sum(map(len, texts)) // _CHARACTERS_PER_THREAD) < threads:
+        threads = 1  # all cores share a pass
     if threads > 1:
-        most_tokens = _TOKENS_OF_A_CORE if most_tokens is None else max(1, most_tokens // threads)
-    most_tokens = most_tokens or tokens_at_once(model.device)
+        max_tokens = _TOKENS_PER_CORE if max_tokens is None else max(1, max_tokens // threads)
+    max_tokens = max_tokens or tokens_at_once(model.device)
     added = 0
     with (
         torch.inference_mode(),
         onednn_linear(modules) if fused else nullcontext(),
-        nullcontext() if adapters is None else _adapters(modules, {*adapters}),
+        nullcontext() if adapters is None else _mixed_adapters(modules, {*adapters}),
         parallel_passes(threads) as passes,
     ):
         while start < len(order):
             characters = len(texts[order[start]]) + len(prompt or "")
             width = min(limit, math.ceil(characters * per_character) + 8)
-            idle = threads - added % threads  # what is left is shared out among them
-            count = min(most, math.ceil((len(order) - start) / idle), max(1, most_tokens // width))
+            idle = threads - added % threads  # the last texts are divided among all threads
+            count = min(most, math.ceil((len(order) - start) / idle), max(1, max_tokens // width))
             batch = order[start : start + count]
-            if adapters is not None:  # neighbours with one adapter are computed together
+            if adapters is not None:  # neighbours with the same adapter are computed together
                 batch.sort(key=adapters.__getitem__)
             features = model.preprocess([texts[i] for i in batch], prompt=prompt or None, task=task)
-            seen, tokens = _tokens(features)
-            if seen < limit:  # not cut
+            seen, tokens = _size(features)
+            if seen < limit:  # not truncated
                 per_character = seen / max(1, characters)
-            if tokens > most_tokens and count > 1:  # another script has more tokens for as many characters
-                most = max(1, min(count - 1, count * most_tokens // tokens))
+            if tokens > max_tokens and count > 1:  # another script with more tokens per character
+                most = max(1, min(count - 1, count * max_tokens // tokens))
                 continue
-            most = most_texts or len(order)
-            names = None if adapters is None else _for_rows([adapters[i] for i in batch], features)
+            most = max_texts or len(order)
+            names = None if adapters is None else _names_of_rows([adapters[i] for i in batch], features)
             compute = partial(_vectors, model, features, names, task, unit_length)
-            passes.add(compute, alone=tokens > most_tokens)  # a longer text takes all memory
+            passes.add(compute, alone=tokens > max_tokens)  # a longer text needs all memory
             added += 1
             placed += batch
             start += count
@@ -140,12 +140,12 @@ def encode(
 def _vectors(
     model: SentenceTransformer, features: dict[str, Any], names: list[str] | None, task: Task, unit_length: bool
 ) -> torch.Tensor:
-    """float32 [texts, dimension] of one forward pass, on the processor."""
-    _ROWS.of_pass = None if names is None else _Rows(names)
+    """float32 [texts, dimension] of one forward pass, in main memory."""
+    _PASS.rows = None if names is None else _RowAdapters(names)
     try:
         vectors: torch.Tensor = model(batch_to_device(features, model.device), task=task)["sentence_embedding"]
     finally:
-        _ROWS.of_pass = None
+        _PASS.rows = None
     if model.truncate_dim is not None:
         vectors = truncate_embeddings(vectors, model.truncate_dim)
     if unit_length:
@@ -153,8 +153,8 @@ def _vectors(
     return vectors.float().cpu()
 
 
-def _tokens(features: dict[str, Any]) -> tuple[int, int]:
-    """Of the longest text, and of all, padding included."""
+def _size(features: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of the longest text, and of all texts, padding included."""
     ids = features.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
         return 0, 0
@@ -162,19 +162,19 @@ def _tokens(features: dict[str, Any]) -> tuple[int, int]:
     return ids.shape[1] * windows, ids.numel()
 
 
-def _for_rows(names: list[str], features: dict[str, Any]) -> list[str]:
-    """An adapter's name for each row: a text that is read in windows has several."""
+def _names_of_rows(names: list[str], features: dict[str, Any]) -> list[str]:
+    """The adapter's name for each row; a text in windows has several rows."""
     if COUNTS not in features:
         return names
     return [name for name, count in zip(names, features[COUNTS].tolist(), strict=True) for _ in range(count)]
 
 
-class _Rows:
-    """Which adapter each row of a batch is computed with.
+class _RowAdapters:
+    """The adapter of each row of a batch.
 
     Attributes:
-        names: Of each row, or `NO_ADAPTER`.
-        runs: Of neighbours with one adapter its name, and how many they are.
+        names: For each row the name of its adapter, or `NO_ADAPTER`.
+        runs: Name and number of rows for each run of neighbours with the same adapter.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -183,12 +183,12 @@ class _Rows:
 
 
 @contextmanager
-def _adapters(modules: Sequence[nn.Module], names: set[str]) -> Iterator[None]:
-    """Within it, peft's layers compute each row of a pass with the adapter that `_ROWS.of_pass` has for it.
+def _mixed_adapters(modules: Sequence[nn.Module], names: set[str]) -> Iterator[None]:
+    """Within it, peft's layers compute each row of a pass with the adapter named in `_PASS.rows`.
 
-    What `PeftModel.forward(adapter_names=...)` does; a model that got its adapters by `load_adapter`, as those of
-    sentence-transformers do, has no such argument. Linear layers, nearly all, add the products of neighbouring rows in
-    place, which takes a few operations for each adapter less than peft's copies of rows do.
+    `PeftModel.forward(adapter_names=...)` does the same, but sentence-transformers' models are not `PeftModel`s and
+    have no such argument. Linear layers, nearly all of them, add the products of neighbouring rows in place, which
+    needs fewer operations per adapter than peft's copies of rows.
     """
     hooks, changed, disabled = [], [], []
     try:
@@ -198,10 +198,10 @@ def _adapters(modules: Sequence[nn.Module], names: set[str]) -> Iterator[None]:
                 module.__dict__["forward"] = partial(_linear, base, _products(module, names))
                 changed.append(module)
             elif isinstance(module, LoraLayer):
-                if module.disable_adapters:  # which peft looks at before it looks at names
+                if module.disable_adapters:  # peft would ignore the names
                     module._disable_adapters = False
                     disabled.append(module)
-                hooks.append(module.register_forward_pre_hook(_with_names, with_kwargs=True))
+                hooks.append(module.register_forward_pre_hook(_pass_names, with_kwargs=True))
         yield
     finally:
         for module in changed:
@@ -213,46 +213,46 @@ def _adapters(modules: Sequence[nn.Module], names: set[str]) -> Iterator[None]:
 
 
 def _products(layer: LoraLinear, names: set[str]) -> dict[str, _Product]:
-    """What the layer's adapters multiply with: [in, rank], [rank, out], and the scale of their product."""
+    """For each adapter of the layer its matrices [in, rank] and [rank, out] and the scale of their product."""
     down: Any = layer.lora_A
     up: Any = layer.lora_B
     return {name: (down[name].weight.T, up[name].weight.T, layer.scaling[name]) for name in names & down.keys()}
 
 
-def _rows_of_pass() -> _Rows:
-    rows: _Rows | None = getattr(_ROWS, "of_pass", None)
+def _current_rows() -> _RowAdapters:
+    rows: _RowAdapters | None = getattr(_PASS, "rows", None)
     if rows is None:
         raise ConfigError(
-            "a model that is called from another thread while it embeds",
-            "calls of the embedding model alone",
-            "Embed through its own methods: get_text_embedding_batch, get_mixed_embeddings.",
+            "a call of the model itself while the embedding model computes with several adapters",
+            "calls of the embedding model only",
+            "Use its methods: get_text_embedding_batch, get_mixed_embeddings.",
         )
     return rows
 
 
 def _linear(base: nn.Linear, products: dict[str, _Product], x: torch.Tensor) -> torch.Tensor:
-    rows = _rows_of_pass()
+    rows = _current_rows()
     runs, count = rows.runs, len(rows.names)
     if len(runs) > 1 and len(x) != count:
         raise ConfigError(
-            f"a layer that gets {len(x)} rows for a batch of {count} texts",
-            "a model whose layers keep texts apart, to mix adapters in a batch",
-            "Embed the texts of each adapter by themselves: LoraEmbedding(path).",
+            f"a layer with {len(x)} rows for a batch of {count} texts",
+            "a model whose layers have one row per text, which mixed adapters require",
+            "Embed the texts of each adapter separately: LoraEmbedding(path).",
         )
     y: torch.Tensor = base(x)
     flat: Any = x.reshape(-1, x.shape[-1])
     out: Any = y.view(-1, y.shape[-1])
-    tokens = len(flat) // count  # of a row, where there are several adapters
+    tokens = len(flat) // count  # per row, if there are several adapters
     sizes = [len(flat)] if len(runs) == 1 else [size * tokens for _, size in runs]
     for (name, _), part, made in zip(runs, flat.split(sizes), out.split(sizes), strict=True):
         if name in products:
             down, up, scale = products[name]
-            if torch.is_autocast_enabled(x.device.type):  # which has no product in place
+            if torch.is_autocast_enabled(x.device.type):  # autocast does not support addmm_
                 made.add_((part @ down) @ up, alpha=scale)
             else:
                 made.addmm_(part @ down, up, alpha=scale)
     return y
 
 
-def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": _rows_of_pass().names}
+def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": _current_rows().names}

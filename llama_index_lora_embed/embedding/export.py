@@ -1,4 +1,4 @@
-"""An embedding model for ONNX Runtime or OpenVINO, with a certificate of how near it is to the plain one."""
+"""Exporting an embedding model to ONNX Runtime or OpenVINO, with a certificate of its agreement with the original."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_index_lora_embed.config.base import is_share
+from llama_index_lora_embed.core.arrays import unit_norm
 from llama_index_lora_embed.core.errors import ConfigError, ExportError, OutputDirectoryError
 from llama_index_lora_embed.core.files import replace_directory, staging_beside
 from llama_index_lora_embed.core.optional import require
@@ -33,6 +34,7 @@ from llama_index_lora_embed.embedding.exported import (
 )
 from llama_index_lora_embed.models.adapter_directory import digests
 from llama_index_lora_embed.models.tokens import check_texts
+from llama_index_lora_embed.models.windows import window_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,26 +43,26 @@ if TYPE_CHECKING:
 
     from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 
-_FEWEST = 20  # texts that a certificate takes
+_MIN_TEXTS = 20  # for a certificate
 _QUERIES, _TOP = 200, 10
-_CALIBRATION = 200  # texts by which int8's ranges are set
-# (median cosine, share of the ten nearest that is the same) below which an export is refused
+_CALIBRATION_TEXTS = 200  # for int8's ranges
+# minimum median cosine, and minimum share of the ten nearest texts that both models have in common
 _LIMITS: dict[str, tuple[float, float]] = {"fp32": (0.9999, 0.99), "int8": (0.97, 0.85)}
 _OPSET = 18
-_ONNX_BYTES = 1.9e9  # protobuf's 2 GB, less what the graph itself takes
+_ONNX_BYTES = 1.9e9  # protobuf's limit of 2 GB, minus the size of the graph
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How near an exported model's vectors are to the plain one's, on the user's own texts.
+    """Agreement of an exported model with the original on the user's own texts.
 
     Attributes:
-        texts: How many were compared.
-        queries: How many of them, or of the queries given, were searched with.
-        median_cosine: Of each text's two vectors.
-        lowest_cosine: The same.
-        agreement: Mean share of the ten nearest texts that is the same with both models, 0 to 1.
-        identical: Share of the queries whose ten nearest are the same.
+        texts: Number of texts that were compared.
+        queries: Number of queries that were searched with.
+        median_cosine: Median cosine of a text's two vectors.
+        lowest_cosine: Lowest cosine of a text's two vectors.
+        agreement: Mean share of the ten nearest texts that both models have in common, 0 to 1.
+        identical: Share of the queries for which both models have the same ten nearest texts, 0 to 1.
     """
 
     texts: int
@@ -72,8 +74,9 @@ class Certificate:
 
     def __str__(self) -> str:
         return (
-            f"cosine {self.median_cosine:.5f} (lowest {self.lowest_cosine:.5f}) on {self.texts} texts; of the ten "
-            f"nearest {self.agreement:.1%} are the same, all ten for {self.identical:.1%} of {self.queries} queries"
+            f"cosine {self.median_cosine:.5f} (lowest {self.lowest_cosine:.5f}) on {self.texts} texts; "
+            f"{self.agreement:.1%} of the ten nearest texts are the same, all ten for {self.identical:.1%} of "
+            f"{self.queries} queries"
         )
 
 
@@ -88,47 +91,47 @@ def export_model(
     min_cosine: float | None = None,
     min_agreement: float | None = None,
 ) -> Certificate:
-    """Write a model as a folder that `LoraEmbedding(path)` loads, computed by ONNX Runtime or OpenVINO.
+    """Write a model for ONNX Runtime or OpenVINO into a folder that `LoraEmbedding(path)` loads.
 
-    The LoRA is merged; pooling and normalisation are in the graph. int8 is ONNX Runtime's dynamic quantisation of
-    matrix products by channel, and in OpenVINO NNCF's post-training quantisation with ranges from `texts`. What was
-    written is loaded again and compared with the plain model, and refused if it is too far off.
+    The LoRA is merged; pooling and normalisation are part of the graph. int8 is ONNX Runtime's dynamic quantisation of
+    matrix products per channel, or, for OpenVINO, NNCF's post-training quantisation with ranges from `texts`. The
+    export is loaded and compared with the original, and refused if their agreement is too low.
 
     Args:
-        embed_model: With an adapter, merged, or a base alone; it is unchanged.
-        path: Folder to write; what was there stays as `<path>.previous`.
-        texts: Some of the texts that will be embedded, 20 or more, better some hundred: what the certificate is about,
-            and what int8 is calibrated with.
-        queries: Some of the queries; None searches with the first 200 texts.
+        embed_model: A merged adapter, or a base model alone; it is unchanged.
+        path: Folder to write; an export in it is kept as `<path>.previous`.
+        texts: A sample of the texts to be embedded, at least 20 and better some hundred, with which the two models are
+            compared and int8 is calibrated.
+        queries: A sample of the queries; None searches with the first 200 texts.
         backend: "onnx" or "openvino".
         precision: "fp32" or "int8".
-        min_cosine: Median cosine of both models' vectors below which it is refused; None for 0.9999 with fp32 and 0.97
-            with int8.
-        min_agreement: Mean share of the ten nearest texts that must be the same; None for 0.99 with fp32 and 0.85 with
-            int8.
+        min_cosine: Minimum median cosine of both models' vectors; None for 0.9999 with fp32 and 0.97 with int8.
+        min_agreement: Minimum mean share of the ten nearest texts that both models have in common; None for 0.99 with
+            fp32 and 0.85 with int8.
 
     Raises:
-        ConfigError: An argument is wrong, or the model reads texts in windows, or shares its base with others.
-        ExportError: It cannot be exported, or the export is too far from the plain model; nothing was written.
+        ConfigError: An argument is wrong, or the model has windows or shares its base model with others.
+        ExportError: The model cannot be exported, or the agreement is too low; nothing was written.
         MissingExtraError: The extra "onnx" or "openvino" is not installed.
         OutputDirectoryError: The folder cannot be written.
     """
     texts = list(dict.fromkeys(check_texts(texts)))
-    asked = texts[:_QUERIES] if queries is None else list(dict.fromkeys(check_texts(queries)))[:_QUERIES]
-    limits = _checked(backend, precision, texts, asked, min_cosine, min_agreement)
-    model = _exportable(embed_model)
-    target = _free(Path(path).expanduser().resolve(), embed_model)
+    probes = texts[:_QUERIES] if queries is None else list(dict.fromkeys(check_texts(queries)))[:_QUERIES]
+    limits = _check_arguments(backend, precision, texts, probes, min_cosine, min_agreement)
+    model = _check_exportable(embed_model)
+    target = Path(path).expanduser().resolve()
+    _check_target(target, embed_model)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with staging_beside(target) as staging, embed_model._lock:
+        with staging_beside(target) as staging, embed_model.backend.lock:
             inputs = _write_graph(model, staging, backend, precision, texts)
             facts = _facts(embed_model, model, staging, backend, precision, inputs)
-            certificate = _certify(model, ExportedModel(staging, facts), texts, asked)
-            if not (certificate.median_cosine >= limits[0] and certificate.agreement >= limits[1]):  # NaN is neither
+            certificate = _certify(model, ExportedModel(staging, facts), texts, probes)
+            if not (certificate.median_cosine >= limits[0] and certificate.agreement >= limits[1]):  # False for NaN
                 raise ExportError(
-                    f"an export to {backend} in {precision} that is too far from the plain model: {certificate}",
-                    f"a median cosine of {limits[0]} and an agreement of {limits[1]:.0%} or more",
-                    "Export in fp32, or lower min_cosine and min_agreement and measure the index (evaluate_index).",
+                    f"an export to {backend} in {precision} that differs too much from the original: {certificate}",
+                    f"a median cosine of at least {limits[0]} and an agreement of at least {limits[1]:.0%}",
+                    "Export in fp32, or lower min_cosine and min_agreement and evaluate the index (evaluate_index).",
                 )
             written = replace(facts, certificate=asdict(certificate))
             (staging / EXPORT_NAME).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
@@ -136,29 +139,29 @@ def export_model(
     except OSError as error:
         raise OutputDirectoryError(
             f"an export that cannot be written to {str(target)!r} ({error})",
-            "a folder that can, with room",
-            "Free some space, or name another path.",
+            "a writable folder with free space",
+            "Free some space, or choose another path.",
         ) from error
     return certificate
 
 
-def _free(target: Path, embed_model: LoraEmbedding) -> Path:
-    """The folder to write, if nothing but an export is there, nor in `<path>.previous`, which it becomes."""
+def _check_target(target: Path, embed_model: LoraEmbedding) -> None:
+    """Check that neither the folder nor `<path>.previous`, to which it is moved, contains anything but an export."""
     sources = [Path(p).resolve() for p in (embed_model.adapter_path, embed_model.base_model) if p and Path(p).exists()]
     for folder in (target, target.with_name(target.name + ".previous")):
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if folder in sources or (taken and not (folder / EXPORT_NAME).is_file()):
             raise OutputDirectoryError(
-                f"{str(folder)!r}, which holds something else than an export",
-                "a new or empty folder, or one that export has written",
-                "Name another path; nothing was changed.",
+                f"{str(folder)!r}, which contains something other than an export",
+                "a new or empty folder, or an export",
+                "Choose another path; nothing was changed.",
             )
-    return target
 
 
-def _checked(
+def _check_arguments(
     backend: Any, precision: Any, texts: list[str], queries: list[str], min_cosine: Any, min_agreement: Any
 ) -> tuple[float, float]:
+    """The lower bounds of median cosine and agreement."""
     problems = []
     if backend not in MODEL_FILES:
         problems.append(f"backend={backend!r}: expected 'onnx' or 'openvino'")
@@ -167,40 +170,36 @@ def _checked(
     for name, value in (("min_cosine", min_cosine), ("min_agreement", min_agreement)):
         if value is not None and not is_share(value):
             problems.append(f"{name}={value!r}: expected a number from 0 to 1")
-    if len(texts) < _FEWEST:
-        problems.append(f"{len(texts)} different texts: expected {_FEWEST} or more of those that will be embedded")
+    if len(texts) < _MIN_TEXTS:
+        problems.append(f"{len(texts)} different texts: expected at least {_MIN_TEXTS} of those to be embedded")
     if not queries:
         problems.append("no queries: expected some, or queries=None")
     if problems:
-        raise ConfigError(f"{len(problems)} wrong argument(s)", "what export takes", "Correct these:", problems)
+        raise ConfigError(f"{len(problems)} wrong argument(s)", "arguments of export_model", "Correct these:", problems)
     cosine, agreement = _LIMITS[precision]
     return (cosine if min_cosine is None else min_cosine, agreement if min_agreement is None else min_agreement)
 
 
-def _exportable(embed_model: LoraEmbedding) -> SentenceTransformer:
-    from llama_index_lora_embed.models.windows import window_of
-
-    model = embed_model._own_model()
+def _check_exportable(embed_model: LoraEmbedding) -> SentenceTransformer:
+    model = embed_model.backend.own_model()
     if window_of(model) is not None:
-        raise ConfigError(
-            "a model that reads long texts in windows", "one that reads each text at once", "Train one without window=."
-        )
+        raise ConfigError("a model with windows", "a model without windows", "Train one without window=.")
     if model.truncate_dim is not None:
-        raise ConfigError("a model with truncate_dim", "one with all its dimensions", "Leave truncate_dim=None.")
+        raise ConfigError("a model with truncate_dim", "a model with all dimensions", "Leave truncate_dim=None.")
     if not embed_model.merge and embed_model.adapter_path is not None:
         raise ConfigError("merge=False", "a merged adapter", "LoraEmbedding(path).export(...)")
     prompts = [model.prompts.get(task) for task in ("query", "document")]
     if any(prompts) and any(getattr(module, "include_prompt", True) is False for module in model):
         raise ConfigError(
-            "a model whose pooling leaves the prompt's tokens out",
-            "one that pools all tokens",
-            "It cannot be exported.",
+            "a model whose pooling excludes the prompt's tokens",
+            "a model that pools all tokens",
+            "This model cannot be exported; leave its prompts empty, or serve it without export.",
         )
     return model
 
 
 class _Graph(nn.Module):
-    """Token tensors by position to vectors, as an exporter wants it."""
+    """The model as a function of positional token tensors, which exporters require."""
 
     def __init__(self, model: SentenceTransformer, inputs: list[str]) -> None:
         super().__init__()
@@ -215,7 +214,7 @@ class _Graph(nn.Module):
 def _write_graph(
     model: SentenceTransformer, folder: Path, backend: Backend, precision: Precision, texts: list[str]
 ) -> list[str]:
-    # two texts of different lengths, so that padding is part of the example
+    # two texts of different lengths, so that the example contains padding
     features = model.preprocess([texts[0][:200] + " and more", "short"])
     inputs = [name for name, value in features.items() if isinstance(value, Tensor) and value.ndim == 2]
     example = tuple(features[name].cpu() for name in inputs)
@@ -227,12 +226,12 @@ def _write_graph(
             write(_Graph(model.cpu().eval(), inputs), example, folder, precision, model, texts)
     except (ImportError, OSError, ConfigError):
         raise
-    except Exception as error:  # exporters raise of everything
+    except Exception as error:  # exporters raise many kinds of errors
         raise ExportError(
-            f"a {type(model[0].auto_model).__name__} that {backend} cannot be given ({type(error).__name__}: "
+            f"a {type(model[0].auto_model).__name__}, whose export to {backend} failed ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''})",
             "an architecture whose graph can be traced",
-            "Try the other backend, or serve the plain model.",
+            "Try the other backend, or serve the model without export.",
         ) from error
     finally:
         model.to(device)
@@ -247,9 +246,9 @@ def _to_onnx(
     size = sum(parameter.nbytes for parameter in graph.parameters())
     if size > _ONNX_BYTES:
         raise ConfigError(
-            f"a model of {size / 1e9:.1f} GB", "one of less than 2 GB, which an ONNX file holds", 'backend="openvino"'
+            f"a model of {size / 1e9:.1f} GB", "less than 2 GB, the limit of an ONNX file", 'Use backend="openvino".'
         )
-    # sizes that no example fixes, so that any batch and any length can be computed
+    # dynamic, so that batches of any size and length can be computed
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     whole = folder / ("whole.onnx" if precision == "int8" else MODEL_FILES["onnx"])
     torch.onnx.export(
@@ -276,7 +275,7 @@ def _to_openvino(
     if precision == "int8":
         nncf = require("nncf")
         prompt = model.prompts.get("document") or None
-        batches = [model.preprocess([text], prompt=prompt, task="document") for text in texts[:_CALIBRATION]]
+        batches = [model.preprocess([text], prompt=prompt, task="document") for text in texts[:_CALIBRATION_TEXTS]]
         converted = nncf.quantize(
             converted,
             nncf.Dataset(batches, lambda features: [features[name].cpu().numpy() for name in graph.inputs]),
@@ -304,32 +303,33 @@ def _facts(
         files=digests(folder),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-    return replace(facts, fingerprint=facts.decided())
+    return replace(facts, fingerprint=facts.compute_fingerprint())
 
 
-def _certify(plain: SentenceTransformer, exported: Any, texts: list[str], queries: list[str]) -> Certificate:
-    """Compare both on the same texts and queries."""
-    both = (plain, exported)
+def _certify(original: SentenceTransformer, exported: Any, texts: list[str], queries: list[str]) -> Certificate:
+    both = (original, exported)
     passages = [encode(model, texts, "document") for model in both]
     return certificate_of(passages, [encode(model, queries, "query") for model in both])
 
 
-def certificate_of(passages: Sequence[Any], asked: Sequence[Any]) -> Certificate:
-    """How near a model's vectors are to another's.
+def certificate_of(passages: Sequence[Any], queries: Sequence[Any]) -> Certificate:
+    """Compare the vectors of two models.
 
     Args:
-        passages: Of both models, the plain one first, [texts, dimension].
-        asked: Of both, [queries, dimension].
+        passages: Vectors of both models, those of the original first, [texts, dimension].
+        queries: Vectors of both models, [queries, dimension].
 
     Raises:
-        ExportError: There are NaN or infinite ones.
+        ExportError: A vector contains NaN or infinity.
     """
-    passages, asked = [_unit(each) for each in passages], [_unit(each) for each in asked]
-    if not all(np.isfinite(vectors).all() for vectors in (*passages, *asked)):
-        raise ExportError("vectors with NaN or infinity in them", "numbers", "Serve the model plainly, in float32.")
+    passages, queries = [unit_norm(each) for each in passages], [unit_norm(each) for each in queries]
+    if not all(np.isfinite(vectors).all() for vectors in (*passages, *queries)):
+        raise ExportError(
+            "vectors with NaN or infinity", "finite vectors", "Serve the model in float32, without export."
+        )
     cosines = (passages[0] * passages[1]).sum(axis=1)
     top = min(_TOP, len(cosines) - 1)
-    nearest = [np.argsort(-(q @ p.T), axis=1, kind="stable")[:, :top] for q, p in zip(asked, passages, strict=True)]
+    nearest = [np.argsort(-(q @ p.T), axis=1, kind="stable")[:, :top] for q, p in zip(queries, passages, strict=True)]
     same = [len(set(a) & set(b)) / top for a, b in zip(*nearest, strict=True)]
     return Certificate(
         len(cosines),
@@ -341,18 +341,14 @@ def certificate_of(passages: Sequence[Any], asked: Sequence[Any]) -> Certificate
     )
 
 
-def _unit(vectors: Any) -> Any:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what exporters tell of their own progress."""
-    root = logging.getLogger()  # which quantisation itself writes to; a filter holds nothing else back
+    """Silence the exporters' own progress messages."""
+    root = logging.getLogger()  # quantisation logs to it; a logger's filter does not affect its children
     noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "nncf")]
     before = [logger.level for logger in noisy]
     try:

@@ -1,4 +1,4 @@
-"""A model that was exported, computed by ONNX Runtime or OpenVINO; to `encoding.encode` it is like any other."""
+"""Loading an exported model, which ONNX Runtime or OpenVINO computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llama_index_lora_embed.core.errors import AdapterError, ConfigError
+from llama_index_lora_embed.core.errors import AdapterError
 from llama_index_lora_embed.core.files import file_digest
 from llama_index_lora_embed.core.optional import require
 
@@ -28,17 +28,17 @@ Precision = Literal["fp32", "int8"]
 
 @dataclass(frozen=True)
 class Export:
-    """`export.json`: what was exported from which model, and how near it is to it.
+    """`export.json`: the exported model, its source and its certificate.
 
     Attributes:
-        fingerprint: Of the exported model: a SHA-256 of everything here that decides its vectors.
-        source: Fingerprint of the model that it was made from.
+        fingerprint: SHA-256 of everything here that determines the exported model's vectors.
+        source: Fingerprint of the model that was exported.
         name: That model's `model_name`.
         backend: "onnx" or "openvino".
         precision: "fp32" or "int8".
         inputs: Names of the graph's inputs.
-        dimensions: Of its vectors.
-        max_seq_length: Tokens of a text that are read.
+        dimensions: Length of a vector.
+        max_seq_length: Tokens beyond which a text is truncated.
         prompts: "query" and "document".
         certificate: See `export.Certificate`.
         files: SHA-256 of every file.
@@ -60,7 +60,7 @@ class Export:
 
     @classmethod
     def read(cls, folder: Path) -> Export:
-        """An export's facts, once every file was compared with its digest.
+        """Read an export's description and compare every file with its digest.
 
         Raises:
             AdapterError: A file is missing or changed.
@@ -71,31 +71,31 @@ class Export:
             digests, _ = dict(facts.files), MODEL_FILES[facts.backend]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AdapterError(
-                f"an unreadable {folder / EXPORT_NAME} ({error})", "the file as export wrote it", "Export again."
+                f"an unreadable {folder / EXPORT_NAME} ({error})", "the original file", "Export again."
             ) from error
-        if facts.fingerprint != facts.decided():
+        if facts.fingerprint != facts.compute_fingerprint():
             raise AdapterError(
-                f"{str(folder / EXPORT_NAME)!r}, which was changed", "as export wrote it", "Export again."
+                f"{str(folder / EXPORT_NAME)!r}, which was changed", "the original file", "Export again."
             )
         for name, digest in digests.items():
             path = folder / name
             if not path.is_file() or file_digest(path) != digest:
                 state = "changed or cut short" if path.is_file() else "missing"
-                raise AdapterError(f"{str(path)!r}, which is {state}", "the file as export wrote it", "Export again.")
+                raise AdapterError(f"{str(path)!r}, which is {state}", "the original file", "Export again.")
         return facts
 
-    def decided(self) -> str:
-        """What the fingerprint must be."""
-        about = (self.source, self.backend, self.precision, self.inputs, self.max_seq_length, self.prompts, self.files)
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    def compute_fingerprint(self) -> str:
+        """The value that `fingerprint` must have."""
+        parts = (self.source, self.backend, self.precision, self.inputs, self.max_seq_length, self.prompts, self.files)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class ExportedModel:
-    """What `encoding.encode` asks of a `SentenceTransformer`.
+    """An exported model with the attributes of a `SentenceTransformer` that `encode` uses.
 
     Args:
-        folder: Where the export is.
-        facts: What `Export.read` gave.
+        folder: Folder of the export.
+        facts: From `Export.read`.
 
     Raises:
         AdapterError: The graph cannot be loaded.
@@ -118,12 +118,10 @@ class ExportedModel:
             self._run = (_onnx if facts.backend == "onnx" else _openvino)(file, facts.inputs)
         except (RuntimeError, ValueError, OSError) as error:
             raise AdapterError(
-                f"{file!r}, which {facts.backend} does not load ({error})",
-                "the file as export wrote it",
-                "Export again.",
+                f"{file!r}, which {facts.backend} does not load ({error})", "the original file", "Export again."
             ) from error
 
-    def __getitem__(self, place: int) -> ExportedModel:
+    def __getitem__(self, index: int) -> ExportedModel:
         """It is its own only module."""
         return self
 
@@ -150,26 +148,6 @@ class ExportedModel:
         return {"sentence_embedding": torch.from_numpy(self._run(arrays))}
 
 
-def open_export(folder: Path, given: Sequence[str]) -> ExportedModel:
-    """The exported model in a folder.
-
-    Args:
-        folder: With an `export.json`.
-        given: Arguments that somebody has given, of those that were decided when it was exported.
-
-    Raises:
-        AdapterError: The export is damaged.
-        ConfigError: There are such arguments.
-        MissingExtraError: The backend is not installed.
-    """
-    facts = Export.read(folder)
-    if given:
-        raise ConfigError(
-            f"{', '.join(given)} for a model that was exported", "none of these", "Export a model that has them."
-        )
-    return ExportedModel(folder, facts)
-
-
 def _threads() -> int:
     import torch
 
@@ -190,7 +168,7 @@ def _onnx(file: str, inputs: list[str]) -> Any:
 
 def _openvino(file: str, inputs: list[str]) -> Any:
     core = require("openvino").Core()
-    # its own choice would be bfloat16 where the processor has it, which changes who is found
+    # OpenVINO's default on CPUs with bfloat16 is bfloat16, which changes the search results
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": _threads()}
     request = core.compile_model(file, "CPU", settings).create_infer_request()
 

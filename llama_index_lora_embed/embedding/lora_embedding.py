@@ -4,82 +4,81 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.base.embeddings.base import Embedding
+from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError
-from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, asking
-from llama_index_lora_embed.embedding.exported import EXPORT_NAME, ExportedModel, open_export
-from llama_index_lora_embed.embedding.many_adapters import ManyAdapters, absolute, checked_names
-from llama_index_lora_embed.models.tokens import check_text, check_texts, count_tokens, longest_first
+from llama_index_lora_embed.core.files import absolute
+from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, cache_keys
+from llama_index_lora_embed.models.tokens import check_text, check_texts, longest_first
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from typing_extensions import Self
 
-    from llama_index_lora_embed.embedding.adapter_pool import Adapter
+    from llama_index_lora_embed.embedding.backends import EmbeddingBackend, PooledBackend
     from llama_index_lora_embed.embedding.export import Certificate
     from llama_index_lora_embed.models.adapter_directory import Manifest
 
 _BATCH_SIZE = 256
 
 
-class LoraEmbedding(ManyAdapters):
-    """A LlamaIndex embedding model from an adapter directory, ours or one that sentence-transformers saved.
+class LoraEmbedding(BaseEmbedding):
+    """A LlamaIndex embedding model from an adapter directory, written by this package or by sentence-transformers.
 
-    Vectors are those of `SentenceTransformer(adapter_path)`: queries with its query prompt, texts with its
-    document prompt, cut at the recorded `max_seq_length`. The LoRA is merged into the base in float32, so that
-    inference costs what the base costs. All texts of a call are put in the order of their length and computed so many
-    tokens at a time, so that little padding is computed.
+    Its vectors are those of `SentenceTransformer(adapter_path)`: queries with the query prompt, passages with the
+    document prompt, truncated at the recorded `max_seq_length`. The LoRA is merged into the base model in float32, so
+    that inference takes no longer than with the base model. The texts of a call are sorted by length and computed in
+    batches of a limited number of tokens, which keeps padding low.
 
-    With `adapters` it holds many of them on one base in memory, which every other such object of the process shares.
-    `with_adapter(name)` is one of them, as cheap as a name; `get_mixed_embeddings` embeds texts that each name
-    their own.
+    With `adapters` it holds several adapters on one base model in memory, which it shares with all such objects of the
+    process. `with_adapter(name)` is an embedding model with one of them, at no cost; `get_mixed_embeddings` embeds
+    texts that each name an adapter.
 
-    It is made of plain values alone: it survives `to_dict`/`from_dict`, pickling and the worker processes of an
-    `IngestionPipeline`. The `fingerprint` in its dict changes whenever its vectors would, so that LlamaIndex's
-    ingestion cache sees a retrained model as a new one.
+    It consists of plain values and can be serialised (`to_dict`, `from_dict`), pickled, and used in the worker
+    processes of an `IngestionPipeline`. Its dict contains the `fingerprint`, which changes whenever its vectors would,
+    so that LlamaIndex's ingestion cache treats a retrained model as a new one.
 
     Args:
-        adapter_path: Folder or Hub id of the adapter, or folder of an export; None for the untuned base.
-        base_model: Folder or Hub id of the base, where it is not the place recorded in the adapter, or where
-            there is no adapter.
-        revision: Commit of the adapter (of `base_model`, where there is none or several) on the Hub.
-        cache_folder: Of huggingface_hub.
+        adapter_path: Folder or Hub id of the adapter, or folder of an export; None for the base model alone.
+        base_model: Folder or Hub id of the base model, if the adapter records another place or there is no adapter.
+        revision: Commit on the Hub of the adapter, or of `base_model` if there is no adapter or there are several.
+        cache_folder: Cache folder of huggingface_hub.
         device: torch device; None lets sentence-transformers choose.
         query_prompt: Overrides the recorded query prompt.
         passage_prompt: Overrides the recorded passage prompt.
-        pooling: Overrides the pooling of a base alone ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens" or
-            "weightedmean"). An adapter's is the one that it was trained with.
-        window: Has a base alone read long texts in windows of so many tokens (`windows.add_windows`). An adapter's
-            are those that it was trained with.
-        truncate_dim: Cuts vectors to their first so many dimensions, and scales them to length 1 again if the model
-            does; for models trained with Matryoshka losses.
-        merge: Merge the LoRA into the base's weights.
-        trust_remote_code: Run Python code that the base brings along.
-        adapters: Name to folder or Hub id, of adapters that were trained on one base; instead of `adapter_path`. They
-            are not merged. Without `base_model`, the base is the one that the first of them names.
-        adapter: Which of `adapters` its vectors are of; None for the base's own.
-        adapter_scale: What the LoRA is multiplied by, from 0 (the base's vectors) to 1: between them lies less of what
-            was learnt and less of what was forgotten. `tune_scale` finds it by validation data.
-        max_adapters: How many adapters to hold in memory; the least recently used is unloaded, and loaded again when it
-            is named. Of several objects that share a base the largest counts.
-        embed_batch_size: Texts that LlamaIndex hands over at once, 1 to 2048; a forward pass has no more.
-        tokens_per_pass: Tokens in a forward pass, padding included; None for 2,048 on a processor and 65,536 elsewhere.
-            Lower it where a device's memory runs out.
+        pooling: Overrides the pooling of a base model alone ("cls", "lasttoken", "max", "mean",
+            "mean_sqrt_len_tokens" or "weightedmean"). An adapter keeps the pooling that it was trained with.
+        window: Splits long texts into windows of this many tokens (`windows.add_windows`), for a base model alone. An
+            adapter keeps the windows that it was trained with.
+        truncate_dim: Truncates vectors to their first dimensions, and scales them to length 1 again if the model does;
+            for models that were trained with Matryoshka losses.
+        merge: Merge the LoRA into the base model's weights.
+        trust_remote_code: Run Python code from the base model's repository.
+        adapters: Name to folder or Hub id of adapters that were trained on one base model, instead of `adapter_path`.
+            They are not merged. Without `base_model`, the base model is the one that the first adapter names.
+        adapter: Name of the adapter in `adapters` that is used; None for the base model alone.
+        adapter_scale: Factor of the LoRA, from 0 (the base model's vectors) to 1. In between, less has been learnt and
+            less forgotten; `tune_scale` finds the best value on validation data.
+        max_adapters: Number of adapters in memory; the least recently used is unloaded, and loaded again when it is
+            used. Among objects that share a base model, the largest number counts.
+        embed_batch_size: Texts that LlamaIndex passes at once, from 1 to 2048, and at most in a forward pass.
+        tokens_per_pass: Tokens in a forward pass, padding included; None for 2,048 on CPUs and 65,536 on accelerators.
+            Lower it if a device runs out of memory.
 
     Raises:
-        ConfigError: Neither adapter nor base is named; `truncate_dim` is more than the model's dimensions; or
-            `pooling` is no mode; or `pooling` or `window` is not what the adapter was trained with; or `adapter` is
-            none of `adapters`.
-        ModelNotFoundError: Adapter or base is not there.
-        AdapterError: The adapter is damaged or does not fit its base, or `fingerprint` was given (by
-            `from_dict` or unpickling) and the files have changed since.
-        BaseModelMismatchError: The base is another than the adapter was trained on.
+        ConfigError: Neither an adapter nor a base model is given, `truncate_dim` exceeds the model's dimensions,
+            `pooling` is unknown, `pooling` or `window` is not the adapter's, or `adapter` is not among `adapters`.
+        ModelNotFoundError: The adapter or its base model does not exist.
+        AdapterError: The adapter is damaged or does not fit its base model, or it has changed since the object was
+            serialised.
+        BaseModelMismatchError: The adapter was trained on another base model.
 
     Example:
         >>> embed_model = LoraEmbedding("runs/handbook")  # doctest: +SKIP
@@ -87,18 +86,26 @@ class LoraEmbedding(ManyAdapters):
     """
 
     adapter_path: str | None = Field(default=None, description="Folder or Hub id of the adapter.")
+    base_model: str | None = Field(default=None, description="Folder or Hub id of the base model.")
+    adapters: dict[str, str] | None = Field(default=None, description="Adapters by name, as folders or Hub ids.")
+    adapter: str | None = Field(default=None, frozen=True, description="Name of the adapter that is used.")
+    adapter_scale: float = Field(default=1.0, ge=0.0, le=1.0, frozen=True, description="Factor of the LoRA.")
+    max_adapters: int = Field(default=32, ge=1, frozen=True, description="Number of adapters in memory.")
+    revision: str | None = Field(default=None, description="Commit on the Hub.")
+    cache_folder: str | None = Field(default=None, description="Cache folder of huggingface_hub.")
     device: str | None = Field(default=None, description="torch device.")
-    pooling: str | None = Field(default=None, description="Overrides the pooling of a base alone.")
-    window: int | None = Field(default=None, description="Windows in which a base alone reads long texts, in tokens.")
-    truncate_dim: int | None = Field(default=None, description="Cuts vectors to so many dimensions.")
-    merge: bool = Field(default=True, description="Merge the LoRA into the base.")
-    trust_remote_code: bool = Field(default=False, description="Run the base's own code.")
+    query_prompt: str | None = Field(default=None, description="Overrides the query prompt.")
+    passage_prompt: str | None = Field(default=None, description="Overrides the passage prompt.")
+    pooling: str | None = Field(default=None, description="Overrides the pooling of a base model alone.")
+    window: int | None = Field(default=None, description="Tokens in the windows of a base model alone.")
+    truncate_dim: int | None = Field(default=None, description="Truncates vectors to this many dimensions.")
+    merge: bool = Field(default=True, description="Merge the LoRA into the base model.")
+    trust_remote_code: bool = Field(default=False, description="Run code from the base model's repository.")
     tokens_per_pass: int | None = Field(default=None, ge=1, description="Tokens in a forward pass.")
+    fingerprint: str | None = Field(default=None, description="Digest of everything that determines the vectors.")
 
-    _model: Any = PrivateAttr(default=None)
-    _manifest: Any = PrivateAttr(default=None)
-    _unit_length: bool = PrivateAttr(default=False)
-    _lent: bool = PrivateAttr(default=False)
+    _backend: EmbeddingBackend | None = PrivateAttr(default=None)
+    _lock: Any = PrivateAttr(default_factory=threading.RLock)
 
     def __init__(
         self,
@@ -115,28 +122,28 @@ class LoraEmbedding(ManyAdapters):
                 "adapter_path, base_model or both, or adapters",
                 'LoraEmbedding("runs/handbook")',
             )
-        own, base = (absolute(path) for path in (adapter_path, base_model))
-        named = None if adapters is None else checked_names(adapters)
+        path, base = (None if place is None else absolute(place) for place in (adapter_path, base_model))
+        named = None if adapters is None else _check_adapters(adapters)
         if named is None and kwargs.get("adapter") is not None:
-            named = {}  # the name is unknown, which is said where the known ones are
-        if own is not None and named is not None:
+            named = {}  # the backend reports the unknown name
+        if path is not None and named is not None:
             raise ConfigError(
-                f"adapter_path={own!r} together with adapters",
+                f"adapter_path={path!r} together with adapters",
                 "one adapter, or several by name",
-                f"LoraEmbedding(adapters={{'a name': {own!r}, ...}})",
+                f"LoraEmbedding(adapters={{'a name': {path!r}, ...}})",
             )
-        places = [own, (named or {}).get(kwargs.get("adapter") or ""), base, *(named or {}).values()]
-        kwargs.setdefault("model_name", next((place for place in places if place), None))
+        places = [path, (named or {}).get(kwargs.get("adapter") or ""), base, *(named or {}).values()]
         super().__init__(
             **{
-                "adapter_path": own,
+                "model_name": next((place for place in places if place), None),
+                "adapter_path": path,
                 "base_model": base,
                 "adapters": named,
                 "embed_batch_size": embed_batch_size,
                 **kwargs,
             }
         )
-        self.embeddings_cache = self.embeddings_cache  # as `__setattr__` has it
+        self.embeddings_cache = self.embeddings_cache  # wrapped by `__setattr__`
         self._load()
 
     @classmethod
@@ -145,111 +152,53 @@ class LoraEmbedding(ManyAdapters):
         return "LoraEmbedding"
 
     @property
+    def backend(self) -> EmbeddingBackend:
+        """The loaded model; it is loaded now if this object came from a pickle."""
+        with self._lock:
+            return self._backend or self._load()
+
+    def _load(self) -> EmbeddingBackend:
+        from llama_index_lora_embed.embedding.backends import BackendSettings, load_backend
+
+        backend = load_backend(BackendSettings(**{f.name: getattr(self, f.name) for f in fields(BackendSettings)}))
+        if self.fingerprint is not None and self.fingerprint != backend.fingerprint:
+            raise AdapterError(
+                f"{self.model_name!r} with the fingerprint {backend.fingerprint[:12]}...",
+                f"{self.fingerprint[:12]}..., which was recorded when this object was saved; the model was retrained "
+                "since, and its vectors do not fit the earlier ones",
+                f"LoraEmbedding({self.model_name!r}) loads the current model; rebuild the index with it.",
+            )
+        self.fingerprint, self._backend = backend.fingerprint, backend
+        return backend
+
+    @property
     def manifest(self) -> Manifest | None:
-        """How the adapter was made; None for a base alone and for adapters of sentence-transformers."""
-        self._ready()
-        manifest: Manifest | None = self._manifest
-        return manifest
+        """How the adapter was made; None for a base model alone and for adapters of sentence-transformers."""
+        return self.backend.manifest
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens, special ones included, beyond which a text is cut."""
-        model = self._ready()
-        own = self._own()
-        if self._shared is not None:  # the model's own changes from batch to batch
-            return int(self._shared.max_seq_length if own is None else own.max_seq_length)
-        return int(model.max_seq_length or 0)
+        """Tokens, special tokens included, beyond which a text is truncated."""
+        return self.backend.max_seq_length
 
     @property
     def sentence_transformer(self) -> SentenceTransformer:
-        """The loaded model; with `merge=False`, sentence-transformers' own calls for adapters do something on it.
+        """The loaded model; with `merge=False`, sentence-transformers' methods for adapters work on it.
 
         Raises:
-            ConfigError: The model is shared with others, who would get what it is told.
+            ConfigError: The model is shared with others, or exported.
         """
-        model = self._own_model()
-        self._lent = True
-        return model
-
-    def _own_model(self) -> SentenceTransformer:
-        """`sentence_transformer` for those who keep nothing of it."""
-        model = self._ready()
-        if isinstance(self._model, ExportedModel):
-            source = f"It was made from {self._model.facts.name!r}."
-            raise ConfigError("a model that was exported", "one of torch", source)
-        if self._shared is not None:
-            raise ConfigError(
-                "the model of an embedding model with adapters, which others in the process share",
-                "one of its own",
-                "LoraEmbedding(path, merge=False).sentence_transformer",
-            )
-        return model
-
-    def _ready(self) -> SentenceTransformer:
-        """The model, loaded now if this object came out of a pickle."""
-        with self._lock:
-            if self._model is None:
-                self._load()
-            model: SentenceTransformer = self._model
-            return model
-
-    def _load(self) -> None:
-        from llama_index_lora_embed.models import base_model, lora_adapter
-        from llama_index_lora_embed.models.adapter_directory import fingerprint
-        from llama_index_lora_embed.models.prompts import pooling_of
-        from llama_index_lora_embed.models.windows import window_of
-
-        if self.adapters is not None:
-            self._load_several()
-            return
-        prompts: dict[str, Any] = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
-        if self.adapter_path is not None and (Path(self.adapter_path) / EXPORT_NAME).exists():
-            decided = ("base_model", "query_prompt", "passage_prompt", "pooling", "window", "truncate_dim")
-            given = [name for name in decided if getattr(self, name) is not None]
-            given += ["adapter_scale"] if self.adapter_scale != 1 else []
-            given += ["merge"] if not self.merge else []
-            given += ["device"] if self.device not in (None, "cpu") else []
-            exported: Any = open_export(Path(self.adapter_path), given)
-            self._take(exported, None, exported.facts.fingerprint)
-            return
-        if self.adapter_path is not None:
-            loaded = lora_adapter.load_adapter(
-                self.adapter_path,
-                base_model=self.base_model,
-                revision=self.revision,
-                cache_folder=self.cache_folder,
-                device=self.device,
-                trust_remote_code=self.trust_remote_code,
-                merge=self.merge,
-                scale=self.adapter_scale,
-                truncate_dim=self.truncate_dim,
-                **prompts,
-            )
-            model, manifest, digest = loaded.model, loaded.manifest, loaded.fingerprint
-            for name, trained in (("pooling", pooling_of(model)), ("window", window_of(model))):
-                wanted = getattr(self, name)
-                if wanted is not None and wanted != trained:
-                    raise ConfigError(
-                        f"{name}={wanted!r} for an adapter that was trained with {trained!r}",
-                        f"the {name} that it was trained with",
-                        f"Leave {name}=None, or train an adapter with the other.",
-                    )
-        else:
-            assert self.base_model is not None
-            base = base_model.describe_base(self.base_model, self.revision, self.cache_folder)
-            model = base_model.load_base(base, **self._base_loading(), **prompts)
-            manifest, digest = None, fingerprint(model, base.weights_sha256, None)
-        self._take(model, manifest, digest)
+        return self.backend.own_model(to_change=True)
 
     def export(self, path: str | os.PathLike[str], **settings: Any) -> Certificate:
-        """`export.export_model`: write this model for ONNX Runtime or OpenVINO, fp32 or int8.
+        """Write this model for ONNX Runtime or OpenVINO, in fp32 or int8; see `export.export_model`.
 
         Args:
             path: Folder to write; `LoraEmbedding(path)` loads it.
-            **settings: texts, queries, backend, precision, min_cosine and min_agreement, as `export_model` has them.
+            **settings: texts, queries, backend, precision, min_cosine and min_agreement of `export_model`.
 
         Returns:
-            How near its vectors are to these.
+            The agreement of its vectors with those of this model.
 
         Example:
             >>> embed_model.export("runs/handbook-int8", texts=texts, precision="int8")  # doctest: +SKIP
@@ -258,34 +207,106 @@ class LoraEmbedding(ManyAdapters):
 
         return export_model(self, path, **settings)
 
-    def _base_loading(self) -> dict[str, Any]:
-        return {
-            "device": self.device,
-            "trust_remote_code": self.trust_remote_code,
-            "pooling": self.pooling,
-            "window": self.window,
-            "truncate_dim": self.truncate_dim,
-        }
+    def list_adapters(self) -> list[str]:
+        """Names of the adapters that texts can name; empty for an object without `adapters`."""
+        return list(self.adapters or {})
 
-    def _take(self, model: SentenceTransformer, manifest: Manifest | None, digest: str) -> None:
-        from llama_index_lora_embed.models.adapter_directory import normalises
+    def add_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Add an adapter; its weights are loaded when a text first names it.
 
-        if self.fingerprint is not None and self.fingerprint != digest:
-            raise AdapterError(
-                f"{self.model_name!r} with the fingerprint {digest[:12]}...",
-                f"{self.fingerprint[:12]}..., which was recorded when this object was saved; it was retrained since, "
-                "so that its vectors no longer fit those of then",
-                f"LoraEmbedding({self.model_name!r}) loads the model of now; index with it again.",
+        Args:
+            name: A name that is not taken.
+            path: Folder or Hub id.
+
+        Raises:
+            ConfigError: The name is taken, this object was made without `adapters`, or the adapter is not plain LoRA.
+            ModelNotFoundError: The adapter does not exist.
+            AdapterError: The adapter is damaged.
+            BaseModelMismatchError: The adapter was trained on another base model.
+        """
+        with self._lock:
+            backend, found = self._pool(), _check_adapters({name: path})
+            backend.add(name, found[name])
+            self.adapters = {**(self.adapters or {}), **found}
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory after the calls that use it.
+
+        Raises:
+            ConfigError: The name is unknown, or this embedding model uses the adapter.
+        """
+        with self._lock:
+            self._pool().remove(name)
+            self.adapters = {other: path for other, path in (self.adapters or {}).items() if other != name}
+
+    def with_adapter(self, name: str | None) -> Self:
+        """An embedding model with one of the adapters, or the base model alone (None), that shares the base model.
+
+        Adapters that are added or removed afterwards affect only the object on which that was called.
+
+        Raises:
+            ConfigError: The name is unknown.
+        """
+        with self._lock:
+            backend = self._pool().with_adapter(name)
+            view = self.__deepcopy__()
+            view.__dict__["adapter"] = name
+            view.model_name = backend.pool.base.model_id if name is None else (self.adapters or {})[name]
+            view.fingerprint, view._backend = backend.fingerprint, backend
+            # not copied by __deepcopy__
+            view.callback_manager, view.rate_limiter = self.callback_manager, self.rate_limiter
+        return view
+
+    def get_mixed_embeddings(
+        self, texts: Sequence[str], adapters: Sequence[str | None], *, kind: Literal["text", "query"] = "text"
+    ) -> list[Embedding]:
+        """Vectors of texts, each with the adapter that it names, computed together.
+
+        Args:
+            texts: Any number.
+            adapters: For each text the name of an adapter, or None for the base model.
+            kind: Whether the texts are passages ("text") or queries, which determines the prompt.
+
+        Returns:
+            A vector for each text.
+
+        Raises:
+            ConfigError: A name is unknown, the numbers of names and texts differ, or a text is not a string.
+        """
+        checked, backend = check_texts(texts), self._pool()
+        if isinstance(adapters, str) or len(adapters) != len(checked):
+            got = repr(adapters) if isinstance(adapters, str) else f"{len(adapters)} names"
+            raise ConfigError(
+                f"{got} for {len(checked)} texts", "a name or None for each text", "Pass as many names as texts."
             )
-        self.fingerprint = digest
-        self._manifest = manifest
-        # sentence-transformers cuts after the model's own normalisation
-        self._unit_length = self.truncate_dim is not None and normalises(model)
-        self._model = model
+        if kind not in ("text", "query"):
+            raise ConfigError(f"kind={kind!r}", "'text' or 'query'", "Pass kind='query' for queries.")
+        task: Literal["query", "document"] = "query" if kind == "query" else "document"
+        vectors = backend.encode(checked, task, self.tokens_per_pass, self.embed_batch_size, adapters)
+        rows: list[Embedding] = vectors.tolist()
+        return rows
+
+    async def aget_mixed_embeddings(
+        self, texts: Sequence[str], adapters: Sequence[str | None], *, kind: Literal["text", "query"] = "text"
+    ) -> list[Embedding]:
+        """`get_mixed_embeddings`, in a thread."""
+        return await asyncio.to_thread(self.get_mixed_embeddings, texts, adapters, kind=kind)
+
+    def _pool(self) -> PooledBackend:
+        from llama_index_lora_embed.embedding.backends import PooledBackend
+
+        backend = self.backend
+        if not isinstance(backend, PooledBackend):
+            raise ConfigError(
+                "an embedding model with one adapter, merged into its base model",
+                "one that was made with adapters",
+                'LoraEmbedding(adapters={"legal": "runs/legal", "hr": "runs/hr"}), or adapters={} with base_model=.',
+            )
+        return backend
 
     def __getstate__(self) -> dict[str, Any]:
-        """Plain values only: the weights are loaded again where they are needed."""
-        return {"fields": {name: getattr(self, name) for name in _plain_fields(type(self))}}
+        """Plain values only; the weights are loaded again at the first use."""
+        return {"fields": {name: getattr(self, name) for name, f in type(self).model_fields.items() if not f.exclude}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # not through __init__: a process that only passes the object on should not load the model
@@ -293,57 +314,26 @@ class LoraEmbedding(ManyAdapters):
         for slot in ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__"):
             object.__setattr__(self, slot, getattr(blank, slot))
 
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> LoraEmbedding:
-        """A copy that loads its own model when it is first used; locks and loaded weights are not copied."""
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy that loads its own model at the first use; locks and loaded weights are not copied."""
         copy = type(self).__new__(type(self))
         copy.__setstate__(self.__getstate__())
         return copy
 
-    def _encode(self, texts: list[str], *, query: bool) -> list[Embedding]:
-        self._ready()  # texts were checked where they came in
-        return self._encode_with(texts, [self._own()] * len(texts), query=query)
-
-    def _encode_with(self, texts: list[str], adapters: list[Adapter | None], *, query: bool) -> list[Embedding]:
-        from llama_index_lora_embed.embedding.encode import encode
-
-        task: Literal["query", "document"] = "query" if query else "document"
-        if self._shared is not None:
-            vectors = self._shared.encode(
-                texts,
-                adapters,
-                task,
-                most_adapters=self.max_adapters,
-                base_prompts={**self._shared.prompts, **self._prompts()},
-                most_tokens=self.tokens_per_pass,
-                most_texts=self.embed_batch_size,
-                unit_length=self._unit_length,
-            )
-        else:
-            # fast tokenizers change truncation state while they work, so that threads must take turns
-            with self._lock:
-                vectors = encode(
-                    self._model,
-                    texts,
-                    task,
-                    most_tokens=self.tokens_per_pass,
-                    most_texts=self.embed_batch_size,
-                    unit_length=self._unit_length,
-                    fused=not self._lent,  # whoever has the model may change its weights in ways that nobody sees
-                )
-        rows: list[Embedding] = vectors.tolist()
-        return rows
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, ModelEmbeddingsCache.of(value) if name == "embeddings_cache" else value)
 
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
-        """Vectors of passages, in their order; computed longest first.
+        """Vectors of passages, in their order; the longest are computed first.
 
         Raises:
-            ConfigError: One is no string.
+            ConfigError: A text is not a string.
         """
         checked = check_texts(texts)
         order = longest_first(checked)
-        with self._asking("document"):
+        with self._cache_keys("document"):
             vectors = super().get_text_embedding_batch([checked[i] for i in order], show_progress, **kwargs)
-        return _back(vectors, order)
+        return _in_order_of_texts(vectors, order)
 
     async def aget_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
@@ -351,93 +341,102 @@ class LoraEmbedding(ManyAdapters):
         """`get_text_embedding_batch`, in threads."""
         checked = check_texts(texts)
         order = longest_first(checked)
-        with self._asking("document"):
+        with self._cache_keys("document"):
             vectors = await super().aget_text_embedding_batch([checked[i] for i in order], show_progress, **kwargs)
-        return _back(vectors, order)
+        return _in_order_of_texts(vectors, order)
 
     def get_text_embedding(self, text: str) -> Embedding:
         """The vector of a passage.
 
         Raises:
-            ConfigError: It is no string.
+            ConfigError: The text is not a string.
         """
-        with self._asking("document"):
+        with self._cache_keys("document"):
             return super().get_text_embedding(check_text(text))
 
     async def aget_text_embedding(self, text: str) -> Embedding:
         """`get_text_embedding`, in a thread."""
-        with self._asking("document"):
+        with self._cache_keys("document"):
             return await super().aget_text_embedding(check_text(text))
 
     def get_query_embedding(self, query: str) -> Embedding:
         """The vector of a query.
 
         Raises:
-            ConfigError: It is no string.
+            ConfigError: The query is not a string.
         """
-        with self._asking("query"):
+        with self._cache_keys("query"):
             return super().get_query_embedding(check_text(query))
 
     async def aget_query_embedding(self, query: str) -> Embedding:
         """`get_query_embedding`, in a thread."""
-        with self._asking("query"):
+        with self._cache_keys("query"):
             return await super().aget_query_embedding(check_text(query))
 
     def is_cut(self, texts: list[str]) -> list[bool]:
-        """Whether passages are longer than the model reads, prompt and special tokens included.
+        """Whether passages are longer than `max_seq_length`, prompt and special tokens included, and are truncated.
 
         Raises:
-            ConfigError: One is no string.
+            ConfigError: A text is not a string.
         """
-        checked = check_texts(texts)
-        model, own, shared = self._ready(), self._own(), self._shared
-        lock: Any = self._lock
-        prompts: Mapping[str, str | None] = model.prompts
-        if shared is not None:
-            lock = shared.lock
-            prompts = {**shared.prompts, **self._prompts()} if own is None else own.prompts
-        limit = self.max_seq_length
-        with lock:  # tokenizers change their state while they work
-            return [count > limit for count in count_tokens(model, checked, prompts.get("document") or "")]
+        counts, limit = self.backend.count_tokens(check_texts(texts)), self.max_seq_length
+        return [count > limit for count in counts]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, ModelEmbeddingsCache.of(value) if name == "embeddings_cache" else value)
+    def _cache_keys(self, task: str) -> AbstractContextManager[None]:
+        fingerprint = self.fingerprint if self.embeddings_cache is None else self.backend.fingerprint
+        return cache_keys(fingerprint, task)
 
-    def _asking(self, task: str) -> AbstractContextManager[None]:
-        if self.embeddings_cache is not None:
-            self._ready()  # which the fingerprint comes from
-        return asking(self.fingerprint, task)
+    def _encode(self, texts: list[str], task: Literal["query", "document"]) -> list[Embedding]:
+        rows: list[Embedding] = self.backend.encode(texts, task, self.tokens_per_pass, self.embed_batch_size).tolist()
+        return rows
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return self._encode([query], query=True)[0]
+        return self._encode([query], "query")[0]
 
     def _get_query_embeddings(self, queries: list[str]) -> list[Embedding]:
-        """Of many at once, which LlamaIndex does not ask for; its cache and callbacks are passed by."""
-        return self._encode(check_texts(queries), query=True)
+        """Vectors of many queries, which LlamaIndex has no method for; without its cache and callbacks."""
+        return self._encode(check_texts(queries), "query")
 
     async def _aget_query_embedding(self, query: str) -> Embedding:
         return await asyncio.to_thread(self._get_query_embedding, query)
 
     def _get_text_embedding(self, text: str) -> Embedding:
-        return self._encode([text], query=False)[0]
+        return self._encode([text], "document")[0]
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
         return await asyncio.to_thread(self._get_text_embedding, text)
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self._encode(texts, query=False)
+        return self._encode(texts, "document")
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return await asyncio.to_thread(self._get_text_embeddings, texts)
 
 
-def _back(vectors: list[Embedding], order: list[int]) -> list[Embedding]:
-    """Vectors in the order in which the texts were given."""
-    given: list[Embedding] = [[]] * len(order)
-    for vector, number in zip(vectors, order, strict=True):
-        given[number] = vector
-    return given
+def _in_order_of_texts(vectors: list[Embedding], order: list[int]) -> list[Embedding]:
+    by_index = dict(zip(order, vectors, strict=True))
+    return [by_index[i] for i in range(len(order))]
 
 
-def _plain_fields(cls: type[LoraEmbedding]) -> list[str]:
-    return [name for name, info in cls.model_fields.items() if not info.exclude]
+def _check_adapters(adapters: Any) -> dict[str, str]:
+    """Names with absolute paths.
+
+    Raises:
+        ConfigError: `adapters` is not a mapping of names to paths.
+    """
+    if isinstance(adapters, Mapping):
+        wrong = [
+            f"{name!r}: {path!r}"
+            for name, path in adapters.items()
+            if not (isinstance(name, str) and name and isinstance(path, (str, os.PathLike)))
+        ]
+    else:
+        wrong = [repr(adapters)]
+    if wrong:
+        raise ConfigError(
+            "adapters that are not a mapping of names to paths",
+            "names, each with a folder or Hub id",
+            "Correct these:",
+            wrong,
+        )
+    return {name: absolute(path) for name, path in adapters.items()}

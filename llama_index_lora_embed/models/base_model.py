@@ -1,4 +1,4 @@
-"""Loading: a base model by id or path, an adapter on top of it, and the merge of the two."""
+"""Base models: finding, hashing and loading them."""
 
 from __future__ import annotations
 
@@ -10,48 +10,34 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_index_lora_embed.core.errors import (
-    ConfigError,
-    ModelNotFoundError,
-    UnsafeCheckpointError,
-)
+from llama_index_lora_embed.core.errors import ConfigError, ModelNotFoundError, UnsafeCheckpointError
 from llama_index_lora_embed.core.files import file_digest
 from llama_index_lora_embed.core.optional import require
-from llama_index_lora_embed.models.adapter_directory import (
-    CONFIG_NAME,
-    PICKLES,
-)
-from llama_index_lora_embed.models.prompts import append_end_token, set_pooling, set_prompts
+from llama_index_lora_embed.models.adapter_directory import CONFIG_NAME, PICKLES
+from llama_index_lora_embed.models.pooling import append_end_token, set_pooling
+from llama_index_lora_embed.models.prompts import set_prompts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# exports that sentence-transformers repositories carry beside the weights and that nothing here loads
+# folders of sentence-transformers repositories with exports, which this package does not load
 _NOT_LOADED = ("onnx", "openvino")
 _IGNORED_ON_HUB = [
-    "onnx/*",
-    "openvino/*",
-    "*.bin",
-    "*.h5",
-    "*.ot",
-    "*.msgpack",
-    "*.onnx",
-    "*.pt",
-    "*.ckpt",
-    "*.gguf",
+    *(f"{folder}/*" for folder in _NOT_LOADED),
+    *(f"*.{end}" for end in ("bin", "h5", "ot", "msgpack", "onnx", "pt", "ckpt", "gguf")),
 ]
 _FIND = "Check the path or the id, and the network if it is on the Hub."
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """Which base model it is.
+    """A base model that was found.
 
     Attributes:
         model_id: Hub id, or absolute path of a folder.
         revision: Commit on the Hub; None for a folder.
-        path: Folder on this machine.
-        weights_sha256: Of its safetensors files.
+        path: Local folder.
+        weights_sha256: SHA-256 of its safetensors files.
     """
 
     model_id: str
@@ -60,18 +46,18 @@ class BaseInfo:
     weights_sha256: str
 
     def to_dict(self) -> dict[str, Any]:
-        """What the manifest records."""
+        """The manifest's `base`."""
         return {"model_id": self.model_id, "revision": self.revision, "weights_sha256": self.weights_sha256}
 
 
 def locate(model_id: str, revision: str | None = None, cache_folder: str | None = None) -> tuple[Path, str | None]:
-    """Folder and revision of a model on disk or on the Hub; downloads what is not in the cache.
+    """Find a model on disk or on the Hub; files that are not in the cache are downloaded.
 
     Returns:
-        (folder, commit), the commit being None for a folder that the user named.
+        (folder, commit); the commit is None for a local folder.
 
     Raises:
-        ModelNotFoundError: Neither a folder nor a repository that can be reached.
+        ModelNotFoundError: There is neither such a folder nor such a repository within reach.
     """
     if (folder := check_local(model_id)) is not None:
         return folder, None
@@ -82,7 +68,7 @@ def locate(model_id: str, revision: str | None = None, cache_folder: str | None 
         found = snapshot_download(model_id, revision=revision, cache_dir=cache_folder, ignore_patterns=_IGNORED_ON_HUB)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"model {model_id!r}, which is no folder and could not be had from the Hub "
+            f"model {model_id!r}, which is not a folder and could not be loaded from the Hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]})",
             "a folder or a model id on the Hub",
             _FIND,
@@ -91,10 +77,10 @@ def locate(model_id: str, revision: str | None = None, cache_folder: str | None 
 
 
 def check_local(model_id: str) -> Path | None:
-    """The absolute folder that a model id means, or None if it can only be an id on the Hub.
+    """The absolute path if a model id is a local folder; None if it can only be an id on the Hub.
 
     Raises:
-        ModelNotFoundError: It is written as a path and no folder is there.
+        ModelNotFoundError: It is written as a path, but the folder does not exist.
     """
     folder = Path(model_id).expanduser()
     if folder.is_dir():
@@ -110,16 +96,16 @@ def describe_base(model_id: str, revision: str | None = None, cache_folder: str 
     """Find a base model and hash its weights, without loading it.
 
     Raises:
-        ModelNotFoundError: It is not there, or the folder holds no model.
-        UnsafeCheckpointError: Its weights are a pickle only.
-        ConfigError: It is an adapter, not a base.
+        ModelNotFoundError: The model does not exist, or the folder contains no weights.
+        UnsafeCheckpointError: The weights are only stored as a pickle.
+        ConfigError: The model is an adapter.
     """
     path, commit = locate(model_id, revision, cache_folder)
     if (path / CONFIG_NAME).exists():
         raise ConfigError(
-            f"{model_id!r} as the base model, which is an adapter",
+            f"base model {model_id!r}, which is an adapter",
             "a base model",
-            f"Its own base is named in {CONFIG_NAME}; LoraEmbedding({model_id!r}) loads the adapter.",
+            f"{CONFIG_NAME} names the adapter's base model; LoraEmbedding({model_id!r}) loads both.",
         )
     weights = [p for p in sorted(path.rglob("*.safetensors")) if not set(_NOT_LOADED) & set(p.relative_to(path).parts)]
     if not weights:
@@ -128,7 +114,7 @@ def describe_base(model_id: str, revision: str | None = None, cache_folder: str 
             raise UnsafeCheckpointError(
                 f"model {model_id!r} with weights in {', '.join(pickles) or 'no safetensors file'}",
                 "model.safetensors: a pickle can run code when it is loaded",
-                "Convert it once where you trust it: SentenceTransformer(path).save_pretrained(new_path).",
+                "If you trust it, convert it: SentenceTransformer(path).save_pretrained(new_path).",
             )
         raise ModelNotFoundError(
             f"folder {str(path)!r} without model weights",
@@ -142,28 +128,29 @@ def describe_base(model_id: str, revision: str | None = None, cache_folder: str 
 
 @lru_cache(maxsize=32)
 def _weights_digest(stats: tuple[tuple[str, int, int], ...], root: str) -> str:
-    """One file: its SHA-256. Several: the SHA-256 over their names and digests. Cached by size and time."""
+    """SHA-256 of one file, or of the names and digests of several; cached by size and modification time."""
     digests = [(os.path.relpath(path, root), file_digest(Path(path))) for path, _, _ in stats]
     if len(digests) == 1:
         return digests[0][1]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def _sentence_transformer(
+def load_sentence_transformer(
     path: str, device: str | None, trust_remote_code: bool, **model_kwargs: Any
 ) -> SentenceTransformer:
+    """Load a folder in float32, with this package's own modules (windows) and without pickles."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     from llama_index_lora_embed.models.windows import MODULES
 
-    # modules of this package's own are no remote code
+    # this package's own modules need no trust_remote_code
     return SentenceTransformer._load_with_module_classes(
         path,
         MODULES,
         device=device,
         trust_remote_code=trust_remote_code,
-        # transformers 5 would take the stored precision; LoRA weights and merging need float32
+        # transformers 5 would use the stored precision; LoRA weights and merging need float32
         model_kwargs={"dtype": torch.float32, "use_safetensors": True, **model_kwargs},
     )
 
@@ -183,20 +170,20 @@ def load_base(
     """Load a base model in float32, with its prompts in `model.prompts["query"]` and `["document"]`.
 
     Args:
-        base: What `describe_base` found.
+        base: Found by `describe_base`.
         device: torch device; None lets sentence-transformers choose.
-        trust_remote_code: Run Python code that the base brings along.
+        trust_remote_code: Run Python code from the model's repository.
         query_prompt: Overrides the query prompt.
         passage_prompt: Overrides the passage prompt.
-        pooling: Overrides the pooling; one of `presets.POOLING_MODES`.
-        window: Has long texts read in windows of so many tokens (`windows.add_windows`).
-        truncate_dim: Cuts vectors to so many dimensions.
-        quantized: Hold the linear layers in 4 bits (NF4 with double quantisation; Dettmers et al., 2023, QLoRA,
-            section 3) and compute with them in bfloat16. Needs a CUDA device and the extra "quantized".
+        pooling: Overrides the pooling mode; one of `config.POOLING_MODES`.
+        window: Splits long texts into windows of this many tokens (`windows.add_windows`).
+        truncate_dim: Truncates vectors to this many dimensions.
+        quantized: Store the linear layers in 4 bits (NF4 with double quantisation; Dettmers et al., 2023, QLoRA,
+            section 3) and compute in bfloat16. Needs a CUDA device and the extra "quantized".
 
     Raises:
-        ModelNotFoundError: The folder does not hold what transformers can load.
-        ConfigError: `pooling`, `window` or `truncate_dim` does not fit, or there is no CUDA device to quantise on.
+        ModelNotFoundError: transformers cannot load the folder.
+        ConfigError: `pooling`, `window` or `truncate_dim` does not fit the model, or `quantized` lacks a CUDA device.
         MissingExtraError: bitsandbytes is not installed.
     """
     from safetensors import SafetensorError
@@ -205,19 +192,19 @@ def load_base(
 
     quantization = _four_bits(device) if quantized else {}
     try:
-        model = _sentence_transformer(str(base.path), device, trust_remote_code, **quantization)
+        model = load_sentence_transformer(str(base.path), device, trust_remote_code, **quantization)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelNotFoundError(
             f"model {base.model_id!r}, which does not load ({type(error).__name__}: {error})",
             "a sentence-transformers or transformers model",
-            "Try SentenceTransformer(model_id) by itself.",
+            "Check that SentenceTransformer(model_id) loads it.",
         ) from error
     set_pooling(model, pooling)
     append_end_token(model, base.path)
     set_truncation(model, truncate_dim)
     set_prompts(model, base.model_id, query_prompt, passage_prompt)
     if model.transformers_model is not None:
-        # a plain RoBERTa would be given all 514 rows of its position table and fail at the 513th token
+        # a plain RoBERTa would get all 514 rows of its position table as its length, and fail at the 513th token
         limit = longest_text(model)
         model.max_seq_length = min(model.max_seq_length or limit, limit)
     if window is not None and window != window_of(model):
@@ -227,10 +214,10 @@ def load_base(
 
 
 def set_truncation(model: SentenceTransformer, truncate_dim: int | None) -> None:
-    """Cut a model's vectors to their first dimensions; None leaves what its files say.
+    """Truncate a model's vectors to their first dimensions; None keeps the setting in its files.
 
     Raises:
-        ConfigError: More dimensions than the model has, or less than 1.
+        ConfigError: `truncate_dim` is not between 1 and the model's dimensions.
     """
     if truncate_dim is None:
         return
@@ -239,28 +226,27 @@ def set_truncation(model: SentenceTransformer, truncate_dim: int | None) -> None
     if not isinstance(truncate_dim, int) or isinstance(truncate_dim, bool) or not 1 <= truncate_dim <= (whole or 1):
         raise ConfigError(
             f"truncate_dim={truncate_dim!r}",
-            f"a whole number from 1 to {whole}, which is what the model gives",
-            "None keeps all dimensions.",
+            f"a whole number from 1 to {whole}, the model's dimensions",
+            "truncate_dim=None keeps all dimensions.",
         )
     model.truncate_dim = truncate_dim
 
 
 def _four_bits(device: str | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a base in 4 bits.
+    """Arguments of `from_pretrained` for a base model in 4 bits.
 
     Raises:
-        ConfigError: The device is no CUDA device.
+        ConfigError: The device is not a CUDA device.
         MissingExtraError: bitsandbytes is not installed.
     """
     import torch
 
     wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if wanted.type != "cuda" or not torch.cuda.is_available():
-        there = torch.cuda.device_count()
         raise ConfigError(
-            f"quantized=True with device={device!r}, on a machine with {there} CUDA device(s)",
-            "a CUDA device: bitsandbytes computes 4-bit layers there",
-            "Train without quantisation: precision='bf16' and a smaller batch_size need less memory too.",
+            f"quantized=True with device={device!r}, on a machine with {torch.cuda.device_count()} CUDA device(s)",
+            "a CUDA device, on which bitsandbytes computes 4-bit layers",
+            "Train without quantisation; precision='bf16' and a smaller batch_size reduce the memory too.",
         )
     require("bitsandbytes")
     from transformers import BitsAndBytesConfig

@@ -1,69 +1,353 @@
-"""An adapter on its base: whether all of it arrived, whether it does anything, and the merge of the two."""
+"""LoRA adapters: opening an adapter directory, loading it onto its base model, checking, scaling and merging it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from llama_index_lora_embed.core.errors import AdapterError
-from llama_index_lora_embed.models.adapter_directory import WEIGHTS_NAME, Manifest
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 import json
 import shutil
 import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llama_index_lora_embed.core.errors import (
-    BaseModelMismatchError,
-    ConfigError,
-    ModelNotFoundError,
+from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError, ModelNotFoundError
+from llama_index_lora_embed.core.files import file_digest
+from llama_index_lora_embed.models.adapter_directory import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Manifest,
+    check_files,
+    describe_modules,
+    fingerprint,
+    rename_magnitudes,
 )
-from llama_index_lora_embed.models.adapter_directory import CONFIG_NAME, check_files, fingerprint, rename_magnitudes
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 from llama_index_lora_embed.models.base_model import (
     BaseInfo,
-    _sentence_transformer,
     describe_base,
+    load_sentence_transformer,
     locate,
     set_truncation,
 )
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 _MERGE_TOLERANCE = 1e-5
-# what is more than a low-rank product added to a weight
+# settings that make an adapter more than a low-rank product added to a weight
 _MORE_THAN_LORA = (
     *("use_dora", "use_qalora", "use_bdlora", "modules_to_save", "lora_bias", "layer_replication"),
     *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "megatron_config"),
     *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
-# other ways to begin (PiSSA, OLoRA, CorDA, LoftQ, ...) take something out of the base's weights when they are loaded
-_BEGINNINGS = (None, True, False, "gaussian", "orthogonal")
+# all other initialisations (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base model's weights when they are loaded
+_INITIALISATIONS_OF_LORA = (None, True, False, "gaussian", "orthogonal")
 
 
-def beyond_lora(config: dict[str, Any]) -> list[str]:
-    """What of an adapter's configuration makes it more than plain LoRA; nothing for most.
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter directory whose files have been checked; its weights are not loaded.
+
+    Attributes:
+        directory: Local folder.
+        config: Content of adapter_config.json.
+        manifest: None for an adapter that sentence-transformers saved.
+        base: Base model that the adapter was trained on.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    manifest: Manifest | None
+    base: BaseInfo
+
+    def prompts(self) -> dict[str, str]:
+        """Prompts "query" and "document" that the adapter was saved with."""
+        recorded = _read_json(self.directory / "config_sentence_transformers.json").get("prompts") or {}
+        return {task: recorded.get(task) or "" for task in ("query", "document")}
+
+    def max_seq_length(self) -> int | None:
+        """Tokens per text that the adapter was saved with; None if no file names them."""
+        if self.manifest is not None:
+            return self.manifest.max_seq_length
+        for name, key in (("sentence_bert_config", "max_seq_length"), ("tokenizer_config", "model_max_length")):
+            if isinstance(limit := _read_json(self.directory / f"{name}.json").get(key), int):
+                return limit
+        return None
+
+    def modules(self) -> list[dict[str, Any]] | None:
+        """Modules after the transformer, as by `describe_modules`; None for an adapter of peft, which names none."""
+        if self.manifest is not None:
+            return self.manifest.pooling
+        try:
+            listed = json.loads((self.directory / "modules.json").read_text(encoding="utf-8"))[1:]
+        except (OSError, ValueError):
+            return None
+        return [
+            {
+                "type": module["type"].rpartition(".")[2],
+                **_read_json(self.directory / module["path"] / "config.json"),
+            }
+            for module in listed
+        ]
+
+    def more_than_lora(self) -> list[str]:
+        """Settings that make the adapter more than plain LoRA; most adapters have none."""
+        more = [name for name in _MORE_THAN_LORA if self.config.get(name)]
+        more += ["bias"] if self.config.get("bias", "none") != "none" else []
+        initialisation = self.config.get("init_lora_weights", True)
+        more += [] if initialisation in _INITIALISATIONS_OF_LORA else [f"init_lora_weights={initialisation!r}"]
+        kind = self.config.get("peft_type")
+        return more if kind == "LORA" else [f"peft_type {kind!r}", *more]
+
+
+def open_adapter(
+    path: str,
+    *,
+    base_model: str | BaseInfo | None = None,
+    revision: str | None = None,
+    cache_folder: str | None = None,
+) -> OpenedAdapter:
+    """Find an adapter, check its files, and find the base model that it was trained on.
 
     Args:
-        config: `adapter_config.json`.
+        path: Folder or Hub id of the adapter.
+        base_model: Folder or Hub id of the base model, if it has moved; or the base model that is loaded already, which
+            must be the adapter's; None for the one that the adapter names.
+        revision: Commit of the adapter on the Hub.
+        cache_folder: Cache folder of huggingface_hub.
+
+    Raises:
+        ModelNotFoundError: The adapter or its base model does not exist.
+        AdapterError: The adapter is damaged, or names no base model.
+        BaseModelMismatchError: The base model's weights are not those that the adapter was trained on.
+        UnsafeCheckpointError: The adapter or its base model is stored as a pickle.
     """
-    more = [name for name in _MORE_THAN_LORA if config.get(name)]
-    more += ["bias"] if config.get("bias", "none") != "none" else []
-    begun = config.get("init_lora_weights", True)
-    more += [] if begun in _BEGINNINGS else [f"init_lora_weights={begun!r}"]
-    return more if config.get("peft_type") == "LORA" else [f"peft_type {config.get('peft_type')!r}", *more]
+    directory, _ = locate(path, revision, cache_folder)
+    manifest = check_files(directory)
+    config = _read_config(directory / CONFIG_NAME)
+    recorded = config.get("base_model_name_or_path")
+    loaded = base_model if isinstance(base_model, BaseInfo) else None
+    if loaded is not None and manifest is not None:
+        base = loaded
+    else:
+        # an adapter of sentence-transformers records where its base model is, but not which weights it has
+        place = base_model if isinstance(base_model, str) else recorded
+        if not place:
+            raise AdapterError(
+                f"{str(directory / CONFIG_NAME)!r}, which names no base model",
+                "base_model_name_or_path",
+                "Pass the base model as base_model=.",
+            )
+        try:
+            base = describe_base(place, None if isinstance(base_model, str) else config.get("revision"), cache_folder)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(
+                f"the adapter {str(directory)!r}, whose base model {place!r} was not found",
+                "the base model that it was trained on",
+                f"Pass its new path as base_model=. ({error})",
+            ) from error
+    trained_on = base.weights_sha256 if manifest is None else manifest.base["weights_sha256"]
+    base = loaded or base
+    if base.weights_sha256 != trained_on:
+        alone = f"Load the adapter alone: LoraEmbedding({str(directory)!r})."
+        raise BaseModelMismatchError(
+            f"base model {base.model_id!r} with weights {base.weights_sha256[:12]}... for {str(directory)!r}",
+            f"the weights that the adapter was trained on, {trained_on[:12]}... ({recorded})",
+            alone if loaded else "Pass the right base model as base_model=, or train again on this one.",
+        )
+    return OpenedAdapter(directory, config, manifest, base)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"an unreadable {path} ({error})", "the original file", "Train again.") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise AdapterError(f"{path} without a peft_type", "the configuration of a peft adapter", "Train again.")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if the file is missing or contains something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def load_adapter(
+    adapter: OpenedAdapter,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    query_prompt: str | None = None,
+    passage_prompt: str | None = None,
+    truncate_dim: int | None = None,
+    merge: bool = True,
+    scale: float = 1.0,
+) -> tuple[SentenceTransformer, str]:
+    """Load an adapter on its base model in float32, and check that every weight arrived.
+
+    Args:
+        adapter: From `open_adapter`.
+        device: torch device; None lets sentence-transformers choose.
+        trust_remote_code: Run Python code from the base model's repository.
+        query_prompt: Overrides the recorded query prompt.
+        passage_prompt: Overrides the recorded passage prompt.
+        truncate_dim: Truncates vectors to this many dimensions.
+        merge: Merge the LoRA into the base model's weights, so that inference takes no longer than without it.
+        scale: Factor of the LoRA, from 0 to 1.
+
+    Returns:
+        The model, and its `fingerprint`.
+
+    Raises:
+        AdapterError: The weights do not fit the base model, or have no effect.
+        ConfigError: `truncate_dim` does not fit, or an adapter that is more than plain LoRA was to be scaled.
+    """
+    from llama_index_lora_embed.models.windows import check_prompts
+
+    directory, base = adapter.directory, adapter.base
+    if scale != 1 and (more := adapter.more_than_lora()):
+        raise ConfigError(
+            f"adapter_scale={scale!r} for an adapter with {', '.join(more)}",
+            "plain LoRA, which can be scaled",
+            "Leave adapter_scale=1.",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        # sentence-transformers finds the base model by the adapter's config alone, and ignores some names of weights
+        copy = Path(folder) / "adapter"
+        shutil.copytree(directory, copy)
+        config = {**adapter.config, "base_model_name_or_path": str(base.path), "revision": None}
+        (copy / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+        rename_magnitudes(copy / WEIGHTS_NAME)
+        try:
+            model = load_sentence_transformer(str(copy), device, trust_remote_code)
+        except Exception as error:  # wrong shapes and names raise many kinds of errors
+            raise does_not_load(directory, base, error) from error
+    check_keys(model, directory)
+    check_effect(adapter)
+    # the adapter's files contain the prompts that it was trained with
+    overrides = {"query": query_prompt, "document": passage_prompt}
+    model.prompts.update({name: prompt for name, prompt in overrides.items() if prompt is not None})
+    check_prompts(model)
+    set_truncation(model, truncate_dim)
+    digest = fingerprint(model, base.weights_sha256, directory, scale=scale)
+    scale_lora(model, scale)
+    if merge:
+        merge_lora(model)
+    return model, digest
+
+
+def does_not_load(directory: Path, base: BaseInfo, error: Exception) -> AdapterError:
+    """The error for an adapter whose weights do not fit a base model."""
+    return AdapterError(
+        f"the adapter {str(directory)!r}, which does not load onto {base.model_id!r} ({type(error).__name__}: {error})",
+        "an adapter for this base model",
+        "Pass the base model that it was trained on as base_model=, or train again.",
+    )
+
+
+def check_keys(model: SentenceTransformer, directory: Path, adapter_name: str | None = None) -> None:
+    """Check that the model has exactly the weights of the adapter's file; the loaders only log a difference.
+
+    Args:
+        model: Has the adapter.
+        directory: Adapter directory.
+        adapter_name: peft's name of the adapter; None for the active one.
+
+    Raises:
+        AdapterError: Weights are left over, missing or different.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    stored = {_name_in_model(key): tensor for key, tensor in load_file(directory / WEIGHTS_NAME).items()}
+    loaded = model.get_adapter_state_dict(adapter_name)
+    wrong = {
+        "left over": stored.keys() - loaded.keys(),
+        "missing": loaded.keys() - stored.keys(),
+        "different": {
+            key
+            for key in stored.keys() & loaded.keys()
+            if not torch.equal(stored[key].float(), loaded[key].cpu().float())
+        },
+    }
+    parts = [f"{len(keys)} {what} (e.g. {min(keys)})" for what, keys in wrong.items() if keys]
+    if parts:
+        raise AdapterError(
+            f"adapter weights in {str(directory)!r} that do not fit the base model: {', '.join(parts)}",
+            "exactly one weight for each adapted module",
+            "Check that the base model is the right one, or train again.",
+        )
+
+
+def _name_in_model(key: str) -> str:
+    name = key.removeprefix("base_model.model.")
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
+
+
+def check_effect(adapter: OpenedAdapter) -> None:
+    """Check that an adapter changes the base model's vectors, unless its manifest says that step 0 was best.
+
+    Raises:
+        AdapterError: All of its lora_B weights are zero.
+    """
+    from safetensors.torch import load_file
+
+    manifest = adapter.manifest
+    ups = [tensor for key, tensor in load_file(adapter.directory / WEIGHTS_NAME).items() if "lora_B" in key]
+    untrained = bool(ups) and not any(bool(tensor.any()) for tensor in ups)
+    if untrained and not (manifest is not None and manifest.best_step == 0):
+        raise AdapterError(
+            f"an adapter in {str(adapter.directory)!r} whose lora_B weights are all zero, so that it changes nothing",
+            "trained weights",
+            "Train again, or use the base model alone: LoraEmbedding(base_model=...).",
+        )
+
+
+def check_poolable(adapter: OpenedAdapter, model: SentenceTransformer) -> None:
+    """Check that an adapter can share a loaded base model with other adapters.
+
+    Args:
+        adapter: Trained on the same base model.
+        model: The loaded base model.
+
+    Raises:
+        ConfigError: The adapter is more than plain LoRA, or has other modules after the transformer than the model.
+    """
+    directory, alone = adapter.directory, f"Load it alone: LoraEmbedding({str(adapter.directory)!r})."
+    if more := adapter.more_than_lora():
+        raise ConfigError(
+            f"the adapter {str(directory)!r} with {', '.join(more)}",
+            "plain LoRA, the only kind that can share a forward pass",
+            alone,
+        )
+    for path in directory.rglob("*.safetensors"):  # weights of heads that sentence-transformers may have trained
+        same = adapter.base.path / path.relative_to(directory)
+        if path != directory / WEIGHTS_NAME and not (same.is_file() and file_digest(same) == file_digest(path)):
+            raise ConfigError(
+                f"the adapter {str(directory)!r} with its own weights in {path.relative_to(directory)}",
+                "an adapter whose other modules are those of the base model",
+                alone,
+            )
+    loaded = json.loads(json.dumps(describe_modules(model)))
+    trained = adapter.modules()
+    if trained is not None and trained != loaded:
+        raise ConfigError(
+            f"the adapter {str(directory)!r}, trained with the modules {trained}",
+            f"the modules of the loaded base model, {loaded}",
+            f"Pass the pooling= or window= that it was trained with. {alone}",
+        )
 
 
 def scale_lora(model: SentenceTransformer, scale: float, adapter_name: str = "default") -> None:
-    """Multiply a plain LoRA, which must not be merged, by a number: 0 gives the base's vectors, 1 changes nothing.
+    """Multiply a plain, unmerged LoRA by a factor: with 0 it has no effect, with 1 it is unchanged.
 
     Args:
         model: Has the adapter.
         scale: From 0 to 1.
-        adapter_name: peft's name for it.
+        adapter_name: peft's name of the adapter.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -73,14 +357,14 @@ def scale_lora(model: SentenceTransformer, scale: float, adapter_name: str = "de
 
 
 def merge_lora(model: SentenceTransformer) -> None:
-    """Add the active LoRA to the base's weights, in place and in float32, and check that nothing else changed.
+    """Merge the active LoRA into the base model's weights, in place, and check that the vectors stay the same.
 
-    peft's `merge_and_unload` belongs to `PeftModel` and is missing from models that got their adapter through
-    `add_adapter`, as sentence-transformers does it. DoRA, rank-stabilised scales and LoRA biases are added too;
-    modules that were trained whole (`modules_to_save`) take the place of the base's.
+    peft's `merge_and_unload` is a method of `PeftModel`, which models with `add_adapter`, like sentence-transformers',
+    are not. DoRA, rank-stabilised scales and LoRA biases are merged too; modules that were trained whole
+    (`modules_to_save`) replace those of the base model.
 
     Args:
-        model: Its transformer is changed in place and holds no adapter afterwards.
+        model: Its transformer has no adapter afterwards.
 
     Raises:
         AdapterError: Merged and unmerged vectors of a probe text differ by more than 1e-5.
@@ -96,7 +380,7 @@ def merge_lora(model: SentenceTransformer) -> None:
     before = model.encode(probe, show_progress_bar=False, normalize_embeddings=True)
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            _give_bias(layer)
+            _add_bias(layer)
             layer.merge(safe_merge=True)
             plain = layer.get_base_layer()
         elif isinstance(layer, AuxiliaryTrainingWrapper):
@@ -112,242 +396,15 @@ def merge_lora(model: SentenceTransformer) -> None:
     if not difference <= _MERGE_TOLERANCE:
         raise AdapterError(
             f"merged vectors that differ from unmerged ones by {difference:.1e}",
-            f"at most {_MERGE_TOLERANCE:.0e}",
-            "Load it with merge=False.",
+            f"a difference of at most {_MERGE_TOLERANCE:.0e}",
+            "Load the adapter with merge=False.",
         )
 
 
-def _give_bias(layer: Any) -> None:
-    """A zero bias for a base layer without one, if the LoRA has a bias to add to it; peft would refuse to merge."""
+def _add_bias(layer: Any) -> None:
+    """Add a zero bias to a base layer without one if the LoRA has a bias; peft refuses to merge otherwise."""
     import torch
 
     plain = layer.get_base_layer()
     if any(getattr(layer, "lora_bias", {}).values()) and getattr(plain, "bias", None) is None:
         plain.bias = torch.nn.Parameter(plain.weight.new_zeros(plain.out_features), requires_grad=False)
-
-
-def check_keys(model: SentenceTransformer, directory: Path, adapter_name: str | None = None) -> None:
-    """Every weight of the file is in the model, and the model lacks none; the loaders only log it.
-
-    Args:
-        model: Has the adapter.
-        directory: The adapter's.
-        adapter_name: peft's name for it; None for the active one.
-
-    Raises:
-        AdapterError: Weights are left over, missing, or not the file's.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    stored = {_name_in_model(key): tensor for key, tensor in load_file(directory / WEIGHTS_NAME).items()}
-    loaded = model.get_adapter_state_dict(adapter_name)
-    left_over, missing = sorted(stored.keys() - loaded.keys()), sorted(loaded.keys() - stored.keys())
-    changed = sorted(
-        key for key in stored.keys() & loaded.keys() if not torch.equal(stored[key].float(), loaded[key].cpu().float())
-    )
-    if left_over or missing or changed:
-        parts = [
-            f"{len(keys)} {what} (e.g. {keys[0]})"
-            for what, keys in (("left over", left_over), ("missing", missing), ("not taken over", changed))
-            if keys
-        ]
-        raise AdapterError(
-            f"adapter weights in {str(directory)!r} that do not fit the base: {', '.join(parts)}",
-            "exactly one weight for each adapted module",
-            "Check that the base is the right one, or train again.",
-        )
-
-
-def _name_in_model(key: str) -> str:
-    name = key.removeprefix("base_model.model.")
-    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
-
-
-def check_effect(directory: Path, manifest: Manifest | None) -> None:
-    """An adapter whose lora_B are all zero gives exactly the base's vectors; only step 0 may do so.
-
-    Raises:
-        AdapterError: It does, and its manifest does not say that step 0 was best.
-    """
-    from safetensors.torch import load_file
-
-    ups = [tensor for key, tensor in load_file(directory / WEIGHTS_NAME).items() if "lora_B" in key]
-    untrained = bool(ups) and not any(bool(tensor.any()) for tensor in ups)
-    if untrained and not (manifest is not None and manifest.best_step == 0):
-        raise AdapterError(
-            f"an adapter in {str(directory)!r} whose lora_B weights are all zero, so that it changes nothing",
-            "trained weights",
-            "Train again; use LoraEmbedding(base_model=...) if the base is what you want.",
-        )
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """An adapter on its base.
-
-    Attributes:
-        model: Ready to encode; merged or not.
-        base: Which base it stands on.
-        fingerprint: See `adapter.fingerprint`.
-        manifest: None for an adapter that sentence-transformers saved.
-    """
-
-    model: SentenceTransformer
-    base: BaseInfo
-    fingerprint: str
-    manifest: Manifest | None
-
-
-def load_adapter(
-    adapter_path: str,
-    *,
-    base_model: str | None = None,
-    revision: str | None = None,
-    cache_folder: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    query_prompt: str | None = None,
-    passage_prompt: str | None = None,
-    truncate_dim: int | None = None,
-    merge: bool = True,
-    scale: float = 1.0,
-) -> LoadedAdapter:
-    """Load an adapter directory of ours or of sentence-transformers, checking all that can be checked.
-
-    Args:
-        adapter_path: Folder or Hub id of the adapter.
-        base_model: Where the base is now, if it moved.
-        revision: Commit of the adapter on the Hub.
-        cache_folder: Of huggingface_hub.
-        device: torch device.
-        trust_remote_code: Run Python code that the base brings along.
-        query_prompt: Overrides the recorded query prompt.
-        passage_prompt: Overrides the recorded passage prompt.
-        truncate_dim: Cuts vectors to so many dimensions.
-        merge: Add the LoRA to the base's weights (float32), so that inference costs what the base costs.
-        scale: Multiply the LoRA by so much, from 0 to 1.
-
-    Raises:
-        ModelNotFoundError: The adapter or its base is not there.
-        AdapterError: The adapter is damaged, or its weights do not fit the base key by key.
-        ConfigError: `truncate_dim` does not fit, or the adapter is more than a LoRA and cannot be scaled.
-        BaseModelMismatchError: The base's weights are others than those trained on.
-        UnsafeCheckpointError: Adapter or base is stored as a pickle.
-    """
-    from llama_index_lora_embed.models.windows import check_prompts
-
-    directory, _ = locate(adapter_path, revision, cache_folder)
-    manifest = check_files(directory)
-    config = read_config(directory / CONFIG_NAME)
-    if scale != 1 and (more := beyond_lora(config)):
-        raise ConfigError(
-            f"adapter_scale={scale!r} for an adapter with {', '.join(more)}",
-            "plain LoRA, which can be scaled as a whole",
-            "Leave the scale at 1.",
-        )
-    base = find_base(base_model, config, manifest, cache_folder, directory)
-    with tempfile.TemporaryDirectory() as copy:
-        # sentence-transformers reads the base's place from the adapter's config alone, and passes over some names
-        staged = Path(copy) / "adapter"
-        shutil.copytree(directory, staged)
-        (staged / CONFIG_NAME).write_text(
-            json.dumps({**config, "base_model_name_or_path": str(base.path), "revision": None}),
-            encoding="utf-8",
-        )
-        rename_magnitudes(staged / WEIGHTS_NAME)
-        try:
-            model = _sentence_transformer(str(staged), device, trust_remote_code)
-        except Exception as error:  # shapes and names that do not fit surface as many kinds of error
-            raise AdapterError(
-                f"the adapter {str(directory)!r}, which does not load onto {base.model_id!r} "
-                f"({type(error).__name__}: {error})",
-                "an adapter for this base model",
-                "Pass the base that it was trained on as base_model=, or train again.",
-            ) from error
-    check_keys(model, directory)
-    check_effect(directory, manifest)
-    # the adapter's own config holds the prompts it was trained with; presets would guess again
-    overrides = {"query": query_prompt, "document": passage_prompt}
-    model.prompts.update({name: prompt for name, prompt in overrides.items() if prompt is not None})
-    check_prompts(model)
-    set_truncation(model, truncate_dim)
-    digest = fingerprint(model, base.weights_sha256, directory, scale=scale)
-    scale_lora(model, scale)
-    if merge:
-        merge_lora(model)
-    return LoadedAdapter(model, base, digest, manifest)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """An adapter's `adapter_config.json`.
-
-    Raises:
-        AdapterError: It is unreadable, or no adapter's.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"an unreadable {path} ({error})", "the file as it was written", "Train again.") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise AdapterError(f"{path} without a peft_type", "the configuration of a peft adapter", "Train again.")
-    return config
-
-
-def recorded_base(adapter_path: str, *, cache_folder: str | None = None) -> BaseInfo:
-    """The base that an adapter names, at the revision that it was trained on.
-
-    Raises:
-        ModelNotFoundError: The adapter is not there.
-        AdapterError: It is none, or names no base.
-    """
-    directory, _ = locate(adapter_path, None, cache_folder)
-    manifest = check_files(directory)
-    return find_base(None, read_config(directory / CONFIG_NAME), manifest, cache_folder, directory)
-
-
-def find_base(
-    base_model: str | None,
-    config: dict[str, Any],
-    manifest: Manifest | None,
-    cache_folder: str | None,
-    directory: Path,
-) -> BaseInfo:
-    """The base that an adapter was trained on.
-
-    Args:
-        base_model: Where it is now; None for the place that the adapter recorded.
-        config: `read_config`'s.
-        manifest: The adapter's.
-        cache_folder: Of huggingface_hub.
-        directory: The adapter's, for messages.
-
-    Raises:
-        AdapterError: No base is named.
-        ModelNotFoundError: It is not there.
-        BaseModelMismatchError: Its weights are others than those trained on.
-    """
-    recorded = config.get("base_model_name_or_path")
-    place = base_model or recorded
-    if not place:
-        raise AdapterError(
-            f"{str(directory / CONFIG_NAME)!r}, which names no base model",
-            "base_model_name_or_path",
-            "Pass the base as base_model=.",
-        )
-    try:
-        base = describe_base(place, None if base_model else config.get("revision"), cache_folder)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(
-            f"the adapter {str(directory)!r}, whose base model {place!r} was not found",
-            "the base that it was trained on",
-            f"Pass its new place as base_model=. ({error})",
-        ) from error
-    trained_on = manifest.base["weights_sha256"] if manifest is not None else base.weights_sha256
-    if base.weights_sha256 != trained_on:
-        raise BaseModelMismatchError(
-            f"base model {base.model_id!r} with weights {base.weights_sha256[:12]}...",
-            f"those that the adapter was trained on, {trained_on[:12]}... ({recorded})",
-            "Pass the right base as base_model=, or train again on this one.",
-        )
-    return base

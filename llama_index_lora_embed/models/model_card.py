@@ -9,22 +9,22 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.models.adapter_directory import Manifest
 
 
-_COLUMNS = 5  # those that stand first in an evaluation are what people ask for
+_COLUMNS = 5  # metrics in the table; the most common ones come first in an evaluation
 
 
 def _trained_on(dataset: dict[str, Any]) -> str:
     if "pairs" in dataset:
         return f"{dataset['pairs']} labelled pairs"
-    return f"{dataset.get('queries', 0)} questions about {dataset.get('passages', 0)} passages"
+    return f"{dataset.get('queries', 0)} queries for {dataset.get('passages', 0)} passages"
 
 
 def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_on_hub: bool = False) -> str:
-    """What was trained on what, its measures, and how to load it, as Markdown with the Hub's header.
+    """Training data, metrics and loading code as Markdown, with the Hub's metadata.
 
     Args:
-        manifest: Of the run.
-        place: Folder or Hub id that the examples name.
-        base_on_hub: Whether the base's name is an id on the Hub, even if it was trained on from a folder.
+        manifest: The run's manifest.
+        place: Folder or Hub id in the examples.
+        base_on_hub: Whether the base model's name is a Hub id even though its revision is unknown.
     """
     base = manifest.base["model_id"]
     metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
@@ -54,5 +54,5 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
         *(f'model = SentenceTransformer("{place}"{code})', "```", ""),
     ]
     if windows:
-        lines += ["Long texts are read in windows, for which llama-index-lora-embed has to be installed.", ""]
+        lines += ["Modules of llama-index-lora-embed, which must be installed, split long texts into windows.", ""]
     return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""Long texts in windows: a text of more tokens than a window is read whole, and its vector is the windows' mean.
+"""Windows: a text that is longer than a window is split, and its vector is the mean of the windows' vectors.
 
-A model reads what fits its positions and cuts the rest off. The end of a node is lost to the index, then, and near the
-limit vectors are worse than in the middle: a base that was trained on 128 tokens finds more on tenk when a node is read
-in windows of 192 than in one of 512 (nDCG@10 0.697 against 0.652, `benchmarks/README.md`). Attention, whose time grows
-with the square of the length, costs less, too.
+Without windows a model truncates a text at its last position, so that the end of a node is missing from the index. A
+base model that was trained on 128 tokens also finds more with shorter windows: on tenk, nDCG@10 is 0.697 with windows
+of 192 tokens and 0.652 with texts of 512 (`benchmarks/README.md`). Attention, whose time grows with the square of the
+length, takes less time.
 
-The two modules are saved with a model like any other of sentence-transformers'. `LoraEmbedding` loads them by itself;
-`SentenceTransformer(path, trust_remote_code=True)` does where this package is installed.
+The two modules are saved with a model like all modules of sentence-transformers. `LoraEmbedding` loads them without
+further arguments; `SentenceTransformer(path, trust_remote_code=True)` loads them where this package is installed.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from sentence_transformers.base.modules import Module, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
+from llama_index_lora_embed.config import SHORTEST_WINDOW
 from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.models.prompts import SHORTEST_WINDOW, longest_input
-from llama_index_lora_embed.models.tokens import count_tokens
+from llama_index_lora_embed.models.tokens import count_tokens, longest_input
 
 COUNTS = "windows"
-"""Key in the features: into how many windows each text went, int [texts]; absent where each is one."""
+"""Key in the features: number of windows of each text, int [texts]; absent if each text is one window."""
 LONGEST_TEXT = 8192
-"""Tokens of a text beyond which it is cut all the same, which bounds the memory that one text takes; more where the
-base reads longer ones at once."""
+"""Tokens beyond which a text is truncated despite windows, which bounds its memory; a base model with more positions
+reads that many."""
 
 
 class WindowedTransformer(Transformer):
-    """A transformer whose texts are split into windows of nearly one length.
+    """A transformer that splits texts into windows of nearly equal length.
 
-    Every window begins and ends with the model's special tokens, and has the prompt, as if it were a text by itself.
-    `max_seq_length` is how many tokens of a text are read in all.
+    Every window begins and ends with the model's special tokens and has the prompt, like a text of its own.
+    `max_seq_length` is the number of tokens of a text that are read, in all windows together.
 
     Args:
         *args: As for Transformer.
-        window: Tokens in a window at most, special tokens and prompt included.
-        text_length: The first `max_seq_length`.
+        window: Maximum number of tokens in a window, special tokens and prompt included.
+        text_length: Initial `max_seq_length`.
         **kwargs: As for Transformer.
     """
 
@@ -49,18 +49,18 @@ class WindowedTransformer(Transformer):
 
     def __init__(self, *args: Any, window: int, text_length: int = LONGEST_TEXT, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.split(window, text_length)
+        self.set_window(window, text_length)
 
-    def split(self, window: int, text_length: int) -> None:
-        """Set how long a window is, and how much of a text is read."""
+    def set_window(self, window: int, text_length: int) -> None:
+        """Set the tokens in a window, and the tokens of a text that are read."""
         self.window = window
         self.max_seq_length = text_length
-        # once: each call changes the tokenizer's truncation, which another thread may be relying on
-        self._head, self._tail = _frame(self.tokenizer)
+        # computed once: each call changes the tokenizer's truncation, on which another thread may rely
+        self._head, self._tail = _special_tokens(self.tokenizer)
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens of a text that are read, special tokens included; the parent would stop at the last position."""
+        """Tokens of a text that are read, special tokens included; Transformer's own stops at the last position."""
         return self.text_length
 
     @max_seq_length.setter
@@ -70,11 +70,11 @@ class WindowedTransformer(Transformer):
         tokenizer.model_max_length = value
 
     def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
-        """Windows are rows; flash attention still has its mask to go by."""
+        """False: each window stays a row; flash attention uses the mask."""
         return False
 
     def preprocess(self, inputs: Any, prompt: str | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Token tensors [windows, tokens], with `COUNTS` where a text has more than one.
+        """Token tensors [windows, tokens], with `COUNTS` if a text has several windows.
 
         Raises:
             ConfigError: The prompt leaves no room in a window.
@@ -84,7 +84,7 @@ class WindowedTransformer(Transformer):
             return features
         tokenizer: Any = self.tokenizer
         tail = self._tail
-        # of every row alike; where its last token runs into a text, that token is repeated with it
+        # the same in every row; if the tokenizer joins its last token with the text, that token is repeated
         opening = int(features.get("prompt_length") or len(self._head))
         room = self._room(opening)
         rows: list[list[int]] = []
@@ -103,8 +103,8 @@ class WindowedTransformer(Transformer):
         return split
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """As Transformer's, window by window."""
-        counts = features.pop(COUNTS, None)  # a model that takes any keyword would take this one
+        """Transformer's forward, with a window in each row."""
+        counts = features.pop(COUNTS, None)  # models with **kwargs would be passed it
         features = super().forward(features, **kwargs)
         if counts is not None:
             features[COUNTS] = counts
@@ -116,16 +116,16 @@ class WindowedTransformer(Transformer):
             raise ConfigError(
                 f"a window of {self.window} tokens for a prompt of {opening}",
                 f"at least {SHORTEST_WINDOW // 2} tokens for the text itself",
-                "Take a longer window, or a shorter prompt.",
+                "Use a longer window or a shorter prompt.",
             )
         return room
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Special tokens before and after a text.
 
     Raises:
-        ConfigError: They cannot be told from the text.
+        ConfigError: The tokenizer encodes a text differently with special tokens.
     """
     for probe in ("a", "the", "1", "."):
         inner = tokenizer(probe, add_special_tokens=False)["input_ids"]
@@ -134,14 +134,14 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
             if whole[at : at + len(inner)] == inner:
                 return whole[:at], whole[at + len(inner) :]
     raise ConfigError(
-        f"a {type(tokenizer).__name__} that writes texts differently between special tokens",
-        "a tokenizer whose special tokens stand before and after a text",
+        f"a {type(tokenizer).__name__} that encodes texts differently with special tokens",
+        "a tokenizer that puts its special tokens before and after a text",
         "Leave window=None.",
     )
 
 
 def _parts(content: list[int], room: int) -> list[list[int]]:
-    """Content in as few parts as hold it, whose lengths differ by one at most."""
+    """Content in as few parts as possible, whose lengths differ by at most one."""
     count = max(1, math.ceil(len(content) / room))
     return [content[i * len(content) // count : (i + 1) * len(content) // count] for i in range(count)]
 
@@ -151,10 +151,10 @@ def _is_rows(value: Any, ids: Tensor) -> bool:
 
 
 class JoinWindows(Module):
-    """The vector of a text, which is the mean of its windows' vectors; they are of nearly one length.
+    """Averages the vectors of a text's windows, which have nearly equal lengths.
 
     Args:
-        window: Tokens in a window, so that a model's description says it.
+        window: Tokens in a window; recorded in the manifest and the fingerprint.
     """
 
     config_keys: list[str] = ["window"]  # noqa: RUF012  # as in the parent
@@ -166,7 +166,7 @@ class JoinWindows(Module):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Replace "sentence_embedding" [windows, dimension] by [texts, dimension].
 
-        Outside of training, token embeddings, ids and mask are those of whole texts afterwards, too, for
+        Without gradients, token embeddings, ids and mask are joined to those of whole texts too, for
         `encode(output_value="token_embeddings")`.
         """
         counts = features.pop(COUNTS, None)
@@ -187,79 +187,84 @@ class JoinWindows(Module):
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """The configuration; there is nothing to learn here."""
+        """Save the configuration; the module has no weights."""
         self.save_config(output_path)
 
 
 def _lengths(there: Tensor, counts: Tensor) -> list[int]:
-    """Tokens of each text, all of its windows together."""
+    """Number of tokens of each text in all of its windows."""
     return [int(part.sum()) for part in torch.split(there.sum(dim=1), counts.tolist())]
 
 
 MODULES: Mapping[str, type[nn.Module]] = {
-    f"{module.__module__}.{module.__qualname__}": module for module in (WindowedTransformer, JoinWindows)
+    f"{package}.{module.__name__}": module
+    for package in (__name__, "llama_index_lora_embed.windows")  # the second is in directories of development versions
+    for module in (WindowedTransformer, JoinWindows)
 }
-"""What modules.json calls them."""
+"""Names of the two modules in modules.json."""
 
 
 def window_of(model: SentenceTransformer) -> int | None:
-    """Tokens in a window of this model; None where texts are not split."""
+    """Tokens in a window of this model; None for a model without windows."""
     return getattr(model[0], "window", None)
 
 
 def windows_in(model: SentenceTransformer, texts: list[str], prompt: str = "") -> list[int]:
-    """Into how many windows each text goes; 1 each for a model without windows."""
+    """Number of windows of each text; 1 each for a model without windows."""
     window = window_of(model)
     if window is None or not texts:
         return [1] * len(texts)
-    frame, *lengths = count_tokens(model, ["", *texts], prompt)
-    room = max(1, window - frame)
-    return [max(1, math.ceil((min(n, model.max_seq_length or n) - frame) / room)) for n in lengths]
+    overhead, *lengths = count_tokens(model, ["", *texts], prompt)
+    room = max(1, window - overhead)
+    return [max(1, math.ceil((min(n, model.max_seq_length or n) - overhead) / room)) for n in lengths]
 
 
 def longest_text(model: SentenceTransformer) -> int:
-    """Tokens of the longest text that a model can be told to read whole."""
+    """Highest `max_seq_length` that a model supports."""
     limit = longest_input(model)
     return limit if window_of(model) is None else max(limit, LONGEST_TEXT)
 
 
-def check_prompts(model: SentenceTransformer) -> None:
-    """See that every prompt leaves room in a window, before the first long text is met in the middle of something.
+def check_prompts(model: SentenceTransformer, prompts: Mapping[str, str | None] | None = None) -> None:
+    """Check that both prompts leave room for text in a window; otherwise the first long text would show it.
+
+    Args:
+        model: With or without windows.
+        prompts: "query" and "document"; None for the model's own.
 
     Raises:
-        ConfigError: One does not.
+        ConfigError: A prompt leaves too little room.
     """
     window = window_of(model)
     if window is not None:
-        for prompt in {model.prompts.get(task) or None for task in ("query", "document")}:
+        prompts = prompts or model.prompts
+        for prompt in {prompts.get(task) or None for task in ("query", "document")}:
             model.preprocess(["a " * window], prompt=prompt)
 
 
 def add_windows(model: SentenceTransformer, window: int) -> None:
-    """Have a model read long texts in windows.
-
-    `max_seq_length`, so many tokens of a text are read in all, is raised to `longest_text`.
+    """Make a model split long texts into windows, and raise its `max_seq_length` to `longest_text`.
 
     Args:
-        model: A transformer and a pooling, perhaps with more after it; changed in place.
+        model: A Transformer, a Pooling and possibly further modules; changed in place.
         window: Tokens in a window, special tokens and prompt included.
 
     Raises:
         ConfigError: The window is longer than the model's positions allow or shorter than `SHORTEST_WINDOW`, or the
-            model is not built like that, or has windows of another length.
+            model has other modules or windows already.
     """
     limit = longest_input(model)
     if not SHORTEST_WINDOW <= window <= limit:
         raise ConfigError(
             f"window={window}",
-            f"{SHORTEST_WINDOW} to {limit} tokens, which is all that the base's positions allow",
-            "None cuts texts instead.",
+            f"{SHORTEST_WINDOW} to {limit} tokens, the limit of the base model's positions",
+            "window=None truncates texts instead.",
         )
     if window_of(model) is not None:
         raise ConfigError(
             f"window={window} for a model that was saved with windows of {window_of(model)}",
-            "the windows that it has",
-            "Leave window=None, or start from the base without windows.",
+            "the model's own windows",
+            "Leave window=None, or start from the base model without windows.",
         )
     first: Any = model[0]
     at = next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
@@ -269,12 +274,12 @@ def add_windows(model: SentenceTransformer, window: int) -> None:
             "a text encoder: a Transformer and a Pooling, without a chat template",
             "Leave window=None.",
         )
-    first.__class__ = WindowedTransformer  # the weights stay where they are
-    first.split(window, max(limit, LONGEST_TEXT))
+    first.__class__ = WindowedTransformer  # in place, so that the weights are not copied
+    first.set_window(window, max(limit, LONGEST_TEXT))
     named = list(model._modules.items())
     named.insert(at + 1, ("windows", JoinWindows(window)))
     if all(name.isdigit() for name, _ in named if name != "windows"):
-        # as sentence-transformers numbers them; what a module is given by name moves with it
+        # numbered as by sentence-transformers; the keyword arguments of a module move with it
         kwargs = getattr(model, "module_kwargs", None)
         if kwargs:
             model.module_kwargs = {str(i): kwargs[name] for i, (name, _) in enumerate(named) if name in kwargs}

@@ -42,16 +42,16 @@ def test_vectors_are_those_of_sentence_transformers(model, task):
     assert np.abs(made - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("most_tokens", [1, 40, 200])
-def test_a_forward_pass_has_no_more_tokens_than_asked_for(model, monkeypatch, most_tokens):
-    shapes, vectors = passes_of(model, monkeypatch, most_tokens=most_tokens)
-    assert all(rows == 1 or rows * width <= most_tokens for rows, width in shapes)
+@pytest.mark.parametrize("max_tokens", [1, 40, 200])
+def test_a_forward_pass_has_no_more_tokens_than_asked_for(model, monkeypatch, max_tokens):
+    shapes, vectors = passes_of(model, monkeypatch, max_tokens=max_tokens)
+    assert all(rows == 1 or rows * width <= max_tokens for rows, width in shapes)
     assert sum(rows for rows, _ in shapes) == len(TEXTS)
     assert np.abs(vectors - model.encode_document(TEXTS)).max() < 1e-5
 
 
 def test_little_is_padding(model, monkeypatch):
-    shapes, _ = passes_of(model, monkeypatch, most_tokens=200)
+    shapes, _ = passes_of(model, monkeypatch, max_tokens=200)
     needed = sum(min(16, len(text.split()) + 2) for text in TEXTS)
     assert sum(rows * width for rows, width in shapes) < 1.25 * needed
     assert len(shapes) < needed / 100, "passes must be nearly full"
@@ -64,7 +64,7 @@ def test_another_script_does_not_make_a_pass_larger(model, monkeypatch):
     ] * 4
     shapes = []
     hook = model[0].register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0]["input_ids"].shape)))
-    vectors = encode(model, texts, "document", most_tokens=48)
+    vectors = encode(model, texts, "document", max_tokens=48)
     hook.remove()
     assert all(rows == 1 or rows * width <= 48 for rows, width in shapes)
     assert np.abs(vectors - model.encode_document(texts)).max() < 1e-5
@@ -82,7 +82,7 @@ def test_windows_count_as_what_they_are(tiny_model):
 
 
 def test_a_forward_pass_has_no_more_texts_than_asked_for(model, monkeypatch):
-    shapes, _ = passes_of(model, monkeypatch, most_texts=3)
+    shapes, _ = passes_of(model, monkeypatch, max_texts=3)
     assert {rows for rows, _ in shapes} <= {1, 2, 3}
 
 

@@ -95,7 +95,7 @@ def test_an_export_is_an_embedding_model_like_any_other(backend, exports, tuned,
     with pytest.raises(WrongIndexError):
         verify_index(index, tuned)
     assert index.as_retriever(similarity_top_k=1).retrieve(texts[3])[0].get_content() == texts[3]
-    with pytest.raises(ConfigError, match="one of torch"):
+    with pytest.raises(ConfigError, match="a model of torch"):
         _ = exported.sentence_transformer
     with pytest.raises(ConfigError, match="query_prompt, truncate_dim for a model that was exported"):
         LoraEmbedding(path, query_prompt="x", truncate_dim=4)
@@ -105,7 +105,7 @@ def test_an_export_that_is_too_far_off_is_refused_and_what_was_there_stays(expor
     target = tmp_path / "export"
     shutil.copytree(exports["onnx", "fp32"][0], target)
     before = sorted((p.name, p.read_bytes()) for p in target.iterdir() if p.is_file())
-    with pytest.raises(ExportError, match="too far from the plain model: cosine"):
+    with pytest.raises(ExportError, match="differs too much from the original: cosine"):
         tuned.export(target, texts=texts, precision="int8", min_cosine=1.0)
     assert sorted((p.name, p.read_bytes()) for p in target.iterdir() if p.is_file()) == before
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
@@ -165,7 +165,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tuned, ad
     assert len(caught.value.problems) == 5
     several = LoraEmbedding(adapters={"a": adapter}, adapter="a", device="cpu")
     cases = [
-        (several, "others in the process share"),
+        (several, "shares its model with others"),
         (LoraEmbedding(adapter, merge=False, device="cpu"), "a merged adapter"),
         (LoraEmbedding(base_model=tiny_model, window=16, device="cpu"), "windows"),
         (LoraEmbedding(base_model=tiny_model, truncate_dim=8, device="cpu"), "truncate_dim"),
@@ -187,7 +187,7 @@ def test_what_is_no_export_is_not_written_over(tuned, adapter, texts, tmp_path):
     (tmp_path / "new.previous").mkdir()
     (tmp_path / "new.previous" / "only_copy.txt").write_text("mine")
     for target in (tmp_path / "work", tmp_path / "new", adapter):
-        with pytest.raises(OutputDirectoryError, match="something else than an export"):
+        with pytest.raises(OutputDirectoryError, match="something other than an export"):
             tuned.export(target, texts=texts)
     assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
     assert (tmp_path / "new.previous" / "only_copy.txt").read_text() == "mine"
@@ -208,7 +208,7 @@ def test_numbers_that_are_none_are_no_certificate(tuned, texts, tmp_path, monkey
     with pytest.raises(ExportError, match="NaN"):
         tuned.export(tmp_path / "x", texts=texts)
     assert not (tmp_path / "x").exists()
-    assert not tuned._lent, "it goes on with oneDNN's products"
+    assert tuned.backend.fused, "an export must not switch oneDNN's products off"
 
 
 def test_what_was_decided_is_not_asked_for_again(exports):

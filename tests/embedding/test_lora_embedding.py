@@ -47,9 +47,9 @@ def test_hugging_face_embedding_gives_the_same_vectors(adapter, embed_model):
 
 
 def test_merging_leaves_no_lora_layers(embed_model):
-    names = [name for name, _ in embed_model._ready().named_modules() if "lora" in name]
-    assert names == []
-    assert all(p.dtype is torch.float32 for p in embed_model._ready().parameters())
+    model = embed_model.backend.own_model()
+    assert [name for name, _ in model.named_modules() if "lora" in name] == []
+    assert all(p.dtype is torch.float32 for p in model.parameters())
 
 
 def test_the_adapter_changes_the_vectors(embed_model, tiny_model):
@@ -95,7 +95,7 @@ def test_a_pickle_holds_no_weights_and_makes_the_same_model(embed_model):
     pickled = pickle.dumps(embed_model)
     assert len(pickled) < 5_000
     again = pickle.loads(pickled)
-    assert again._model is None, "loaded where it is used, not where it is passed on"
+    assert again._backend is None, "loaded where it is used, not where it is passed on"
     assert again.to_dict() == embed_model.to_dict()
     assert distance(vectors(again), vectors(embed_model)) == 0
 

@@ -63,7 +63,7 @@ def test_the_manifest_says_how_the_adapter_was_made(adapter, tiny_model):
     assert manifest.similarity == "cosine"
     assert manifest.max_seq_length == 16
     assert manifest.dataset["queries"] == 48
-    assert manifest.dataset["origins"] == {"people": 48}
+    assert manifest.dataset["origins"] == {"human": 48}
     assert manifest.settings["batch_size"] == 8
     assert manifest.metrics["tuned"]["ndcg@10"] > manifest.metrics["base"]["ndcg@10"]
     assert manifest.best_step > 0
@@ -246,13 +246,13 @@ def test_output_paths_that_would_destroy_something(tmp_path, adapter, monkeypatc
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    for name, why in (("file", "is a file"), ("full", "did not write"), ("file/below", "nothing can be written")):
+    for name, why in (("file", "is a file"), ("full", "did not write"), ("file/below", "not writable")):
         with pytest.raises(OutputDirectoryError, match=why):
             check_output(tmp_path / name)
     shutil.copytree(adapter, tmp_path / "mine")
     (tmp_path / "mine.previous").mkdir()
     (tmp_path / "mine.previous" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputDirectoryError, match="something else"):
+    with pytest.raises(OutputDirectoryError, match="is not an adapter"):
         check_output(tmp_path / "mine")
     (tmp_path / "disk").mkdir()
     with monkeypatch.context() as patch:  # mounting needs rights that tests do not have

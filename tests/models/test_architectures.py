@@ -12,10 +12,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
+from llama_index_lora_embed.config import POOLING_MODES
 from llama_index_lora_embed.core.errors import ConfigError, MissingExtraError
 from llama_index_lora_embed.models.base_model import describe_base, load_base
-from llama_index_lora_embed.models.prompts import POOLING_MODES, longest_input, set_pooling
-from llama_index_lora_embed.models.tokens import count_tokens
+from llama_index_lora_embed.models.pooling import set_pooling
+from llama_index_lora_embed.models.tokens import count_tokens, longest_input
 from llama_index_lora_embed.training.lengths import choose_length
 from llama_index_lora_embed.training.lora import lora_target_modules
 from llama_index_lora_embed.training.objectives.collator import GroupCollator, make_groups
@@ -147,7 +148,7 @@ def test_a_text_alone_and_among_shorter_and_longer_ones_has_one_vector(adapters,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_special_tokens_survive_truncation_in_training_and_serving(adapters, name):
-    model = LoraEmbedding(adapters(name), device="cpu")._ready()
+    model = LoraEmbedding(adapters(name), device="cpu").backend.own_model()
     end = ARCHITECTURES[name].appends
     long_text = " ".join(WORDS[:100])
     for encode in ("document", "query"):
@@ -161,7 +162,7 @@ def test_special_tokens_survive_truncation_in_training_and_serving(adapters, nam
 
 @pytest.mark.parametrize("name", LAST_TOKEN)
 def test_the_pooled_token_is_the_last_real_one_on_either_padding_side(adapters, name):
-    model = LoraEmbedding(adapters(name), device="cpu")._ready()
+    model = LoraEmbedding(adapters(name), device="cpu").backend.own_model()
     features = model.preprocess(MIXED)
     mask = features["attention_mask"].bool()
     assert not mask.all(), "the batch must be padded"
@@ -175,7 +176,7 @@ def test_the_pooled_token_is_the_last_real_one_on_either_padding_side(adapters, 
 def test_training_evaluation_and_serving_see_the_same_tokens(adapters, name):
     path = adapters(name)
     model = SentenceTransformer(str(path), device="cpu")
-    served = LoraEmbedding(path, device="cpu")._ready()
+    served = LoraEmbedding(path, device="cpu").backend.own_model()
     dataset = make_dataset(passages=6)
     for letter, texts, task in (("q", dataset.queries, "query"), ("p", dataset.corpus, "document")):
         trained = collated(model, dataset, letter)
@@ -232,7 +233,7 @@ def test_an_end_token_that_only_the_tokenizers_configuration_asks_for_is_appende
 def test_heads_come_back_with_the_adapter(adapters):
     path = adapters("gemma3")
     assert sorted(p.name for p in path.glob("*_Dense")) == ["2_Dense", "3_Dense"]
-    model = LoraEmbedding(path, device="cpu")._ready()
+    model = LoraEmbedding(path, device="cpu").backend.own_model()
     base = load(LoraEmbedding(path, device="cpu").manifest.base["model_id"])
     for number in (2, 3):
         assert torch.equal(model[number].linear.weight, base[number].linear.weight)

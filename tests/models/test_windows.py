@@ -1,5 +1,7 @@
 """Long texts in windows: nothing of them is lost, and short ones stay what they were."""
 
+import json
+import shutil
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -12,6 +14,7 @@ from sentence_transformers import SentenceTransformer, losses
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
 from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.core.files import file_digest
 from llama_index_lora_embed.models import base_model
 from llama_index_lora_embed.models.adapter_directory import Manifest
 from llama_index_lora_embed.models.windows import (
@@ -149,13 +152,13 @@ def test_from_training_to_the_embedding_model(trained):
     assert result.best_step > 0
     embed_model = engine.get_finetuned_model()
     assert evaluate_retrieval(embed_model, val).metrics == pytest.approx(result.tuned_metrics, abs=1e-6)
-    path = Path(engine.model_output_path)
+    path = Path(result.adapter_path)
     assert "trust_remote_code=True" in (path / "README.md").read_text()
     manifest = Manifest.read(path)
     assert manifest.max_seq_length == result.max_seq_length >= 62
     assert {"type": "JoinWindows", "window": 16} in manifest.pooling
-    unmerged = LoraEmbedding(engine.model_output_path, device="cpu", merge=False)
-    plain = SentenceTransformer(engine.model_output_path, device="cpu", trust_remote_code=True)
+    unmerged = LoraEmbedding(result.adapter_path, device="cpu", merge=False)
+    plain = SentenceTransformer(result.adapter_path, device="cpu", trust_remote_code=True)
     for other in (unmerged.get_text_embedding(LONG), plain.encode_document(LONG)):
         assert np.allclose(other, embed_model.get_text_embedding(LONG), atol=1e-5)
 
@@ -166,7 +169,7 @@ def test_windows_are_part_of_the_fingerprint(tiny_model):
 
 
 def test_the_windows_of_an_adapter_are_its_own(trained):
-    path = trained[0].model_output_path
+    path = trained[1].adapter_path
     assert LoraEmbedding(path, device="cpu", window=16).max_seq_length >= 62
     with pytest.raises(ConfigError, match="window=24 for an adapter that was trained with 16"):
         LoraEmbedding(path, device="cpu", window=24)
@@ -175,13 +178,32 @@ def test_the_windows_of_an_adapter_are_its_own(trained):
 
 
 def test_an_adapter_is_continued_in_its_windows(trained, tiny_model, tmp_path):
-    engine, _, val = trained
+    _, result, val = trained
     more = LoraFinetuneEngine(
-        long_dataset(), tiny_model, str(tmp_path / "more"), continue_from=engine.model_output_path, batch_size=8,
+        long_dataset(), tiny_model, str(tmp_path / "more"), continue_from=result.adapter_path, batch_size=8,
         epochs=1, val_dataset=val, on_overlap="allow", show_progress_bar=False, device="cpu",
     )  # fmt: skip
     more.finetune()
     assert {"type": "JoinWindows", "window": 16} in Manifest.read(tmp_path / "more").pooling
+
+
+def test_a_directory_with_earlier_names_of_the_modules_loads_and_is_continued(trained, tiny_model, tmp_path):
+    _, result, val = trained
+    old = Path(shutil.copytree(result.adapter_path, tmp_path / "old"))
+    modules = (old / "modules.json").read_text()
+    assert modules.count("llama_index_lora_embed.models.windows.") == 2
+    (old / "modules.json").write_text(modules.replace("llama_index_lora_embed.models.", "llama_index_lora_embed."))
+    manifest = json.loads((old / "finetune.json").read_text())
+    manifest["files"]["modules.json"] = file_digest(old / "modules.json")
+    (old / "finetune.json").write_text(json.dumps(manifest))
+    embed_model, new = LoraEmbedding(old, device="cpu"), LoraEmbedding(result.adapter_path, device="cpu")
+    assert embed_model.fingerprint == new.fingerprint
+    assert embed_model.get_text_embedding(LONG) == new.get_text_embedding(LONG)
+    LoraFinetuneEngine(
+        long_dataset(), tiny_model, str(tmp_path / "more"), continue_from=str(old), batch_size=8, epochs=1,
+        val_dataset=val, on_overlap="allow", show_progress_bar=False, device="cpu",
+    ).finetune()  # fmt: skip
+    assert "llama_index_lora_embed.models.windows.JoinWindows" in (tmp_path / "more" / "modules.json").read_text()
 
 
 def test_another_window_is_another_run(trained, tiny_model, tmp_path):
@@ -210,7 +232,7 @@ def test_what_has_no_transformer_and_pooling_is_refused(tiny_model):
 
 @pytest.mark.parametrize("form", ["plain", "gradcache", "frozen layers", "gradcache and frozen layers"])
 def test_every_form_of_step_has_the_same_gradient(tiny_model, form, monkeypatch):
-    monkeypatch.setattr("tests.training.efficiency.test_faster.make_dataset", long_dataset)
+    monkeypatch.setattr("tests.helpers.gradients.make_dataset", long_dataset)
     monkeypatch.setattr(
         base_model, "load_base", lambda found, load=base_model.load_base, **kwargs: load(found, window=16, **kwargs)
     )
@@ -229,8 +251,8 @@ def test_every_form_of_step_has_the_same_gradient(tiny_model, form, monkeypatch)
     if "frozen layers" in form:
         for chunk in chunks(batch):
             assert len(set(chunk[TEXT_IDS].tolist())) == len(chunk["input_ids"]), "each window has a number of its own"
-        loss.prefix = HiddenStateCache.of(model, 1 << 20)
-        assert loss.prefix.agrees(model, chunks(batch)[-1], 1e-5)
+        loss.hidden_state_cache = HiddenStateCache.of(model, 1 << 20)
+        assert loss.hidden_state_cache.agrees(model, chunks(batch)[-1], 1e-5)
         gradients(model, loss, batch)
     assert_same(gradients(model, loss, batch), plain)
 

@@ -62,9 +62,9 @@ def passes_and_vectors(model, texts, **settings):
         hook.remove()
 
 
-@pytest.mark.parametrize("most_tokens", [None, 48, 400])
-def test_parity_with_torch_in_the_order_of_the_texts(model, three_threads, most_tokens):
-    seen, vectors = passes_and_vectors(model, TEXTS, most_tokens=most_tokens)
+@pytest.mark.parametrize("max_tokens", [None, 48, 400])
+def test_parity_with_torch_in_the_order_of_the_texts(model, three_threads, max_tokens):
+    seen, vectors = passes_and_vectors(model, TEXTS, max_tokens=max_tokens)
     assert np.abs(vectors - model.encode_document(TEXTS)).max() < 1e-5
     assert len({name for name, _, _ in seen}) > 1
     assert {threads for _, threads, _ in seen} == {1}

@@ -1,0 +1,372 @@
+"""What computes the vectors of a `LoraEmbedding`: a model of its own, one of many adapters, or an exported model."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.embedding.adapter_pool import AdapterPool, PooledAdapter
+from llama_index_lora_embed.embedding.encode import Task, Vectors, encode
+from llama_index_lora_embed.embedding.exported import EXPORT_NAME, Export, ExportedModel
+from llama_index_lora_embed.models.adapter_directory import Manifest, fingerprint, normalises
+from llama_index_lora_embed.models.base_model import describe_base, load_base
+from llama_index_lora_embed.models.lora_adapter import OpenedAdapter, load_adapter, open_adapter
+from llama_index_lora_embed.models.pooling import pooling_of
+from llama_index_lora_embed.models.tokens import count_tokens
+from llama_index_lora_embed.models.windows import window_of
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+@dataclass(frozen=True)
+class BackendSettings:
+    """The fields of `LoraEmbedding` that determine what is loaded; they are described there."""
+
+    adapter_path: str | None
+    base_model: str | None
+    adapters: dict[str, str] | None
+    adapter: str | None
+    max_adapters: int
+    adapter_scale: float
+    merge: bool
+    revision: str | None
+    cache_folder: str | None
+    device: str | None
+    trust_remote_code: bool
+    query_prompt: str | None
+    passage_prompt: str | None
+    pooling: str | None
+    window: int | None
+    truncate_dim: int | None
+
+
+class EmbeddingBackend(Protocol):
+    """A loaded model that turns texts into vectors; all methods may be called from several threads.
+
+    Attributes:
+        fingerprint: Digest of everything that determines the vectors.
+        manifest: The adapter's manifest; None if there is none.
+        lock: Held while the model or its tokenizer is in use; fast tokenizers change their truncation in each call.
+        max_seq_length: Tokens, special tokens included, beyond which a text is truncated.
+    """
+
+    fingerprint: str
+    manifest: Manifest | None
+    lock: AbstractContextManager[Any]
+
+    @property
+    def max_seq_length(self) -> int: ...  # noqa: D102
+
+    def encode(self, texts: Sequence[str], task: Task, max_tokens: int | None, max_texts: int | None) -> Vectors:
+        """Vectors of checked texts, float32 [texts, dimension].
+
+        Args:
+            texts: From `check_texts`.
+            task: "query" or "document"; selects the prompt.
+            max_tokens: Tokens in a forward pass, padding included; None for the device's default.
+            max_texts: Texts in a forward pass; None for no limit.
+        """
+        ...
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each passage, prompt and special tokens included, without truncation."""
+        ...
+
+    def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
+        """The loaded model.
+
+        Args:
+            to_change: Whether the caller may change its weights.
+
+        Raises:
+            ConfigError: The model is shared with others, or exported.
+        """
+        ...
+
+
+def load_backend(settings: BackendSettings) -> EmbeddingBackend:
+    """Load what the settings name: adapters on a shared base model, an export, or a model of its own."""
+    if settings.adapters is not None:
+        return PooledBackend(settings)
+    if settings.adapter_path is not None and (Path(settings.adapter_path) / EXPORT_NAME).exists():
+        return ExportedBackend(settings)
+    return MergedBackend(settings)
+
+
+class MergedBackend:
+    """A model of its own: a base model with an adapter, merged or not, or a base model alone."""
+
+    def __init__(self, settings: BackendSettings) -> None:
+        self.lock: AbstractContextManager[Any] = threading.RLock()
+        self.manifest: Manifest | None = None
+        self.fused = True
+        if settings.adapter_path is None:
+            assert settings.base_model is not None
+            base = describe_base(settings.base_model, settings.revision, settings.cache_folder)
+            self.model = load_base(
+                base,
+                query_prompt=settings.query_prompt,
+                passage_prompt=settings.passage_prompt,
+                **_base_arguments(settings),
+            )
+            self.fingerprint = fingerprint(self.model, base.weights_sha256, None)
+        else:
+            adapter = open_adapter(
+                settings.adapter_path,
+                base_model=settings.base_model,
+                revision=settings.revision,
+                cache_folder=settings.cache_folder,
+            )
+            self.model, self.fingerprint = load_adapter(
+                adapter,
+                device=settings.device,
+                trust_remote_code=settings.trust_remote_code,
+                query_prompt=settings.query_prompt,
+                passage_prompt=settings.passage_prompt,
+                truncate_dim=settings.truncate_dim,
+                merge=settings.merge,
+                scale=settings.adapter_scale,
+            )
+            self.manifest = adapter.manifest
+            for name, trained in (("pooling", pooling_of(self.model)), ("window", window_of(self.model))):
+                wanted = getattr(settings, name)
+                if wanted is not None and wanted != trained:
+                    raise ConfigError(
+                        f"{name}={wanted!r} for an adapter that was trained with {trained!r}",
+                        f"the {name} that the adapter was trained with",
+                        f"Leave {name}=None, or train an adapter with {name}={wanted!r}.",
+                    )
+        self._unit_length = _needs_unit_length(self.model, settings)
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens beyond which a text is truncated."""
+        return int(self.model.max_seq_length or 0)
+
+    def encode(self, texts: Sequence[str], task: Task, max_tokens: int | None, max_texts: int | None) -> Vectors:
+        """Vectors, float32 [texts, dimension]."""
+        with self.lock:
+            return encode(
+                self.model,
+                texts,
+                task,
+                max_tokens=max_tokens,
+                max_texts=max_texts,
+                unit_length=self._unit_length,
+                fused=self.fused,
+            )
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each passage."""
+        with self.lock:
+            return count_tokens(self.model, texts, self.model.prompts.get("document") or "")
+
+    def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
+        """The model."""
+        if to_change:
+            self.fused = False  # oneDNN's products use packed copies of the weights
+        return self.model
+
+
+class ExportedBackend:
+    """A model that was exported to ONNX Runtime or OpenVINO."""
+
+    manifest: Manifest | None = None
+
+    def __init__(self, settings: BackendSettings) -> None:
+        assert settings.adapter_path is not None
+        self.lock: AbstractContextManager[Any] = threading.RLock()
+        folder = Path(settings.adapter_path)
+        facts = Export.read(folder)
+        fixed = ("base_model", "query_prompt", "passage_prompt", "pooling", "window", "truncate_dim")
+        given = [name for name in fixed if getattr(settings, name) is not None]
+        given += ["adapter_scale"] if settings.adapter_scale != 1 else []
+        given += ["merge"] if not settings.merge else []
+        given += ["device"] if settings.device not in (None, "cpu") else []
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} for a model that was exported",
+                "none of these, which are fixed in an export",
+                "Export a model that was loaded with them.",
+            )
+        self.fingerprint = facts.fingerprint
+        self.model: Any = ExportedModel(folder, facts)
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens beyond which a text is truncated."""
+        return int(self.model.max_seq_length)
+
+    def encode(self, texts: Sequence[str], task: Task, max_tokens: int | None, max_texts: int | None) -> Vectors:
+        """Vectors, float32 [texts, dimension]."""
+        with self.lock:
+            return encode(self.model, texts, task, max_tokens=max_tokens, max_texts=max_texts)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each passage."""
+        with self.lock:
+            return count_tokens(self.model, texts, self.model.prompts["document"])
+
+    def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
+        """Raises a ConfigError."""
+        raise ConfigError(
+            "a model that was exported",
+            "a model of torch",
+            f"Load the model that it was exported from, {self.model.facts.name!r}.",
+        )
+
+
+class PooledBackend:
+    """One of several adapters, or the base model alone, on a base model that all such backends of the process share.
+
+    Attributes:
+        pool: The shared base model.
+        adapters: The adapters that texts can name.
+    """
+
+    def __init__(self, settings: BackendSettings) -> None:
+        paths = dict(settings.adapters or {})
+        opened: dict[str, OpenedAdapter] = {}
+        if settings.base_model is None:
+            name, path = next(iter(paths.items()))
+            opened[name] = open_adapter(path, cache_folder=settings.cache_folder)
+            base = opened[name].base
+        else:
+            base = describe_base(settings.base_model, settings.revision, settings.cache_folder)
+        self._settings = settings
+        self.pool = AdapterPool.of(base, max_adapters=settings.max_adapters, **_base_arguments(settings))
+        self.lock: AbstractContextManager[Any] = self.pool.lock
+        self._unit_length = _needs_unit_length(self.pool.model, settings)
+        prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
+        self._prompts = {task: prompt for task, prompt in prompts.items() if prompt is not None}
+        self.adapters: dict[str, PooledAdapter] = {}
+        for name, path in paths.items():
+            self.add(name, opened.get(name) or path)
+        self._select(settings.adapter)
+
+    def _select(self, name: str | None) -> None:
+        self.selected = None if name is None else self._named(name)
+        if self.selected is not None:
+            self.fingerprint, self.manifest = self.selected.fingerprint, self.selected.manifest
+        else:
+            self.manifest = None
+            self.fingerprint = self.pool.fingerprint_of(self._base_prompts(), self.pool.max_seq_length)
+
+    def with_adapter(self, name: str | None) -> PooledBackend:
+        """The same pool with another adapter, or the base model alone."""
+        view = copy.copy(self)
+        view._select(name)
+        return view
+
+    def _named(self, name: Any) -> PooledAdapter:
+        adapter = self.adapters.get(name)
+        if adapter is None:
+            raise ConfigError(
+                f"an adapter named {name!r}", f"one of {_listed(self.adapters)}", "add_adapter(name, path) adds one."
+            )
+        return adapter
+
+    def add(self, name: str, adapter: str | OpenedAdapter) -> None:
+        """Register an adapter under a free name.
+
+        Raises:
+            ConfigError: The name is taken, or the adapter cannot share the base model.
+            LoraEmbedError: As `open_adapter` and `AdapterPool.register`.
+        """
+        if name in self.adapters:
+            raise ConfigError(
+                f"a second adapter named {name!r}",
+                f"a name other than {_listed(self.adapters)}",
+                f"Call remove_adapter({name!r}) first.",
+            )
+        if isinstance(adapter, str):
+            adapter = open_adapter(adapter, base_model=self.pool.base, cache_folder=self._settings.cache_folder)
+        registered = self.pool.register(adapter, prompts=self._prompts, scale=self._settings.adapter_scale)
+        self.adapters = {**self.adapters, name: registered}  # a new dict: copies keep theirs
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter, and unload it if no other name stands for it.
+
+        Raises:
+            ConfigError: The name is unknown, or its adapter is the selected one.
+        """
+        removed = self._named(name)
+        if removed is self.selected:
+            raise ConfigError(
+                f"adapter {name!r}, which this embedding model uses",
+                "an adapter that is not in use",
+                "Remove it from the object on which with_adapter() was called.",
+            )
+        self.adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
+        if removed not in self.adapters.values():
+            self.pool.unload(removed)
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens beyond which a text is truncated."""
+        return self.pool.max_seq_length if self.selected is None else self.selected.max_seq_length
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        task: Task,
+        max_tokens: int | None,
+        max_texts: int | None,
+        names: Sequence[str | None] | None = None,
+    ) -> Vectors:
+        """Vectors with the selected adapter, or with the adapter that `names` has for each text (None: base model).
+
+        Raises:
+            ConfigError: A name is unknown.
+        """
+        if names is None:
+            adapters = [self.selected] * len(texts)
+        else:
+            adapters = [None if name is None else self._named(name) for name in names]
+        return self.pool.encode(
+            texts,
+            adapters,
+            task,
+            base_prompts=self._base_prompts(),
+            max_tokens=max_tokens,
+            max_texts=max_texts,
+            unit_length=self._unit_length,
+        )
+
+    def _base_prompts(self) -> dict[str, str]:
+        return {**self.pool.prompts, **self._prompts}
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each passage."""
+        prompts = self._base_prompts() if self.selected is None else self.selected.prompts
+        with self.lock:
+            return count_tokens(self.pool.model, texts, prompts["document"])
+
+    def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
+        """Raises a ConfigError."""
+        raise ConfigError(
+            "an embedding model with adapters, which shares its model with others in the process",
+            "one with its own model; shared models are read-only",
+            "LoraEmbedding(path, merge=False).sentence_transformer",
+        )
+
+
+def _base_arguments(settings: BackendSettings) -> dict[str, Any]:
+    names = ("device", "trust_remote_code", "pooling", "window", "truncate_dim")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _needs_unit_length(model: SentenceTransformer, settings: BackendSettings) -> bool:
+    # sentence-transformers truncates after the model's own normalisation
+    return settings.truncate_dim is not None and normalises(model)
+
+
+def _listed(names: dict[str, Any]) -> str:
+    return ", ".join(map(repr, names)) or "none"
