@@ -165,10 +165,13 @@ class EmbeddingQAFinetuneDataset(BaseModel):
     def problems(self) -> list[str]:
         """One line for each problem that would crash or spoil training, with its id."""
         found: list[str] = []
+        text: Any  # fields can be changed after construction, which pydantic does not check
         for what, texts in (("query", self.queries), ("passage", self.corpus)):
-            # fields can be changed after construction, so that pydantic's check is not the last word
-            found += [f"{what} {i!r} is not text: {text!r:.80}" for i, text in texts.items() if not _is_text(text)]
-            found += [f"{what} {i!r} is empty" for i, text in texts.items() if _is_text(text) and not text.strip()]
+            for i, text in texts.items():
+                if not isinstance(text, str):
+                    found.append(f"{what} {i!r} is not text: {text!r:.80}")
+                elif not text.strip():
+                    found.append(f"{what} {i!r} is empty")
         for query_id in self.queries:
             if not self.relevant_docs.get(query_id):
                 found.append(f"query {query_id!r} has no relevant passage")
@@ -187,7 +190,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         for query_id, text in (self.training_passages or {}).items():
             if query_id not in self.queries:
                 found.append(f"training_passages names query {query_id!r}, which is not in queries")
-            elif not _is_text(text) or not text.strip():
+            elif not isinstance(text, str) or not text.strip():
                 found.append(f"the training passage of query {query_id!r} is empty")
         for query_id, scores in (self.relevance_scores or {}).items():
             for passage_id, score in scores.items():
@@ -249,34 +252,22 @@ class EmbeddingQAFinetuneDataset(BaseModel):
     def hold_out(
         self, fraction: float, *, seed: int, max_passages: int
     ) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset, str]:
-        """Split off a validation set by source document (see `split_by_source`).
-
-        Args:
-            fraction: Share of the queries to hold out, above 0 and below 1.
-            seed: Random seed of the draw.
-            max_passages: Maximum number of passages in the validation corpus.
-
-        Returns:
-            Training set, validation set, and how they were split, in a sentence.
+        """(training set, validation set, how they were split in a sentence), by `split_by_source`.
 
         Raises:
             SplitError: All queries are tied to one document.
         """
         train, val = split_by_source(self, fraction, seed=seed, max_passages=max_passages)
-        if train.source_documents:
-            return train, val, "The queries were held out of the training set by source document."
-        note = (
-            "The queries were held out of the training set by passage, because it does not record source documents: "
-            "neighbouring passages may have been trained on."
-        )
+        note = "The queries were held out of the training set by source document."
+        if not train.source_documents:
+            note = (
+                "The queries were held out of the training set by passage, because it does not record source "
+                "documents: neighbouring passages may have been trained on."
+            )
         return train, val, note
 
     def without_overlap(self, val: TrainingData, *, drop: bool) -> EmbeddingQAFinetuneDataset:
-        """This training set, if none of its queries has an answer in common with `val` (see `overlap`).
-
-        Args:
-            val: Validation set; labelled pairs are not compared with queries.
-            drop: Drop the queries that overlap instead of raising an error.
+        """This training set without the queries that overlap with a validation set; labelled pairs do not.
 
         Raises:
             DatasetError: Queries overlap, and `drop` is off or would leave none.
@@ -357,10 +348,6 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         )
         part._sketches = self._sketches
         return part
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _share_ids(data: dict[str, Any]) -> None:

@@ -301,15 +301,7 @@ class LabelledPairs:
         return [index for index, pair in enumerate(pairs) if frozenset(map(normalise, pair)) in known]
 
     def hold_out(self, fraction: float, *, seed: int, max_passages: int) -> tuple[LabelledPairs, LabelledPairs, str]:
-        """Split off a validation set (see `split`).
-
-        Args:
-            fraction: Share of the pairs to hold out, above 0 and below 1.
-            seed: Random seed of the draw.
-            max_passages: Has no effect on pairs, which have no corpus.
-
-        Returns:
-            Training set, validation set, and how they were split, in a sentence.
+        """(training set, validation set, how they were split in a sentence), by `split`, without `max_passages`.
 
         Raises:
             SplitError: All pairs are tied together, or a side would have one label only.
@@ -318,11 +310,7 @@ class LabelledPairs:
         return train, val, "The pairs were held out of the training set; none of their texts was trained on."
 
     def without_overlap(self, val: TrainingData, *, drop: bool) -> LabelledPairs:
-        """This training set, if `val` has none of its pairs (see `overlap`).
-
-        Args:
-            val: Validation set; queries are not compared with labelled pairs.
-            drop: Drop the pairs that overlap instead of raising an error.
+        """This training set without the pairs that overlap with a validation set; queries do not.
 
         Raises:
             DatasetError: Pairs overlap, and `drop` is off or would leave none.

@@ -58,8 +58,6 @@ class Sketches:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sketches)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Sketches:
         return self
 
@@ -145,7 +143,7 @@ def _similar_pairs(
 def _signature(shingles: Shingles) -> NDArray[np.uint32]:
     from datasketch import MinHash
 
-    sketch = MinHash(_PERMUTATIONS, hashfunc=_itself, permutations=_permutations(), scheme="affine32")
+    sketch = MinHash(_PERMUTATIONS, hashfunc=int, permutations=_permutations(), scheme="affine32")
     sketch.update_batch((shingles & np.uint64(0xFFFFFFFF)).tolist())
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
 
@@ -214,7 +212,3 @@ def _jaccard(left: Shingles, right: Shingles) -> float:
 def _hash(token: str) -> int:
     # not hash(), which differs from one process to the next; lone surrogates cannot be encoded
     return int.from_bytes(hashlib.blake2b(token.encode("utf-8", "replace"), digest_size=8).digest(), "little")
-
-
-def _itself(value: int) -> int:
-    return value
