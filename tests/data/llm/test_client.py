@@ -300,6 +300,7 @@ dataset.save_json(out)
 """
 
 
+@pytest.mark.slow
 def test_chaos_and_ten_kills_end_with_the_dataset_of_a_calm_run(tmp_path, journal):
     log, out = tmp_path / "log", tmp_path / "dataset.json"
     log.touch()

@@ -229,7 +229,7 @@ GENERATORS = [
 
 
 @pytest.mark.parametrize("generator", GENERATORS, ids=lambda generator: generator.name)
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_generator_is_a_step_of_an_ingestion_pipeline(generator, workers, nodes):
     wanted = list(generator.generate(nodes))
     before = {node.node_id: embed_text(node) for node in nodes}
