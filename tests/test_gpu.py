@@ -65,7 +65,7 @@ def test_a_stopped_run_resumes_on_a_gpu(tiny_model, tmp_path, monkeypatch):
     import signal
 
     from llama_index_lora_embed.training.trainer import LoraTrainer
-    from tests.training.checkpointing.stops import signal_in
+    from tests.helpers.training import signal_in
 
     signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 7)
     with pytest.raises(KeyboardInterrupt):
@@ -89,7 +89,7 @@ def test_batch_size_auto_finds_what_fits(minilm, tmp_path, little_memory, caplog
     settings = {"data": long_texts(), "batch_size": "auto", "epochs": 1, "precision": "fp32", "max_seq_length": 512}
     with caplog.at_level("INFO", "llama_index_lora_embed"):
         engine(minilm, tmp_path / "run", **settings).finetune()
-    assert "batch_size='auto' takes StepSize(rows=32" in caplog.text
+    assert "batch_size='auto' uses StepSize(batch_size=32" in caplog.text
 
 
 def test_a_base_in_4_bits_is_trained_and_served_in_full_precision(tmp_path):
@@ -109,7 +109,10 @@ def test_two_gpus_train_together_over_nccl(tiny_model, tmp_path):
     orders.write_text(json.dumps({"model": tiny_model, "path": str(tmp_path / "run"), "arguments": arguments}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", "tests.training.together", str(orders)], cwd=ROOT, env=dict(os.environ), capture_output=True
+        [*command, "-m", "tests.helpers.distributed_training", str(orders)],
+        cwd=ROOT,
+        env=dict(os.environ),
+        capture_output=True,
     )
     assert done.returncode == 0, done.stderr.decode()
     said = [json.loads((tmp_path / f"run.said-{rank}").read_text()) for rank in (0, 1)]

@@ -1,4 +1,8 @@
-"""Several processes that train one model (torchrun, accelerate launch): who is who, and what only one does."""
+"""Several processes that train one model (torchrun, accelerate launch): ranks, broadcasts, work of the main process.
+
+accelerate starts the processes' group. Its helpers are not used for the rest, because they settle the device of a
+single process, too, as soon as they are called.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +19,25 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of processes that train together; 1 where none were launched."""
+    """Number of processes that train together; 1 without a launcher."""
     return dist.get_world_size() if _running() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Number of this process, from 0."""
     return dist.get_rank() if _running() else int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that evaluates, writes and speaks."""
+    """Whether this is the main process, which evaluates, writes files and logs."""
     return rank() == 0
 
 
 def own_device(device: str | None) -> str | None:
-    """The device of this process: the one asked for, or its own GPU where several processes were launched.
+    """The device of this process: the user's choice, or a GPU of its own if there are several processes.
 
     Args:
-        device: The user's choice; None leaves it to sentence-transformers, which would put all processes on one GPU.
+        device: The user's choice; with None, sentence-transformers would put all processes on one GPU.
     """
     if device is None and world_size() > 1 and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
@@ -41,7 +45,7 @@ def own_device(device: str | None) -> str | None:
 
 
 def join(device: str | None) -> None:
-    """Join the other processes, if there are any: NCCL between GPUs, gloo between processors."""
+    """Join the other processes, if there are any: with NCCL between GPUs, gloo between CPUs."""
     if world_size() > 1 and not _running():
         from accelerate import PartialState
 
@@ -49,7 +53,7 @@ def join(device: str | None) -> None:
 
 
 def share(value: T | None) -> T:
-    """The main process's value, in every process."""
+    """The main process's value, in every process (broadcast)."""
     if not _running() or dist.get_world_size() == 1:
         return value  # type: ignore[return-value]
     held: list[Any] = [value if is_main() else None]
@@ -59,10 +63,10 @@ def share(value: T | None) -> T:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do something in the main process alone and give every process its result, or raise its error everywhere.
+    """Run a function in the main process alone; return its result, or raise its error, in every process.
 
     Raises:
-        LoraEmbedError: What the work raised.
+        LoraEmbedError: What the function raised.
     """
     if not _running() or dist.get_world_size() == 1:
         return work()
@@ -80,7 +84,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def highest(number: int) -> int:
-    """The highest number that any process has; the same answer in all."""
+    """The highest number of any process, in every process."""
     if not _running() or dist.get_world_size() == 1:
         return number
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

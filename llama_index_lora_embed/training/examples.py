@@ -1,32 +1,71 @@
-"""Rows for losses that take columns of texts: a question, its passage, negatives, and a label where there is one."""
+"""What a dataset is trained on: groups for in-batch losses, examples with negatives for losses that take columns."""
 
 from __future__ import annotations
 
-import gc
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
-from llama_index_lora_embed.core.errors import ConfigError, DatasetError, ModelNotFoundError
+from llama_index_lora_embed.config import ObjectiveSettings
+from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.models.base_model import describe_base
+from llama_index_lora_embed.data.text import normalise
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
-from llama_index_lora_embed.training.objectives.collator import TrainingGroup
+
+
+@dataclass(slots=True)
+class TrainingGroup:
+    """One passage and the queries that it answers.
+
+    Attributes:
+        passage: Text to encode.
+        passage_id: Id of its node; several groups can share it (inverse cloze cuts a node in several ways).
+        query_ids: Ids of its queries.
+    """
+
+    passage: str
+    passage_id: str
+    query_ids: list[str] = field(default_factory=list)
+
+
+def make_groups(dataset: EmbeddingQAFinetuneDataset, use_all_docs: bool) -> list[TrainingGroup]:
+    """Group the queries by the passage that they are trained against.
+
+    Args:
+        dataset: Checked dataset.
+        use_all_docs: Train a query with all its relevant passages instead of the first one only.
+
+    Raises:
+        DatasetError: There are fewer than two different passages.
+    """
+    groups: dict[tuple[str, str], TrainingGroup] = {}
+    for query_id in dataset.queries:
+        relevant = dataset.relevant_docs[query_id]
+        for passage_id in dict.fromkeys(relevant if use_all_docs else relevant[:1]):
+            cut = (dataset.training_passages or {}).get(query_id) if passage_id == relevant[0] else None
+            text = cut or dataset.corpus[passage_id]
+            group = groups.setdefault((passage_id, text), TrainingGroup(text, passage_id))
+            group.query_ids.append(query_id)
+    texts = (normalise(dataset.corpus[group.passage_id]) for group in groups.values())
+    first = next(texts, None)
+    if all(text == first for text in texts):
+        raise DatasetError(
+            "a training set with queries about one passage only",
+            "queries about at least two different passages, because the others of a batch are its negatives",
+            "Add queries about other passages.",
+        )
+    return list(groups.values())
 
 
 @dataclass
 class Example:
-    """A question, a passage that answers it, and passages that do not.
+    """A query, a passage that answers it, and passages that do not.
 
     Attributes:
-        query_id: The question.
-        passage_id: Node of its passage.
-        passage: Text of its passage, which can be cut.
-        negatives: (node, text), hard negatives first.
+        query_id: Id of the query.
+        passage_id: Id of the passage's node.
+        passage: Text of the passage, which can be cut.
+        negatives: (id, text) of passages, hard negatives first.
     """
 
     query_id: str
@@ -40,38 +79,38 @@ def make_examples(
     groups: list[TrainingGroup],
     false_negatives: FalseNegatives,
     *,
-    least: int = 0,
-    even: bool = True,
+    min_negatives: int = 0,
+    equal_numbers: bool = True,
 ) -> list[Example]:
-    """A row for each question and passage that it is trained against.
+    """Make an example for each query and passage that it is trained against.
 
-    Its negatives are the question's hard negatives. Where these are too few, passages of other groups that are no
-    false negatives follow, each row beginning to look further on than the row before.
+    Its negatives are the query's hard negatives. Where there are too few, passages of other groups that are no false
+    negatives follow; each example starts looking further on than the example before.
 
     Args:
         dataset: Checked dataset.
-        groups: Its groups.
+        groups: What `make_groups` made of it.
         false_negatives: Which passages cannot be negatives.
-        least: Negatives that a row gets, if there are so many.
-        even: Give all rows as many as the row with the most hard negatives has.
+        min_negatives: Negatives of an example, if the dataset has so many.
+        equal_numbers: Give every example as many negatives as the one with the most hard negatives.
     """
     curated = dataset.hard_negatives or {}
     pairs = [(query_id, group) for group in groups for query_id in group.query_ids]
-    width = max([least, *(len(curated.get(q, ())) for q, _ in pairs)]) if even else least
-    rows: list[Example] = []
+    width = max([min_negatives, *(len(curated.get(q, ())) for q, _ in pairs)]) if equal_numbers else min_negatives
+    examples: list[Example] = []
     for number, (query_id, group) in enumerate(pairs):
         negatives = [(i, dataset.corpus[i]) for i in curated.get(query_id, ())]
-        easy = _others(groups, number, query_id, false_negatives) if len(negatives) < width else iter(())
-        there = {text for _, text in negatives}
+        easy = _easy_negatives(groups, number, query_id, false_negatives) if len(negatives) < width else iter(())
+        texts = {text for _, text in negatives}
         while len(negatives) < width and (other := next(easy, None)) is not None:
-            if other.passage not in there:
-                there.add(other.passage)
+            if other.passage not in texts:
+                texts.add(other.passage)
                 negatives.append((other.passage_id, other.passage))
-        rows.append(Example(query_id, group.passage_id, group.passage, negatives))
-    return rows
+        examples.append(Example(query_id, group.passage_id, group.passage, negatives))
+    return examples
 
 
-def _others(
+def _easy_negatives(
     groups: list[TrainingGroup], start: int, query_id: str, false_negatives: FalseNegatives
 ) -> Iterator[TrainingGroup]:
     for step in range(1, len(groups)):
@@ -80,108 +119,86 @@ def _others(
             yield group
 
 
-def with_negatives(
-    dataset: EmbeddingQAFinetuneDataset, rows: list[Example], most: int | None = None
+def negative_columns(
+    dataset: EmbeddingQAFinetuneDataset, examples: list[Example], most: int | None = None
 ) -> list[dict[str, Any]]:
-    """Columns anchor, positive, negative_1, negative_2, ...: as many of the last as every row has.
+    """Rows with the columns anchor, positive, negative_1, negative_2, ...: as many as every example has negatives.
 
     Args:
-        dataset: Has the questions' texts.
-        rows: What `make_examples` made.
-        most: Negative columns at most.
+        dataset: Has the queries' texts.
+        examples: What `make_examples` made.
+        most: Maximum number of negative columns; None for all.
     """
-    width = min((len(row.negatives) for row in rows), default=0)
+    width = min((len(example.negatives) for example in examples), default=0)
     width = width if most is None else min(width, most)
     return [
         {
-            "anchor": dataset.queries[row.query_id],
-            "positive": row.passage,
-            **{f"negative_{n}": text for n, (_, text) in enumerate(row.negatives[:width], 1)},
+            "anchor": dataset.queries[example.query_id],
+            "positive": example.passage,
+            **{f"negative_{n}": text for n, (_, text) in enumerate(example.negatives[:width], 1)},
         }
-        for row in rows
+        for example in examples
     ]
 
 
-def need_negatives(rows: Sequence[Example]) -> None:
-    """Check that every row has a negative.
+def label_columns(dataset: EmbeddingQAFinetuneDataset, examples: list[Example]) -> list[dict[str, Any]]:
+    """Rows with the columns anchor, positive, label: a passage with its relevance, or a negative with label 0."""
+    rows: list[dict[str, Any]] = []
+    for example in examples:
+        query = dataset.queries[example.query_id]
+        score = float(dataset.score(example.query_id, example.passage_id))
+        rows.append({"anchor": query, "positive": example.passage, "label": score})
+        rows += [{"anchor": query, "positive": text, "label": 0.0} for _, text in example.negatives]
+    return rows
+
+
+def find_false_negatives(
+    dataset: EmbeddingQAFinetuneDataset, groups: list[TrainingGroup], objective: ObjectiveSettings
+) -> FalseNegatives:
+    """The false negatives of a dataset, by the masks of an objective."""
+    near_duplicates = None
+    if objective.mask_near_duplicates:
+        # the rest of the corpus is in no batch
+        used = dataset.answer_ids() | {i for ids in (dataset.hard_negatives or {}).values() for i in ids}
+        used |= {group.passage_id for group in groups}
+        near_duplicates = dataset.near_duplicates({i: text for i, text in dataset.corpus.items() if i in used})
+    return FalseNegatives(dataset, objective.sibling_window, near_duplicates)
+
+
+def require_negatives(examples: Sequence[Example]) -> None:
+    """Check that every example has a negative.
 
     Raises:
-        DatasetError: Some have none; the questions are named.
+        DatasetError: Some have none; `.problems` names their queries.
     """
-    if without := sorted({row.query_id for row in rows if not row.negatives}):
+    if without := sorted({example.query_id for example in examples if not example.negatives}):
         raise DatasetError(
-            f"{len(without)} question(s) without any passage that could be a negative",
-            "passages of other documents, or that stand further away in the same",
-            "Add passages, give these questions hard_negatives, or lower sibling_window:",
+            f"{len(without)} queries for which no passage can be a negative",
+            "passages of other documents, or further away in the same document",
+            "Add passages, give these queries hard_negatives, or lower sibling_window:",
             without,
         )
 
 
-def graded_examples(dataset: EmbeddingQAFinetuneDataset, rows: list[Example]) -> list[dict[str, Any]]:
-    """Columns anchor, positive, label: each row's passage with its relevance, each of its negatives with 0."""
-    pairs: list[dict[str, Any]] = []
-    for row in rows:
-        question = dataset.queries[row.query_id]
-        score = float(dataset.score(row.query_id, row.passage_id))
-        pairs.append({"anchor": question, "positive": row.passage, "label": score})
-        pairs += [{"anchor": question, "positive": text, "label": 0.0} for _, text in row.negatives]
-    return pairs
-
-
-def teacher_scores(
-    teacher: str, rows: list[dict[str, Any]], device: torch.device, trust_remote_code: bool
-) -> list[list[float]]:
-    """Scores of a cross-encoder, before any sigmoid, for each row's positive and negatives.
-
-    The model is loaded for this and freed again. It sees texts without prompts.
-
-    Args:
-        teacher: Folder or id on the Hub.
-        rows: What `with_negatives` made.
-        device: Where to compute.
-        trust_remote_code: Run code that the model brings along.
+def require_any_negative(
+    dataset: EmbeddingQAFinetuneDataset, groups: list[TrainingGroup], false_negatives: FalseNegatives
+) -> None:
+    """Check that some query has a negative: in a batch, queries can lack negatives now and then, but not always.
 
     Raises:
-        ModelNotFoundError: There is no model, or it does not load.
-        UnsafeCheckpointError: Its weights are a pickle only.
-        ConfigError: It is no cross-encoder with one score, or its scores are not finite.
+        DatasetError: No query has a negative.
     """
-    from safetensors import SafetensorError
-    from sentence_transformers import CrossEncoder
-
-    expected = "a cross-encoder with one score, such as cross-encoder/ms-marco-MiniLM-L6-v2"
-    hint = "Pass the folder or the id of one as teacher=."
-    base = describe_base(teacher)
-    config_file = base.path / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-    kinds = config.get("architectures") or []
-    # sentence-transformers would put a head of random weights on any other model
-    if config_file.exists() and not any("SequenceClassification" in kind for kind in kinds):
-        raise ConfigError(f"teacher={teacher!r}, which is a {', '.join(kinds) or 'model'}", expected, hint)
-    try:
-        model = CrossEncoder(
-            str(base.path),
-            device=str(device),
-            trust_remote_code=trust_remote_code,
-            model_kwargs={"use_safetensors": True},
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelNotFoundError(
-            f"teacher={teacher!r}, which does not load ({type(error).__name__}: {error})", expected, hint
-        ) from error
-    if model.num_labels != 1:
-        raise ConfigError(f"teacher={teacher!r} with {model.num_labels} scores", expected, hint)
-    columns = [name for name in rows[0] if name != "anchor"]
-    pairs = list(dict.fromkeys((row["anchor"], row[name]) for row in rows for name in columns))
-    scores = np.asarray(
-        model.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False),
-        dtype=np.float32,
-    ).reshape(len(pairs))
-    del model
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if not np.isfinite(scores).all():
-        raise ConfigError(f"teacher={teacher!r}, whose scores are NaN or infinite", "finite scores", hint)
-    of_pair = dict(zip(pairs, scores.tolist(), strict=True))
-    return [[of_pair[row["anchor"], row[name]] for name in columns] for row in rows]
+    positions = false_negatives.index([group.passage_id for group in groups])
+    for group in groups:
+        for query_id in group.query_ids:
+            if (dataset.hard_negatives or {}).get(query_id):
+                return
+            if len(false_negatives.among(query_id, positions)) < len(groups):
+                return
+    raise DatasetError(
+        "training passages that are all false negatives of each other (copies, neighbors in one document, or "
+        "passages of the same queries)",
+        "at least one query with a negative among them",
+        "Add documents, or set sibling_window=0 in ObjectiveSettings if neighboring passages do not answer each "
+        "other's queries.",
+    )

@@ -1,4 +1,4 @@
-"""Training in rounds: mine hard negatives, train on them, mine again with the tuned model."""
+"""Iterative mining: mine hard negatives, train on them, mine again with the tuned model, and so on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed.config import MiningSettings, TrainingSettings
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.split import Trainable
+from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
+from llama_index_lora_embed.training.examples import make_groups
 from llama_index_lora_embed.training.lora import adapter_weights
 from llama_index_lora_embed.training.negatives.mining import MiningReport, mine_hard_negatives
 from llama_index_lora_embed.training.train import TrainingOutcome, set_length, train
@@ -20,46 +20,50 @@ from llama_index_lora_embed.training.train import TrainingOutcome, set_length, t
 
 def train_with_mining(
     model: SentenceTransformer,
-    dataset: Trainable,
+    dataset: TrainingData,
     settings: TrainingSettings,
     run_dir: Path,
     mining: MiningSettings | None,
     *,
-    best: CheckpointSelection,
+    selection: CheckpointSelection,
+    run_record: dict[str, Any],
     use_all_docs: bool = False,
-    recorded: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[TrainingOutcome, tuple[MiningReport, ...]]:
-    """Train, where asked for on mined hard negatives; later rounds mine with what came before and train it on.
+    """Train, in one or several rounds of mining where that is asked for.
 
-    The base mines for the first round, at the `max_seq_length` that training uses. Each round starts from the best
-    weights so far, with a schedule of its own, and these stay a candidate: a round that gains nothing changes
-    nothing. Negatives are mined from the training corpus alone. The dataset's own hard negatives stay, and come
-    first, in every round.
+    The base mines for the first round, with the `max_seq_length` of the training. Each round starts from the best
+    weights so far, with a learning-rate schedule of its own, and these weights stay a candidate: a round that gains
+    nothing changes nothing. Negatives are mined from the training corpus alone. The dataset's own hard negatives come
+    first in every round.
 
     Args:
         model: Loaded base.
         dataset: Checked training set.
-        settings: Of each round.
-        run_dir: Of the first round; later ones write into `round2` and so on inside it.
-        mining: How to mine, and how many rounds; None trains once, on the hard negatives that the dataset has.
-        use_all_docs: As for `train`.
-        best: As for `train`.
-        recorded: As for `train`; the round's number and what it starts from are added.
+        settings: Settings of each round.
+        run_dir: Run directory of the first round; later ones use `round2` and so on inside it.
+        mining: How to mine, and the number of rounds; None trains once, on the dataset's own hard negatives.
+        selection: As for `train`.
+        run_record: As for `train`; the round's number and a digest of its first weights are added.
+        use_all_docs: Train a query with all its relevant passages.
         **kwargs: As for `train`.
 
     Returns:
-        What came of all rounds together, steps counted through; and what each round's mining found.
+        The outcome of all rounds together, with steps counted through; and the report of each round's mining.
 
     Raises:
-        DatasetError: There is nothing to mine.
+        DatasetError: Too few passages, or nothing can be mined.
+        ConfigError: The settings ask for a length that the model's positions do not allow.
         LoraEmbedError: As `train`.
     """
-    common = {"use_all_docs": use_all_docs, **kwargs}
+    groups = make_groups(dataset, use_all_docs) if dataset.kind == "queries" else []
+    truncation = set_length(model, dataset, groups, settings)
+    kwargs["truncation"] = truncation
     if mining is None:
-        return train(model, dataset, settings, run_dir, best=best, recorded=recorded, **common), ()
-    assert isinstance(dataset, EmbeddingQAFinetuneDataset)
-    truncation = set_length(model, dataset, settings, use_all_docs)
+        return train(
+            model, dataset, groups, settings, run_dir, selection=selection, run_record=run_record, **kwargs
+        ), ()
+    assert dataset.kind == "queries"
     reports: list[MiningReport] = []
     total: TrainingOutcome | None = None
     for number in range(1, mining.rounds + 1):
@@ -68,12 +72,12 @@ def train_with_mining(
         outcome = train(
             model,
             mined,
+            groups,
             settings,
             run_dir if number == 1 else run_dir / f"round{number}",
-            best=best if total is None else _candidate(total.best),
-            recorded={**(recorded or {}), "round": number, "start": None if total is None else _weights_digest(model)},
-            truncation=truncation,
-            **common,
+            selection=selection if total is None else _next_selection(total.selection),
+            run_record={**run_record, "round": number, "start": None if total is None else _weights_digest(model)},
+            **kwargs,
         )
         total = outcome if total is None else _joined(total, outcome)
     assert total is not None
@@ -87,26 +91,32 @@ def _weights_digest(model: SentenceTransformer) -> str:
     return digest.hexdigest()
 
 
-def _candidate(best: CheckpointSelection) -> CheckpointSelection:
-    """What the rounds before gave, as step 0 of the next one."""
-    if best.evaluate is None or best.best is None:
-        return CheckpointSelection(best.evaluate, best.metric)
-    start = {"step": 0, "metrics": dict(best.best.metrics)}
-    top = best.best.scores(best.metric)
+def _next_selection(previous: CheckpointSelection) -> CheckpointSelection:
+    """The selection of the next round, whose step 0 is the best step of the rounds before."""
+    best = previous.best
+    if previous.evaluator is None or best is None:
+        return CheckpointSelection(previous.evaluator, previous.metric)
     return CheckpointSelection(
-        best.evaluate, best.metric, [start], base=best.best, best=best.best, top=top, weights=best.weights
+        previous.evaluator,
+        previous.metric,
+        [{"step": 0, "metrics": dict(best.metrics)}],
+        base=best,
+        best=best,
+        top_scores=best.scores(previous.metric),
+        weights=previous.weights,
     )
 
 
 def _joined(before: TrainingOutcome, after: TrainingOutcome) -> TrainingOutcome:
-    """Two rounds as one run, the second's steps counted on from the first's."""
-    history = [{**entry, "step": entry["step"] + before.steps} for entry in after.best.history if entry["step"] > 0]
-    best = replace(
-        after.best,
-        history=[*before.best.history, *history],
-        best_step=after.best.best_step + before.steps if after.best.best_step else before.best.best_step,
-        base=before.best.base,
-        seconds=before.best.seconds + after.best.seconds,
+    """Two rounds as one run, with the second round's steps counted on from the first's."""
+    first, second = before.selection, after.selection
+    history = [{**entry, "step": entry["step"] + before.steps} for entry in second.history if entry["step"] > 0]
+    selection = replace(
+        second,
+        history=[*first.history, *history],
+        best_step=second.best_step + before.steps if second.best_step else first.best_step,
+        base=first.base,
+        seconds=first.seconds + second.seconds,
     )
     seconds = before.train_seconds + after.train_seconds
-    return replace(after, best=best, steps=before.steps + after.steps, train_seconds=seconds)
+    return replace(after, selection=selection, steps=before.steps + after.steps, train_seconds=seconds)

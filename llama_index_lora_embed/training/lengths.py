@@ -1,4 +1,4 @@
-"""How long texts are in tokens, which `max_seq_length` that asks for, and what it still cuts."""
+"""Choice of `max_seq_length` by the lengths of the training texts, and how many it truncates."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from llama_index_lora_embed.models.windows import longest_text, window_of
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-_KEPT = 512  # a base's own limit is kept up to this; beyond it the data decide
+_KEPT = 512  # a base's own limit is not lowered below this; above it the data decide
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """Texts that are cut at the end because they are too long for the model.
+    """Number of texts that are truncated because they are too long for the model.
 
     Attributes:
-        texts: Passages and questions counted.
+        texts: Number of passages and queries.
         length_before: The base's own `max_seq_length`, in tokens.
-        cut_before: Texts longer than that.
+        cut_before: Number of texts longer than that.
         length_after: The `max_seq_length` of this run, in tokens.
-        cut_after: Texts longer than that.
+        cut_after: Number of texts longer than that.
         longest: Tokens of the longest text.
-        window: The `window` that would read longer texts whole; None where none would, or nothing is cut.
+        window: The `window` that would read longer texts completely; None where none would, or nothing is truncated.
     """
 
     texts: int
@@ -42,7 +42,7 @@ class Truncation:
     def __str__(self) -> str:
         return (
             f"{self.cut_before} of {self.texts} texts are longer than the model's own limit of {self.length_before} "
-            f"tokens; with max_seq_length={self.length_after}, {self.cut_after} are cut (the longest has "
+            f"tokens; with max_seq_length={self.length_after}, {self.cut_after} are truncated (the longest has "
             f"{self.longest} tokens)."
         ) + ("" if self.window is None else f" window={self.window} reads them whole, if the base is a plain encoder.")
 
@@ -54,19 +54,18 @@ def choose_length(
     coverage: float,
     wanted: int | None,
 ) -> Truncation:
-    """Set `model.max_seq_length` to the shortest length that covers the texts, and count what is cut.
+    """Set `model.max_seq_length` to the shortest length that covers the texts, and count the truncated ones.
 
-    The coverage is asked of passages and of queries, each by itself: many short questions would otherwise
-    hide that every passage is cut. Rounded up to a multiple of 8, which processors like, up to what the
-    model's positions allow. It is never shorter than the base's own limit (or 512, if that is less): short
-    training texts are no reason to cut longer nodes that are indexed later, and padding costs nothing,
-    because batches are padded to their own longest text only.
+    The coverage holds for passages and for queries separately: many short queries would otherwise hide that every
+    passage is truncated. The length is a multiple of 8, which is fast on most processors, up to what the model's
+    positions allow. It is at least the base's own limit (or 512, if that is less): longer nodes than the training texts
+    may be indexed later, and a batch is only padded to its own longest text.
 
     Args:
         model: The base; its `max_seq_length` is set.
-        queries: Training questions.
+        queries: Training queries.
         passages: Training passages.
-        coverage: Share of texts to hold whole, above 0 and at most 1; of a model with windows, all.
+        coverage: Share of texts that are not truncated, above 0 and at most 1; 1 for a model with windows.
         wanted: The user's own choice, which overrides the search.
 
     Raises:
@@ -84,7 +83,7 @@ def choose_length(
     lengths = query_lengths + passage_lengths
     own = model.max_seq_length or limit
     if wanted is None:
-        share = 1.0 if windows else coverage  # a longer text is no longer window
+        share = 1.0 if windows else coverage  # a longer limit makes no window longer
         needed = max(_quantile(query_lengths, share), _quantile(passage_lengths, share))
         wanted = min(limit, max(8 * math.ceil(needed / 8), min(own, _KEPT)))
     model.max_seq_length = wanted

@@ -1,4 +1,4 @@
-"""One training run: base model and dataset in, model with its best adapter out."""
+"""One training run: a loaded model and a dataset in, the model with its best adapter weights out."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.core.errors import ConfigError, warn_user
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
-from llama_index_lora_embed.data.split import Trainable
+from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.lora import fused_lora
 from llama_index_lora_embed.models.kernels.precision import resolve_precision
@@ -31,17 +29,17 @@ from llama_index_lora_embed.training.checkpointing.selection import CheckpointSe
 from llama_index_lora_embed.training.checkpointing.signals import StopRequest
 from llama_index_lora_embed.training.efficiency.auto_batch_size import StepSize, largest_that_fits
 from llama_index_lora_embed.training.efficiency.frozen_layers import HiddenStateCache
+from llama_index_lora_embed.training.examples import TrainingGroup
 from llama_index_lora_embed.training.lengths import Truncation, choose_length
-from llama_index_lora_embed.training.lora import adapter_weights, add_lora, check_finite, restore_weights, train_further
-from llama_index_lora_embed.training.objectives.collator import make_groups
+from llama_index_lora_embed.training.lora import adapter_weights, add_lora, check_finite, train_further
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.plan import TrainingPlan, training_plan
 from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
-_PREFIX_TOLERANCE = 1e-4  # relative, in float32; other lengths of padding change sums in their last digits
-# where one of these differs, evaluations of before cannot be compared with those of now
-_DECIDE_EVALUATIONS = {
+_CACHE_TOLERANCE = 1e-4  # relative, in float32; other padding changes the last digits of sums
+# where one of these differs from the checkpoint's, its evaluations cannot be compared with new ones
+_EVALUATION_SETTINGS = {
     *("val_dataset", "best_metric", "base", "continue_from", "quantized"),
     *("query_prompt", "passage_prompt", "pooling", "window", "max_seq_length", "precision"),
 }
@@ -49,17 +47,17 @@ _DECIDE_EVALUATIONS = {
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What training gives back.
+    """Result of a training run.
 
     Attributes:
-        best: Evaluations, and which step's weights the model now holds.
-        truncation: How long texts are and what is cut.
-        steps: Optimiser steps taken in all.
-        train_seconds: Wall time of the steps; evaluations and loading are not in it.
+        selection: Evaluations, and the step whose weights the model now has.
+        truncation: Length of the texts, and how many are truncated.
+        steps: Optimizer steps.
+        train_seconds: Wall time of the steps, without evaluations and loading.
         precision: "bf16" or "fp32".
     """
 
-    best: CheckpointSelection
+    selection: CheckpointSelection
     truncation: Truncation
     steps: int
     train_seconds: float
@@ -68,54 +66,52 @@ class TrainingOutcome:
 
 def train(
     model: SentenceTransformer,
-    dataset: Trainable,
+    dataset: TrainingData,
+    groups: list[TrainingGroup],
     settings: TrainingSettings,
     run_dir: Path,
     *,
-    best: CheckpointSelection,
+    selection: CheckpointSelection,
+    truncation: Truncation,
+    run_record: dict[str, Any],
     lora_config: LoraConfig | None = None,
     loss: Any = None,
     objective: ObjectiveSettings | None = None,
-    use_all_docs: bool = False,
     resume: bool = False,
     allow_changes: Collection[str] = (),
-    recorded: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     train_kwargs: dict[str, Any] | None = None,
-    truncation: Truncation | None = None,
 ) -> TrainingOutcome:
     """Train a LoRA on a model and leave the best weights in it.
 
-    Ctrl-C and SIGTERM finish the step, save a checkpoint (whether or not the settings ask for checkpoints) and then
-    do what they always do.
+    Ctrl-C and SIGTERM finish the step, save a checkpoint (even without `save_checkpoints`) and then have their usual
+    effect.
 
     Args:
-        model: Loaded base; gets an adapter named "default", unless it has one, which is trained on. Its
-            `max_seq_length` is set.
+        model: Loaded base, on which `set_length` was called. It gets an adapter named "default"; if it has one, that is
+            trained further.
         dataset: Checked training set.
-        settings: Checked settings.
-        run_dir: Where the log and the checkpoints go.
-        best: Evaluates; with earlier evaluations in it where the model was trained before.
-        lora_config: peft's own; None adapts all linear layers at the default rank.
+        groups: Its groups; empty for labelled pairs.
+        settings: Settings of the training.
+        run_dir: Folder of the log and the checkpoints.
+        selection: Evaluates; has earlier evaluations if the model was trained before.
+        truncation: What `set_length` returned.
+        run_record: What decides the result of the run; a checkpoint to resume from must have the same.
+        lora_config: peft's configuration; None adapts all linear layers with the settings' rank.
         loss: None for the objective's, else a sentence-transformers loss, or a callable that makes one from the model.
-        objective: What is trained where `loss` is None; None for the default.
-        use_all_docs: Train a question with all its relevant passages.
+        objective: What is trained if `loss` is None; None for the default.
         resume: Continue from the newest checkpoint, if there is one.
-        allow_changes: What may differ from the checkpoint's `recorded`.
-        recorded: What a checkpoint must have in common with this run to be resumed from.
-        callbacks: More of transformers' callbacks.
+        allow_changes: Names in `run_record` that may differ from the checkpoint's.
+        callbacks: More transformers callbacks.
         train_kwargs: More `SentenceTransformerTrainingArguments`.
-        truncation: What `set_length` returned, where it was called before.
 
     Raises:
-        ConfigError: The length, the loss or the LoRA does not fit; or a checkpoint belongs to another run.
-        DatasetError: Too few passages.
+        ConfigError: The loss or the LoRA does not fit; or a checkpoint belongs to another run.
+        DatasetError: There are no negatives.
         NonFiniteLossError: The loss became NaN or infinite.
         DeviceMemoryError: The device's memory does not hold a step.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
-    groups = make_groups(dataset, use_all_docs) if isinstance(dataset, EmbeddingQAFinetuneDataset) else []
-    truncation = truncation or set_length(model, dataset, settings, use_all_docs)
     set_seed(settings.seed)  # before the adapter's random initialisation
     if getattr(model.transformers_model, "peft_config", None):
         train_further(model)
@@ -133,22 +129,22 @@ def train(
         objective,
         gradient_checkpointing=bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing")),
     )
-    _arguments(settings, run_dir, StepSize(2), plan, extra)  # what is wrong with them shows before files are moved
-    recorded = {**(recorded or {}), "precision": precision}
-    checkpoint, changed = distributed.on_main(lambda: open_run(run_dir, recorded, resume, allow_changes))
-    others = bool(changed & _DECIDE_EVALUATIONS)
+    _arguments(settings, run_dir, StepSize(2), plan, extra)  # wrong ones raise before files are moved
+    run_record = {**run_record, "precision": precision}
+    checkpoint, changed = distributed.on_main(lambda: open_run(run_dir, run_record, resume, allow_changes))
+    evaluate_anew = bool(changed & _EVALUATION_SETTINGS)
 
     def trainer_for(step: StepSize) -> LoraTrainer:
-        if step.pieces is not None:
-            plan.in_pieces(step.pieces)
+        if step.mini_batch_size is not None:
+            plan.use_gradcache(step.mini_batch_size)
         return LoraTrainer(
-            best_so_far=best,
+            selection=selection,
             precision=precision,
             base_dropout=settings.base_dropout,
             warmup_ratio=None if "warmup_steps" in extra else settings.warmup_ratio,
-            recorded=recorded,
-            found={"step": asdict(step)},
-            evaluations_forgotten=others,
+            run_record=run_record,
+            resolved={"step": asdict(step)},
+            discard_evaluations=evaluate_anew,
             model=model,
             **plan.inputs,
             args=_arguments(settings, run_dir, step, plan, extra),
@@ -157,126 +153,109 @@ def train(
     if settings.batch_size != "auto":
         trainer = trainer_for(StepSize(settings.batch_size))
     elif checkpoint is not None:
-        trainer = trainer_for(StepSize(**read_record(checkpoint)["found"]["step"]))
+        trainer = trainer_for(StepSize(**read_record(checkpoint)["resolved"]["step"]))
     else:
-        trainer = largest_that_fits(trainer_for, pieces=plan.divisible)
+        trainer = largest_that_fits(trainer_for, gradcache=plan.gradcache)
     if isinstance(loss, torch.nn.Module):
-        # the user built it, and losses inside it, on a model of their own, before this one existed
+        # the user built it, and losses inside it, on another model, before this one existed
         trainer.override_model_in_loss(loss, model)
     stop = StopRequest()
     evaluator = Evaluator(trainer, settings.evaluation_steps, settings.early_stopping_patience, stop)
     for callback in (evaluator, RunLog(run_dir / LOG_NAME), *callbacks):
         trainer.add_callback(callback)
-    if checkpoint is None or others:
-        best(model, 0)
-    prefix = _frozen_prefix(model, settings, plan, trainer, run_dir)
+    if checkpoint is None or evaluate_anew:
+        selection.evaluate_step(model, 0)
+    cache = _hidden_state_cache(model, settings, plan, trainer, run_dir)
     with ExitStack() as stack:
-        if prefix is not None:
-            stack.callback(prefix.states.close)
+        if cache is not None:
+            stack.callback(cache.store.close)
         if settings.fused_lora:
             stack.enter_context(fused_lora(model))
         if settings.fused_attention:
             stack.enter_context(blocked_attention(model))
         stack.enter_context(stop)
         done = False
-        started, judged = time.perf_counter(), best.seconds
+        started, evaluating = time.perf_counter(), selection.seconds
         if checkpoint is not None:
             trainer.load_checkpoint(checkpoint)
-            done = evaluator.catch_up(trainer.state) or trainer.state.global_step >= trainer.steps_in_all()
+            done = evaluator.catch_up(trainer.state) or trainer.state.global_step >= trainer.total_steps()
         if not done:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        elapsed = time.perf_counter() - started - (best.seconds - judged)
+        elapsed = time.perf_counter() - started - (selection.seconds - evaluating)
         check_finite(model, "after the last step")
-        # also where none was asked for: what was trained must outlive whatever comes before the adapter is written
+        # even without save_checkpoints: the trained weights must survive an error before the adapter is written
         saved = trainer.save_now()
-        if stop.asked():
-            where = (
-                f"its checkpoint is in {run_dir}, and finetune() goes on from there with resume_from_checkpoint=True"
+        if stop.requested():
+            outcome = (
+                f"its checkpoint is in {run_dir}; resume_from_checkpoint=True continues from it"
+                if saved
+                else "no checkpoint could be saved"
             )
-            logger.warning("stopped at step %d; %s", trainer.state.global_step, where if saved else "it was not saved")
-    stop.act()
-    steps = int(trainer.state.global_step)
-    restore_best(best, model, start)
+            logger.warning("training stopped at step %d; %s", trainer.state.global_step, outcome)
+    stop.deliver()
+    selection.restore_best(model, start)
     model.eval()
-    return TrainingOutcome(best, truncation, steps, elapsed, precision)
+    return TrainingOutcome(selection, truncation, int(trainer.state.global_step), elapsed, precision)
 
 
 def set_length(
-    model: SentenceTransformer, dataset: Trainable, settings: TrainingSettings, use_all_docs: bool
+    model: SentenceTransformer, dataset: TrainingData, groups: list[TrainingGroup], settings: TrainingSettings
 ) -> Truncation:
-    """Set the model's `max_seq_length` for the texts that it will be trained on; warn if some are cut.
+    """Set the model's `max_seq_length` for the texts that it will be trained on; warn if some are truncated.
 
     Raises:
-        ConfigError: A length was asked for that the model's positions do not allow.
-        DatasetError: Too few passages.
+        ConfigError: The settings ask for a length that the model's positions do not allow.
     """
-    if isinstance(dataset, LabelledPairs):
-        queries, passages = dataset.texts1, dataset.texts2
-        if dataset.symmetric:  # both stand under the passages' prompt
-            queries, passages = [], [*dataset.texts1, *dataset.texts2]
+    if dataset.kind == "queries":
+        queries, passages = list(dataset.queries.values()), [group.passage for group in groups]
+    elif dataset.symmetric:  # both texts get the passage prompt
+        queries, passages = [], [*dataset.texts1, *dataset.texts2]
     else:
-        queries = list(dataset.queries.values())
-        passages = [group.passage for group in make_groups(dataset, use_all_docs)]
+        queries, passages = dataset.texts1, dataset.texts2
     truncation = choose_length(model, queries, passages, settings.length_coverage, settings.max_seq_length)
     if truncation.cut_before or truncation.cut_after:
         warn_user(str(truncation))
     return truncation
 
 
-def _frozen_prefix(
+def _hidden_state_cache(
     model: SentenceTransformer, settings: TrainingSettings, plan: TrainingPlan, trainer: LoraTrainer, run_dir: Path
 ) -> HiddenStateCache | None:
-    """Have the loss keep the outputs of frozen layers, if there are some below and more than one epoch needs them.
+    """Give the loss a cache for the outputs of frozen layers, if there are some and more than one epoch needs them.
 
-    Not together with gradient checkpointing, which may run the layers again when nothing knows their texts any more,
-    nor with the base's dropout, by which they put out something else each time.
+    There is none with gradient checkpointing, which runs layers again without the texts' ids, nor with the base's
+    dropout, by which their outputs differ each time.
     """
     loss, args = plan.inputs["loss"], trainer.args
     if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or settings.base_dropout:
         return None
     if args.gradient_checkpointing or args.activation_checkpointing:
         return None
-    prefix = HiddenStateCache.of(model, int(settings.frozen_cache_mb * 2**20), run_dir)
-    if prefix is None:
+    cache = HiddenStateCache.of(model, int(settings.frozen_cache_mb * 2**20), run_dir)
+    if cache is None:
         return None
-    steps = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps  # in an epoch
-    if trainer.steps_in_all() <= steps:
+    steps_per_epoch = len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps
+    if trainer.total_steps() <= steps_per_epoch:
         return None
     groups = len(plan.inputs["train_dataset"])
     batch = plan.inputs["data_collator"]([{"group": i} for i in range(min(groups, max(2, distributed.world_size())))])
     chunks, _ = trainer.collect_features(trainer._prepare_inputs(batch))
     model.eval()
-    for chunk in (chunks[0], chunks[-1]):  # questions and passages
-        if not prefix.agrees(model, chunk, _PREFIX_TOLERANCE):
+    for chunk in (chunks[0], chunks[-1]):  # queries and passages
+        if not cache.agrees(model, chunk, _CACHE_TOLERANCE):
             warn_user(
-                "This model's frozen layers cannot be computed apart from the others: lora_layers trains the upper "
-                "ones alone, in the time of a whole pass for each step."
+                "The frozen layers of this model cannot be computed apart from the others, so there is no hidden-state "
+                "cache: with lora_layers, a step takes as long as one that trains all layers."
             )
             return None
-    prefix.states.close()  # what was tried was float32
-    loss.prefix = prefix
-    return prefix
-
-
-def restore_best(best: CheckpointSelection, model: SentenceTransformer, start: dict[str, torch.Tensor]) -> None:
-    """Leave the best weights in the model.
-
-    What was evaluated before a resume is evaluated again: checkpoints keep the means, not each query's result.
-    """
-    if best.evaluate is None:
-        return
-    if best.base is None:
-        restore_weights(model, start)
-        best.base = best.judge(model)
-    if best.weights is not None:
-        restore_weights(model, best.weights)
-    if best.best is None:
-        best.best = best.base if best.best_step == 0 else best.judge(model)
+    cache.store.close()  # the states of the trial are float32
+    loss.hidden_state_cache = cache
+    return cache
 
 
 @dataclass
 class LoraTrainingArguments(SentenceTransformerTrainingArguments):
-    """The arguments, with one device: transformers would take all GPUs that it sees (DataParallel), or the first."""
+    """Training arguments with one device: transformers would use all GPUs (DataParallel), or the first."""
 
     lora_device: str | None = None
 
@@ -295,7 +274,7 @@ class LoraTrainingArguments(SentenceTransformerTrainingArguments):
 def _arguments(
     settings: TrainingSettings, run_dir: Path, step: StepSize, plan: TrainingPlan, extra: dict[str, Any]
 ) -> LoraTrainingArguments:
-    rows, batch_size = len(plan.inputs["train_dataset"]), step.rows
+    examples, batch_size = len(plan.inputs["train_dataset"]), step.batch_size
     values: dict[str, Any] = {
         "output_dir": str(run_dir),
         "per_device_train_batch_size": batch_size,
@@ -310,7 +289,7 @@ def _arguments(
         "save_strategy": "steps" if settings.save_checkpoints else "no",
         "save_steps": settings.checkpoint_save_steps,
         "save_total_limit": settings.checkpoint_save_total_limit or None,
-        "logging_steps": max(1, min(10, rows * settings.epochs // batch_size // 10)),
+        "logging_steps": max(1, min(10, examples * settings.epochs // batch_size // 10)),
         "disable_tqdm": not settings.show_progress_bar or not distributed.is_main(),
         "report_to": "none",
         "remove_unused_columns": False,

@@ -1,4 +1,4 @@
-"""sentence-transformers' trainer, with what its checkpoints, its data and its NaN handling lack."""
+"""sentence-transformers' trainer with atomic checkpoints, this package's samplers, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -21,94 +21,96 @@ from transformers import GradientCheckpointingLayer, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from llama_index_lora_embed.core.errors import NonFiniteLossError, warn_user
+from llama_index_lora_embed.core.errors import DeviceMemoryError, NonFiniteLossError, warn_user
 from llama_index_lora_embed.models.adapter_directory import WEIGHTS_NAME
 from llama_index_lora_embed.models.kernels.precision import autocast
 from llama_index_lora_embed.models.windows import COUNTS
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.checkpointing.checkpoints import step_of, write_checkpoint
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
-from llama_index_lora_embed.training.efficiency.auto_batch_size import out_of_memory
 from llama_index_lora_embed.training.lora import check_finite, restore_weights
-from llama_index_lora_embed.training.objectives.collator import ExampleBatchSampler, GroupBatchSampler, GroupCollator
+from llama_index_lora_embed.training.objectives.collator import GroupCollator
+from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler, GroupBatchSampler
 
 _LOSS_WEIGHTS = "loss.safetensors"
+_SHORT = 64  # tokens below which texts are not worth shortening
 
 
 class LoraTrainer(SentenceTransformerTrainer):
-    """The trainer with one adapter, no dropout in the frozen base unless asked for, and whole checkpoints or none.
+    """Trains one adapter, by default without dropout in the frozen base, and writes complete checkpoints or none.
 
     Args:
-        best_so_far: Saved with each checkpoint, and loaded from it.
-        precision: Of the steps: "bf16" or "fp32".
+        selection: Saved with each checkpoint, and loaded from it.
+        precision: Precision of the steps, "bf16" or "fp32".
         base_dropout: Leave the frozen base's dropout on.
         warmup_ratio: Share of all steps; None leaves warmup to the arguments.
-        recorded: The run's data and settings, for checkpoints.
-        found: What was found out by trying, for checkpoints.
-        evaluations_forgotten: Do not take the evaluations from the checkpoint, because they were others.
+        run_record: What decides the result of the run, for checkpoints.
+        resolved: What the run found by trying, for checkpoints.
+        discard_evaluations: Do not load the evaluations of a checkpoint, because they cannot be compared with new ones.
         **kwargs: As for SentenceTransformerTrainer.
     """
 
     def __init__(
         self,
         *,
-        best_so_far: CheckpointSelection,
+        selection: CheckpointSelection,
         precision: str,
         base_dropout: bool = False,
         warmup_ratio: float | None,
-        recorded: dict[str, Any],
-        found: dict[str, Any] | None = None,
-        evaluations_forgotten: bool = False,
+        run_record: dict[str, Any],
+        resolved: dict[str, Any] | None = None,
+        discard_evaluations: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.best_so_far = best_so_far
+        self.selection = selection
         self.precision = precision
         self.base_dropout = base_dropout
         self.warmup_ratio = warmup_ratio
-        self.recorded = recorded
-        self.found = found or {}
-        self.evaluations_forgotten = evaluations_forgotten
+        self.run_record = run_record
+        self.resolved = resolved or {}
+        self.discard_evaluations = discard_evaluations
         self.saved_step = -1
         super().__init__(**kwargs)
-        self.remove_callback(PrinterCallback)  # would print a dict at each log where there is no bar
+        self.remove_callback(PrinterCallback)  # without a progress bar, it prints a dict at each log
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """None: the adapter's README is written with the manifest."""
+        """Add none: the adapter's README is written with the manifest."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule over the steps that are really taken.
+        """The learning-rate schedule over the steps that are really taken.
 
-        transformers rounds the warmup up, and a first step at rate 0 would be all of a very short run.
+        transformers rounds the warmup up, so that a run of one step would have rate 0.
         """
         if self.warmup_ratio is not None:
             self.args.warmup_steps = round(self.warmup_ratio * num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of groups are dealt to all processes whole, because each one's negatives are all the others'.
+        """Batches by this package's samplers.
 
-        The collator then tokenises this process's share only. Batches of rows for other losses are dealt to the
-        processes in turn; accelerate would pass over those that are not full.
+        Every process gets the whole batches of groups, because all passages of a batch are negatives; the collator
+        tokenizes this process's share. Batches of examples are given to the processes in turn; accelerate would skip
+        those that are not full.
         """
         collator: Any = self.data_collator
-        rows: Any = self.train_dataset
+        data: Any = self.train_dataset
         world, size = distributed.world_size(), self.args.train_batch_size
         sampler: GroupBatchSampler | ExampleBatchSampler
         if isinstance(collator, GroupCollator):
-            sampler = GroupBatchSampler(rows, size * world, False, seed=self.args.seed)
+            sampler = GroupBatchSampler(data, size * world, False, seed=self.args.seed)
         else:
             make: Any = self.args.batch_sampler
-            if getattr(make, "func", make) is not ExampleBatchSampler:  # the user's own choice
+            if getattr(make, "func", make) is not ExampleBatchSampler:  # the user's own sampler
                 return super().get_train_dataloader()
-            sampler = make(rows, size, False, seed=self.args.seed, rank=distributed.rank(), world=world)
+            sampler = make(data, size, False, seed=self.args.seed, rank=distributed.rank(), world=world)
         loader: DataLoader[Any] = DataLoader(
-            rows,
+            data,
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        # one process as far as dealing goes; what is left is the device and the epoch's number
+        # as if there were one process; accelerate still moves tensors to the device and sets the epoch
         loader = prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
         return loader
 
@@ -119,7 +121,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         return stack
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One step; stops at the first loss that is not finite, before it can reach the weights.
+        """One step; stops at the first loss that is not finite, before it changes the weights.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite.
@@ -131,61 +133,59 @@ class LoraTrainer(SentenceTransformerTrainer):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             collator: Any = self.data_collator
-            again = self.args.gradient_checkpointing or self.args.activation_checkpointing
+            checkpointing = self.args.gradient_checkpointing or self.args.activation_checkpointing
             raise out_of_memory(
                 self.args.per_device_train_batch_size,
                 longest,
                 error,
-                pieces=getattr(collator, "mini_batch_size", None),
-                can_piece=isinstance(collator, GroupCollator) and not again,
+                mini_batch_size=getattr(collator, "mini_batch_size", None),
+                gradcache=isinstance(collator, GroupCollator) and not checkpointing,
             ) from error
         if distributed.highest(int(not torch.isfinite(loss))):
-            raise NonFiniteLossError(
-                f"a loss of {loss.item()} at step {self.state.global_step + 1}",
-                "a finite number",
-                f"Lower learning_rate (now {self.args.learning_rate:g}) or set precision='fp32'; nothing was written, "
-                "and earlier checkpoints are intact.",
-            )
+            raise self._not_finite(f"a loss of {loss.item()}")
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The gradient's norm; a loss can be finite and its gradient not.
+        """The gradient's norm, which can be infinite or NaN where the loss is finite.
 
         Raises:
-            NonFiniteLossError: It is NaN or infinite, before it can reach the weights.
+            NonFiniteLossError: It is NaN or infinite.
         """
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        if not bool(torch.isfinite(torch.as_tensor(norm))):  # in all processes, which share their gradients
-            raise NonFiniteLossError(
-                f"a gradient of norm {float(norm)} at step {self.state.global_step + 1}",
-                "a finite number",
-                f"Lower learning_rate (now {self.args.learning_rate:g}) or set precision='fp32'; nothing was written, "
-                "and earlier checkpoints are intact.",
-            )
+        if not bool(torch.isfinite(torch.as_tensor(norm))):  # the same in all processes, which share their gradients
+            raise self._not_finite(f"a gradient of norm {float(norm)}")
         return norm
 
+    def _not_finite(self, got: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"{got} at step {self.state.global_step + 1}",
+            "a finite number",
+            f"Lower learning_rate (now {self.args.learning_rate:g}) or set precision='fp32'; nothing was written, and "
+            "earlier checkpoints are intact.",
+        )
+
     def report(self, metrics: dict[str, float]) -> None:
-        """Log an evaluation and tell the callbacks, as transformers does after its own."""
+        """Log an evaluation and call the callbacks, as transformers does for its own evaluations."""
         named = {f"eval_{name}": value for name, value in metrics.items()}
         self.log({name: round(value, 4) for name, value in named.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss with the frozen base's dropout off; a dropout of the LoRA's own stays on.
+        """The loss without the frozen base's dropout; `lora_dropout` stays on.
 
-        The base's costs time (random numbers, and torch's slower attention) and changed nothing in what was learnt:
-        CONTRIBUTING.md.
+        The base's dropout costs time (random numbers, and torch's slower attention) and gained nothing
+        (CONTRIBUTING.md).
         """
         model.train(self.base_dropout)
         for module in model.modules():
             if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_dropout"):
                 module.lora_dropout.train()
             elif isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # of the layer alone: in eval mode transformers checkpoints nothing
+                module.training = True  # the layer's own flag alone: in eval mode transformers checkpoints nothing
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _loss_weights(self) -> dict[str, torch.nn.Parameter]:
-        """Trainable parameters of the loss itself (a classifier on top), which the adapter's file does not hold."""
+        """Trained parameters of the loss itself, which are not in the adapter's file."""
         if not isinstance(self.loss, torch.nn.Module):
             return {}
         of_model = {id(parameter) for parameter in self.model.parameters()}
@@ -193,11 +193,11 @@ class LoraTrainer(SentenceTransformerTrainer):
         return {name: p for name, p in named if p.requires_grad and id(p) not in of_model}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # the parent also pickles the arguments, which nothing here would load
+        # the parent also pickles the arguments, which nothing here loads
         self.model.save_pretrained(str(output_dir or self.args.output_dir), create_model_card=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, whole or not at all; a full disk costs the checkpoint, not the run.
+        """Write a complete checkpoint or none; on a full disk, warn and go on.
 
         Raises:
             NonFiniteLossError: The weights are NaN or infinite.
@@ -214,14 +214,14 @@ class LoraTrainer(SentenceTransformerTrainer):
                 (folder / name).write_bytes(state)
             if weights := self._loss_weights():
                 save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, folder / _LOSS_WEIGHTS)
-            self.best_so_far.save(folder)
-            self._note_callbacks()
+            self.selection.save(folder)
+            self._record_callbacks()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
         if distributed.is_main():
             target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             try:
-                write_checkpoint(target, write, self.recorded, self.args.save_total_limit, self.found)
+                write_checkpoint(target, write, self.run_record, self.args.save_total_limit, self.resolved)
                 self.saved_step = self.state.global_step
             # torch.save turns a full disk into a RuntimeError, safetensors into an error of its own
             except (OSError, RuntimeError, SafetensorError) as error:
@@ -233,24 +233,24 @@ class LoraTrainer(SentenceTransformerTrainer):
         self.saved_step = distributed.share(self.saved_step)
 
     def save_now(self) -> bool:
-        """Save a checkpoint of the present step, unless there is one; whether there is one now."""
+        """Save a checkpoint of this step unless there is one; return whether there is one now."""
         if self.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return self.saved_step == self.state.global_step
 
     def load_checkpoint(self, checkpoint: Path) -> None:
-        """Load weights, evaluations and state of a checkpoint, to look at them before training goes on."""
+        """Load weights, evaluations and state of a checkpoint before training goes on."""
         self._load_from_checkpoint(str(checkpoint))
-        self.evaluations_forgotten = True  # what is evaluated from here on must survive the loading in train()
+        self.discard_evaluations = True  # train() loads the checkpoint again, which must not undo new evaluations
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
-    def steps_in_all(self) -> int:
-        """Optimiser steps that the arguments ask for."""
+    def total_steps(self) -> int:
+        """Number of optimizer steps of the run."""
         return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def _random_states(self) -> dict[str, bytes]:
-        """File name to content, of every process; collected by the main one."""
+        """Random states of every process: file name to content."""
         folder = tempfile.mkdtemp()
         try:
             self._save_rng_state(folder)
@@ -263,8 +263,8 @@ class LoraTrainer(SentenceTransformerTrainer):
         dist.all_gather_object(gathered, own)
         return {name: state for part in gathered for name, state in part.items()}
 
-    def _note_callbacks(self) -> None:
-        """Put the callbacks' states into the trainer's, as transformers' own checkpoints do."""
+    def _record_callbacks(self) -> None:
+        """Store the callbacks' states in the trainer's, as transformers' own checkpoints do."""
         stored: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
@@ -272,19 +272,19 @@ class LoraTrainer(SentenceTransformerTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint)
-        stored = load_file(path / WEIGHTS_NAME)  # whole, or latest_checkpoint had passed it over
+        stored = load_file(path / WEIGHTS_NAME)  # undamaged: `latest_checkpoint` has verified it
         restore_weights(self.model, {name.removeprefix("base_model.model."): t for name, t in stored.items()})
         if weights := self._loss_weights():
             kept = load_file(path / _LOSS_WEIGHTS)
             with torch.no_grad():
                 for name, parameter in weights.items():
                     parameter.copy_(kept[name])
-        if not self.evaluations_forgotten:
-            self.best_so_far.load(path)
+        if not self.discard_evaluations:
+            self.selection.load(path)
         self.saved_step = step_of(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them; rates, decay and the like are this run's, which may have been allowed to change them."""
+        """Load both, but keep this run's learning rate and decay, which `allow_changes` may have changed."""
         optimizer: Any = self.optimizer
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -297,3 +297,40 @@ class LoraTrainer(SentenceTransformerTrainer):
         for group, options, rate in zip(optimizer.param_groups, fresh, rates, strict=True):
             group.update({**options, "lr": rate})
         scheduler._last_lr = rates
+
+
+def out_of_memory(
+    batch_size: int, tokens: int, error: BaseException, *, mini_batch_size: int | None, gradcache: bool
+) -> DeviceMemoryError:
+    """An error that suggests what can be done about a step that the device's memory does not hold.
+
+    Args:
+        batch_size: Passages (or examples) in the step.
+        tokens: Tokens of its longest text.
+        error: What torch raised.
+        mini_batch_size: Texts that were encoded at once (GradCache); None if the batch was encoded as a whole.
+        gradcache: Whether the objective can be computed in chunks.
+    """
+    advice = []
+    if gradcache and mini_batch_size is None:
+        advice.append(
+            "compute the batch in chunks (GradCache) with objective=ObjectiveSettings(mini_batch_size="
+            f"{max(1, min(8, batch_size // 4))}) or fewer"
+        )
+    elif gradcache and mini_batch_size is not None and mini_batch_size > 1:
+        advice.append(f"lower mini_batch_size from {mini_batch_size} to {mini_batch_size // 2} or fewer")
+    if batch_size >= 4:  # a batch of one has no negatives
+        advice.append(f"batch_size={batch_size // 2}")
+    if tokens > _SHORT:
+        advice.append(f"max_seq_length={max(_SHORT, tokens // 2)}")
+    advice += [
+        "batch_size='auto', if it is not that already",
+        "a smaller base",
+        "or free device memory that other programs use",
+    ]
+    return DeviceMemoryError(
+        f"too little device memory for a step of batch_size={batch_size} with texts of up to {tokens} tokens "
+        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+        "a step that fits",
+        f"One of these helps: {'; '.join(advice)}.",
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.checkpointing.test_checkpoints import weights
+from tests.helpers.training import weights
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -22,7 +22,7 @@ def run(launcher, model, path, **orders):
     file = path.with_name(path.name + ".orders")
     file.write_text(json.dumps({"model": model, "path": str(path), **orders}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    script = ["-m", "tests.training.together", str(file)]
+    script = ["-m", "tests.helpers.distributed_training", str(file)]
     return subprocess.run([*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -35,7 +35,7 @@ def gradient(path, rank=0):
     return {name.removeprefix("module."): tensor for name, tensor in stored.items()}
 
 
-def test_three_processes_keep_what_frozen_layers_put_out(tiny_model, tmp_path):
+def test_three_processes_cache_hidden_states(tiny_model, tmp_path):
     launcher = [*TORCHRUN[:-1], "3"]
     done = run(launcher, tiny_model, tmp_path / "run", arguments={"batch_size": 4, "lora_layers": 0.5})
     assert done.returncode == 0, done.stderr
@@ -84,13 +84,13 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(tiny_model, tmp_p
 
 
 @pytest.mark.extended
-def test_rows_are_dealt_to_the_processes_in_turn(tiny_model, tmp_path):
+def test_examples_are_given_to_the_processes_in_turn(tiny_model, tmp_path):
     path, one = tmp_path / "run", tmp_path / "one"
     orders = {"pairs": True, "arguments": {"batch_size": 25, "objective": "cosine"}}
     assert (done := run(TORCHRUN, tiny_model, path, **orders)).returncode == 0, done.stderr
     orders["arguments"]["batch_size"] = 50
     assert run([sys.executable], tiny_model, one, **orders).returncode == 0
-    assert said(path)["steps"] == said(one)["steps"] == 4, "a hundred rows in two epochs"
+    assert said(path)["steps"] == said(one)["steps"] == 4, "a hundred examples in two epochs"
     expected = gradient(one)
     assert all(torch.allclose(g, expected[n], atol=1e-5, rtol=1e-5) for n, g in gradient(path).items())
 

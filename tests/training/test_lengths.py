@@ -2,8 +2,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.models.prompts import longest_input
-from llama_index_lora_embed.models.tokens import count_tokens
+from llama_index_lora_embed.models.tokens import count_tokens, longest_input
 from llama_index_lora_embed.models.windows import add_windows
 from llama_index_lora_embed.training.lengths import choose_length
 
@@ -32,7 +31,7 @@ def test_the_length_is_the_shortest_that_covers_95_percent(model):
     assert "20 of 120" in str(truncation)
 
 
-def test_many_short_questions_do_not_hide_long_passages(model):
+def test_many_short_queries_do_not_hide_long_passages(model):
     assert choose_length(model, [words(3)] * 1000, [words(30)] * 10, 0.95, None).cut_after == 0
 
 
@@ -42,8 +41,8 @@ def test_the_length_stops_at_the_models_positions(model):
     assert "window=64 reads them whole" in str(truncation)
 
 
-def test_windows_are_named_only_where_they_read_more(model):
-    assert choose_length(model, [words(3)], [words(100)], 0.95, 24).window is None, "a length of the user's own"
+def test_windows_are_suggested_only_if_they_read_more(model):
+    assert choose_length(model, [words(3)], [words(100)], 0.95, 24).window is None, "the user's own length"
     add_windows(model, 32)
     assert choose_length(model, [words(3)], [words(9000)], 0.95, None).window is None
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each whole or absent, verified before an older one goes, of one run's data and settings."""
+"""Checkpoints on disk: written completely or not at all, and verified before an older one is removed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from safetensors import SafetensorError
 from transformers.trainer_pt_utils import safe_globals
 
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, warn_user
-from llama_index_lora_embed.core.files import file_digest, replace_directory, staging_beside
+from llama_index_lora_embed.core.files import (
+    file_digest,
+    read_json_lines,
+    replace_directory,
+    staging_beside,
+    whole_file,
+)
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.checkpointing.selection import EVALUATIONS
 
@@ -28,28 +34,29 @@ CHECKPOINT_NAME = "checkpoint.json"
 LOG_NAME = "log.jsonl"
 LOCK_NAME = "lock"
 _PICKLES = (".pt", ".pth")
+_FORMAT = 2  # of checkpoint.json and evaluations.json
 
 
 def write_checkpoint(
     target: Path,
     write: Callable[[Path], None],
-    settings: dict[str, Any],
+    run: dict[str, Any],
     limit: int | None,
-    found: dict[str, Any] | None = None,
+    resolved: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint aside, sync it, move it into place, read it back, then remove the oldest.
+    """Write a checkpoint to a staging folder, sync it, move it into place, read it back, then remove the oldest.
 
     Args:
         target: `<run directory>/checkpoint-<step>`.
-        write: Puts the files into a folder of the target's name, somewhere else.
-        settings: The run's data and settings, recorded for whoever resumes.
-        limit: Whole checkpoints to keep; None or 0 keeps all.
-        found: What the run found out by trying, and a resumed one should not try again.
+        write: Writes the files into a staging folder of the target's name.
+        run: What decides the result of the run, compared when it is resumed.
+        limit: Number of undamaged checkpoints to keep; None or 0 keeps all.
+        resolved: What the run found by trying, such as the batch size that fits, for the resumed run.
 
     Raises:
-        OSError: The disk is full or not writable, or gives back other bytes than were written; what was there
-            before is unchanged.
-        SafetensorError: The same, from the weights' own writer.
+        OSError: The disk is full or not writable, or returns other bytes than were written; earlier checkpoints are
+            unchanged.
+        SafetensorError: The same, raised by safetensors.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with staging_beside(target) as staging:
@@ -57,7 +64,7 @@ def write_checkpoint(
         folder.mkdir()
         write(folder)
         files = {p.relative_to(folder).as_posix(): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        record = {"step": step_of(target), "settings": settings, "found": found or {}, "files": files}
+        record = {"format": _FORMAT, "step": step_of(target), "run": run, "resolved": resolved or {}, "files": files}
         record["digest"] = _digest(record)
         (folder / CHECKPOINT_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)  # the same step, from before a resume
@@ -78,18 +85,18 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, whole or not."""
+    """The checkpoints of a run, oldest first, damaged ones included."""
     return sorted((p for p in run_dir.glob("checkpoint-*") if step_of(p) >= 0), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name tells; -1 for another name."""
+    """The step in a checkpoint's name; -1 for any other name."""
     tail = checkpoint.name.rpartition("-")[2]
     return int(tail) if tail.isdigit() else -1
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole and holds nothing but plain data."""
+    """Why a checkpoint is damaged or unsafe; None if it is complete and its pickles hold plain data only."""
     try:
         record = read_record(checkpoint)
         if record["digest"] != _digest(record):
@@ -101,7 +108,7 @@ def find_damage(checkpoint: Path) -> str | None:
             if file_digest(path) != digest:
                 return f"{name} is changed or cut short"
             if path.suffix in _PICKLES:
-                # transformers loads them in the same way; what would run code is refused here already
+                # transformers loads them in the same way; here a pickle that runs code is refused before
                 with safe_globals():  # type: ignore[no-untyped-call]
                     torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
@@ -112,63 +119,70 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's own account of itself: step, settings, digests.
+    """A checkpoint's own record: step, run, digests of files.
 
     Raises:
-        OSError: There is none.
-        ValueError: It is no JSON.
+        OSError: There is none, or it cannot be read.
+        ValueError: It is not JSON.
     """
     record: dict[str, Any] = json.loads((checkpoint / CHECKPOINT_NAME).read_text(encoding="utf-8"))
     return record
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None; damaged ones are passed over, and said."""
+    """The newest undamaged checkpoint of a run, or None; warns of damaged ones."""
     for path in reversed(checkpoints(run_dir)):
         damage = find_damage(path)
         if damage is None:
             return path
-        warn_user(f"Checkpoint {str(path)!r} is damaged and passed over: {damage}.")
+        warn_user(f"Checkpoint {str(path)!r} is damaged and skipped: {damage}.")
     return None
 
 
 def open_run(
-    run_dir: Path, settings: dict[str, Any], resume: bool, allow_changes: Collection[str] = ()
+    run_dir: Path, run: dict[str, Any], resume: bool, allow_changes: Collection[str] = ()
 ) -> tuple[Path | None, set[str]]:
-    """Make a run directory ready: choose the checkpoint to resume from, or put an older run's aside.
+    """Prepare a run directory: choose the checkpoint to resume from, or move the files of an older run aside.
 
     Args:
         run_dir: `<model_output_path>.run`.
-        settings: This run's data and settings.
+        run: What decides the result of this run, by name.
         resume: Whether to resume.
-        allow_changes: Names of settings that may differ from the checkpoint's.
+        allow_changes: Names that may differ from the checkpoint's.
 
     Returns:
         The checkpoint, or None to start at step 0; and the names that differ.
 
     Raises:
-        ConfigError: The checkpoint belongs to other data or settings; or `allow_changes` has an unknown name.
+        ConfigError: The checkpoint is of another run or format; or `allow_changes` has an unknown name.
     """
-    if unknown := sorted(set(allow_changes) - settings.keys()):
+    if unknown := sorted(set(allow_changes) - run.keys()):
         raise ConfigError(
             f"allow_changes with {', '.join(map(repr, unknown))}",
-            f"names of what a checkpoint records: {', '.join(sorted(settings))}",
+            f"names that a checkpoint records: {', '.join(sorted(run))}",
             "Correct them.",
         )
     checkpoint = latest_checkpoint(run_dir) if resume else None
     if checkpoint is not None:
-        recorded = read_record(checkpoint)["settings"]
-        changed = {n for n in recorded.keys() | settings.keys() if recorded.get(n) != settings.get(n)}
+        record = read_record(checkpoint)
+        if record.get("format") != _FORMAT:
+            raise ConfigError(
+                f"checkpoint {str(checkpoint)!r} of format {record.get('format', 1)}",
+                f"format {_FORMAT}, which this version of the package writes",
+                "Resume with the version that wrote it, or start without resume_from_checkpoint.",
+            )
+        then = record["run"]
+        changed = {name for name in then.keys() | run.keys() if then.get(name) != run.get(name)}
         if refused := sorted(changed - set(allow_changes)):
             raise ConfigError(
                 f"a checkpoint of another run in {str(run_dir)!r}",
                 "the same data and settings",
                 f"Restore them, allow them with allow_changes={refused}, or start without resume_from_checkpoint. "
                 "Differences:",
-                [f"{name}: {recorded.get(name)!r} then, {settings.get(name)!r} now" for name in refused],
+                [f"{name}: {then.get(name)!r} then, {run.get(name)!r} now" for name in refused],
             )
         logger.info("resuming from %s", checkpoint)
-        _cut_log(run_dir / LOG_NAME, checkpoint)
+        _trim_log(run_dir / LOG_NAME, checkpoint)
         return checkpoint, changed
     if resume:
         logger.warning("no checkpoint in %s to resume from; starting at step 0", run_dir)
@@ -191,7 +205,7 @@ def only_run(run_dir: Path) -> Iterator[None]:
     """Within it no other process can train into the same run directory.
 
     Raises:
-        OutputDirectoryError: Another one does, or the directory cannot be made.
+        OutputDirectoryError: Another process is training into it, or it cannot be created.
     """
     import filelock
 
@@ -212,40 +226,34 @@ def only_run(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputDirectoryError(
             f"the run directory {str(run_dir)!r}, which cannot be written ({error})",
-            "a place for the log and the checkpoints",
-            "Move what is there, or choose another model_output_path.",
+            "a folder for the log and the checkpoints",
+            "Choose another model_output_path, or make this one writable.",
         ) from error
     try:
         yield
     finally:
-        if [path.name for path in run_dir.iterdir()] == [LOCK_NAME]:  # an error before anything was trained
+        if [path.name for path in run_dir.iterdir()] == [LOCK_NAME]:  # an error came before the first step
             shutil.rmtree(run_dir, ignore_errors=True)
             for folder in made:
-                with suppress(OSError):  # something else is in it by now
+                with suppress(OSError):  # it has other contents by now
                     folder.rmdir()
         lock.release()
 
 
 def clear_checkpoints(run_dir: Path) -> None:
-    """Remove a run's checkpoints and those of its rounds; the log stays."""
+    """Remove the checkpoints of a run, and the folders of its later mining rounds; the log is kept."""
     for path in [*checkpoints(run_dir), *(p for p in run_dir.glob("round*") if p.is_dir())]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _cut_log(path: Path, checkpoint: Path) -> None:
-    """Drop what was logged after the checkpoint; it comes again. A torn last line goes as well."""
+def _trim_log(path: Path, checkpoint: Path) -> None:
+    """Remove what was logged after the checkpoint, which will be logged again, and a line that was cut short."""
     step = step_of(checkpoint)
     evaluated = {entry["step"] for entry in json.loads((checkpoint / EVALUATIONS).read_text())["history"]}
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-            again = entry["step"] > step or "train_runtime" in entry
-            judged = any(name.startswith("eval_") for name in entry)
-            if not again and not (judged and entry["step"] not in evaluated):
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    aside = path.with_name(path.name + ".new")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    entries = read_json_lines(path) if path.exists() else []
+    with whole_file(path) as file:
+        for entry in entries:
+            evaluation = any(name.startswith("eval_") for name in entry)
+            later = entry["step"] > step or "train_runtime" in entry
+            if not later and not (evaluation and entry["step"] not in evaluated):
+                file.write(json.dumps(entry) + "\n")

@@ -1,4 +1,4 @@
-"""Which weights are kept: the base is the first candidate, and one highest figure is not yet better."""
+"""Checkpoint selection: which step's adapter weights are kept. Step 0, the base, is the first candidate."""
 
 from __future__ import annotations
 
@@ -18,78 +18,75 @@ from torch import Tensor
 
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training import distributed
-from llama_index_lora_embed.training.lora import adapter_weights
+from llama_index_lora_embed.training.lora import adapter_weights, restore_weights
 
 BEST_WEIGHTS = "best_adapter.safetensors"
 EVALUATIONS = "evaluations.json"
 
 
-class Evaluated(Protocol):
-    """What an evaluation has to tell the training: its measures, as means and by query."""
+class Evaluation(Protocol):
+    """What training needs of an evaluation: its metrics, as means and per query."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Measures by name; higher is better."""
+        """Mean of each metric by name; higher is better."""
         ...
 
-    def scores(self, measure: str) -> list[float]:
-        """A measure of each query, in the same order in every evaluation; empty for one that has no such parts."""
+    def scores(self, metric: str) -> list[float]:
+        """A metric of each query, in the same order in every evaluation; empty if it has no value per query."""
         ...
-
-
-Evaluate = Callable[[SentenceTransformer], Evaluated]
 
 
 @dataclass
 class CheckpointSelection:
-    """Evaluates, and keeps the adapter weights to be written; step 0, the base, is the first candidate.
+    """Evaluates steps and keeps the adapter weights of the best one.
 
-    A step that does not beat the base is never kept. Among those that do, the one kept is the latest whose mean is
-    no more than a standard error (of the paired difference) below the highest: on few questions the highest is
-    often chance, and the rate has come down at a later step (the one-standard-error rule; Breiman et al., 1984,
-    section 3.4.3). In a run on tenk_train the highest of four evaluations on 68 questions was the first epoch's (0.838
-    against 0.833 to 0.834), which on another fold of the training side is 0.015 below the third's
-    (benchmarks/README.md). A measure without parts by query (ROC-AUC) has no such error: there the highest is kept.
+    A step that does not beat the base is never kept. Among those that do, the latest is kept whose mean is at most one
+    standard error (of the paired difference) below the highest: on few queries the highest is often chance, and the
+    learning rate is lower at a later step (the one-standard-error rule; Breiman et al., 1984, section 3.4.3). In a run
+    on tenk_train the highest of four evaluations on 68 queries was the first epoch's (0.838 against 0.833 to 0.834),
+    which on another fold of the training side is 0.015 below the third's (benchmarks/README.md). A metric without
+    values per query (ROC-AUC) has no such error: there the highest is kept.
 
-    Where several processes train, the main one evaluates and tells the others.
+    Where several processes train, the main one evaluates and broadcasts the result.
 
     Attributes:
-        evaluate: Judges a model; None if there is nothing to judge by.
-        metric: Measure to go by.
-        history: One entry for each evaluation: step and measures.
+        evaluator: Evaluates a model; None if there is no validation data.
+        metric: Name of the metric to select by.
+        history: Step and metrics of each evaluation.
         best_step: Step that is kept.
-        base: The evaluation at step 0.
-        best: The evaluation of the step that is kept.
-        top: The measure of each query at the evaluation with the highest mean.
-        weights: Adapter weights that are kept, on the CPU.
-        seconds: Wall time of the evaluations of this process.
-        interruptible: Context in which an evaluation runs, and what may end it; what was measured by then is dropped.
+        base: Evaluation of step 0.
+        best: Evaluation of the step that is kept.
+        top_scores: The metric of each query in the evaluation with the highest mean.
+        weights: Adapter weights of the step that is kept, on the CPU.
+        seconds: Wall time of this process's evaluations.
+        interruptible: Context in which an evaluation runs and which may end it; its result is then discarded.
     """
 
-    evaluate: Evaluate | None
+    evaluator: Callable[[SentenceTransformer], Evaluation] | None
     metric: str = "ndcg@10"
     history: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = 0
-    base: Evaluated | None = None
-    best: Evaluated | None = None
-    top: list[float] = field(default_factory=list)
+    base: Evaluation | None = None
+    best: Evaluation | None = None
+    top_scores: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] | None = None
     seconds: float = 0.0
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def __call__(self, model: SentenceTransformer, step: int) -> dict[str, float]:
-        """Evaluate the model at this step, unless that was done already.
+    def evaluate_step(self, model: SentenceTransformer, step: int) -> dict[str, float]:
+        """Metrics of the model at this step, which is evaluated unless it was before.
 
         Raises:
-            ConfigError: The evaluation has no measure of the name to go by.
+            ConfigError: The evaluation has no metric of the name to select by.
         """
-        if self.evaluate is None:
+        if self.evaluator is None:
             return {}
         for entry in self.history:
             if entry["step"] == step:
                 return dict(entry["metrics"])
         with self.interruptible():
-            evaluation = self.judge(model)
+            evaluation = self.evaluate(model)
         metrics = dict(evaluation.metrics)
         if self.metric not in metrics:
             raise ConfigError(
@@ -104,12 +101,12 @@ class CheckpointSelection:
             self.best_step, self.best, self.weights = step, evaluation, adapter_weights(model)
         return metrics
 
-    def judge(self, model: SentenceTransformer) -> Evaluated:
-        """Evaluate without keeping anything but the time it took."""
-        evaluate = self.evaluate
-        assert evaluate is not None
+    def evaluate(self, model: SentenceTransformer) -> Evaluation:
+        """Evaluate a model without recording the result."""
+        evaluator = self.evaluator
+        assert evaluator is not None
         started = time.perf_counter()
-        evaluation = distributed.on_main(lambda: evaluate(model))
+        evaluation = distributed.on_main(lambda: evaluator(model))
         self.seconds += time.perf_counter() - started
         return evaluation
 
@@ -117,33 +114,52 @@ class CheckpointSelection:
         """Whether the latest entry of the history is the one to keep."""
         values = self._values()
         if not values[:-1] or values[-1] > max(values[:-1]):
-            self.top = scores
+            self.top_scores = scores
             return True
-        behind = torch.tensor(self.top, dtype=torch.float64) - torch.tensor(scores, dtype=torch.float64)
+        behind = torch.tensor(self.top_scores, dtype=torch.float64) - torch.tensor(scores, dtype=torch.float64)
         if not len(behind):
             return False
         error = float(behind.std() / math.sqrt(len(behind))) if len(behind) > 1 else 0.0
         return bool(values[-1] > values[0] and float(behind.mean()) <= error)
 
-    def without_gain(self) -> int:
-        """Evaluations since the highest one."""
+    def evaluations_without_gain(self) -> int:
+        """Number of evaluations since the highest one."""
         values = self._values()
         return len(values) - 1 - values.index(max(values)) if values else 0
 
     def _values(self) -> list[float]:
         return [entry["metrics"][self.metric] for entry in self.history]
 
+    def restore_best(self, model: SentenceTransformer, start: dict[str, Tensor]) -> None:
+        """Load the best weights into the model.
+
+        Evaluations from before a resume are made again, because checkpoints hold no results per query.
+
+        Args:
+            model: The trained model.
+            start: Adapter weights before the first step.
+        """
+        if self.evaluator is None:
+            return
+        if self.base is None:
+            restore_weights(model, start)
+            self.base = self.evaluate(model)
+        if self.weights is not None:
+            restore_weights(model, self.weights)
+        if self.best is None:
+            self.best = self.base if self.best_step == 0 else self.evaluate(model)
+
     def save(self, directory: Path) -> None:
         """Write the state into a checkpoint."""
-        state = {"best_step": self.best_step, "history": self.history, "top": self.top}
+        state = {"best_step": self.best_step, "history": self.history, "top_scores": self.top_scores}
         (directory / EVALUATIONS).write_text(json.dumps(state), encoding="utf-8")
         if self.weights is not None:
             save_file(self.weights, directory / BEST_WEIGHTS)
 
     def load(self, directory: Path) -> None:
-        """Take the state from a checkpoint; per-query results of earlier evaluations are not in it."""
+        """Load the state from a checkpoint, which holds no results per query."""
         state = json.loads((directory / EVALUATIONS).read_text(encoding="utf-8"))
-        self.best_step, self.history, self.top = state["best_step"], state["history"], state["top"]
+        self.best_step, self.history, self.top_scores = state["best_step"], state["history"], state["top_scores"]
         self.best = self.base if self.best_step == 0 else None
         if (directory / BEST_WEIGHTS).exists():
             self.weights = load_file(directory / BEST_WEIGHTS)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while training: finish the step, save a checkpoint, then stop."""
+"""Signals during training: Ctrl-C and SIGTERM finish the step, save a checkpoint, and then stop."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class EvaluationStoppedError(BaseException):
-    """Leaves an evaluation that a signal interrupts; no `Exception`, so that nobody catches it by chance."""
+    """Ends an evaluation that a signal interrupts; a `BaseException`, so that no handler of errors catches it."""
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; a second one acts as it would have without this.
+    """Context that records the first SIGINT or SIGTERM; a second one has its usual effect.
 
-    Use it as a context manager, in the main thread; elsewhere Python delivers no signals, and it does nothing. A
-    signal that was ignored before (nohup) stays ignored.
+    Outside the main thread, to which Python delivers no signals, it does nothing. A signal that was ignored before
+    (nohup) stays ignored.
 
     Attributes:
-        signal: What arrived; None as long as nothing did.
+        signal: The signal that arrived, or None.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StopRequest:
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):
                     self._before[number] = before
-                    signal.signal(number, self._note)
+                    signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,18 +49,20 @@ class StopRequest:
             signal.signal(number, handler)
         self._before = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:  # impatient: no more waiting
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:  # the second one
             self.__exit__()
             signal.raise_signal(number)
             return
         self.signal = signal.Signals(number)
-        logger.warning("%s: saving a checkpoint after this step; once more stops at once", self.signal.name)
+        logger.warning(
+            "%s: training stops after this step and saves a checkpoint; a second signal stops at once", self.signal.name
+        )
         if self._interruptible:
             raise EvaluationStoppedError
 
-    def asked(self) -> bool:
-        """Whether any of the processes that train together was asked to stop; all must call it, and all hear of it."""
+    def requested(self) -> bool:
+        """Whether any process got a signal; all processes must call this, and all get the same answer."""
         number = distributed.highest(self.signal or 0)
         if number and self.signal is None:
             self.signal = signal.Signals(number)
@@ -68,19 +70,19 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within it a signal raises `EvaluationStoppedError`: what was going on will be done again after a resume."""
+        """Within it a signal raises `EvaluationStoppedError`; a resumed run evaluates again."""
         self._interruptible = True
         try:
             yield
         finally:
             self._interruptible = False
 
-    def act(self) -> None:
-        """Do now what the signal would have done; call it after `__exit__`.
+    def deliver(self) -> None:
+        """Send the recorded signal again, now with its usual effect; call it after `__exit__`.
 
         Raises:
             KeyboardInterrupt: On SIGINT.
-            SystemExit: On SIGTERM, where the program has a handler of its own that returned.
+            SystemExit: On SIGTERM, if the program has a handler of its own, which returned.
         """
         if self.signal is None:
             return

@@ -1,4 +1,4 @@
-"""How large a step the device's memory holds, and what to do where it does not: `batch_size="auto"`."""
+"""`batch_size="auto"`: the largest step that the device's memory holds."""
 
 from __future__ import annotations
 
@@ -21,56 +21,55 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
-_FULL = TrainingSettings().batch_size
-_SHORT = 64  # tokens below which texts are not worth cutting further
+_LARGEST = TrainingSettings().batch_size
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """How many rows a step has, and how it is computed.
+    """Size of a training step.
 
     Attributes:
-        rows: Passages with their questions, or rows of texts; of each process.
-        pieces: Texts encoded at once (GradCache); None leaves it to the objective.
+        batch_size: Passages with their queries, or examples, in each process.
+        mini_batch_size: Texts encoded at once (GradCache); None leaves it to the objective.
     """
 
-    rows: int
-    pieces: int | None = None
+    batch_size: int
+    mini_batch_size: int | None = None
 
 
-def largest_that_fits(trainer_for: Callable[[StepSize], LoraTrainer], pieces: bool) -> LoraTrainer:
-    """A trainer whose largest step the memory of every process's device holds.
+def largest_that_fits(trainer_for: Callable[[StepSize], LoraTrainer], gradcache: bool) -> LoraTrainer:
+    """A trainer whose largest step fits the memory of every process's device.
 
-    It tries a forward and a backward pass over the longest texts. A batch that does not fit is computed in pieces
-    where the objective can be, because fewer passages in a batch are fewer negatives, and halved elsewhere. The
-    processor's memory is not tried: it ends in the operating system's killing somebody, not in an error.
+    It tries a forward and a backward pass over the longest texts. A batch that does not fit is computed in chunks where
+    the objective allows it, because fewer passages in a batch are fewer negatives, and halved otherwise. Memory of the
+    CPU is not tried: there the operating system kills a process instead of raising an error.
 
     Args:
         trainer_for: Makes a trainer for a size.
-        pieces: Whether the objective can be computed in pieces.
+        gradcache: Whether the objective can be computed in chunks.
 
     Raises:
         DeviceMemoryError: Not even the smallest step fits.
     """
-    assert isinstance(_FULL, int)
-    sizes = [StepSize(_FULL), *_smaller(_FULL, pieces)]
+    assert isinstance(_LARGEST, int)
+    sizes = [StepSize(_LARGEST), *_smaller(_LARGEST, gradcache)]
     for size in sizes:
         trainer = trainer_for(size)
-        # all processes take the same size, or they would wait for each other's steps
+        # all processes must use the same size, or they would wait for each other's steps
         if not _can_run_out(trainer.args.device) or not distributed.highest(int(not _fits(trainer))):
-            logger.info("batch_size='auto' takes %s", size)
+            logger.info("batch_size='auto' uses %s", size)
             return trainer
     raise DeviceMemoryError(
         f"too little memory on {trainer.args.device} for a step of {sizes[-1]}",
         "a step that fits",
-        "Shorten the texts with max_seq_length, take a smaller base, or free memory that other programs hold.",
+        "Lower max_seq_length, use a smaller base, or free memory that other programs use.",
     )
 
 
-def _smaller(full: int, pieces: bool) -> Iterator[StepSize]:
-    size = full // 2
-    while size >= (1 if pieces else 2):
-        yield StepSize(full, size) if pieces else StepSize(size)
+def _smaller(largest: int, gradcache: bool) -> Iterator[StepSize]:
+    size = largest // 2
+    while size >= (1 if gradcache else 2):
+        yield StepSize(largest, size) if gradcache else StepSize(size)
         size //= 2
 
 
@@ -79,7 +78,7 @@ def _can_run_out(device: torch.device) -> bool:
 
 
 def text_lengths(trainer: LoraTrainer) -> list[int]:
-    """Characters in each row of the training set."""
+    """Characters in each example of the training set."""
     collator: Any = trainer.data_collator
     if isinstance(collator, GroupCollator):
         return [len(group.passage) for group in collator.groups]
@@ -88,14 +87,14 @@ def text_lengths(trainer: LoraTrainer) -> list[int]:
 
 
 def _fits(trainer: LoraTrainer) -> bool:
-    """Whether a step over the longest texts can be computed; weights and random state stay as they are."""
+    """Whether a step over the longest texts fits; weights and random state are not changed."""
     rows: Any = trainer.train_dataset
     count = trainer.args.per_device_train_batch_size
     whole: Any = trainer.loss
     collator: Any = trainer.data_collator
     if isinstance(collator, GroupCollator) and distributed.world_size() > 1:
-        count *= distributed.world_size()  # of which the collator takes this process's share
-        trainer.loss = _OwnShare(whole)  # type: ignore[assignment]  # it may also be a dict of losses
+        count *= distributed.world_size()  # the collator takes this process's share of them
+        trainer.loss = _OwnShare(whole)  # type: ignore[assignment]  # it can also be a dict of losses
     lengths = text_lengths(trainer)
     longest = sorted(range(len(rows)), key=lambda i: -lengths[i])[:count]
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
@@ -110,7 +109,7 @@ def _fits(trainer: LoraTrainer) -> bool:
     finally:
         trainer.loss = whole
         trainer.model.zero_grad(set_to_none=True)
-        if isinstance(whole, nn.Module):  # it can have weights of its own
+        if isinstance(whole, nn.Module):  # a loss can have trained weights
             whole.zero_grad(set_to_none=True)
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -118,13 +117,12 @@ def _fits(trainer: LoraTrainer) -> bool:
 
 
 class _OwnShare(nn.Module):
-    """The loss of a batch of all processes, with this one's vectors in the place of the others'.
+    """The loss of a batch of all processes, with this process's embeddings in place of the others'.
 
-    It takes the memory of the real one. That one waits for the others' vectors, for ever where one of them has run out
-    of memory.
+    It takes as much memory as the real loss, which would wait for ever for a process that has run out of memory.
 
     Args:
-        whole: The real one.
+        whole: The real loss.
     """
 
     def __init__(self, whole: MaskedInfoNCELoss) -> None:
@@ -132,60 +130,17 @@ class _OwnShare(nn.Module):
         self.whole = whole
 
     def forward(self, features: Any, labels: Tensor) -> Tensor:
-        """As of the loss itself."""
-        chunks, (questions, passages) = list(features), labels.shape
+        """The loss, see `MaskedInfoNCELoss.forward`."""
+        chunks, (queries, passages) = list(features), labels.shape
         world = distributed.world_size()
-        own = len(range(distributed.rank(), questions, world))
+        own = len(range(distributed.rank(), queries, world))
 
-        def loss_of(vectors: Tensor) -> Tensor:
-            queries, documents = (part.repeat(world, 1) for part in (vectors[:own], vectors[own:]))
-            missing = passages - len(documents)  # a process can have one fewer than its share
-            documents = torch.cat([documents, documents[: max(0, missing)]])
-            queries = torch.cat([queries, queries[: max(0, questions - len(queries))]])
-            return self.whole._loss(queries[:questions], documents[:passages], labels)
+        def loss_of(embeddings: Tensor) -> Tensor:
+            of_queries, of_passages = (part.repeat(world, 1) for part in (embeddings[:own], embeddings[own:]))
+            missing = passages - len(of_passages)  # a process's share can be one smaller than another's
+            of_passages = torch.cat([of_passages, of_passages[: max(0, missing)]])
+            of_queries = torch.cat([of_queries, of_queries[: max(0, queries - len(of_queries))]])
+            return self.whole.loss_of_embeddings(of_queries[:queries], of_passages[:passages], labels)
 
         model = self.whole.model
         return cached_loss(model, chunks, loss_of) if self.whole.cached else loss_of(embed_all(model, chunks))
-
-
-def out_of_memory(
-    batch_size: int,
-    tokens: int,
-    error: BaseException,
-    *,
-    pieces: int | None = None,
-    can_piece: bool = True,
-) -> DeviceMemoryError:
-    """What to do about a device whose memory does not hold a step; nothing is advised that cannot be done.
-
-    Args:
-        batch_size: Passages (or rows) in the step.
-        tokens: Of its longest text.
-        error: What torch raised.
-        pieces: Texts that were encoded at once (GradCache); None if the batch was encoded as a whole.
-        can_piece: Whether the objective can be computed in pieces.
-    """
-    advice = []
-    if can_piece and pieces is None:
-        chunk = max(1, min(8, batch_size // 4))
-        advice.append(
-            f"keep the batch and compute it piece by piece (GradCache), objective=ObjectiveSettings(mini_batch_size="
-            f"{chunk}), smaller if need be"
-        )
-    elif can_piece and pieces is not None and pieces > 1:
-        advice.append(f"lower mini_batch_size from {pieces} to {pieces // 2}, smaller if need be")
-    if batch_size >= 4:  # a batch of one has no negatives
-        advice.append(f"batch_size={batch_size // 2}")
-    if tokens > _SHORT:
-        advice.append(f"max_seq_length={max(_SHORT, tokens // 2)}")
-    advice += [
-        "batch_size='auto', if it is not that already",
-        "a smaller base",
-        "or free what other programs hold of the device",
-    ]
-    return DeviceMemoryError(
-        f"too little device memory for a step of batch_size={batch_size} with texts of up to {tokens} tokens "
-        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-        "a step that fits",
-        f"One of these helps: {'; '.join(advice)}.",
-    )

@@ -1,4 +1,4 @@
-"""Vectors of a batch, with gradients at once or, for batches of any size, in little memory (GradCache)."""
+"""Embeddings of a batch with their gradients: all at once, or chunk by chunk in little memory (GradCache)."""
 
 from __future__ import annotations
 
@@ -18,94 +18,94 @@ Chunk = dict[str, Any]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of `DistributedDataParallel`, or itself."""
+    """The model inside `DistributedDataParallel`, or the model itself."""
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     return inner
 
 
-def embed(model: nn.Module, chunk: Chunk, prefix: HiddenStateCache | None = None) -> Tensor:
-    """Vectors [texts, dimension] of a chunk, in float32; with `prefix`, frozen layers are run once for each text."""
-    if prefix is not None:
-        output = prefix(model, unwrapped(model), chunk)
-    else:  # a copy is passed on, because modules write into it
+def embed(model: nn.Module, chunk: Chunk, hidden_state_cache: HiddenStateCache | None = None) -> Tensor:
+    """Embeddings of a chunk, float32 [texts, dimension]."""
+    if hidden_state_cache is not None:
+        output = hidden_state_cache(model, unwrapped(model), chunk)
+    else:  # a copy, because modules write into it
         output = model({name: value for name, value in chunk.items() if name != TEXT_IDS})
-    vectors: Tensor = output["sentence_embedding"]
-    return vectors.float()
+    embeddings: Tensor = output["sentence_embedding"]
+    return embeddings.float()
 
 
-def embed_all(model: nn.Module, chunks: Sequence[Chunk], prefix: HiddenStateCache | None = None) -> Tensor:
-    """Vectors [texts of all chunks, dimension], with gradients.
+def embed_all(model: nn.Module, chunks: Sequence[Chunk], hidden_state_cache: HiddenStateCache | None = None) -> Tensor:
+    """Embeddings [texts of all chunks, dimension], with gradients.
 
-    Processes can have different numbers of chunks. Only the last one goes through `DistributedDataParallel`, whose
-    forward waits for the others; its hooks reduce the gradients of all chunks together.
+    Processes can have different numbers of chunks. Only the last chunk goes through `DistributedDataParallel`, whose
+    forward pass waits for the other processes; its hooks reduce the gradients of all chunks together.
     """
     inner = unwrapped(model)
-    parts = [embed(inner, chunk, prefix) for chunk in chunks[:-1]]
-    return torch.cat([*parts, embed(model, chunks[-1], prefix)])
+    parts = [embed(inner, chunk, hidden_state_cache) for chunk in chunks[:-1]]
+    return torch.cat([*parts, embed(model, chunks[-1], hidden_state_cache)])
 
 
 def cached_loss(
     model: nn.Module,
     chunks: Sequence[Chunk],
     loss_of: Callable[[Tensor], Tensor],
-    prefix: HiddenStateCache | None = None,
+    hidden_state_cache: HiddenStateCache | None = None,
 ) -> Tensor:
     """A loss over all chunks whose backward pass holds the activations of one chunk at a time.
 
-    With f the model, θ its weights, E = (f_θ(x_1), ..., f_θ(x_n)) the vectors of n chunks and L the loss,
+    With f the model, θ its weights, E = (f_θ(x_1), ..., f_θ(x_n)) the embeddings of n chunks and L the loss,
 
         dL/dθ = Σ_i (∂L/∂E_i) · (∂f_θ(x_i)/∂θ),
 
-    so that ∂L/∂E, which needs the vectors alone, is computed first, and each summand by itself in a second pass
-    (Gao et al. 2021, arXiv 2101.06983, section 3). The second pass runs when the returned loss is
-    differentiated, and multiplies with the gradient that comes in, which gradient accumulation makes smaller than 1.
-    Random state and autocast are those of the first pass, so that dropout drops the same. The activations of the
-    largest chunk are kept from the first pass: it goes first in the second, before another takes its room.
+    so that ∂L/∂E, which needs the embeddings alone, is computed first, and each summand by itself in a second pass
+    (Gao et al. 2021, arXiv 2101.06983, section 3). The second pass runs when the returned loss is differentiated, and
+    multiplies by the incoming gradient, which gradient accumulation makes smaller than 1. Random state and autocast
+    are those of the first pass, so dropout drops the same units. The largest chunk is not encoded twice: its
+    activations are kept from the first pass, and it goes first in the second, before other chunks take memory.
 
     Args:
-        model: Takes a chunk; can be wrapped in `DistributedDataParallel`, which then reduces the gradients once.
-        chunks: Token tensors, as many texts in each as are to be encoded at once.
-        loss_of: The loss of the vectors, float32 [texts, dimension].
-        prefix: Runs the frozen layers once for each text.
+        model: Takes a chunk; may be wrapped in `DistributedDataParallel`, which then reduces the gradients once.
+        chunks: Token tensors, with as many texts in each as are to be encoded at once.
+        loss_of: The loss of embeddings, float32 [texts, dimension].
+        hidden_state_cache: Computes the frozen layers once per text.
 
     Returns:
         A scalar.
 
     Raises:
-        ConfigError: The model has gradient checkpointing on.
+        ConfigError: Gradient checkpointing is on in the model.
     """
     refuse_checkpointing(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
     inner = unwrapped(model)
     device_type = next(model.parameters()).device.type
-    autocast = _autocast_now(device_type)
+    autocast = _current_autocast(device_type)
     states, first = [], []
     kept = _largest(chunks if inner is model else chunks[:-1]) if torch.is_grad_enabled() else None
     with autocast():
         for number, chunk in enumerate(chunks):
             states.append(_RandomState(chunk))
             with torch.set_grad_enabled(number == kept):
-                first.append(embed(inner, chunk, prefix))
-    vectors = torch.cat([part.detach() for part in first])
+                first.append(embed(inner, chunk, hidden_state_cache))
+    embeddings = torch.cat([part.detach() for part in first])
     if not torch.is_grad_enabled():
-        return loss_of(vectors)
-    vectors.requires_grad_()
-    loss = loss_of(vectors)
-    with torch.autocast(device_type, enabled=False):  # as a backward pass is, outside of the forward's autocast
-        gradients = torch.split(torch.autograd.grad(loss, vectors)[0], [len(part) for part in first])
+        return loss_of(embeddings)
+    embeddings.requires_grad_()
+    loss = loss_of(embeddings)
+    with torch.autocast(device_type, enabled=False):  # like a backward pass, outside the forward pass's autocast
+        gradients = torch.split(torch.autograd.grad(loss, embeddings)[0], [len(part) for part in first])
     graph = [] if kept is None else [first[kept]]
-    del first, vectors
+    del first, embeddings
 
     def second_pass(incoming: Tensor) -> None:
         done = None
-        if graph and kept is not None:  # a loss that is differentiated again encodes it again
+        if graph and kept is not None:  # a loss that is differentiated a second time encodes the chunk again
             graph.pop().backward(gradients[kept] * incoming)  # type: ignore[no-untyped-call]
             done = kept
         for number, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
             if number == done:
                 continue
-            # as in `embed_all`: backward passes that DistributedDataParallel did not prepare for only accumulate
-            with state.again(), torch.enable_grad(), autocast():
-                again = embed(model if number == len(chunks) - 1 else inner, chunk, prefix)
+            # as in `embed_all`: only the last chunk's backward pass is reduced by DistributedDataParallel
+            with state.restored(), torch.enable_grad(), autocast():
+                again = embed(model if number == len(chunks) - 1 else inner, chunk, hidden_state_cache)
             again.backward(gradient * incoming)  # type: ignore[no-untyped-call]
 
     result = loss.detach().requires_grad_()
@@ -114,7 +114,7 @@ def cached_loss(
 
 
 def _largest(chunks: Sequence[Chunk]) -> int | None:
-    """Which chunk has the most tokens, padding included; None of none."""
+    """Index of the chunk with the most tokens, padding included; None if there is no chunk."""
 
     def size(number: int) -> int:
         return sum(value.numel() for value in chunks[number].values() if isinstance(value, Tensor))
@@ -123,10 +123,10 @@ def _largest(chunks: Sequence[Chunk]) -> int | None:
 
 
 def refuse_checkpointing(gradient_checkpointing: bool) -> None:
-    """GradCache and gradient checkpointing would compute each activation three times and save little.
+    """Refuse GradCache with gradient checkpointing: activations would be computed three times, for little memory.
 
     Raises:
-        ConfigError: The latter is on.
+        ConfigError: Gradient checkpointing is on.
     """
     if gradient_checkpointing:
         raise ConfigError(
@@ -137,28 +137,29 @@ def refuse_checkpointing(gradient_checkpointing: bool) -> None:
 
 
 class _RandomState:
-    """The state of all generators that a forward pass over a chunk draws from."""
+    """The state of all random generators that a forward pass over a chunk uses."""
 
     def __init__(self, chunk: Chunk) -> None:
-        self.processor = torch.get_rng_state()
+        self.cpu = torch.get_rng_state()
         self.device_type = next((v.device.type for v in chunk.values() if isinstance(v, Tensor)), "cpu")
-        self.devices, self.states = get_device_states(*chunk.values())  # none for tensors on the processor
+        self.devices, self.states = get_device_states(*chunk.values())  # empty for tensors on the CPU
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw the same numbers once more; what is drawn afterwards is as if nothing had been."""
+    def restored(self) -> Iterator[None]:
+        """Within it the same random numbers are drawn again; the state afterwards is what it was before."""
         kind = "cuda" if self.device_type == "cpu" else self.device_type
         with torch.random.fork_rng(self.devices, device_type=kind):
-            torch.set_rng_state(self.processor)
+            torch.set_rng_state(self.cpu)
             if self.devices:
                 set_device_states(self.devices, self.states, device_type=kind)
             yield
 
 
-def _autocast_now(device_type: str) -> Callable[[], Any]:
-    """Makes contexts with the present autocast, whenever they are entered.
+def _current_autocast(device_type: str) -> Callable[[], Any]:
+    """A factory of contexts with the present autocast settings, to be entered later.
 
-    Without its cache of weights: one that was filled without gradients would cut the second pass off from them.
+    The contexts have no cache of cast weights: one that was filled without gradients would detach the second pass from
+    the weights.
     """
     if not torch.is_autocast_enabled(device_type):
         return nullcontext

@@ -1,4 +1,4 @@
-"""After training on a base in 4 bits: back to the base in full precision, which is what serves."""
+"""After training on a base in 4 bits: the adapter on the base in full precision, which is what serves."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from llama_index_lora_embed.training.lora import adapter_weights, restore_weight
 
 
 def onto_full_precision(
-    quantised: SentenceTransformer, best: CheckpointSelection, load: Callable[[], SentenceTransformer]
+    quantized: SentenceTransformer, selection: CheckpointSelection, load: Callable[[], SentenceTransformer]
 ) -> SentenceTransformer:
-    """The trained adapter on the base as it is stored, and the evaluations of the two there.
+    """The trained adapter on the base in full precision; base and best are evaluated again there.
 
-    What is reported has to be what is served: 4 bits change the base's vectors, and with them the measures of base
-    and tuned.
+    Quantization changes the base's embeddings, and with them the metrics; the reported ones must be those of the model
+    that serves.
 
     Args:
-        quantised: The model that was trained, with its best weights.
-        best: Its evaluations of base and best are made again.
+        quantized: The trained model, with its best weights.
+        selection: Its evaluations of base and best are replaced.
         load: Loads the base in full precision.
     """
     model = load()
-    model.max_seq_length = quantised.max_seq_length
-    if best.evaluate is not None:
-        best.base = best.judge(model)
-    config = copy.deepcopy(quantised.transformers_model.peft_config["default"])  # type: ignore[union-attr]
+    model.max_seq_length = quantized.max_seq_length
+    if selection.evaluator is not None:
+        selection.base = selection.evaluate(model)
+    config = copy.deepcopy(quantized.transformers_model.peft_config["default"])  # type: ignore[union-attr]
     model.add_adapter(config)
-    restore_weights(model, adapter_weights(quantised))
+    restore_weights(model, adapter_weights(quantized))
     model.eval()
-    if best.evaluate is not None:
-        best.best = best.judge(model)
+    if selection.evaluator is not None:
+        selection.best = selection.evaluate(model)
     return model

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer import losses
 from transformers import TrainerCallback
 
-from llama_index_lora_embed import LoraFinetuneEngine
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, NonFiniteLossError, OutputDirectoryError
 from llama_index_lora_embed.core.files import file_digest
 from llama_index_lora_embed.models import adapter_directory
@@ -22,21 +20,8 @@ from llama_index_lora_embed.training.checkpointing import checkpoints
 from llama_index_lora_embed.training.checkpointing.checkpoints import latest_checkpoint, read_record
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.conftest import make_dataset
-from tests.training.checkpointing.stops import stop_at
-
-
-def engine(model, path, data=None, **kwargs):
-    settings = {
-        "batch_size": 8,
-        "epochs": 4,
-        "learning_rate": 5e-3,
-        "val_dataset": make_dataset(passages=10, seed=7, prefix="v"),
-        "show_progress_bar": False,
-        "device": "cpu",
-        "save_checkpoints": True,
-        "checkpoint_save_steps": 5,
-    }
-    return LoraFinetuneEngine(data or make_dataset(), model, str(path), **{**settings, **kwargs})
+from tests.helpers.training import checkpointing_engine as engine
+from tests.helpers.training import stop_at, weights
 
 
 class PullThePlug(TrainerCallback):
@@ -59,10 +44,6 @@ def interrupted(tiny_model, tmp_path, monkeypatch):
         engine(tiny_model, tmp_path / "run").finetune()
     monkeypatch.undo()
     return tmp_path / "run"
-
-
-def weights(path):
-    return load_file(Path(path) / "adapter_model.safetensors")
 
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_model, interrupted, tmp_path):
@@ -134,7 +115,7 @@ def test_a_resume_with_other_settings_is_refused_with_the_difference(tiny_model,
     assert caught.value.problems == ["seed: 42 then, 1 now"]
 
 
-def test_a_fresh_run_puts_old_checkpoints_aside(tiny_model, interrupted):
+def test_a_fresh_run_moves_old_checkpoints_aside(tiny_model, interrupted):
     with pytest.warns(UserWarning, match="gained nothing"):
         engine(tiny_model, interrupted, epochs=1, checkpoint_save_steps=2, learning_rate=1e-9).finetune()
     folders = sorted(os.listdir(interrupted.parent))
@@ -144,7 +125,7 @@ def test_a_fresh_run_puts_old_checkpoints_aside(tiny_model, interrupted):
     assert not (interrupted.with_name("run.run") / "checkpoint-5").exists()
 
 
-def test_resume_without_a_checkpoint_starts_afresh(tiny_model, tmp_path):
+def test_resuming_without_a_checkpoint_starts_at_step_0(tiny_model, tmp_path):
     assert engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune().steps == 12
 
 
@@ -156,7 +137,7 @@ def test_only_the_newest_checkpoints_are_kept(tiny_model, tmp_path, limit, kept)
     assert [p.name for p in checkpoints.checkpoints(tmp_path / "run.run")] == [f"checkpoint-{step}" for step in kept]
 
 
-def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(interrupted):
+def test_a_damaged_checkpoint_does_not_replace_an_undamaged_one(interrupted):
     run = interrupted.with_name("run.run")
     shutil.copytree(run / "checkpoint-5", run / "checkpoint-6")
     (run / "checkpoint-6" / "optimizer.pt").unlink()
@@ -174,7 +155,7 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(interrupted):
     ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "evaluations.json", "checkpoint.json"],
 )
 @pytest.mark.parametrize("damage", ["cut", "missing", "flipped"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(interrupted, name, damage):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(interrupted, name, damage):
     run = interrupted.with_name("run.run")
     shutil.copytree(run / "checkpoint-5", run / "checkpoint-6")
     path = run / "checkpoint-6" / name
@@ -186,7 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(interrupted, 
     else:
         content[len(content) // 2] ^= 0x10
         path.write_bytes(content)
-    with pytest.warns(UserWarning, match="checkpoint-6' is damaged and passed over"):
+    with pytest.warns(UserWarning, match="checkpoint-6' is damaged and skipped"):
         assert latest_checkpoint(run) == run / "checkpoint-5"
 
 
@@ -210,7 +191,7 @@ def test_a_checkpoint_that_would_run_code_is_not_loaded(interrupted, tmp_path, m
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_checkpoint_that_is_not_whole_is_no_checkpoint(interrupted):
+def test_an_incomplete_checkpoint_is_not_used(interrupted):
     run = interrupted.with_name("run.run")
     assert latest_checkpoint(run) == run / "checkpoint-5"
     (run / "checkpoint-5" / "adapter_model.safetensors").unlink()
@@ -227,11 +208,11 @@ def test_the_best_weights_survive_a_resume(interrupted):
     assert load_file(checkpoint / "best_adapter.safetensors").keys()
 
 
-def test_every_checkpoint_says_what_it_belongs_to(interrupted):
+def test_every_checkpoint_records_its_run(interrupted):
     record = read_record(interrupted.with_name("run.run") / "checkpoint-5")
     assert record["step"] == 5
-    assert record["settings"]["seed"] == 42
-    assert record["settings"]["dataset"] == make_dataset().order_digest()
+    assert record["run"]["seed"] == 42
+    assert record["run"]["dataset"] == make_dataset().order_digest()
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "evaluations.json",
             "best_adapter.safetensors", "trainer_state.json"} <= record["files"].keys()  # fmt: skip
 
@@ -271,7 +252,7 @@ def test_what_may_change_is_allowed_field_by_field_and_takes_effect(tiny_model, 
     changed.pop("dataset", None)
 
     def again(**kwargs):
-        return engine(tiny_model, interrupted, data=data, resume_from_checkpoint=True, **changed, **kwargs)
+        return engine(tiny_model, interrupted, dataset=data, resume_from_checkpoint=True, **changed, **kwargs)
 
     with pytest.raises(ConfigError, match=f"allow_changes=.'{name}'") as caught:
         again().finetune(**more)
@@ -286,7 +267,7 @@ def test_what_may_change_is_allowed_field_by_field_and_takes_effect(tiny_model, 
         assert {decay for _, _, decay in rates} == {0.1}
 
 
-def test_another_validation_set_is_judged_by_from_the_base_on(tiny_model, interrupted):
+def test_with_another_validation_set_the_base_is_evaluated_again(tiny_model, interrupted):
     other = make_dataset(passages=12, seed=9, prefix="o")
     again = engine(
         tiny_model, interrupted, val_dataset=other, resume_from_checkpoint=True, allow_changes=["val_dataset"]
@@ -399,7 +380,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint_and_no_adapter(tiny
     assert not (tmp_path / "run").exists()
 
 
-def test_what_was_trained_outlives_a_failed_write(tiny_model, tmp_path, monkeypatch):
+def test_trained_weights_survive_a_failed_write_of_the_adapter(tiny_model, tmp_path, monkeypatch):
     calm = engine(tiny_model, tmp_path / "calm", save_checkpoints=False).finetune()
     assert not checkpoints.checkpoints(tmp_path / "calm.run"), "none was asked for, and none is needed any more"
 
@@ -424,15 +405,15 @@ def test_what_was_trained_outlives_a_failed_write(tiny_model, tmp_path, monkeypa
 def test_two_runs_do_not_train_into_one_directory(tiny_model, tmp_path):
     with checkpoints.only_run(tmp_path / "run.run"):
         code = f"""
-from tests.training.checkpointing.test_checkpoints import engine
-engine({tiny_model!r}, {str(tmp_path / "run")!r}).finetune()
+from tests.helpers.training import checkpointing_engine
+checkpointing_engine({tiny_model!r}, {str(tmp_path / "run")!r}).finetune()
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "into which another process is training" in done.stderr
     assert engine(tiny_model, tmp_path / "run").finetune().steps == 12
 
 
-def test_callbacks_hear_of_evaluations_and_saves(tiny_model, tmp_path):
+def test_callbacks_are_called_at_evaluations_and_saves(tiny_model, tmp_path):
     class Heard(TrainerCallback):
         evaluations, saves = [], 0
 
@@ -475,7 +456,7 @@ def test_another_rank_of_the_lora_does_not_fit(tiny_model, interrupted):
         ).finetune()  # fmt: skip
 
 
-def test_other_prompts_are_judged_from_the_base_on(tiny_model, interrupted):
+def test_with_other_prompts_the_base_is_evaluated_again(tiny_model, interrupted):
     again = engine(
         tiny_model, interrupted, resume_from_checkpoint=True, query_prompt="query : ", allow_changes=["query_prompt"]
     ).finetune()

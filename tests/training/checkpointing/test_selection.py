@@ -16,24 +16,24 @@ class Evaluation:
     def metrics(self):
         return {"ndcg@10": sum(self.values) / len(self.values)}
 
-    def scores(self, measure):
+    def scores(self, metric):
         return self.values
 
 
 @pytest.fixture(autouse=True)
-def _weights_say_their_step(monkeypatch):
+def _weights_are_their_step(monkeypatch):
     monkeypatch.setattr(selection, "adapter_weights", lambda step: {"step": torch.tensor(step)})
 
 
 def kept(*evaluations):
     """The step that is kept of these evaluations, at steps 0, 1, ..."""
     waiting = iter(evaluations)
-    so_far = CheckpointSelection(lambda step: Evaluation(next(waiting)))
+    selected = CheckpointSelection(lambda step: Evaluation(next(waiting)))
     for step in range(len(evaluations)):
-        so_far(step, step)
-    assert int(so_far.weights["step"]) == so_far.best_step
-    assert so_far.best.values == evaluations[so_far.best_step]
-    return so_far.best_step
+        selected.evaluate_step(step, step)
+    assert int(selected.weights["step"]) == selected.best_step
+    assert selected.best.values == evaluations[selected.best_step]
+    return selected.best_step
 
 
 BASE = [0.5, 0.5, 0.5, 0.5]
@@ -56,7 +56,7 @@ def test_a_step_that_is_clearly_behind_the_highest_is_not_kept():
     assert kept(BASE, UP, [0.85, 0.65, 0.75, 0.55]) == 1  # behind by 0.05 for every query
 
 
-def test_the_highest_is_what_later_steps_are_held_against_not_the_last_kept():
+def test_later_steps_are_compared_with_the_highest_and_not_with_the_last_kept():
     slide = [[0.9 - 0.02 * i, 0.7, 0.8 - 0.02 * i, 0.6] for i in range(6)]
     behind = [sum(slide[0]) / 4 - sum(step) / 4 for step in slide]
     last = kept(BASE, *slide)
@@ -75,19 +75,19 @@ def test_one_query_has_no_standard_error():
     assert kept([0.5], [0.7], [0.7]) == 2
 
 
-def test_a_measure_without_parts_by_query_keeps_the_highest():
+def test_a_metric_without_values_per_query_keeps_the_highest():
     class Whole(Evaluation):
-        def scores(self, measure):
+        def scores(self, metric):
             return []
 
     values = iter([0.5, 0.8, 0.79, 0.7])
-    so_far = CheckpointSelection(lambda step: Whole([next(values)]))
+    selected = CheckpointSelection(lambda step: Whole([next(values)]))
     for step in range(4):
-        so_far(step, step)
-    assert so_far.best_step == 1
-    assert so_far.without_gain() == 2
+        selected.evaluate_step(step, step)
+    assert selected.best_step == 1
+    assert selected.evaluations_without_gain() == 2
 
 
-def test_a_measure_that_is_not_reported_is_refused_with_those_that_are():
+def test_a_metric_that_is_not_reported_is_refused_with_those_that_are():
     with pytest.raises(ConfigError, match=r"best_metric='mrr'.*one of ndcg@10"):
-        CheckpointSelection(lambda step: Evaluation(BASE), "mrr")(0, 0)
+        CheckpointSelection(lambda step: Evaluation(BASE), "mrr").evaluate_step(0, 0)

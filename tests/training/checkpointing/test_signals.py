@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from llama_index_lora_embed.training.checkpointing.checkpoints import checkpoints
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
 from llama_index_lora_embed.training.trainer import LoraTrainer
-from tests.training.checkpointing.stops import signal_in
-from tests.training.checkpointing.test_checkpoints import engine
+from tests.helpers.training import checkpointing_engine as engine
+from tests.helpers.training import signal_in
 
 
 @pytest.mark.parametrize("saving", [True, False])
@@ -45,22 +45,22 @@ def test_sigterm_saves_a_checkpoint_and_then_does_what_the_program_wants(tiny_mo
 
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(tiny_model, tmp_path, monkeypatch):
-    signal_in(monkeypatch, CheckpointSelection, "judge", signal.SIGINT, 2)
+    signal_in(monkeypatch, CheckpointSelection, "evaluate", signal.SIGINT, 2)
     with pytest.raises(KeyboardInterrupt):
         engine(tiny_model, tmp_path / "run").finetune()
     monkeypatch.undo()
     assert [p.name for p in checkpoints(tmp_path / "run.run")] == ["checkpoint-3"]
     calm = engine(tiny_model, tmp_path / "calm").finetune()
     resumed = engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune()
-    assert [entry["step"] for entry in resumed.history] == [0, 3, 6, 9, 12], "the one that was cut short is made up for"
+    assert [entry["step"] for entry in resumed.history] == [0, 3, 6, 9, 12], "the interrupted evaluation is repeated"
     assert resumed.history == calm.history
     assert resumed.fingerprint == calm.fingerprint
 
 
-def test_signals_in_an_evaluation_and_when_it_is_made_up_lose_nothing(tiny_model, tmp_path, monkeypatch):
+def test_signals_in_an_evaluation_and_in_its_repetition_lose_nothing(tiny_model, tmp_path, monkeypatch):
     calm = engine(tiny_model, tmp_path / "calm").finetune()
     for call in (2, 1, 1):  # the base is evaluated only in the first run
-        signal_in(monkeypatch, CheckpointSelection, "judge", signal.SIGINT, call)
+        signal_in(monkeypatch, CheckpointSelection, "evaluate", signal.SIGINT, call)
         with pytest.raises(KeyboardInterrupt):
             engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune()
         monkeypatch.undo()
@@ -70,7 +70,7 @@ def test_signals_in_an_evaluation_and_when_it_is_made_up_lose_nothing(tiny_model
     assert resumed.fingerprint == calm.fingerprint
 
 
-def test_a_signal_after_an_evaluation_does_not_part_its_figures_from_its_weights(tiny_model, tmp_path, monkeypatch):
+def test_a_signal_after_an_evaluation_does_not_separate_its_metrics_from_its_weights(tiny_model, tmp_path, monkeypatch):
     calm = engine(tiny_model, tmp_path / "calm").finetune()
     signal_in(monkeypatch, CheckpointSelection, "_keep", signal.SIGINT, 5)
     with pytest.raises(KeyboardInterrupt):
@@ -118,7 +118,7 @@ def test_the_user_is_told_what_happens(tiny_model, tmp_path, monkeypatch, caplog
     signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 4)
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         engine(tiny_model, tmp_path / "run").finetune()
-    assert "SIGINT: saving a checkpoint after this step" in caplog.text
+    assert "SIGINT: training stops after this step and saves a checkpoint" in caplog.text
     assert "stopped at step 4" in caplog.text
     assert "resume_from_checkpoint=True" in caplog.text
     assert load_file(tmp_path / "run.run" / "checkpoint-4" / "adapter_model.safetensors").keys()

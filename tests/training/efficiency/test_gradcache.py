@@ -1,3 +1,4 @@
+import os
 import socket
 import subprocess
 import sys
@@ -10,29 +11,16 @@ import torch
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from tests.conftest import make_dataset
-from tests.training.objectives.test_losses import batch_of, distance, gradient, model_with_lora
-
-FORMS = {
-    "plain": {},
-    "guide": {"guide_margin": 0.05},
-    "matryoshka": {"dims": (8, 16)},
-    "all": {"guide_margin": 0.05, "dims": (8,)},
-}
-
-
-def mined(passages=16):
-    dataset = make_dataset(passages=passages)
-    dataset.hard_negatives = {f"q{n}-0": [f"p{(n + 5) % passages}"] for n in range(0, passages, 3)}
-    return dataset.check()
+from tests.helpers.gradients import LOSS_FORMS, batch_of, distance, gradient, mined, model_with_lora
 
 
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LOSS_FORMS)
 def test_the_gradient_is_that_of_the_plain_loss(tiny_model, form, soft):
     model = model_with_lora(tiny_model)
     batch = batch_of(model, mined(), mini_batch_size=3, soft=soft)
-    plain = MaskedInfoNCELoss(model, 0.05, **FORMS[form])(*batch)
-    cached = MaskedInfoNCELoss(model, 0.05, cached=True, **FORMS[form])(*batch)
+    plain = MaskedInfoNCELoss(model, 0.05, **LOSS_FORMS[form])(*batch)
+    cached = MaskedInfoNCELoss(model, 0.05, cached=True, **LOSS_FORMS[form])(*batch)
     assert cached.item() == plain.item()
     expected = gradient(model, plain)
     assert expected.norm() > 0.1
@@ -71,13 +59,13 @@ def test_drawing_random_numbers_between_the_passes_changes_nothing(tiny_model):
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LOSS_FORMS)
 def test_under_autocast_the_second_pass_computes_as_the_first(tiny_model, form, inside):
     model = model_with_lora(tiny_model)
     batch = batch_of(model, mined(), mini_batch_size=3)
     found = []
     for cached in (False, True):
-        loss_of = MaskedInfoNCELoss(model, 0.05, cached=cached, **FORMS[form])
+        loss_of = MaskedInfoNCELoss(model, 0.05, cached=cached, **LOSS_FORMS[form])
         # a cached cast would add up the gradients of all chunks in bfloat16, which is less exact than GradCache
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
             loss = loss_of(*batch)
@@ -85,7 +73,7 @@ def test_under_autocast_the_second_pass_computes_as_the_first(tiny_model, form, 
                 found.append((loss.item(), gradient(model, loss)))
         if not inside:
             found.append((loss.item(), gradient(model, loss)))
-    exact = gradient(model, MaskedInfoNCELoss(model, 0.05, **FORMS[form])(*batch))
+    exact = gradient(model, MaskedInfoNCELoss(model, 0.05, **LOSS_FORMS[form])(*batch))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
     # inside of autocast the plain loss is differentiated in bfloat16, which GradCache is not
     assert distance(found[1][1], found[0][1]) < (0.02 if inside else 1e-5)
@@ -182,8 +170,8 @@ PROCESS = """
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from tests.training.efficiency.test_gradcache import FORMS, MaskedInfoNCELoss, gradient, mined, model_with_lora
-    from tests.training.objectives.test_losses import batch_of
+    from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
+    from tests.helpers.gradients import LOSS_FORMS, batch_of, gradient, mined, model_with_lora
 
     rank, port, folder, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -193,7 +181,7 @@ PROCESS = """
         model = model_with_lora(folder)
         wrapped = DistributedDataParallel(model, find_unused_parameters=unused)
         batch = batch_of(model, mined(), mini_batch_size=3, rank=rank, world=2)
-        for form, arguments in FORMS.items():
+        for form, arguments in LOSS_FORMS.items():
             for cached in (False, True):
                 loss_of = MaskedInfoNCELoss(model, 0.05, cached=cached, **arguments)
                 loss_of.model = wrapped
@@ -213,7 +201,7 @@ PROCESS = """
 
 
 def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(tiny_model, tmp_path):
-    """Two times eight groups of unequal numbers of chunks, under DDP, in all forms."""
+    """Two times eight groups, in unequal numbers of chunks, under DDP, in all forms."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -224,7 +212,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(tiny_model,
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(port), tiny_model, str(tmp_path)],
             cwd=root,
-            env={**__import__("os").environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         )
         for rank in (0, 1)
     ]
@@ -237,8 +225,8 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(tiny_model,
     batch = batch_of(model, mined(), mini_batch_size=3)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert len(found) == len(FORMS) * 2 * 2 * 3
+        assert len(found) == len(LOSS_FORMS) * 2 * 2 * 3
         for (form, cached, _, _), (value, of_both) in found.items():
-            loss = MaskedInfoNCELoss(model, 0.05, cached=cached, **FORMS[form])(*batch)
+            loss = MaskedInfoNCELoss(model, 0.05, cached=cached, **LOSS_FORMS[form])(*batch)
             assert value == pytest.approx(loss.item(), rel=1e-6)
             assert distance(of_both, gradient(model, loss)) < 1e-6, (form, cached)

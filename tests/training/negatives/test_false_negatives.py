@@ -6,20 +6,20 @@ from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.negatives import false_negatives
 from llama_index_lora_embed.training.negatives.false_negatives import Corpus, Guard, too_close
 
-QUESTION = "who keeps the keys"
+QUERY = "who keeps the keys"
 POSITIVE = "The porter has had them ever since the gate was built."
 QUOTED = " and this is a passage that chunks share, of far more than fifty characters "
 
 
 def reasons(corpus, *, near_duplicates=None, answers=("p",), window=0, **documents):
-    """By passage: why it is no negative of the question that `p` answers, or None."""
+    """For each passage, why it is no negative of the query that `p` answers, or None."""
     passages = {"p": POSITIVE, **corpus}
     sources = {i: documents.get(i, "x") for i in passages}
     dataset = EmbeddingQAFinetuneDataset(
-        queries={"q": QUESTION}, corpus=passages, relevant_docs={"q": ["p"]}, source_documents=sources
+        queries={"q": QUERY}, corpus=passages, relevant_docs={"q": ["p"]}, source_documents=sources
     )
     known = Corpus.of(dataset, near_duplicates or {})
-    guard = Guard(known, QUESTION, set(answers), window)
+    guard = Guard(known, QUERY, set(answers), window)
     return {i: guard.reason(i, {known.alike["p"]}) for i in passages if i != "p"}
 
 
@@ -28,13 +28,13 @@ def test_a_positives_text_under_another_id_is_a_duplicate(text):
     assert reasons({"a": text, "b": "Other."}, a="y") == {"a": false_negatives.DUPLICATE, "b": None}
 
 
-def test_the_answer_to_another_question_of_the_same_wording_is_told_from_a_duplicate():
+def test_an_answer_to_another_query_of_the_same_wording_is_distinguished_from_a_duplicate():
     found = reasons({"a": "The steward.", "b": "the  STEWARD."}, answers=("p", "a"))
     assert found == dict.fromkeys("ab", false_negatives.WORDING)
 
 
 @pytest.mark.parametrize("root", ["p", "b", "a"])
-def test_near_duplicates_of_a_positive_are_known_whichever_of_them_comes_first(root):
+def test_near_duplicates_of_a_positive_are_found_whichever_of_them_comes_first(root):
     corpus = {"a": "One.", "b": "Two.", "c": "ONE.", "d": "Three."}
     found = reasons(corpus, near_duplicates=dict.fromkeys("pab", root))
     assert found == {**dict.fromkeys("abc", false_negatives.NEAR_DUPLICATE), "d": None}
@@ -71,8 +71,8 @@ def test_a_beginning_that_all_chunks_of_a_document_share_is_no_overlap():
     assert reasons({"p": header + POSITIVE, "a": f"{header}Of another matter."}) == {"a": None}
 
 
-def test_a_chunk_of_the_same_document_that_holds_the_question_is_an_overlap():
-    corpus = {"a": f"The third chapter asks: {QUESTION.upper()}? It says nothing of the answer."}
+def test_a_chunk_of_the_same_document_that_contains_the_query_is_an_overlap():
+    corpus = {"a": f"The third chapter asks: {QUERY.upper()}? It says nothing of the answer."}
     assert reasons(corpus) == {"a": false_negatives.OVERLAP}
     assert reasons(corpus, a="y") == {"a": None}
 

@@ -1,20 +1,11 @@
 import pytest
-import torch
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.core.errors import ConfigError, DatasetError
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.training.examples import make_groups
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
-from llama_index_lora_embed.training.objectives.collator import (
-    CURATED,
-    IGNORED,
-    NEGATIVE,
-    ExampleBatchSampler,
-    ExampleTraits,
-    GroupBatchSampler,
-    GroupCollator,
-    make_groups,
-)
+from llama_index_lora_embed.training.objectives.collator import CURATED, IGNORED, NEGATIVE, GroupCollator
 from tests.conftest import WORDS, make_dataset
 
 
@@ -35,7 +26,7 @@ def texts_of(model, batch, letter):
     return [model.tokenizer.decode(row, skip_special_tokens=True) for chunk in chunks for row in chunk]
 
 
-def test_each_passage_is_encoded_once_with_all_its_questions(model):
+def test_each_passage_is_encoded_once_with_all_its_queries(model):
     dataset = make_dataset(passages=12, questions=3)
     batch = collate(model, dataset)
     assert batch["label"].shape == (36, 12)
@@ -48,16 +39,16 @@ def test_labels_point_at_the_right_passages_after_sorting_by_length(model):
     dataset = make_dataset(passages=9)
     dataset.corpus = {i: " ".join(text.split()[: 3 + n]) for n, (i, text) in enumerate(dataset.corpus.items())}
     batch = collate(model, dataset)
-    questions, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
-    answers = {dataset.queries[q]: dataset.corpus[ids[0]] for q, ids in dataset.relevant_docs.items()}
-    for row, question in enumerate(questions):
-        assert answers[question] == passages[int((batch["label"][row] == 1).int().argmax())]
+    queries, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
+    positives = {dataset.queries[q]: dataset.corpus[ids[0]] for q, ids in dataset.relevant_docs.items()}
+    for row, query in enumerate(queries):
+        assert positives[query] == passages[int((batch["label"][row] == 1).int().argmax())]
 
 
 def labels_by_text(model, dataset, **kwargs):
     batch = collate(model, dataset, **kwargs)
-    questions, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
-    return {(q, p): batch["label"][i, j].item() for i, q in enumerate(questions) for j, p in enumerate(passages)}
+    queries, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
+    return {(q, p): batch["label"][i, j].item() for i, q in enumerate(queries) for j, p in enumerate(passages)}
 
 
 def test_other_relevant_passages_and_equal_texts_are_no_negatives(model):
@@ -88,7 +79,7 @@ def test_two_cuts_of_one_node_are_not_each_others_negatives(model):
     assert labels["w1", "w20"] == NEGATIVE
 
 
-def test_questions_of_one_wording_share_their_answers(model):
+def test_queries_of_one_wording_share_their_positives(model):
     dataset = EmbeddingQAFinetuneDataset(
         queries={"a": "w1 w2", "b": "W1  w2", "c": "w3"},
         corpus={"p": "w10", "r": "w11", "s": "w12"},
@@ -96,13 +87,13 @@ def test_questions_of_one_wording_share_their_answers(model):
     )
     dataset.queries["b"] = "w1  w2"
     batch = collate(model, dataset)
-    questions, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
-    for row, question in enumerate(questions):
+    queries, passages = texts_of(model, batch, "q"), texts_of(model, batch, "p")
+    for row, query in enumerate(queries):
         negatives = {passages[j] for j in range(3) if batch["label"][row, j] == NEGATIVE}
-        assert negatives == ({"w12"} if question == "w1 w2" else {"w10", "w11"})
+        assert negatives == ({"w12"} if query == "w1 w2" else {"w10", "w11"})
 
 
-# Ten chunks of one document, each of other words; the fourth and the eighth are then made alike in one way each.
+# Ten chunks of one document with different words; tests make the fourth and the eighth similar.
 def one_document(**changes):
     corpus = {f"p{n}": " ".join(WORDS[10 * n : 10 * n + 10]) for n in range(10)} | changes
     return EmbeddingQAFinetuneDataset(
@@ -114,8 +105,8 @@ def one_document(**changes):
     ).check()
 
 
-def of_question_a(model, dataset, window, near_duplicates=None):
-    """Label of each passage for question a."""
+def of_query_a(model, dataset, window, near_duplicates=None):
+    """Label of each passage for query a."""
     batch = collate(model, dataset, false_negatives=FalseNegatives(dataset, window, near_duplicates))
     row = texts_of(model, batch, "q").index(dataset.queries["a"])
     passages = list(zip(texts_of(model, batch, "p"), batch["label"][row].tolist(), strict=True))
@@ -127,30 +118,30 @@ def of_question_a(model, dataset, window, near_duplicates=None):
     ("window", "ignored"), [(0, ""), (1, "24"), (2, "1245"), (None, "012456789")], ids=["0", "1", "2", "all"]
 )
 def test_siblings_within_the_window_are_no_negatives(model, window, ignored):
-    labels = of_question_a(model, one_document(), window)
+    labels = of_query_a(model, one_document(), window)
     assert labels == {"p3": 1.0} | {f"p{n}": IGNORED if str(n) in ignored else NEGATIVE for n in range(10) if n != 3}
 
 
-def test_a_chunk_that_overlaps_an_answer_is_no_negative_however_far_off(model):
+def test_a_chunk_that_overlaps_a_positive_is_no_negative_at_any_distance(model):
     answer = " ".join(WORDS[30:50])
     dataset = one_document(p3=answer, p7=" ".join(WORDS[35:50]) + " w70 w71 w72")
-    assert of_question_a(model, dataset, 0)["p7"] == IGNORED
+    assert of_query_a(model, dataset, 0)["p7"] == IGNORED
     dataset.source_documents = {**dataset.source_documents, "p7": "elsewhere"}
-    assert of_question_a(model, dataset, 0)["p7"] == NEGATIVE
+    assert of_query_a(model, dataset, 0)["p7"] == NEGATIVE
 
 
-def test_a_chunk_of_the_document_that_holds_the_question_is_no_negative(model):
+def test_a_chunk_of_the_same_document_that_contains_the_query_is_no_negative(model):
     dataset = one_document(p7="w70 w30 w39 w71 w72 w73")
-    assert of_question_a(model, dataset, 0)["p7"] == IGNORED
+    assert of_query_a(model, dataset, 0)["p7"] == IGNORED
     dataset.source_documents = {**dataset.source_documents, "p7": "elsewhere"}
-    assert of_question_a(model, dataset, 0)["p7"] == NEGATIVE
+    assert of_query_a(model, dataset, 0)["p7"] == NEGATIVE
 
 
-def test_a_near_duplicate_of_the_answer_is_no_negative(model):
+def test_a_near_duplicate_of_a_positive_is_no_negative(model):
     dataset = one_document(p7="w30 w31 w32 w33 w34 w35 w36 w37 w38 w170")
     dataset.source_documents = None
-    assert of_question_a(model, dataset, 2, {"p3": "p3", "p7": "p3"})["p7"] == IGNORED
-    assert of_question_a(model, dataset, 2)["p7"] == NEGATIVE
+    assert of_query_a(model, dataset, 2, {"p3": "p3", "p7": "p3"})["p7"] == IGNORED
+    assert of_query_a(model, dataset, 2)["p7"] == NEGATIVE
 
 
 def test_hard_negatives_join_the_batch_as_n_tuples_without_repeating_the_positive(model):
@@ -166,7 +157,7 @@ def test_hard_negatives_join_the_batch_as_n_tuples_without_repeating_the_positiv
     assert labels["w2", "w13"] == NEGATIVE
 
 
-def test_a_curated_negative_is_never_masked(model):
+def test_a_hard_negative_is_never_masked(model):
     dataset = EmbeddingQAFinetuneDataset(
         queries={"a": "w1", "b": "w2", "c": "w3"},
         corpus={"p": "w10", "next": "w11", "r": "w12", "copy": "W10"},
@@ -183,7 +174,7 @@ def test_a_curated_negative_is_never_masked(model):
     assert sorted(batch["label"][row].tolist()) == [IGNORED, IGNORED, NEGATIVE, 1]
 
 
-def test_soft_labels_make_all_passages_of_a_question_its_targets_by_their_grade(model):
+def test_soft_labels_make_all_passages_of_a_query_its_targets_by_their_grade(model):
     dataset = EmbeddingQAFinetuneDataset(
         queries={"a": "w1", "b": "w2", "c": "w3"},
         corpus={"p": "w10", "r": "w11", "s": "w12", "twin": "w11 ."},
@@ -227,132 +218,6 @@ def test_processes_share_the_texts_of_one_label_without_losing_any(model, world)
 def test_fewer_passages_than_processes_are_refused(model):
     with pytest.raises(ConfigError, match="3 processes"):
         collate(model, make_dataset(passages=2), world=3)
-
-
-def test_use_all_docs_trains_every_relevant_passage():
-    dataset = make_dataset(passages=4, questions=1)
-    dataset.relevant_docs["q0-0"] = ["p0", "p1"]
-    assert len(make_groups(dataset, use_all_docs=True)[1].query_ids) == 2
-    assert len(make_groups(dataset, use_all_docs=False)[1].query_ids) == 1
-
-
-def test_one_passage_alone_cannot_be_trained_on():
-    with pytest.raises(DatasetError, match="one passage"):
-        make_groups(make_dataset(passages=1), False)
-
-
-@pytest.mark.parametrize(("count", "size"), [(1, 8), (7, 8), (8, 8), (9, 8), (33, 8), (100, 32), (5, 2)])
-def test_an_epoch_holds_every_group_once_and_no_batch_of_one(count, size):
-    sampler = GroupBatchSampler(range(count), batch_size=size, drop_last=False, seed=3)
-    batches = list(sampler)
-    assert sorted(i for batch in batches for i in batch) == list(range(count))
-    assert len(batches) == len(sampler)
-    assert all(len(batch) <= max(size, 3) for batch in batches)
-    assert count == 1 or all(len(batch) > 1 for batch in batches)
-
-
-def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        sampler = GroupBatchSampler(range(50), batch_size=8, drop_last=False, seed=seed)
-        sampler.set_epoch(epoch)
-        torch.rand(3)
-        return list(sampler)
-
-    assert order(1, 2) == order(1, 2)
-    assert order(1, 2) != order(1, 3)
-    assert order(1, 2) != order(2, 2)
-
-
-def test_no_batch_has_fewer_groups_than_there_are_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    batches = list(GroupBatchSampler(range(17), batch_size=4, drop_last=False))
-    assert sorted(len(batch) for batch in batches) == [4, 4, 4, 5]
-    with pytest.raises(ConfigError, match="4 processes"):
-        GroupBatchSampler(range(3), batch_size=4, drop_last=False)
-
-
-def rows_of(dataset):
-    return [(q, [ids[0], *(dataset.hard_negatives or {}).get(q, ())]) for q, ids in dataset.relevant_docs.items()]
-
-
-def row_sampler(dataset, size, window=2, seed=3, near_duplicates=None, **kwargs):
-    rows = rows_of(dataset)
-    traits = ExampleTraits.of(rows, FalseNegatives(dataset, window, near_duplicates))
-    return ExampleBatchSampler(range(len(rows)), size, False, seed=seed, traits=traits, **kwargs)
-
-
-def clashes(dataset, batches, window, near_duplicates=None):
-    """Pairs of rows of one batch of which one's passage is a false negative of the other's question."""
-    rows, false_negatives = rows_of(dataset), FalseNegatives(dataset, window, near_duplicates)
-    return [
-        (rows[i], rows[j])
-        for batch in batches
-        for i in batch
-        for j in batch
-        if i != j and any(false_negatives.excludes(rows[i][0], p) for p in rows[j][1])
-    ]
-
-
-@pytest.mark.parametrize("window", [0, 2, None])
-def test_no_row_meets_a_false_negative_and_none_is_left_out(window):
-    dataset = make_dataset(passages=60, questions=3)
-    documents = dict.fromkeys(dataset.corpus, "one") if window == 2 else {i: f"d{i[:2]}" for i in dataset.corpus}
-    dataset.source_documents = documents
-    dataset.queries["q7-0"] = dataset.queries["q40-1"]  # one wording, two answers
-    dataset.hard_negatives = {f"q{n}-0": [f"p{(n + 20) % 60}"] for n in range(0, 60, 7)}
-    alike = {"p5": "p5", "p50": "p5"}
-    plain = ExampleBatchSampler(range(180), 16, False, seed=3)
-    assert clashes(dataset, plain, window, alike), "the data would not test anything"
-    sampler = row_sampler(dataset, 16, window, near_duplicates=alike)
-    for epoch in range(4):
-        sampler.set_epoch(epoch)
-        batches = list(sampler)
-        assert sorted(i for batch in batches for i in batch) == list(range(180))
-        assert len(batches) == len(sampler)
-        assert all(0 < len(batch) <= 16 for batch in batches)
-        assert clashes(dataset, batches, window, alike) == []
-
-
-def test_rows_that_do_not_clash_fill_their_batches():
-    sampler = row_sampler(make_dataset(passages=100, questions=1, sources=False), 16)
-    assert [len(batch) for batch in sampler] == [16] * 6 + [4]
-
-
-def test_an_own_hard_negative_beside_the_answer_keeps_its_row():
-    dataset = make_dataset(passages=20, questions=1)
-    dataset.hard_negatives = {f"q{n}-0": [f"p{n ^ 1}"] for n in range(20)}  # the other passage of the document
-    batches = list(row_sampler(dataset, 5))
-    assert sorted(i for batch in batches for i in batch) == list(range(20))
-    assert clashes(dataset, batches, 2) == []
-
-
-def test_rows_of_one_passage_alone_end_in_batches_of_one():
-    dataset = make_dataset(passages=2, questions=30)
-    sampler = row_sampler(dataset, 8)
-    batches = list(sampler)
-    assert len(batches) == len(sampler) == 60
-    assert sorted(i for batch in batches for i in batch) == list(range(60))
-
-
-def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
-    dataset = make_dataset(passages=40)
-
-    def order(seed, epoch):
-        sampler = row_sampler(dataset, 8, seed=seed)
-        sampler.set_epoch(epoch)
-        torch.rand(3)
-        return list(sampler)
-
-    assert order(1, 2) == order(1, 2)
-    assert order(1, 2) != order(1, 3)
-    assert order(1, 2) != order(2, 2)
-
-
-def test_processes_get_different_rows_and_equally_many_batches():
-    dataset = make_dataset(passages=45, questions=1, sources=False)
-    shares = [row_sampler(dataset, 8, rank=rank, world=4) for rank in range(4)]
-    assert [len(list(share)) for share in shares] == [len(share) for share in shares] == [2] * 4
-    assert {i for share in shares for batch in share for i in batch} == set(range(45))
 
 
 def test_prompts_are_in_the_batch(tiny_model):

@@ -12,16 +12,17 @@ from sentence_transformers.sentence_transformer import losses
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.config import OBJECTIVES, ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, ModelNotFoundError, UnsafeCheckpointError
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
-from llama_index_lora_embed.training.examples import make_examples
+from llama_index_lora_embed.training.examples import make_examples, make_groups
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
-from llama_index_lora_embed.training.objectives.collator import IGNORED, ExampleBatchSampler, GroupCollator, make_groups
+from llama_index_lora_embed.training.objectives.collator import IGNORED, GroupCollator
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.plan import training_plan
+from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler
 from tests.conftest import WORDS, make_dataset
-from tests.training.objectives.test_losses import model_with_lora
+from tests.helpers.gradients import model_with_lora
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def columns(plan):
     return plan.inputs["train_dataset"].to_dict()
 
 
-def graded_examples(**kwargs):
+def graded_pairs(**kwargs):
     texts = [" ".join(WORDS[n : n + 4]) for n in range(40)]
     return LabelledPairs(texts[:20], texts[20:], [n % 5 / 4 for n in range(20)], **kwargs)
 
@@ -64,38 +65,7 @@ def save_classifier(folder, tiny_model, labels, **kwargs):
     tokenizer.save_pretrained(folder)
 
 
-# settings
-
-
-def test_the_defaults_can_be_used():
-    assert ObjectiveSettings().problems() == []
-    for name in OBJECTIVES:
-        assert ObjectiveSettings(name=name, teacher="x" if name == "distillation" else None).problems() == []
-
-
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"name": "mnrl"}, ["name='mnrl'"]),
-        ({"mini_batch_size": 0, "triplet_margin": -1}, ["mini_batch_size=0", "triplet_margin=-1"]),
-        ({"matryoshka_dims": (16, 16)}, ["matryoshka_dims=(16, 16)"]),
-        ({"matryoshka_dims": ()}, ["matryoshka_dims=()"]),
-        ({"matryoshka_dims": 16}, ["matryoshka_dims=16"]),
-        ({"sibling_window": -1, "mask_near_duplicates": 1}, ["sibling_window=-1", "mask_near_duplicates=1"]),
-        ({"guide": True, "guide_margin": float("nan")}, ["guide_margin=nan"]),
-        ({"guide_margin": 0.1}, ["guide_margin=0.1 with guide=False"]),
-        ({"name": "distillation"}, ["teacher=None"]),
-        ({"teacher": "x"}, ["teacher='x' with name=None"]),
-        ({"name": "triplet", "guide": True, "mini_batch_size": 4}, ["mini_batch_size=4 with", "guide=True with"]),
-        ({"name": "cosent", "matryoshka_dims": (8,)}, ["matryoshka_dims=(8,) with name='cosent'"]),
-    ],
-)
-def test_settings_that_cannot_be_used_are_all_named(wrong, named):
-    problems = ObjectiveSettings(**wrong).problems()
-    assert [problem.startswith(start) for problem, start in zip(problems, named, strict=True)] == [True] * len(named)
-
-
-# questions and passages
+# queries and passages
 
 
 def test_by_default_groups_are_trained_with_masked_in_batch_negatives(model):
@@ -108,7 +78,7 @@ def test_by_default_groups_are_trained_with_masked_in_batch_negatives(model):
     assert inputs["train_dataset"].to_dict() == {"group": list(range(24))}
 
 
-def test_on_a_processor_steps_are_computed_in_pieces_unless_that_is_switched_off(model):
+def test_on_a_cpu_steps_are_computed_in_chunks_unless_that_is_switched_off(model):
     def cached(**settings):
         return plan_of(model, make_dataset(), **settings).inputs["loss"].cached
 
@@ -120,7 +90,7 @@ def test_on_a_processor_steps_are_computed_in_pieces_unless_that_is_switched_off
     assert cached(mini_batch_size=5)
 
 
-def test_gradient_checkpointing_switches_the_pieces_of_auto_off(model):
+def test_with_gradient_checkpointing_auto_uses_no_gradcache(model):
     plan = training_plan(
         model, make_dataset(), make_groups(make_dataset(), False), None, TrainingSettings(), gradient_checkpointing=True
     )
@@ -149,7 +119,7 @@ def test_near_duplicates_are_found_and_masked_unless_that_is_switched_off(model)
     assert ignored(mask_near_duplicates=False) == 0
 
 
-def test_siblings_alone_cannot_be_trained_on(model):
+def test_a_dataset_of_siblings_alone_is_refused(model):
     dataset = make_dataset(passages=3)
     dataset.source_documents = dict.fromkeys(dataset.corpus, "d")
     with pytest.raises(DatasetError, match="sibling_window=0"):
@@ -172,10 +142,10 @@ def test_gradcache_and_gradient_checkpointing_exclude_each_other(model):
     training_plan(*arguments, gradient_checkpointing=True)
 
 
-# rows
+# examples
 
 
-def test_triplets_take_the_first_hard_negative_or_else_a_passage_that_is_no_answer(model):
+def test_triplets_have_the_first_hard_negative_or_else_a_passage_that_is_no_positive(model):
     dataset = make_dataset(passages=6)
     dataset.hard_negatives = {"q0-0": ["p4", "p5"], "q1-0": ["p5"]}
     plan = plan_of(model, dataset, name="triplet")
@@ -196,13 +166,13 @@ def test_triplets_take_the_first_hard_negative_or_else_a_passage_that_is_no_answ
     assert loss.compute_loss_from_embeddings([*vectors[:2], vectors[1]], None).item() == pytest.approx(0.1)
 
 
-def test_a_question_that_no_negative_is_left_for_is_named(model):
+def test_a_query_without_any_negative_is_named(model):
     with pytest.raises(DatasetError) as caught:
         plan_of(model, make_dataset(passages=2), name="triplet")
     assert caught.value.problems == ["q0-0", "q0-1", "q1-0", "q1-1"]
 
 
-def test_questions_short_of_negatives_get_passages_that_cannot_be_answers():
+def test_queries_with_too_few_hard_negatives_get_passages_that_are_no_false_negatives():
     dataset = make_dataset(passages=6)
     dataset.hard_negatives = {"q0-0": ["p4", "p5"], "q1-0": ["p5"]}
     near = {"p2": "p2", "p4": "p2"}
@@ -218,7 +188,7 @@ def test_questions_short_of_negatives_get_passages_that_cannot_be_answers():
 
 
 @pytest.mark.parametrize("name", ["cosent", "cosine"])
-def test_questions_become_pairs_with_their_grade_and_with_nought(model, name):
+def test_queries_become_pairs_labelled_with_their_grade_or_0(model, name):
     dataset = make_dataset(passages=8, questions=1)
     dataset.relevance_scores = {"q0-0": {"p0": 0.5}}
     dataset.hard_negatives = {"q0-0": ["p4", "p5"]}
@@ -233,7 +203,7 @@ def test_questions_become_pairs_with_their_grade_and_with_nought(model, name):
     assert name == "cosine" or loss.scale == 20
 
 
-def test_every_negative_stands_under_the_passages_prompt_however_many_there_are(model):
+def test_every_negative_gets_the_passage_prompt_however_many_there_are(model):
     dataset = make_dataset(passages=130, questions=1, sources=False)
     dataset.hard_negatives = {"q0-0": [f"p{n}" for n in range(10, 120)]}
     plan = plan_of(model, dataset, losses.MultipleNegativesRankingLoss)
@@ -243,23 +213,23 @@ def test_every_negative_stands_under_the_passages_prompt_however_many_there_are(
     assert "negative_110" in prompts
 
 
-def test_a_plan_says_whether_its_steps_can_be_computed_in_pieces(model):
+def test_a_plan_says_whether_its_steps_can_be_computed_in_chunks(model):
     dataset = make_dataset()
-    assert plan_of(model, dataset).divisible
-    assert plan_of(model, dataset, name="soft_labels").divisible
-    assert not plan_of(model, dataset, name="triplet").divisible
-    assert not plan_of(model, dataset, losses.MultipleNegativesRankingLoss).divisible
-    assert not plan_of(model, graded_examples()).divisible
+    assert plan_of(model, dataset).gradcache
+    assert plan_of(model, dataset, name="soft_labels").gradcache
+    assert not plan_of(model, dataset, name="triplet").gradcache
+    assert not plan_of(model, dataset, losses.MultipleNegativesRankingLoss).gradcache
+    assert not plan_of(model, graded_pairs()).gradcache
     arguments = (model, dataset, make_groups(dataset, False), None, TrainingSettings())
-    assert not training_plan(*arguments, gradient_checkpointing=True).divisible
+    assert not training_plan(*arguments, gradient_checkpointing=True).gradcache
 
 
 # labelled pairs
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_labelled_pairs_are_trained_by_their_order_under_the_prompts_of_serving(model, symmetric):
-    pairs = graded_examples(symmetric=symmetric)
+def test_labelled_pairs_are_ranked_by_their_labels_with_the_prompts_of_serving(model, symmetric):
+    pairs = graded_pairs(symmetric=symmetric)
     plan = plan_of(model, pairs)
     assert columns(plan) == {"text1": pairs.texts1, "text2": pairs.texts2, "label": pairs.scores}
     assert isinstance(plan.inputs["loss"](model), losses.CoSENTLoss)
@@ -272,9 +242,9 @@ def test_labelled_pairs_are_trained_by_their_order_under_the_prompts_of_serving(
     "objective", [{"name": "in_batch"}, {"name": "soft_labels"}, {"name": "triplet"}, {"guide": True},
                   {"name": "distillation", "teacher": "x"}, {"mini_batch_size": 4}],
 )  # fmt: skip
-def test_labelled_pairs_with_an_objective_for_questions_are_refused(model, objective):
+def test_labelled_pairs_with_an_objective_for_queries_are_refused(model, objective):
     with pytest.raises(ConfigError, match="'cosent', 'cosine'"):
-        plan_of(model, graded_examples(), **objective)
+        plan_of(model, graded_pairs(), **objective)
 
 
 # distillation
@@ -314,7 +284,7 @@ def test_a_student_that_ranks_as_its_teacher_has_nothing_to_learn(model, teacher
     assert loss.compute_loss_from_embeddings(vectors, -own).item() > 0.1
 
 
-def test_a_teacher_that_is_not_there_is_an_error_that_names_it(model, tmp_path):
+def test_a_teacher_that_does_not_exist_is_named(model, tmp_path):
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         plan_of(model, make_dataset(), name="distillation", teacher=str(tmp_path / "nowhere"))
 
@@ -337,10 +307,10 @@ def test_a_teacher_whose_weights_could_run_code_is_refused(model, teacher, tiny_
         plan_of(model, make_dataset(), name="distillation", teacher=str(tmp_path))
 
 
-# a loss of the user's own
+# the user's own loss
 
 
-def test_rows_for_a_loss_of_the_users_own_never_meet_false_negatives(model):
+def test_examples_for_the_users_own_loss_never_share_a_batch_with_false_negatives(model):
     dataset = make_dataset(passages=20)
     dataset.hard_negatives = {"q0-0": ["p4", "p5"]}
     plan = plan_of(model, dataset, losses.MultipleNegativesRankingLoss)
@@ -369,11 +339,11 @@ def test_a_loss_that_holds_no_model_is_refused(model):
         plan_of(model, make_dataset(), lambda model: "loss").inputs["loss"](model)
 
 
-# all of them in the trainer
+# all objectives in the trainer
 
 
 def trained(model, plan, folder, **arguments):
-    """The trainer after two epochs with a plan, and its losses."""
+    """The trainer after two epochs with a plan, and the losses that it logged."""
     trainer = SentenceTransformerTrainer(
         model=model,
         **plan.inputs,
@@ -417,12 +387,12 @@ def test_every_objective_trains_the_adapter_in_as_many_steps_as_announced(model,
 
 
 def test_labelled_pairs_train_the_adapter(model, tmp_path):
-    trainer, values = trained(model, plan_of(model, graded_examples()), tmp_path)
+    trainer, values = trained(model, plan_of(model, graded_pairs()), tmp_path)
     assert trainer.state.global_step == len(values) == 8
     assert values[0] > 0
 
 
-def test_the_prompts_of_serving_are_in_the_rows_that_the_trainer_tokenises(model, tmp_path):
+def test_the_trainer_tokenizes_texts_with_the_prompts_of_serving(model, tmp_path):
     plan = plan_of(model, make_dataset(), name="triplet")
     trainer = SentenceTransformerTrainer(
         model=model,

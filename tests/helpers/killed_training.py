@@ -10,41 +10,35 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from peft import LoraConfig
 
-from llama_index_lora_embed import LoraFinetuneEngine
 from llama_index_lora_embed.models import adapter_directory
 from llama_index_lora_embed.training import trainer
 from llama_index_lora_embed.training.checkpointing import checkpoints
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
-from tests.conftest import make_dataset
+from tests.conftest import make_engine
 
 torch.set_num_threads(1)  # no pool of threads that a fork would lose
 
 
-def engine(model: str, path: str, **kwargs) -> LoraFinetuneEngine:
-    settings = {
-        "batch_size": 4,
-        "epochs": 5,
-        "learning_rate": 5e-3,
-        "val_dataset": make_dataset(passages=10, seed=7, prefix="v"),
-        "show_progress_bar": False,
-        "device": "cpu",
-        "save_checkpoints": True,
-        "checkpoint_save_steps": 2,
-        "checkpoint_save_total_limit": 2,
-        "evaluation_steps": 3,
-        "precision": "fp32",
-        "resume_from_checkpoint": True,
-    }
-    from peft import LoraConfig
-
+engine = partial(
+    make_engine,
+    batch_size=4,
+    epochs=5,
+    save_checkpoints=True,
+    checkpoint_save_steps=2,
+    checkpoint_save_total_limit=2,
+    evaluation_steps=3,
+    precision="fp32",
+    resume_from_checkpoint=True,
     # dropout, so that a random state that is not restored shows
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2)
-    return LoraFinetuneEngine(make_dataset(), model, path, lora_config=config, **{**settings, **kwargs})
+    lora_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.2),
+)
 
 
 def die() -> None:

@@ -1,6 +1,6 @@
-"""What several processes run together in the tests: `torchrun --nproc-per-node 2 -m tests.training.together ORDERS`.
+"""A training by several processes: `torchrun --nproc-per-node 2 -m tests.helpers.distributed_training ORDERS`.
 
-ORDERS is a file of JSON: model, path, arguments of the engine, of its finetune(), and at which step to stop.
+ORDERS is a JSON file: model, path, arguments of the engine and of its finetune(), and the step at which to stop.
 """
 
 import json

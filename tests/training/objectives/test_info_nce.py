@@ -12,51 +12,15 @@ from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.lora import add_lora
-from llama_index_lora_embed.training.objectives.collator import CURATED, IGNORED, NEGATIVE, GroupCollator, make_groups
-from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss, base_alone
+from llama_index_lora_embed.training.objectives.collator import CURATED, IGNORED, NEGATIVE
+from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss, adapter_disabled
 from tests.conftest import make_dataset
-
-
-def model_with_lora(folder, dropout=0.0):
-    """The tiny model with a LoRA that does something, as the trainer prepares it for a step."""
-    model = SentenceTransformer(folder, device="cpu")
-    model.prompts.update(query="", document="")
-    torch.manual_seed(5)
-    add_lora(model, LoraConfig(r=4, lora_dropout=dropout), TrainingSettings())
-    model.eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    for module in model.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout.train()
-    return model
+from tests.helpers.gradients import batch_of, distance, gradient, model_with_lora
 
 
 @pytest.fixture
 def model(tiny_model):
     return model_with_lora(tiny_model)
-
-
-def batch_of(model, dataset, **kwargs):
-    """(features, labels) of one batch with all of a dataset's groups, as the trainer hands them to a loss."""
-    groups = make_groups(dataset, use_all_docs=kwargs.pop("use_all_docs", False))
-    batch = GroupCollator(model, dataset, groups, **kwargs)([{"group": i} for i in range(len(groups))])
-    names = [key.removesuffix("_input_ids") for key in batch if key.endswith("_input_ids")]
-    features = [{key[len(n) + 1 :]: v for key, v in batch.items() if key.startswith(f"{n}_")} for n in names]
-    return features, batch["label"]
-
-
-def gradient(model, loss):
-    """Of all trained weights, as one vector."""
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-
-
-def distance(one, other):
-    return float((one - other).norm() / other.norm())
 
 
 def pairs_of(model, dataset):
@@ -99,7 +63,7 @@ def test_a_masked_passage_has_no_part_in_the_loss(model):
     assert 0 < masked < before
 
 
-def test_a_question_whose_negatives_are_all_masked_has_no_loss_and_no_gradient(model):
+def test_a_query_whose_negatives_are_all_masked_has_no_loss_and_no_gradient(model):
     features, labels = batch_of(model, make_dataset(passages=3, questions=1, sources=False))
     alone = labels.clone()
     alone[alone == NEGATIVE] = IGNORED
@@ -118,7 +82,7 @@ def test_a_question_whose_negatives_are_all_masked_has_no_loss_and_no_gradient(m
     assert loss(features, one).item() == pytest.approx(each[1] + each[2], rel=1e-5)
 
 
-def test_dropout_makes_equal_texts_differ_and_the_mask_goes_by_node(tiny_model):
+def test_equal_texts_are_masked_by_node_although_dropout_makes_their_embeddings_differ(tiny_model):
     """A mask by similarity would need a similarity of 1."""
     model = model_with_lora(tiny_model, dropout=0.5)
     dataset = EmbeddingQAFinetuneDataset(
@@ -197,7 +161,7 @@ def test_the_guide_is_gist_with_the_untuned_base(model, tiny_model):
     assert distance(gradient(model, ours), gradient(model, theirs)) < 1e-5
 
 
-def test_the_guide_leaves_curated_negatives_alone(model):
+def test_the_guide_does_not_mask_hard_negatives(model):
     features, labels = batch_of(model, make_dataset(passages=6, questions=1, sources=False))
     strict = MaskedInfoNCELoss(model, 0.05, guide_margin=2.0)
     assert strict(features, labels).item() == 0, "everything is too close for this guide"
@@ -206,12 +170,12 @@ def test_the_guide_leaves_curated_negatives_alone(model):
     assert strict(features, curated).item() == MaskedInfoNCELoss(model, 0.05)(features, labels).item()
 
 
-def test_the_guide_takes_the_least_similar_of_several_answers_for_its_measure(model):
+def test_the_guide_compares_with_the_least_similar_of_several_positives(model):
     features, labels = batch_of(model, graded(), soft=True)
     guided = MaskedInfoNCELoss(model, 0.05, guide_margin=0.0)
-    kept = guided._without_false(features, labels, 0.0)
+    kept = guided._mask_by_guide(features, labels, 0.0)
     assert ((kept > 0) == (labels > 0)).all()
-    with torch.no_grad(), base_alone(model):
+    with torch.no_grad(), adapter_disabled(model):
         vectors = torch.cat([model(dict(f))["sentence_embedding"] for f in features])
     similar = vectors[:8] @ vectors[8:].T
     for row in range(8):
@@ -219,7 +183,7 @@ def test_the_guide_takes_the_least_similar_of_several_answers_for_its_measure(mo
         assert ((kept[row] == IGNORED) == ((labels[row] == NEGATIVE) & (similar[row] > lowest))).all()
 
 
-def test_the_base_is_alone_and_afterwards_everything_is_trained_as_before(tiny_model):
+def test_a_disabled_adapter_gives_the_base_and_is_trained_as_before_afterwards(tiny_model):
     model = model_with_lora(tiny_model, dropout=0.5)
     base = SentenceTransformer(tiny_model, device="cpu").eval()
     frozen = next(p for p in model.parameters() if p.requires_grad)
@@ -227,14 +191,14 @@ def test_the_base_is_alone_and_afterwards_everything_is_trained_as_before(tiny_m
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     training = {name: module.training for name, module in model.named_modules()}
     text = model.preprocess(["w1 w2 w3"])
-    with base_alone(model), torch.no_grad():
+    with adapter_disabled(model), torch.no_grad():
         assert model(dict(text))["sentence_embedding"].equal(base(dict(text))["sentence_embedding"])
     assert not model(dict(text))["sentence_embedding"].equal(base(dict(text))["sentence_embedding"])
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
     assert {name: module.training for name, module in model.named_modules()} == training
 
 
-def test_modules_that_are_trained_whole_are_on_again_after_the_guide(tiny_model):
+def test_modules_to_save_are_enabled_again_after_the_guide(tiny_model):
     model = SentenceTransformer(tiny_model, device="cpu")
     add_lora(model, LoraConfig(r=4, target_modules=["query"], modules_to_save=["LayerNorm"]), TrainingSettings())
     with torch.no_grad():
@@ -243,7 +207,7 @@ def test_modules_that_are_trained_whole_are_on_again_after_the_guide(tiny_model)
                 parameter.add_(1.0)
     text = model.preprocess(["w1 w2 w3"])
     before = model(dict(text))["sentence_embedding"].detach()
-    with base_alone(model), torch.no_grad():
+    with adapter_disabled(model), torch.no_grad():
         assert not model(dict(text))["sentence_embedding"].equal(before)
     assert model(dict(text))["sentence_embedding"].equal(before)
 
@@ -252,3 +216,21 @@ def test_a_guide_without_an_adapter_is_refused(tiny_model):
     model = SentenceTransformer(tiny_model, device="cpu")
     with pytest.raises(ConfigError, match="without an adapter"):
         MaskedInfoNCELoss(model, 0.05, guide_margin=0.0)(*batch_of(model, make_dataset(passages=4)))
+
+
+def test_the_loss_of_a_query_is_weighted_by_its_grade(tiny_model):
+    model = SentenceTransformer(tiny_model, device="cpu").eval()
+    model.prompts.update(query="", document="")
+
+    def loss_of(scores):
+        dataset = EmbeddingQAFinetuneDataset(
+            queries={"a": "w1 w2", "b": "w3 w4"},
+            corpus={"x": "w1 w5 w6", "y": "w3 w7 w8"},
+            relevant_docs={"a": ["x"], "b": ["y"]},
+            relevance_scores=scores,
+        ).check()
+        return MaskedInfoNCELoss(model, 0.05)(*batch_of(model, dataset)).item()
+
+    plain, half, one = loss_of(None), loss_of({"a": {"x": 0.5}, "b": {"y": 0.5}}), loss_of({"a": {"x": 1.0}})
+    assert half == pytest.approx(plain / 2, rel=1e-5)
+    assert one == pytest.approx(plain, rel=1e-6)
