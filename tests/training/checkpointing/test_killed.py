@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 def order():
     """Train in a child process, which may be killed."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.training.checkpointing.killed"],
+        [sys.executable, "-W", "ignore", "-m", "tests.helpers.killed_training"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
