@@ -22,6 +22,7 @@ from llama_index_lora_embed.deployment import stamp_index, verify_index
 from llama_index_lora_embed.embedding import export
 from tests.conftest import make_dataset, make_tiny_model
 
+pytestmark = pytest.mark.slow
 KINDS = [(backend, precision) for backend in ("onnx", "openvino") for precision in ("fp32", "int8")]
 
 

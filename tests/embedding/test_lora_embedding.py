@@ -141,6 +141,7 @@ def test_the_ingestion_cache_sees_a_retrained_model_as_a_new_one(tiny_model, tmp
         assert train_and_ingest(1) != train_and_ingest(2)
 
 
+@pytest.mark.slow
 def test_worker_processes_of_a_pipeline_embed_the_same(embed_model):
     nodes = [TextNode(text=text, id_=str(number)) for number, text in enumerate(TEXTS)]
     pipeline = IngestionPipeline(transformations=[embed_model], disable_cache=True)

@@ -231,6 +231,7 @@ def _here(embed_model):
     return embed_model.get_text_embedding("w1 w2 w3")
 
 
+@pytest.mark.slow
 def test_it_is_made_of_plain_values_and_works_in_another_process(many, alone, paths, tiny_model):
     view = many.with_adapter("hr")
     expected = alone["hr"].get_text_embedding("w1 w2 w3")

@@ -57,6 +57,7 @@ def test_resampled_differences_are_those_of_scikit_learn_and_scipy(seed):
         assert difference == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graded", [False, True])
 def test_the_interval_covers_the_true_difference_about_95_percent_of_the_time(graded):
     labels, base = labels_and_similarities(20000, graded)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.training import weights
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # accelerate's name for several processes on one machine; without GPUs they run on the processor

@@ -402,6 +402,7 @@ def test_trained_weights_survive_a_failed_write_of_the_adapter(tiny_model, tmp_p
     assert not checkpoints.checkpoints(tmp_path / "run.run")
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_train_into_one_directory(tiny_model, tmp_path):
     with checkpoints.only_run(tmp_path / "run.run"):
         code = f"""

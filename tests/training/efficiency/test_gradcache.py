@@ -200,6 +200,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(tiny_model, tmp_path):
     """Two times eight groups, in unequal numbers of chunks, under DDP, in all forms."""
     with socket.socket() as free:
