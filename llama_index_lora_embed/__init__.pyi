@@ -1,3 +1,4 @@
+from .config import FinetuneConfig as FinetuneConfig
 from .core import LoraEmbedError as LoraEmbedError
 from .data import EmbeddingQAFinetuneDataset as EmbeddingQAFinetuneDataset
 from .data import LabelledPairs as LabelledPairs
@@ -6,6 +7,7 @@ from .embedding import LoraEmbedding as LoraEmbedding
 from .engines import FinetuneResult as FinetuneResult
 from .engines import LoraFinetuneEngine as LoraFinetuneEngine
 from .engines import SentenceTransformersFinetuneEngine as SentenceTransformersFinetuneEngine
+from .engines import run_finetune as run_finetune
 from .evaluation import compare_retrieval as compare_retrieval
 from .evaluation import evaluate_retrieval as evaluate_retrieval
 

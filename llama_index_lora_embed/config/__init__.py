@@ -1,29 +1,53 @@
-"""Settings as small frozen objects: the only place where a default is written.
+"""`FinetuneConfig` and the small models it is made of: every default, check and description is written here, once.
 
 Importing this module imports nothing heavy.
 """
 
+from llama_index_lora_embed.config.base import Settings
+from llama_index_lora_embed.config.finetune import (
+    DEFAULT_BASE,
+    POOLING_MODES,
+    SHORTEST_WINDOW,
+    BaseModelSettings,
+    DataSettings,
+    FinetuneConfig,
+    OutputSettings,
+)
 from llama_index_lora_embed.config.mining import MiningSettings
 from llama_index_lora_embed.config.objective import FOR_PAIRS, IN_BATCH, OBJECTIVES, ObjectiveSettings
-from llama_index_lora_embed.config.questions import NEAR_DUPLICATE, LLMSettings, QueryFilterSettings
+from llama_index_lora_embed.config.questions import (
+    NEAR_DUPLICATE,
+    LLMSettings,
+    QueryFilterSettings,
+    QueryGeneratorSettings,
+)
 from llama_index_lora_embed.config.training import TrainingSettings
 
 __all__ = [
+    "DEFAULT_BASE",
     "FOR_PAIRS",
     "IN_BATCH",
     "JOURNAL_NAME",
     "MANIFEST_NAME",
     "NEAR_DUPLICATE",
     "OBJECTIVES",
+    "POOLING_MODES",
+    "SHORTEST_WINDOW",
+    "BaseModelSettings",
+    "DataSettings",
+    "FinetuneConfig",
     "LLMSettings",
     "MiningSettings",
     "ObjectiveSettings",
+    "OutputSettings",
     "QueryFilterSettings",
+    "QueryGeneratorSettings",
+    "Settings",
     "TrainingSettings",
 ]
 
 MANIFEST_NAME = "finetune.json"
-"""File beside the adapter that says how it was made (see `adapter.Manifest`)."""
+"""File beside the adapter that says how it was made (see `models.adapter_directory.Manifest`)."""
 
 JOURNAL_NAME = "finetune_questions.journal.jsonl"
-"""File in the working directory in which an LLM's answers are kept, where no other is named."""
+"""File in the working directory that holds an LLM's answers where no other is named."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import os
+from typing import Any, Literal, TypeAlias
 
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
@@ -29,3 +30,18 @@ def coerce_training_data(value: Any, name: str) -> TrainingData:
     if isinstance(value, LabelledPairs):
         return value.check(name)
     return EmbeddingQAFinetuneDataset.coerce(value, name).check(name)
+
+
+def read_training_data(path: str | os.PathLike[str], kind: Literal["queries", "pairs"]) -> TrainingData:
+    """Training or validation data from a file.
+
+    Args:
+        path: JSON of an `EmbeddingQAFinetuneDataset`, or labelled pairs in any form that `LabelledPairs` reads.
+        kind: Which of the two it is.
+
+    Raises:
+        DatasetError: It cannot be read, or holds something else.
+    """
+    if kind == "queries":
+        return EmbeddingQAFinetuneDataset.from_json(str(path))
+    return LabelledPairs.coerce(path)

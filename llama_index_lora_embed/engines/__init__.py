@@ -1,9 +1,10 @@
-"""The front desk: an engine takes a dataset or nodes and returns a fine-tuned embedding model."""
+"""The front desk: `run_finetune(config)`, and the engine that turns llama-index-finetuning's arguments into one."""
 
 from llama_index_lora_embed.engines.lora import LoraFinetuneEngine
 from llama_index_lora_embed.engines.result import FinetuneResult
+from llama_index_lora_embed.engines.run import run_finetune
 
 SentenceTransformersFinetuneEngine = LoraFinetuneEngine
 """llama-index-finetuning's name for the engine, so that old code changes its import line and nothing else."""
 
-__all__ = ["FinetuneResult", "LoraFinetuneEngine", "SentenceTransformersFinetuneEngine"]
+__all__ = ["FinetuneResult", "LoraFinetuneEngine", "SentenceTransformersFinetuneEngine", "run_finetune"]

@@ -15,10 +15,10 @@ from llama_index_lora_embed.evaluation.metrics import HEADLINE
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from llama_index_lora_embed.config import MiningSettings, TrainingSettings
+    from llama_index_lora_embed.config import FinetuneConfig
     from llama_index_lora_embed.data import BuildReport, EmbeddingQAFinetuneDataset, LabelledPairs
+    from llama_index_lora_embed.data.training_data import TrainingData
     from llama_index_lora_embed.evaluation import Comparison, RetrievalComparison, Verdict
-    from llama_index_lora_embed.models.adapter_directory import Manifest
     from llama_index_lora_embed.models.base_model import BaseInfo
     from llama_index_lora_embed.training.lengths import Truncation
     from llama_index_lora_embed.training.negatives.mining import MiningReport
@@ -69,6 +69,42 @@ class FinetuneResult:
     mined: tuple[MiningReport, ...] = ()
     evaluations: tuple[Any, Any] | None = field(default=None, repr=False)
     val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        outcome: TrainingOutcome,
+        path: str,
+        fingerprint: str,
+        summary: str,
+        comparison: Comparison | None,
+        mined: tuple[MiningReport, ...],
+        data_report: BuildReport | None,
+        val_dataset: TrainingData | None,
+    ) -> FinetuneResult:
+        """The result of a run from its parts."""
+        from llama_index_lora_embed.evaluation import Verdict
+
+        best = outcome.selection
+        return cls(
+            adapter_path=path,
+            fingerprint=fingerprint,
+            verdict=Verdict.NOT_EVALUATED if comparison is None else comparison.verdict,
+            summary=summary,
+            base_metrics={} if best.base is None else best.base.metrics,
+            tuned_metrics={} if best.best is None else best.best.metrics,
+            comparison=comparison,
+            best_step=best.best_step if comparison is not None else outcome.steps,
+            steps=outcome.steps,
+            history=best.history,
+            truncation=outcome.truncation,
+            train_seconds=outcome.train_seconds,
+            precision=outcome.precision,
+            data_report=data_report,
+            mined=mined,
+            evaluations=None if comparison is None else (best.base, best.best),
+            val_dataset=val_dataset,
+        )
 
     def compare(self) -> RetrievalComparison:
         """Base against what was written on the validation questions: measures, slices, queries won and lost.
@@ -157,148 +193,80 @@ def summarise(
     return f"{comparison} {note}".strip()
 
 
-@dataclass(frozen=True)
-class Run:
-    """All that there is to say of one run.
+def write_run(
+    target: Path,
+    run_dir: Path,
+    config: FinetuneConfig,
+    dataset: TrainingData,
+    model: SentenceTransformer,
+    base: BaseInfo,
+    parent: dict[str, Any] | None,
+    outcome: TrainingOutcome,
+    mined: tuple[MiningReport, ...],
+    summary: str,
+) -> str:
+    """Write the adapter directory with its manifest; checkpoints that nobody asked for are removed then.
 
-    Attributes:
-        model: With the weights that are written.
+    Args:
+        target: What `adapter_directory.check_output` has passed.
+        run_dir: Where the checkpoints are.
+        config: The run's configuration.
+        dataset: Training data, before mining.
+        model: With the weights to write.
         base: The base model.
-        parent: Path and fingerprint of the adapter that the run continues; None if it started from the base.
-        dataset: Training set, before mining.
-        settings: Of the training.
-        outcome: What came of it.
+        parent: Path and fingerprint of the adapter that the run continues.
+        outcome: Of the training.
+        mined: What each round of mining found.
         summary: The verdict in words.
-        comparison: None if nothing was evaluated.
-        mining: How hard negatives were mined; None if they were not.
-        mined: What mining found in each round.
+
+    Returns:
+        The fingerprint of the model in the directory.
+
+    Raises:
+        OutputDirectoryError: It could not be written; the trained weights are in the checkpoints.
     """
+    from llama_index_lora_embed import __version__
+    from llama_index_lora_embed.models import adapter_directory
+    from llama_index_lora_embed.training.checkpointing import checkpoints
 
-    model: SentenceTransformer
-    base: BaseInfo
-    parent: dict[str, Any] | None
-    dataset: EmbeddingQAFinetuneDataset | LabelledPairs
-    settings: TrainingSettings
-    outcome: TrainingOutcome
-    summary: str
-    comparison: Comparison | None
-    mining: MiningSettings | None
-    mined: tuple[MiningReport, ...]
-
-    def manifest(self) -> Manifest:
-        """The run as `finetune.json` has it; fingerprint and file digests are added when it is written."""
-        from llama_index_lora_embed import __version__
-        from llama_index_lora_embed.models import adapter_directory
-
-        model, best = self.model, self.outcome.best
-        lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
-        targets = lora.target_modules
-        return adapter_directory.Manifest(
-            fingerprint="",
-            base=self.base.to_dict(),
-            prompts={name: model.prompts.get(name) or "" for name in ("query", "document")},
-            pooling=adapter_directory.describe_modules(model),
-            max_seq_length=int(model.max_seq_length or 0),
-            normalise=adapter_directory.normalises(model),
-            similarity=str(model.similarity_fn_name),
-            lora={
-                "r": lora.r,
-                "lora_alpha": lora.lora_alpha,
-                "target_modules": targets if isinstance(targets, str) else sorted(targets),
-            },
-            parent=self.parent,
-            dataset=self._dataset(),
-            settings={
-                **self.settings.to_dict(),
-                "precision": self.outcome.precision,
-                "mining": None if self.mining is None else asdict(self.mining),
-            },
-            metrics={}
-            if best.base is None or best.best is None
-            else {"base": best.base.metrics, "tuned": best.best.metrics},
-            verdict=self.summary,
-            best_step=None if best.base is None else best.best_step,
-            truncation=asdict(self.outcome.truncation),
-            versions={
-                "llama-index-lora-embed": __version__,
-                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-            },
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    best = outcome.selection
+    lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
+    targets = lora.target_modules
+    mining = {"mined_negatives": [report.mean_negatives for report in mined]} if dataset.kind == "queries" else {}
+    metrics = {} if best.base is None or best.best is None else {"base": best.base.metrics, "tuned": best.best.metrics}
+    manifest = adapter_directory.Manifest(
+        fingerprint="",
+        base=base.to_dict(),
+        prompts={name: model.prompts.get(name) or "" for name in ("query", "document")},
+        pooling=adapter_directory.describe_modules(model),
+        max_seq_length=int(model.max_seq_length or 0),
+        normalise=adapter_directory.normalises(model),
+        similarity=str(model.similarity_fn_name),
+        lora={
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        },
+        parent=parent,
+        dataset={**dataset.summary(), **mining},
+        settings={**config.result_affecting(), "precision": outcome.precision},
+        metrics=metrics,
+        verdict=summary,
+        best_step=None if best.base is None else best.best_step,
+        truncation=asdict(outcome.truncation),
+        versions={
+            "llama-index-lora-embed": __version__,
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    try:
+        written = adapter_directory.write_adapter(model, target, manifest, base.weights_sha256)
+    except OutputDirectoryError as error:
+        error.hint += (
+            f" The trained weights are kept in {str(run_dir)!r}: resume_from_checkpoint=True only writes them."
         )
-
-    def _dataset(self) -> dict[str, Any]:
-        from llama_index_lora_embed.data import LabelledPairs
-
-        data = self.dataset
-        if isinstance(data, LabelledPairs):
-            return {"digest": data.digest(), "pairs": len(data), "binary": data.binary, "symmetric": data.symmetric}
-        return {
-            "digest": data.digest(),
-            "queries": len(data.queries),
-            "passages": len(data.answer_ids()),
-            "origins": data.origins(),
-            "mined_negatives": [report.mean_negatives for report in self.mined],
-        }
-
-    def write(self, target: Path, run_dir: Path) -> str:
-        """Write the adapter directory; checkpoints that nobody asked for have served their purpose then.
-
-        Args:
-            target: What `adapter.check_output` has passed.
-            run_dir: Where the checkpoints are.
-
-        Returns:
-            The fingerprint of the model in it.
-
-        Raises:
-            OutputDirectoryError: It could not be written; what was trained is in the checkpoints.
-        """
-        from llama_index_lora_embed.models import adapter_directory
-        from llama_index_lora_embed.training.checkpointing import checkpoints
-
-        try:
-            written = adapter_directory.write_adapter(self.model, target, self.manifest(), self.base.weights_sha256)
-        except OutputDirectoryError as error:
-            error.hint += f" What was trained is kept in {str(run_dir)!r}: resume_from_checkpoint=True only writes it."
-            raise
-        if not self.settings.save_checkpoints:
-            checkpoints.clear_checkpoints(run_dir)
-        return written.fingerprint
-
-    def result(
-        self,
-        path: str,
-        fingerprint: str,
-        data_report: BuildReport | None,
-        val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None,
-    ) -> FinetuneResult:
-        """The run as `finetune()` gives it back.
-
-        Args:
-            path: Adapter directory.
-            fingerprint: Of the model in it.
-            data_report: What became of the nodes; None if a dataset was passed.
-            val_dataset: What it was judged by.
-        """
-        from llama_index_lora_embed.evaluation import Verdict
-
-        outcome, best = self.outcome, self.outcome.best
-        return FinetuneResult(
-            adapter_path=path,
-            fingerprint=fingerprint,
-            verdict=Verdict.NOT_EVALUATED if self.comparison is None else self.comparison.verdict,
-            summary=self.summary,
-            base_metrics={} if best.base is None else best.base.metrics,
-            tuned_metrics={} if best.best is None else best.best.metrics,
-            comparison=self.comparison,
-            best_step=best.best_step if self.comparison is not None else outcome.steps,
-            steps=outcome.steps,
-            history=best.history,
-            truncation=outcome.truncation,
-            train_seconds=outcome.train_seconds,
-            precision=outcome.precision,
-            data_report=data_report,
-            mined=self.mined,
-            evaluations=None if self.comparison is None else (best.base, best.best),
-            val_dataset=val_dataset,
-        )
+        raise
+    if not config.training.save_checkpoints:
+        checkpoints.clear_checkpoints(run_dir)
+    return written.fingerprint

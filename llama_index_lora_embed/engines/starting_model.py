@@ -1,93 +1,83 @@
-"""What training starts from: a base, or an adapter that is trained further."""
+"""The starting model: a base, or an adapter that is trained further."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llama_index_lora_embed.config import DEFAULT_BASE, FinetuneConfig
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
+    from llama_index_lora_embed.embedding import LoraEmbedding
     from llama_index_lora_embed.models.base_model import BaseInfo
 
 
 @dataclass(frozen=True)
 class StartingModel:
-    """Where training starts.
+    """What training starts from, as `config.base` names it."""
 
-    Attributes:
-        base_model: Hub id or folder of the base; None for the one that the adapter names.
-        adapter: Adapter that is trained further; None starts from the base.
-        revision: Commit on the Hub, of the adapter if there is one, else of the base.
-        cache_folder: Of huggingface_hub.
-        device: torch device.
-        trust_remote_code: Run Python code that the base brings along.
-        pooling: Overrides the base's pooling.
-        window: Tokens of the windows in which long texts are read; None leaves the base as it is.
-        prompts: query_prompt and passage_prompt, which override the model's.
-    """
+    config: FinetuneConfig
 
-    base_model: str | None
-    adapter: str | None
-    revision: str | None
-    cache_folder: str | None
-    device: str | None
-    trust_remote_code: bool
-    pooling: str | None
-    window: int | None
-    prompts: dict[str, str | None]
+    @property
+    def base_model(self) -> str | None:
+        """Hub id or folder of the base; None where the continued adapter names it."""
+        base = self.config.base
+        return None if base.continue_from is not None and base.model_id == DEFAULT_BASE else base.model_id
 
-    def recorded(self) -> dict[str, Any]:
-        """What a checkpoint records of it; the model itself is recorded by its weights."""
-        return {"pooling": self.pooling, "window": self.window, **self.prompts}
-
-    def load(self, quantized: bool) -> tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]:
+    def load(self) -> tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]:
         """The model, its base, and path and fingerprint of the adapter that is continued, if any.
 
         Raises:
-            LoraEmbedError: As `models.describe_base` and `load_base`, or `load_adapter`.
+            LoraEmbedError: As `describe_base` and `load_base`, or `load_adapter`.
         """
-        from llama_index_lora_embed.models import base_model, lora_adapter
+        from llama_index_lora_embed.models.base_model import describe_base
+        from llama_index_lora_embed.models.lora_adapter import load_adapter, open_adapter
 
-        if self.adapter is None:
-            assert self.base_model is not None
-            base = base_model.describe_base(self.base_model, self.revision, self.cache_folder)
-            return self.load_base(base, quantized), base, None
-        loaded = lora_adapter.load_adapter(
-            self.adapter,
+        settings = self.config.base
+        if settings.continue_from is None:
+            base = describe_base(settings.model_id, settings.revision, settings.cache_folder)
+            return self.load_base(base), base, None
+        adapter = open_adapter(
+            settings.continue_from,
             base_model=self.base_model,
-            revision=self.revision,
-            cache_folder=self.cache_folder,
-            merge=False,
-            **self._loading(),
+            revision=settings.revision,
+            cache_folder=settings.cache_folder,
         )
-        return loaded.model, loaded.base, {"path": self.adapter, "fingerprint": loaded.fingerprint}
+        model, fingerprint = load_adapter(adapter, merge=False, **self._loading())
+        return model, adapter.base, {"path": settings.continue_from, "fingerprint": fingerprint}
 
-    def load_base(self, base: BaseInfo, quantized: bool) -> SentenceTransformer:
-        """The base alone, in 4 bit or in full precision."""
-        from llama_index_lora_embed.models import base_model
+    def load_base(self, base: BaseInfo, *, quantized: bool | None = None) -> SentenceTransformer:
+        """The base alone, in 4 bit or in full precision; None is what the configuration says."""
+        from llama_index_lora_embed.models.base_model import load_base
 
-        return base_model.load_base(
-            base, pooling=self.pooling, window=self.window, quantized=quantized, **self._loading()
-        )
+        settings = self.config.base
+        quantized = settings.quantized if quantized is None else quantized
+        return load_base(base, pooling=settings.pooling, window=settings.window, quantized=quantized, **self._loading())
 
     def embedding(self) -> LoraEmbedding:
-        """The same as an embedding model, for whoever has to judge texts before training."""
-        from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
+        """The same as an embedding model, for filters that embed queries before training."""
+        from llama_index_lora_embed.embedding import LoraEmbedding
 
+        settings = self.config.base
         return LoraEmbedding(
-            self.adapter,
+            settings.continue_from,
             base_model=self.base_model,
-            revision=self.revision,
-            cache_folder=self.cache_folder,
-            pooling=self.pooling,
-            window=self.window,
+            revision=settings.revision,
+            cache_folder=settings.cache_folder,
+            pooling=settings.pooling,
+            window=settings.window,
             **self._loading(),
         )
 
     def _loading(self) -> dict[str, Any]:
         from llama_index_lora_embed.training import distributed
 
-        device = distributed.own_device(self.device)
-        return {"device": device, "trust_remote_code": self.trust_remote_code, **self.prompts}
+        base, training = self.config.base, self.config.training
+        return {
+            "device": distributed.own_device(training.device),
+            "trust_remote_code": training.trust_remote_code,
+            "query_prompt": base.query_prompt,
+            "passage_prompt": base.passage_prompt,
+        }

@@ -1,72 +1,67 @@
-"""The engine's arguments, checked all at once, before anything heavy is loaded."""
+"""A run's configuration and data checked together, all problems at once, before anything heavy is loaded."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama_index_lora_embed.config import IN_BATCH, MiningSettings, ObjectiveSettings, TrainingSettings
-from llama_index_lora_embed.config.base import is_int
+from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig
 from llama_index_lora_embed.core.errors import ConfigError, LoraEmbedError, OutputDirectoryError
+from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.core.optional import require
-from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset, LabelledPairs
-from llama_index_lora_embed.data.split import Trainable, drop_overlap
+from llama_index_lora_embed.data.training_data import TrainingData, coerce_training_data
 from llama_index_lora_embed.evaluation import metrics
 from llama_index_lora_embed.models import adapter_directory, base_model
-from llama_index_lora_embed.models.prompts import POOLING_MODES, SHORTEST_WINDOW
-from llama_index_lora_embed.training.checkpointing.resume import NAMES
+from llama_index_lora_embed.training.checkpointing.resume import RECORDED
 
 _T = TypeVar("_T")
-# what evaluations of pairs report; those of labels 0 and 1 have both
-_OF_BINARY_PAIRS = ("roc_auc", "average_precision", "accuracy")
-_OF_PAIRS = ("spearman", "pearson")
+# metrics of labelled pairs; those of labels 0 and 1 have both
+BINARY_PAIR_METRICS = ("roc_auc", "average_precision", "accuracy")
+PAIR_METRICS = ("spearman", "pearson")
+_GROUP = re.compile(r"(?:(?:data|base|training|output)\.)?(\w+)")
 
 
-def check_arguments(
-    settings: TrainingSettings,
-    dataset: Any,
-    val_dataset: Any,
+@dataclass(frozen=True)
+class CheckedRun:
+    """What can be run.
+
+    Attributes:
+        config: With absolute paths.
+        dataset: Checked training data; None where only the configuration was checked.
+        val_dataset: Checked validation data; None where there is none.
+    """
+
+    config: FinetuneConfig
+    dataset: TrainingData | None
+    val_dataset: TrainingData | None
+
+
+def check_run(
+    config: FinetuneConfig | Mapping[str, Any],
+    dataset: Any = None,
+    val_dataset: Any = None,
     *,
-    model_id: Any,
-    model_output_path: Any,
-    loss: Any,
-    lora_config: Any,
-    objective: Any,
-    continue_from: Any,
-    pooling: Any,
-    window: Any,
-    mining: Any,
-    on_overlap: Any,
-    allow_changes: Any,
-    flags: Mapping[str, Any],
-    texts: Mapping[str, Any],
-) -> tuple[Trainable, Trainable | None]:
-    """The training and validation set, if they and everything else can be used.
+    loss: Any = None,
+    lora_config: Any = None,
+) -> CheckedRun:
+    """The run, if everything about it can be used.
 
     Args:
-        settings: Whose problems are listed too.
-        dataset: LabelledPairs, or anything that `EmbeddingQAFinetuneDataset.coerce` takes.
-        val_dataset: The same, or None.
-        model_id: Base model.
-        model_output_path: Adapter directory.
-        loss: None, a loss, or a callable.
-        lora_config: None or a peft.LoraConfig.
-        objective: None or ObjectiveSettings, whose problems are listed too.
-        continue_from: None, or an adapter that writing to model_output_path does not touch.
-        pooling: None or a pooling's name.
-        window: None or a number of tokens.
-        mining: None or MiningSettings, whose problems are listed too.
-        on_overlap: "error", "drop" or "allow".
-        allow_changes: A collection of names of what a checkpoint records.
-        flags: Arguments that have to be True or False: use_all_docs, resume_from_checkpoint, quantized.
-        texts: Arguments that have to be text or None.
+        config: A configuration, or flat arguments of one (`FinetuneConfig.from_arguments`).
+        dataset: Training data, anything that `coerce_training_data` takes; None checks the rest before there is any, as
+            for queries and passages.
+        val_dataset: Validation data, or None.
+        loss: None, a sentence-transformers loss, or a callable that makes one from the model.
+        lora_config: None or a `peft.LoraConfig`.
 
     Raises:
-        LoraEmbedError: Of the one kind of problem there is; of several kinds, a ConfigError that lists them all.
+        LoraEmbedError: The one kind of problem there is; for several kinds a ConfigError that lists them all.
     """
     errors: list[LoraEmbedError] = []
 
@@ -77,82 +72,51 @@ def check_arguments(
             errors.append(error)
             return None
 
-    problems = settings.problems()
-    problems += [
-        f"{name}={value!r}: expected True or False" for name, value in flags.items() if not isinstance(value, bool)
-    ]
-    problems += [
-        f"{name}={value!r}: expected text or None"
-        for name, value in texts.items()
-        if not isinstance(value, (str, type(None))) and not (name == "cache_folder" and isinstance(value, os.PathLike))
-    ]
-    if on_overlap not in ("error", "drop", "allow"):
-        problems.append(f"on_overlap={on_overlap!r}: expected 'error', 'drop' or 'allow'")
-    if pooling is not None and pooling not in POOLING_MODES:
-        problems.append(f"pooling={pooling!r}: expected None or one of {', '.join(POOLING_MODES)}")
-    if window is not None and not is_int(window, SHORTEST_WINDOW):
-        problems.append(f"window={window!r}: expected None or a whole number of at least {SHORTEST_WINDOW} tokens")
-    problems += _problems_of_loss(loss)
-    problems += _problems_of_lora(lora_config)
-    if flags["quantized"] is True:
-        problems += _problems_of_quantising(settings.device)
-    for name, value, kind in (("mining", mining, MiningSettings), ("objective", objective, ObjectiveSettings)):
-        if isinstance(value, kind):
-            problems += value.problems()
-        elif value is not None:
-            problems.append(f"{name} of type {type(value).__name__}: expected {kind.__name__}")
-    problems += _problems_of_names(allow_changes)
-    owned = {"lora_config": lora_config, "pooling": pooling, "window": window, "quantized": flags["quantized"] or None}
-    problems += _problems_of_continuing(continue_from, model_output_path, owned)
-    of_pairs = isinstance(dataset, LabelledPairs)
-    problems += _problems_with_data(settings, of_pairs, loss, objective, mining, flags["use_all_docs"])
-    judge = dataset if val_dataset is None and settings.val_fraction != 0 else val_dataset
-    problems += _problems_of_judging(settings, judge)
+    problems: list[str] = []
+    if not isinstance(config, FinetuneConfig):
+        config, problems = _valid_part(config)
+    kind, val_kind = (getattr(data, "kind", "queries") for data in (dataset, val_dataset))
+    problems += _loss_problems(loss) + _lora_problems(lora_config)
+    problems += quantization_problems(config) if config.base.quantized else []
+    problems += _continue_problems(config, lora_config)
+    problems += _allow_changes_problems(config)
+    problems += _data_problems(config, kind == "pairs", loss)
+    if val_dataset is not None or not config.data.val_fraction:
+        problems += _metric_problems(config, val_dataset, val_kind)
+    else:
+        problems += _metric_problems(config, dataset, kind, held_out=True)
 
-    places = [("model_id", model_id, base_model.check_local), ("model_output_path", model_output_path, _check_output)]
-    if isinstance(continue_from, (str, os.PathLike)):
-        places.append(("continue_from", continue_from, base_model.check_local))
-    if isinstance(objective, ObjectiveSettings) and isinstance(objective.teacher, str):
-        places.append(("teacher", objective.teacher, base_model.check_local))
-    for name, value, check in places:
-        if isinstance(value, (str, os.PathLike)) and str(value):
-            attempt(lambda check=check, value=value: check(str(value)))  # type: ignore[misc]
-        elif name != "continue_from":
-            problems.append(f"{name}={value!r}: expected text")
+    attempt(lambda: base_model.check_local(config.base.model_id))
+    attempt(lambda: _check_output(config.output.model_output_path))
+    for place in (config.base.continue_from, config.objective.teacher):
+        if place is not None:
+            attempt(lambda place=place: base_model.check_local(place))  # type: ignore[misc]
     if problems:
         errors.append(ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems))
-    train = attempt(lambda: _coerce(dataset, "dataset"))
-    val = None if val_dataset is None else attempt(lambda: _coerce(val_dataset, "val_dataset"))
-    if train is not None and val is not None and on_overlap != "allow":
+    train = None if dataset is None else attempt(lambda: coerce_training_data(dataset, "dataset"))
+    val = None if val_dataset is None else attempt(lambda: coerce_training_data(val_dataset, "val_dataset"))
+    if train is not None and val is not None and config.data.on_overlap != "allow":
         both = (train, val)
-        train = attempt(lambda: drop_overlap(*both, drop=on_overlap == "drop"))
+        train = attempt(lambda: both[0].without_overlap(both[1], drop=config.data.on_overlap == "drop"))
     if len(errors) == 1:
         raise errors[0]
     if errors:
         listed = [line for error in errors for line in (getattr(error, "problems", None) or [str(error)])]
-        raise ConfigError(f"{len(listed)} problem(s)", "arguments without any", "Mend them all:", listed)
-    assert train is not None
-    return train, val
+        raise ConfigError(f"{len(listed)} problem(s)", "arguments without any", "Correct them all:", listed)
+    return CheckedRun(config.with_absolute_paths(), train, val)
 
 
-def rehearsal_set(name: str) -> EmbeddingQAFinetuneDataset:
-    """A dataset to check the other arguments with, before there is the real one.
-
-    Args:
-        name: What its ids begin with.
-    """
-    ids = [f"{name}{number}" for number in range(2)]
-    return EmbeddingQAFinetuneDataset(
-        queries={i: f"query {i}" for i in ids},
-        corpus={i: f"text {i}" for i in ids},
-        relevant_docs={i: [i] for i in ids},
-    )
-
-
-def _coerce(value: Any, name: str) -> Trainable:
-    if isinstance(value, LabelledPairs):
-        return value.check(name)
-    return EmbeddingQAFinetuneDataset.coerce(value, name).check(name)
+def _valid_part(arguments: Mapping[str, Any]) -> tuple[FinetuneConfig, list[str]]:
+    """The configuration of those arguments that are right, and one line for each that is wrong."""
+    kept, problems = dict(arguments), list[str]()
+    while True:
+        try:
+            return FinetuneConfig.from_arguments(**kept), problems
+        except ConfigError as error:
+            problems += error.problems
+            for line in error.problems:
+                name = _GROUP.match(line).group(1)  # type: ignore[union-attr]  # every line begins with its path
+                kept.pop(name, None)
 
 
 def _check_output(path: str) -> None:
@@ -165,119 +129,103 @@ def _check_output(path: str) -> None:
     run_dir = target.with_name(target.name + ".run")
     if run_dir.exists() and not run_dir.is_dir():
         raise OutputDirectoryError(
-            f"{str(run_dir)!r}, where checkpoints and the log go and which is a file",
-            "that place free, or a directory",
-            f"Move it, or choose another model_output_path than {target.name!r}.",
+            f"{str(run_dir)!r}, which is a file",
+            "a free path, or a directory, for checkpoints and the log",
+            f"Move the file, or choose another model_output_path than {target.name!r}.",
         )
 
 
-def _problems_of_names(allow_changes: Any) -> list[str]:
-    if not isinstance(allow_changes, (list, tuple, set, frozenset)) or not all(
-        isinstance(name, str) for name in allow_changes
-    ):
-        return [f"allow_changes={allow_changes!r}: expected names in a list or tuple"]
-    if unknown := sorted(set(allow_changes) - NAMES):
-        names = ", ".join(sorted(NAMES))
-        return [f"allow_changes with {', '.join(map(repr, unknown))}: expected what a checkpoint records: {names}"]
-    return []
-
-
-def _problems_of_continuing(continue_from: Any, output_path: Any, owned: Mapping[str, Any]) -> list[str]:
-    """What speaks against training an adapter further.
-
-    Args:
-        continue_from: The adapter.
-        output_path: Adapter directory.
-        owned: What the adapter was made with and cannot be chosen again.
-    """
-    if continue_from is None:
+def _allow_changes_problems(config: FinetuneConfig) -> list[str]:
+    unknown = sorted(set(config.output.allow_changes) - RECORDED)
+    if not unknown:
         return []
-    if not isinstance(continue_from, (str, os.PathLike)) or not str(continue_from):
-        return [f"continue_from={continue_from!r}: expected the path or Hub id of an adapter"]
+    return [
+        f"allow_changes with {', '.join(map(repr, unknown))}: expected names that a checkpoint records: "
+        f"{', '.join(sorted(RECORDED))}"
+    ]
+
+
+def _continue_problems(config: FinetuneConfig, lora_config: Any) -> list[str]:
+    """Why an adapter cannot be trained further into this output directory."""
+    base = config.base
+    if base.continue_from is None:
+        return []
     problems = []
-    folder = Path(absolute(continue_from))
+    folder = Path(absolute(base.continue_from))
     if folder.is_dir():
-        if isinstance(output_path, (str, os.PathLike)) and (place := _endangers(output_path, folder)):
-            problems.append(f"continue_from={str(continue_from)!r}, {place}: expected a new directory to write to")
+        if conflict := _overwrites(config.output.model_output_path, folder):
+            problems.append(f"continue_from={base.continue_from!r}, {conflict}: expected another model_output_path")
         if not (folder / adapter_directory.CONFIG_NAME).exists():
             problems.append(
-                f"continue_from={str(continue_from)!r}, a folder without {adapter_directory.CONFIG_NAME}: expected an "
+                f"continue_from={base.continue_from!r}, a folder without {adapter_directory.CONFIG_NAME}: expected an "
                 "adapter; a base goes into model_id"
             )
+    given = {"lora_config": lora_config or config.lora_config, "pooling": base.pooling, "window": base.window}
+    given["quantized"] = base.quantized or None
     return problems + [
-        f"{name} with continue_from: expected none, because the adapter was made with its own"
-        for name, value in owned.items()
+        f"{name} with continue_from: expected None, because the adapter keeps what it was made with"
+        for name, value in given.items()
         if value is not None
     ]
 
 
-def _endangers(output_path: str | os.PathLike[str], folder: Path) -> str:
+def _overwrites(output_path: str | os.PathLike[str], folder: Path) -> str:
     """Why writing there would destroy a folder, links followed; "" if it would not."""
     target = Path(output_path).expanduser().resolve()
     previous, run_dir = (target.with_name(target.name + end) for end in (".previous", ".run"))
     for place in (folder.resolve(), folder.parent.resolve() / folder.name):
         within = (place, *place.parents)
         if target in within:
-            return "the same as model_output_path"
+            return "which is model_output_path itself"
         if previous in within:
-            return "where the adapter at model_output_path is moved to"
+            return "which is where the adapter at model_output_path is moved to"
         if run_dir in within:
-            return "in the run directory of model_output_path"
+            return "which is in the run directory of model_output_path"
     return ""
 
 
-def absolute(path: str | os.PathLike[str]) -> str:
-    """A folder's absolute path, so that a changed working directory changes nothing; a Hub id as it is."""
-    text = os.path.expanduser(os.fspath(path))
-    return os.path.abspath(text) if os.path.exists(text) else text
-
-
-def _problems_with_data(
-    settings: TrainingSettings, pairs: bool, loss: Any, objective: Any, mining: Any, use_all_docs: Any
-) -> list[str]:
-    """What does not go with labelled pairs, with questions, or with a loss of the user's own."""
+def _data_problems(config: FinetuneConfig, pairs: bool, loss: Any) -> list[str]:
+    """What cannot be combined with this kind of data, or with a loss of the user's own."""
     problems = []
-    if pairs and mining is not None:
+    if pairs and config.mining is not None:
         problems.append("mining with labelled pairs: expected None, because pairs bring their own negatives")
-    if pairs and use_all_docs:
+    if pairs and config.data.use_all_docs:
         problems.append("use_all_docs=True with labelled pairs: expected False, because they have no documents")
-    wanted = ObjectiveSettings() if objective is None else objective
-    if not isinstance(wanted, ObjectiveSettings):
-        return problems
-    if not wanted.problems():
-        problems += wanted.misfits(pairs=pairs, own_loss=loss is not None)
-    name = wanted.name_for(pairs)
-    if settings.batch_size == 1 and loss is None and name in (*IN_BATCH, "cosent"):
+    objective = config.objective
+    problems += objective.misfits(pairs=pairs, own_loss=loss is not None)
+    name = objective.name_for(pairs)
+    if config.training.batch_size == 1 and loss is None and name in (*IN_BATCH, "cosent"):
         why = "pairs are compared with the others" if name == "cosent" else "a passage's negatives are the others"
         problems.append(f"batch_size=1: expected at least 2, because {why} of their batch")
     return problems
 
 
-def _problems_of_judging(settings: TrainingSettings, judge: Any) -> list[str]:
-    """What cannot be done with what there is to judge by.
+def _metric_problems(config: FinetuneConfig, data: Any, kind: str, held_out: bool = False) -> list[str]:
+    """Whether the evaluation that chooses the step exists and reports the metric.
 
     Args:
-        settings: Has best_metric and early_stopping_patience.
-        judge: Validation set, or what one is held out of; None if there is nothing.
+        config: Has best_metric and early_stopping_patience.
+        data: Validation data, or what it is held out of.
+        kind: Of the data.
+        held_out: Whether validation data will be held out.
     """
-    wanted = {"best_metric": settings.best_metric, "early_stopping_patience": settings.early_stopping_patience}
-    if judge is None:
+    training = config.training
+    if data is None and not held_out:
+        wanted = {"best_metric": training.best_metric, "early_stopping_patience": training.early_stopping_patience}
         return [
-            f"{name}={value!r} without anything to judge by: expected a val_dataset, or val_fraction above 0"
+            f"{name}={value!r} without validation data: expected a val_dataset, or val_fraction above 0"
             for name, value in wanted.items()
             if value
         ]
-    if isinstance(judge, LabelledPairs):
-        known: tuple[str, ...] = (*_OF_BINARY_PAIRS, *_OF_PAIRS) if judge.binary else _OF_PAIRS
-    else:
-        known = metrics.NAMES
-    metric = settings.best_metric
-    if not isinstance(metric, str) or not metric.strip() or metric in known:
+    known: tuple[str, ...] = metrics.NAMES
+    if kind == "pairs":
+        known = (*BINARY_PAIR_METRICS, *PAIR_METRICS) if data.binary else PAIR_METRICS
+    if training.best_metric is None or training.best_metric in known:
         return []
-    return [f"best_metric={metric!r}: expected one of {', '.join(known)}, which the evaluation reports, or None"]
+    return [f"best_metric={training.best_metric!r}: expected one of {', '.join(known)}, or None"]
 
 
-def _problems_of_loss(loss: Any) -> list[str]:
+def _loss_problems(loss: Any) -> list[str]:
     """Without importing torch: who holds a loss has imported it."""
     if loss is None:
         return []
@@ -295,12 +243,12 @@ def _problems_of_loss(loss: Any) -> list[str]:
     except TypeError as error:
         return [f"loss={name}, which cannot be called with the model alone ({error}): {expected}; "
                 "functools.partial gives it the rest"]  # fmt: skip
-    except ValueError:  # written in C, which tells no signature
+    except ValueError:  # written in C, without a signature
         return []
     return []
 
 
-def _problems_of_lora(value: Any) -> list[str]:
+def _lora_problems(value: Any) -> list[str]:
     """Without importing peft, unless a LoraConfig is there: who holds one has imported it."""
     if value is None:
         return []
@@ -312,10 +260,11 @@ def _problems_of_lora(value: Any) -> list[str]:
     return lora_problems(value)
 
 
-def _problems_of_quantising(device: Any) -> list[str]:
-    """Why there can be no base in 4 bit, as far as it shows without importing torch."""
+def quantization_problems(config: FinetuneConfig) -> list[str]:
+    """Why the base cannot be held in 4 bit, as far as it shows without importing torch."""
     expected = "expected a CUDA device, where 4-bit layers are computed"
-    if isinstance(device, str) and device.partition(":")[0] != "cuda":
+    device = config.training.device
+    if device is not None and device.partition(":")[0] != "cuda":
         return [f"quantized=True with device={device!r}: {expected}"]
     torch = sys.modules.get("torch")
     if torch is not None and not torch.cuda.is_available():
@@ -323,21 +272,21 @@ def _problems_of_quantising(device: Any) -> list[str]:
     return []
 
 
-def check_device(device: str | None, quantized: bool) -> None:
-    """Whether the device is there; imports torch.
+def check_device(config: FinetuneConfig) -> None:
+    """Check that the device exists; imports torch.
 
     Raises:
         ConfigError: It is a CUDA device, or needs to be one, and this machine has none.
-        MissingExtraError: A base in 4 bit is asked for, and bitsandbytes is not installed.
+        MissingExtraError: The base is to be held in 4 bit, and bitsandbytes is not installed.
     """
     import torch
 
-    problems = _problems_of_quantising(device) if quantized else []
-    there = torch.cuda.device_count()
+    problems = quantization_problems(config) if config.base.quantized else []
+    count, device = torch.cuda.device_count(), config.training.device
     kind, _, number = (device or "").partition(":")
-    if kind == "cuda" and int(number or 0) >= there:
-        problems.append(f"device={device!r} on a machine with {there} CUDA device(s): expected one that is there")
+    if kind == "cuda" and int(number or 0) >= count:
+        problems.append(f"device={device!r} on a machine with {count} CUDA device(s): expected one that it has")
     if problems:
-        raise ConfigError("a device that is not there", "one of this machine", "Choose another:", problems)
-    if quantized:
+        raise ConfigError("a device that does not exist", "one of this machine", "Choose another:", problems)
+    if config.base.quantized:
         require("bitsandbytes")

@@ -10,9 +10,10 @@ from peft import LoraConfig
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
 from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError, ModelNotFoundError
 from llama_index_lora_embed.data import LLMQueryGenerator
+from llama_index_lora_embed.engines.starting_model import StartingModel
 from tests.conftest import make_dataset
 from tests.helpers.llms import FakeLLM
-from tests.training.checkpointing.test_checkpoints import weights
+from tests.helpers.training import weights
 
 NEW = make_dataset(passages=20, seed=5, prefix="n")
 VAL = make_dataset(passages=10, seed=7, prefix="v")
@@ -58,7 +59,7 @@ def test_if_nothing_is_gained_the_parents_vectors_are_written(adapter, tmp_path)
 
 
 def test_it_resumes_like_any_other_run(adapter, tmp_path, monkeypatch):
-    from tests.training.checkpointing.stops import stop_at
+    from tests.helpers.training import stop_at
 
     calm = engine(adapter, tmp_path / "calm").finetune()
     stop_at(monkeypatch, 4, engine(adapter, tmp_path / "run").finetune)
@@ -69,7 +70,7 @@ def test_it_resumes_like_any_other_run(adapter, tmp_path, monkeypatch):
 
 def test_it_cannot_be_trained_into_its_own_directory(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "own")
-    with pytest.raises(ConfigError, match="the same as model_output_path"):
+    with pytest.raises(ConfigError, match="which is model_output_path itself"):
         engine(tmp_path / "own", tmp_path / "own")
 
 
@@ -80,12 +81,12 @@ def test_what_writing_would_destroy_is_no_parent(adapter, tmp_path, place):
     if place == "out":  # the other way round: the link is written to, and so what it leads to
         shutil.copytree(adapter, tmp_path / "real")
         (tmp_path / "out").symlink_to(tmp_path / "real")
-        with pytest.raises(ConfigError, match="the same as model_output_path"):
+        with pytest.raises(ConfigError, match="which is model_output_path itself"):
             engine(tmp_path / "real", tmp_path / "out")
         return
     if not (tmp_path / place).exists():
         shutil.copytree(adapter, tmp_path / place)
-    with pytest.raises(ConfigError, match="expected a new directory to write to"):
+    with pytest.raises(ConfigError, match="expected another model_output_path"):
         engine(tmp_path / place, tmp_path / "own")
 
 
@@ -131,7 +132,7 @@ def test_questions_about_nodes_are_filtered_by_the_adapter_that_is_continued(ada
         device="cpu",
     )
     assert made.data_report.filtered.given == 12
-    judge = made._start.embedding()
+    judge = StartingModel(made.config).embedding()
     assert judge.fingerprint == LoraEmbedding(adapter, device="cpu").fingerprint
 
 

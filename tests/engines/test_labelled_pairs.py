@@ -85,7 +85,7 @@ def test_pairs_are_held_out_where_none_are_given(tiny_model, tmp_path):
     assert not made.dataset.overlap(made.val_dataset)
     texts = {*made.dataset.texts1, *made.dataset.texts2}
     assert not texts & {*made.val_dataset.texts1, *made.val_dataset.texts2}
-    assert "no text of theirs was trained on" in made.finetune().summary
+    assert "none of their texts was trained on" in made.finetune().summary
 
 
 def test_pairs_that_are_judged_by_are_not_trained_on(tiny_model, tmp_path):
@@ -138,7 +138,7 @@ def test_a_query_and_a_passage_stand_under_their_own_prompts(tiny_model, tmp_pat
 
 
 def test_pairs_resume_bit_by_bit(tiny_model, tmp_path, monkeypatch):
-    from tests.training.checkpointing.stops import stop_at
+    from tests.helpers.training import stop_at
 
     calm = engine(tiny_model, tmp_path / "calm").finetune()
     stop_at(monkeypatch, 8, engine(tiny_model, tmp_path / "run").finetune)

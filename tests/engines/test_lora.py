@@ -66,7 +66,7 @@ def test_the_line_from_dataset_to_embedding_model(tiny_model, dataset, val_datas
     assert [entry["step"] for entry in result.history] == [0, 3, 6, 9, 12, 15, 18]
     (kept,) = [entry for entry in result.history if entry["step"] == result.best_step]
     assert result.tuned_metrics == kept["metrics"]
-    assert "20 asked by people" in result.summary
+    assert "20 human-written queries" in result.summary
     assert result.adapter_path == out
     assert "tuned" in str(result)
 
@@ -86,14 +86,14 @@ def test_the_reported_figures_are_those_of_what_was_written(tiny_model, dataset,
 
 def test_from_nodes(tiny_model, nodes, out):
     engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, val_fraction=0.2, batch_size=4, **QUIET)
-    assert (engine.settings.epochs, engine.settings.learning_rate) == (2, 5e-4)
+    assert (engine.config.training.epochs, engine.config.training.learning_rate) == (2, 5e-4)
     assert not engine.dataset.overlap(engine.val_dataset)
     assert set(engine.dataset.query_origins.values()) == {"title", "inverse_cloze"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = engine.finetune()
-    assert "Made-up questions flatter" in result.summary
-    assert result.data_report.questions == {"title": 8, "inverse_cloze": 4}
+    assert "Synthetic queries overstate the gain" in result.summary
+    assert result.data_report.queries == {"title": 8, "inverse_cloze": 4}
     assert len(engine.get_finetuned_model().get_query_embedding("w1")) == 32
 
 
@@ -118,7 +118,7 @@ def test_warnings_point_at_the_users_own_line(tiny_model, nodes, out):
     with pytest.warns(UserWarning, match="6 documents") as caught:
         engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, batch_size=4, epochs=1, **QUIET)
     assert {warning.filename for warning in caught} == {__file__}
-    with pytest.warns(UserWarning, match="Made-up questions") as caught:
+    with pytest.warns(UserWarning, match="Synthetic queries") as caught:
         engine.finetune()
     assert {warning.filename for warning in caught} == {__file__}
 
@@ -135,7 +135,7 @@ def test_without_validation_data_a_tenth_is_held_out_and_named(tiny_model, datas
     assert result.verdict is not Verdict.NOT_EVALUATED
     assert "held out of the training set by source document" in result.summary
     plain = LoraFinetuneEngine(make_dataset(sources=False), tiny_model, out)
-    assert "neighbouring passages may have been trained on" in plain._hold_out_note
+    assert "neighbouring passages may have been trained on" in plain._run.hold_out_note
 
 
 def test_without_any_validation_the_result_says_not_evaluated(tiny_model, dataset, out):
@@ -324,11 +324,11 @@ def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval
     generator = LLMQueryGenerator(llm=Llm(), journal=str(tmp_path / "journal.jsonl"))
     engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=[generator], device="cpu")
     report = engine.data_report
-    assert report.asked["llm"].answered == 12
+    assert report.llm_reports["llm"].answered == 12
     assert report.filtered.given == 24
-    assert report.filtered.dropped["speaks of the passage"] == 12
-    assert report.split.val_questions == len(engine.val_dataset.queries)
-    assert set(report.questions) == {"llm/question"}
+    assert report.filtered.dropped["refers to the passage"] == 12
+    assert report.split.val_queries == len(engine.val_dataset.queries)
+    assert set(report.queries) == {"llm/question"}
     assert "12 answered with 12 calls" in str(report)
     unfiltered = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=[generator], filters=None)
     assert len(unfiltered.dataset.queries) + len(unfiltered.val_dataset.queries) == 24
@@ -339,7 +339,7 @@ def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval
     "wrong",
     [{"epoch": 3}, {"batch_size": 0}, {"val_dataset": "/nowhere.json"}, {"val_fraction": 5}, {"filters": True},
      {"learning_rate": "x"}, {"model_id": "/nowhere"}, {"best_metric": "ndgc"}, {"quantized": True, "device": "cpu"},
-     {"objective": ObjectiveSettings("distillation", teacher="./nowhere")}, {"query_prompt": 5}, {"seed": 2**33},
+     {"objective": ObjectiveSettings(name="distillation", teacher="./nowhere")}, {"query_prompt": 5}, {"seed": 2**33},
      {"allow_changes": ["nope"]}, {"val_fraction": 0, "early_stopping_patience": 2}, {"loss": lambda: 1}],
     ids=shown,
 )  # fmt: skip
@@ -358,7 +358,8 @@ def test_an_llms_report_is_found_inside_other_makers(tiny_model, nodes, out, tmp
 
     generators = [FirstOf(TitleQueryGenerator(), generator("a")), generator("b")]
     engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=generators, filters=None)
-    assert {name: report.answered for name, report in engine.data_report.asked.items()} == {"llm": 4, "llm #2": 12}
+    answered = {name: report.answered for name, report in engine.data_report.llm_reports.items()}
+    assert answered == {"llm": 4, "llm #2": 12}
 
 
 def test_without_llm_questions_from_nodes_loads_no_model(nodes, out, tmp_path):
@@ -372,7 +373,7 @@ def test_without_llm_questions_from_nodes_loads_no_model(nodes, out, tmp_path):
 
 def test_validation_that_overlaps_training_is_refused_dropped_or_allowed(tiny_model, dataset, out):
     val = dataset.subset(["q0-0", "q5-1"])
-    with pytest.raises(DatasetError, match="8 of 48 training questions") as caught:
+    with pytest.raises(DatasetError, match="8 of 48 training queries") as caught:
         LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val)
     assert any("q0-0" in problem for problem in caught.value.problems)
     dropped = LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val, on_overlap="drop")

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer import losses
 from llama_index_lora_embed import LabelledPairs, LoraFinetuneEngine
 from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError, ModelNotFoundError, OutputDirectoryError
-from llama_index_lora_embed.engines.validation import _OF_BINARY_PAIRS, _OF_PAIRS
+from llama_index_lora_embed.engines.validation import BINARY_PAIR_METRICS, PAIR_METRICS
 from llama_index_lora_embed.evaluation.metrics import NAMES, query_metrics
 from llama_index_lora_embed.evaluation.pairs import pair_metrics
 from tests.conftest import make_dataset, shown
@@ -53,7 +53,7 @@ def engine(path, **kwargs):
         ({"best_metric": "roc_auc", "val_dataset": None}, "best_metric='roc_auc'"),
         ({**OF_PAIRS, "best_metric": "ndcg@10"}, "best_metric='ndcg@10': expected one of roc_auc"),
         ({"best_metric": "roc_auc", "val_dataset": GRADED}, "expected one of spearman, pearson"),
-        ({"best_metric": "hit@1", "val_dataset": None, "val_fraction": 0}, "best_metric='hit@1' without anything"),
+        ({"best_metric": "hit@1", "val_dataset": None, "val_fraction": 0}, "best_metric='hit@1' without validation"),
         ({"early_stopping_patience": 3, "val_dataset": None, "val_fraction": 0}, "early_stopping_patience=3 without"),
         # the objective and the kind of data
         ({**OF_PAIRS, "objective": "in_batch"}, "labelled pairs with name='in_batch'"),
@@ -107,7 +107,7 @@ def test_problems_of_all_kinds_come_together(tmp_path):
     with pytest.raises(ConfigError) as caught:
         engine(
             tmp_path / "run", seed=-1, best_metric="x", allow_changes=["y"], batch_size=1, query_prompt=1,
-            objective=ObjectiveSettings("distillation", teacher="./no-teacher"), model_id="./no-model", device="z",
+            objective=ObjectiveSettings(name="distillation", teacher="./no-teacher"), model_id="./no-model", device="z",
         )  # fmt: skip
     text = "\n".join(caught.value.problems)
     for said in ("seed=-1", "best_metric='x'", "'y'", "query_prompt=1", "./no-teacher", "./no-model", "device='z'"):
@@ -118,13 +118,13 @@ def test_problems_of_all_kinds_come_together(tmp_path):
 def test_the_measures_are_those_that_the_evaluations_report():
     assert tuple(query_metrics(["p"], {"p"})) == NAMES
     similarities = np.array([0.1, 0.9, 0.5])
-    assert tuple(pair_metrics(similarities, np.array([0.0, 1.0, 1.0]))) == (*_OF_BINARY_PAIRS, *_OF_PAIRS)
-    assert tuple(pair_metrics(similarities, np.array([0.0, 0.3, 1.0]))) == _OF_PAIRS
+    assert tuple(pair_metrics(similarities, np.array([0.0, 1.0, 1.0]))) == (*BINARY_PAIR_METRICS, *PAIR_METRICS)
+    assert tuple(pair_metrics(similarities, np.array([0.0, 0.3, 1.0]))) == PAIR_METRICS
 
 
 def test_a_teacher_that_is_not_there_is_missed_at_once(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no-such-teacher"):
-        engine(tmp_path / "run", objective=ObjectiveSettings("distillation", teacher="./no-such-teacher"))
+        engine(tmp_path / "run", objective=ObjectiveSettings(name="distillation", teacher="./no-such-teacher"))
 
 
 def test_a_file_in_the_place_of_the_run_directory_is_found_at_once(tmp_path):
@@ -158,7 +158,7 @@ assert "torch" not in sys.modules
 engine.finetune()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ConfigError: got a device that is not there" in done.stderr
+    assert "ConfigError: got a device that does not exist" in done.stderr
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -167,13 +167,12 @@ def test_relative_places_are_those_of_when_the_engine_was_made(tmp_path, monkeyp
     for name in ("model", "teacher"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    made = engine(
-        "run", model_id="model", cache_folder="cache", objective=ObjectiveSettings("distillation", teacher="teacher")
-    )
-    assert made.model_id == str(tmp_path / "model")
-    assert made.objective.teacher == str(tmp_path / "teacher")
-    assert made._start.cache_folder == str(tmp_path / "cache")
-    assert engine("run", model_id="an/id").model_id == "an/id"
+    distillation = ObjectiveSettings(name="distillation", teacher="teacher")
+    made = engine("run", model_id="model", cache_folder="cache", objective=distillation)
+    assert made.config.base.model_id == str(tmp_path / "model")
+    assert made.config.objective.teacher == str(tmp_path / "teacher")
+    assert made.config.base.cache_folder == str(tmp_path / "cache")
+    assert engine("run", model_id="an/id").config.base.model_id == "an/id"
 
 
 def test_another_working_directory_finds_the_same_base(tiny_model, tmp_path, monkeypatch):

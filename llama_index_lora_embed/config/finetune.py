@@ -1,0 +1,251 @@
+"""`FinetuneConfig`: everything that decides a run, in one frozen, serialisable object."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from llama_index_lora_embed.config.base import (
+    NOT_IN_RESULT,
+    AtLeast1,
+    PathText,
+    Settings,
+    ShareBelow1,
+    config_error,
+)
+from llama_index_lora_embed.config.mining import MiningSettings
+from llama_index_lora_embed.config.objective import ObjectiveSettings
+from llama_index_lora_embed.config.questions import QueryFilterSettings, QueryGeneratorSettings
+from llama_index_lora_embed.config.training import TrainingSettings
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.core.files import absolute
+
+Pooling = Literal["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"]
+POOLING_MODES: tuple[str, ...] = get_args(Pooling)
+SHORTEST_WINDOW = 16
+"""Tokens; a shorter window would hold little more than its special tokens and the prompt."""
+DEFAULT_BASE = "BAAI/bge-small-en"
+
+
+class DataSettings(Settings):
+    """What is trained on and evaluated with; files by reference."""
+
+    dataset: Annotated[PathText | None, NOT_IN_RESULT] = None
+    """Training data: JSON of an `EmbeddingQAFinetuneDataset`, or a file of labelled pairs. None where `run_finetune`
+    is given the data itself."""
+    val_dataset: Annotated[PathText | None, NOT_IN_RESULT] = None
+    """The same for validation, best with human-written queries; None holds out `val_fraction`."""
+    kind: Annotated[Literal["queries", "pairs"], NOT_IN_RESULT] = "queries"
+    """What `dataset` and `val_dataset` hold: queries and passages, or labelled pairs."""
+    nodes: Annotated[PathText | None, NOT_IN_RESULT] = None
+    """Instead of `dataset`: a folder of documents, or a JSONL file of LlamaIndex nodes, for which queries are
+    generated."""
+    query_generators: Annotated[tuple[QueryGeneratorSettings, ...] | None, NOT_IN_RESULT] = None
+    """Generators to run on `nodes`; None takes an LLM's queries where an LLM is given, else titles and inverse
+    cloze."""
+    filters: Annotated[QueryFilterSettings | None, NOT_IN_RESULT] = QueryFilterSettings()
+    """Which generated queries are dropped; None keeps all."""
+    val_fraction: ShareBelow1 = 0.1
+    """Share of the queries, by source document, held out where there is no `val_dataset`; 0 for none."""
+    max_eval_passages: AtLeast1 = 500
+    """Passages searched when the validation set is held out: those with queries, and others up to this number.
+    Limits the time of an evaluation."""
+    on_overlap: Annotated[Literal["error", "drop", "allow"], NOT_IN_RESULT] = "error"
+    """What to do if passages of `val_dataset` are also trained on: "error", "drop" their queries from training, or
+    "allow"."""
+    use_all_docs: bool = False
+    """Train a query with all its relevant passages instead of the first."""
+
+
+class BaseModelSettings(Settings):
+    """The model that training starts from."""
+
+    model_id: Annotated[PathText, NOT_IN_RESULT] = DEFAULT_BASE
+    """Base model: Hub id or folder."""
+    continue_from: Annotated[PathText | None, NOT_IN_RESULT] = None
+    """Adapter directory or Hub id to train further, on its own base. It stands in for the base: as step 0, and in
+    the comparison; the manifest of the new directory names it as the parent."""
+    revision: Annotated[str | None, NOT_IN_RESULT] = None
+    """Commit on the Hub, of the adapter if `continue_from` is given, else of the base."""
+    cache_folder: Annotated[PathText | None, NOT_IN_RESULT] = None
+    """Cache of huggingface_hub."""
+    query_prompt: str | None = None
+    """Overrides the base's query prompt."""
+    passage_prompt: str | None = None
+    """Overrides the base's passage prompt."""
+    pooling: Pooling | None = None
+    """Overrides the base's pooling."""
+    window: Annotated[int, Field(ge=SHORTEST_WINDOW)] | None = None
+    """Read texts that are longer than this many tokens whole, in windows of this length whose vectors are averaged;
+    None truncates them at `max_seq_length`. Worth it where most nodes are truncated."""
+    quantized: bool = False
+    """Train on the base in 4 bit (QLoRA), which needs a CUDA GPU and the extra `quantized`."""
+
+
+class OutputSettings(Settings):
+    """Where the adapter is written, and how a run continues."""
+
+    model_output_path: Annotated[PathText, NOT_IN_RESULT] = "exp_finetune"
+    """Adapter directory to write. An adapter there is replaced at the end and kept as `<path>.previous`; any other
+    content is refused."""
+    resume_from_checkpoint: Annotated[bool, NOT_IN_RESULT] = False
+    """Continue from the newest checkpoint, if there is one."""
+    allow_changes: Annotated[
+        tuple[str, ...],
+        NOT_IN_RESULT,
+        BeforeValidator(lambda v: tuple(v) if isinstance(v, (list, set, frozenset)) else v),
+    ] = ()
+    """Names of data and fields that may differ from the checkpoint's on a resume; the error that refuses a resume
+    lists them."""
+
+
+class FinetuneConfig(Settings):
+    """Everything that decides a run.
+
+    `run_finetune(config)` runs it. `LoraFinetuneEngine` builds one from its arguments, which have the names of the
+    fields.
+
+    Example:
+        >>> config = FinetuneConfig.from_arguments(model_id="BAAI/bge-small-en-v1.5", epochs=2)
+        >>> config.training.epochs, config.base.model_id
+        (2, 'BAAI/bge-small-en-v1.5')
+    """
+
+    data: DataSettings = DataSettings()
+    """What is trained on and evaluated with."""
+    base: BaseModelSettings = BaseModelSettings()
+    """The base, or the adapter that is trained further."""
+    lora_config: dict[str, Any] | None = None
+    """Fields of `peft.LoraConfig`; None adapts all linear layers at rank `lora_r`."""
+    objective: Annotated[
+        ObjectiveSettings, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else {} if v is None else v)
+    ] = ObjectiveSettings()
+    """What is trained: `ObjectiveSettings`, or the name of an objective."""
+    mining: MiningSettings | None = None
+    """Mine hard negatives from the training passages before training, and with `rounds` above 1 again with the tuned
+    model; None mines none. A step takes longer by the share of negatives it holds."""
+    training: TrainingSettings = TrainingSettings()
+    """How the adapter is trained."""
+    output: OutputSettings = OutputSettings()
+    """Where the adapter is written."""
+
+    @classmethod
+    def from_arguments(cls, **arguments: Any) -> FinetuneConfig:
+        """A configuration from flat arguments: each field of `data`, `base`, `training` and `output` by its own name.
+
+        Raises:
+            ConfigError: Some are unknown or wrong; all of them are named.
+        """
+        values: dict[str, Any] = {}
+        for name, value in arguments.items():
+            group = _GROUP_OF.get(name)
+            (values if group is None else values.setdefault(group, {}))[name] = value
+        return cls.validated(values)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> FinetuneConfig:
+        """A configuration from a YAML (`.yaml`, `.yml`), TOML (`.toml`) or JSON (`.json`) file.
+
+        Paths in the file are relative to the working directory.
+
+        Raises:
+            ConfigError: The file cannot be read, or some values are wrong; `.problems` names all of them by their path.
+        """
+        try:
+            values = _READERS[Path(path).suffix.lower()](Path(path).read_text(encoding="utf-8"))
+        except KeyError:
+            raise ConfigError(
+                f"a configuration file named {Path(path).name!r}",
+                f"one that ends in {', '.join(_READERS)}",
+                "Rename it, or convert it.",
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{str(path)!r}, which cannot be read: {error}", "a YAML, TOML or JSON file", "Correct the file."
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{str(path)!r} with a {type(values).__name__} at the top",
+                "a mapping of fields",
+                "See docs/configuration.",
+            )
+        try:
+            return cls.model_validate_json(json.dumps(values, default=str))  # JSON has lists where fields are tuples
+        except ValidationError as error:
+            raise config_error(cls, error) from None
+
+    def with_absolute_paths(self) -> FinetuneConfig:
+        """The same run from any working directory; Hub ids stay as they are."""
+        base, output, objective = self.base, self.output, self.objective
+        cache, teacher = base.cache_folder, objective.teacher
+        return self.replace(
+            base=base.replace(
+                model_id=absolute(base.model_id),
+                continue_from=None if base.continue_from is None else absolute(base.continue_from),
+                cache_folder=None if cache is None else os.path.abspath(os.path.expanduser(cache)),
+            ),
+            objective=objective if teacher is None else objective.replace(teacher=absolute(teacher)),
+            output=output.replace(model_output_path=os.path.abspath(os.path.expanduser(output.model_output_path))),
+        )
+
+    def result_affecting(self) -> dict[str, Any]:
+        """Everything here that decides which weights are trained, as JSON values by the fields' own names.
+
+        Checkpoints record it, a resumed run is compared with it, and the manifest of the adapter holds it. Data, base
+        and parent are not in it: they are recorded by their digests.
+        """
+        groups = (self.data, self.base, self.training)
+        return {
+            **{name: value for group in groups for name, value in group.result_affecting().items()},
+            "objective": self.objective.result_affecting(),
+            "mining": None if self.mining is None else self.mining.result_affecting(),
+            "lora_config": self.lora_config,
+        }
+
+    def digest(self) -> str:
+        """SHA-256 (64 hexadecimal digits) of the fields that decide which weights are trained."""
+        return hashlib.sha256(json.dumps(self.result_affecting(), sort_keys=True, default=str).encode()).hexdigest()
+
+
+_GROUP_OF = {
+    name: group
+    for group, settings in (
+        ("data", DataSettings), ("base", BaseModelSettings), ("training", TrainingSettings), ("output", OutputSettings)
+    )
+    for name in settings.model_fields
+}  # fmt: skip
+
+
+def _yaml(text: str) -> Any:
+    """YAML with the floats of YAML 1.2: PyYAML alone reads 1e-3 as text."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+        pass
+
+    number = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _toml(text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": json.loads}

@@ -1,0 +1,51 @@
+"""Nodes by reference: a folder of documents, or a file of LlamaIndex nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from llama_index.core.schema import BaseNode, TextNode
+
+from llama_index_lora_embed.core.errors import DatasetError
+
+
+def read_nodes(path: str | os.PathLike[str]) -> list[BaseNode]:
+    """Nodes from a folder or a file.
+
+    A folder is read by LlamaIndex's `SimpleDirectoryReader` and split by its `SentenceSplitter`, both at their
+    defaults; a `.jsonl` file holds one node in each line, as `node.to_json()` writes it.
+
+    Raises:
+        DatasetError: Nothing is there, or a line is no node.
+    """
+    source = Path(path).expanduser()
+    if source.is_dir():
+        from llama_index.core import SimpleDirectoryReader
+        from llama_index.core.node_parser import SentenceSplitter
+
+        try:
+            documents = SimpleDirectoryReader(str(source), recursive=True, filename_as_id=True).load_data()
+        except ValueError as error:
+            raise DatasetError(f"{str(source)!r}: {error}", "a folder with documents", "Check the path.") from error
+        return SentenceSplitter().get_nodes_from_documents(documents)
+    if source.suffix != ".jsonl" or not source.is_file():
+        raise DatasetError(
+            f"nodes from {str(source)!r}, which is {'a file of another kind' if source.exists() else 'not there'}",
+            "a folder of documents, or a .jsonl file with one LlamaIndex node in each line",
+            "Write one with node.to_json(), or check the path.",
+        )
+    nodes: list[BaseNode] = []
+    with open(source, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    nodes.append(TextNode.from_dict(json.loads(line)))
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise DatasetError(
+                        f"line {number} of {str(source)!r}, which is no node ({str(error).splitlines()[0]})",
+                        "a line that node.to_json() wrote",
+                        "Remove or correct the line.",
+                    ) from error
+    return nodes

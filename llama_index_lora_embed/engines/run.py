@@ -1,0 +1,346 @@
+"""`run_finetune`: one configuration, one run, from data to adapter directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.schema import BaseNode
+
+from llama_index_lora_embed.config import FinetuneConfig, TrainingSettings
+from llama_index_lora_embed.core.errors import ConfigError, SplitError, warn_user
+from llama_index_lora_embed.data import (
+    BuildReport,
+    EmbeddingQAFinetuneDataset,
+    LLMQueryGenerator,
+    QueryGenerator,
+    dataset_from_nodes,
+    split_by_source,
+    split_report,
+)
+from llama_index_lora_embed.data.readers.nodes import read_nodes
+from llama_index_lora_embed.data.text import normalise
+from llama_index_lora_embed.data.training_data import TrainingData, read_training_data
+from llama_index_lora_embed.engines.result import FinetuneResult, summarise, write_run
+from llama_index_lora_embed.engines.starting_model import StartingModel
+from llama_index_lora_embed.engines.validation import check_device, check_run
+
+if TYPE_CHECKING:
+    from llama_index.core.llms import LLM
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+
+    from llama_index_lora_embed.training.arguments import UserArguments
+
+
+def run_finetune(
+    config: FinetuneConfig,
+    *,
+    dataset: TrainingData | Any | None = None,
+    val_dataset: TrainingData | Any | None = None,
+    nodes: Sequence[BaseNode] | None = None,
+    llm: LLM | None = None,
+    query_generators: Iterable[QueryGenerator] | None = None,
+    loss: Any | None = None,
+    lora_config: LoraConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **train_kwargs: Any,
+) -> FinetuneResult:
+    """Run a configuration: read or take the data, train, evaluate, write the adapter directory.
+
+    What is given here takes the place of what the configuration names.
+
+    Args:
+        config: The run.
+        dataset: Training data instead of `config.data.dataset`.
+        val_dataset: Validation data instead of `config.data.val_dataset`.
+        nodes: LlamaIndex nodes to generate queries for, instead of `config.data.nodes`.
+        llm: Writes the queries for nodes.
+        query_generators: Instead of `config.data.query_generators`.
+        loss: A sentence-transformers loss instead of the objective's.
+        lora_config: peft's configuration instead of `config.lora_config`.
+        callbacks: transformers' callbacks.
+        **train_kwargs: More sentence-transformers training arguments, see `LoraFinetuneEngine.finetune`.
+
+    Returns:
+        Metrics of base and tuned, verdict, path.
+
+    Raises:
+        ConfigError: There is no data, or arguments are wrong; all of them are named.
+        LoraEmbedError: As `LoraFinetuneEngine` and its `finetune`.
+    """
+    data = config.data
+    if dataset is None and nodes is None:
+        if (data.dataset is None) == (data.nodes is None):
+            raise ConfigError(
+                f"data.dataset={data.dataset!r} and data.nodes={data.nodes!r}",
+                "one of the two, or dataset= or nodes=",
+                "Name the training data in the configuration, or pass it to run_finetune.",
+            )
+        if data.dataset is not None:
+            dataset = read_training_data(data.dataset, data.kind)
+        else:
+            assert data.nodes is not None
+            nodes = read_nodes(data.nodes)
+    if val_dataset is None and data.val_dataset is not None:
+        val_dataset = read_training_data(data.val_dataset, data.kind if dataset is not None else "queries")
+    if nodes is None:
+        run = prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config)
+    else:
+        config = with_synthetic_defaults(config)
+        if query_generators is None and data.query_generators is not None:
+            query_generators = _generators(config, llm)
+        run = run_from_nodes(config, nodes, val_dataset, query_generators, llm, loss=loss, lora_config=lora_config)
+    return run.execute(callbacks, train_kwargs)
+
+
+def with_synthetic_defaults(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with the training defaults for synthetic queries where it says nothing itself."""
+    given = {name: getattr(config.training, name) for name in config.training.model_fields_set}
+    return config.replace(training=TrainingSettings.for_synthetic_queries(**given))
+
+
+def run_from_nodes(
+    config: FinetuneConfig | dict[str, Any],
+    nodes: Sequence[BaseNode],
+    val_dataset: Any | None,
+    query_generators: Iterable[QueryGenerator] | None,
+    llm: LLM | None,
+    *,
+    loss: Any | None = None,
+    lora_config: LoraConfig | None = None,
+) -> FinetuneRun:
+    """A run on queries generated from nodes, validation held out by source document.
+
+    Everything that can be wrong about the run is found before an LLM is paid. With a `val_dataset`, its passages may be
+    trained on, because they are searched; generated queries that it also holds are not.
+
+    Args:
+        config: A configuration, or flat arguments of one.
+        nodes: As they will be indexed.
+        val_dataset: Validation data; None holds out `val_fraction` of the generated queries.
+        query_generators: Generators to run; None takes the LLM, or titles and inverse cloze.
+        llm: Writes the queries.
+        loss: A loss of the user's own.
+        lora_config: peft's configuration.
+
+    Raises:
+        SplitError: The nodes come from one document, so that none can be held out.
+        DatasetError: No query could be generated.
+        ConfigError: Wrong arguments.
+    """
+    if val_dataset is not None:
+        val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
+        if not isinstance(config, FinetuneConfig):
+            config = {"on_overlap": "allow", **config}
+        elif "on_overlap" not in config.data.model_fields_set:
+            config = config.replace(data=config.data.replace(on_overlap="allow"))
+    config = check_run(config, None, val_dataset, loss=loss, lora_config=lora_config).config
+    if config.base.quantized:
+        check_device(config)
+    generators = None if query_generators is None else list(query_generators)
+    if generators is None and llm is not None:
+        generators = [LLMQueryGenerator(llm=llm, journal=_journal(config))]
+    seed, fraction = config.training.seed, config.data.val_fraction
+    dataset, report = dataset_from_nodes(
+        nodes, generators, seed=seed, filters=config.data.filters, embed_model=StartingModel(config).embedding
+    )
+    if val_dataset is not None:
+        known = {normalise(text) for text in val_dataset.queries.values()}
+        unknown = [i for i, text in dataset.queries.items() if normalise(text) not in known]
+        dataset = dataset.subset(unknown, dataset.corpus)
+    elif fraction:
+        dataset, val_dataset = split_by_source(dataset, fraction, seed=seed, max_passages=config.data.max_eval_passages)
+        report = replace(report, split=split_report(dataset, val_dataset))
+    return replace(prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config), data_report=report)
+
+
+def _journal(config: FinetuneConfig) -> str:
+    """Where the answers of an LLM are kept: beside the output."""
+    return f"{os.path.abspath(os.path.expanduser(config.output.model_output_path))}.queries.jsonl"
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """A run that was checked and can be executed; nothing is loaded yet.
+
+    Attributes:
+        config: With absolute paths.
+        dataset: Training data.
+        val_dataset: Validation data; None for a run that is not evaluated.
+        loss: A loss of the user's own.
+        lora_config: peft's configuration; None for the default LoRA.
+        hold_out_note: How the validation data was held out, in words.
+        data_report: What became of the nodes; None if a dataset was given.
+    """
+
+    config: FinetuneConfig
+    dataset: TrainingData
+    val_dataset: TrainingData | None
+    loss: Any | None = None
+    lora_config: LoraConfig | None = None
+    hold_out_note: str = ""
+    data_report: BuildReport | None = None
+
+    def execute(self, callbacks: Sequence[TrainerCallback], train_kwargs: dict[str, Any]) -> FinetuneResult:
+        """Train, keep the step that evaluated best, write the adapter directory; see `LoraFinetuneEngine.finetune`."""
+        from llama_index_lora_embed.models.adapter_directory import check_output
+        from llama_index_lora_embed.training import distributed
+        from llama_index_lora_embed.training.arguments import check_user_arguments
+        from llama_index_lora_embed.training.checkpointing.checkpoints import only_run
+
+        check_device(self.config)
+        arguments = check_user_arguments(
+            self.config, callbacks, train_kwargs, own_loss=self.loss is not None, pairs=self.dataset.kind == "pairs"
+        )
+        distributed.join(self.config.training.device)
+        target = check_output(self.config.output.model_output_path)
+        run_dir = target.with_name(target.name + ".run")
+        with only_run(run_dir):
+            result = self._train_and_write(target, run_dir, arguments)
+        # what a user must not overlook
+        if distributed.is_main() and (result.verdict.value != "BETTER" or result.best_step == 0):
+            warn_user(result.summary)
+        return result
+
+    def _train_and_write(self, target: Path, run_dir: Path, arguments: UserArguments) -> FinetuneResult:
+        from llama_index_lora_embed.engines.evaluator import default_metric, evaluate_model
+        from llama_index_lora_embed.evaluation import compare
+        from llama_index_lora_embed.training import distributed
+        from llama_index_lora_embed.training.checkpointing.resume import lora_fields, record
+        from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
+        from llama_index_lora_embed.training.efficiency.quantization import onto_full_precision
+        from llama_index_lora_embed.training.iterative_mining import train_with_mining
+
+        config = self.config.replace(training=arguments.settings)
+        settings, val = config.training, self.val_dataset
+        start = StartingModel(config)
+        model, base, parent = start.load()
+        lora_config = self._lora_config()
+        if lora_config is not None:  # with peft's defaults left out, whoever wrote them
+            config = config.replace(lora_config=lora_fields(lora_config))
+        evaluate = None if val is None else partial(
+            evaluate_model,
+            dataset=val,
+            precision=settings.precision,
+            fused_attention=settings.fused_attention,
+            show_progress=settings.show_progress_bar,
+        )  # fmt: skip
+        outcome, mined = train_with_mining(
+            model,
+            self.dataset,
+            settings,
+            run_dir,
+            config.mining,
+            selection=CheckpointSelection(evaluate, settings.best_metric or default_metric(val)),
+            lora_config=lora_config,
+            loss=self.loss,
+            objective=config.objective,
+            use_all_docs=config.data.use_all_docs,
+            resume=config.output.resume_from_checkpoint,
+            allow_changes=config.output.allow_changes,
+            run_record=record(
+                config, self.dataset, val, base=base, parent=parent, loss=self.loss,
+                train_kwargs=arguments.train_kwargs,
+            ),
+            callbacks=arguments.callbacks,
+            train_kwargs=arguments.train_kwargs,
+        )  # fmt: skip
+        best = outcome.selection
+        if config.base.quantized:
+            model = onto_full_precision(model, best, lambda: start.load_base(base, quantized=False))
+        comparison = None if val is None else compare(best.base, best.best)  # type: ignore[arg-type]
+        summary = summarise(comparison, best.best_step, len(best.history), self.hold_out_note, parent is not None)
+        fingerprint = distributed.on_main(
+            lambda: write_run(target, run_dir, config, self.dataset, model, base, parent, outcome, mined, summary)
+        )
+        return FinetuneResult.of(outcome, str(target), fingerprint, summary, comparison, mined, self.data_report, val)
+
+    def _lora_config(self) -> LoraConfig | None:
+        if self.lora_config is not None or self.config.lora_config is None:
+            return self.lora_config
+        from peft import LoraConfig
+
+        from llama_index_lora_embed.training.lora import lora_problems
+
+        try:
+            made = LoraConfig(**self.config.lora_config)
+            problems = lora_problems(made)
+        except (TypeError, ValueError) as error:
+            problems = [f"lora_config: {error}"]
+        if problems:
+            raise ConfigError("a lora_config that cannot be trained", "fields of peft.LoraConfig", "Correct:", problems)
+        return made
+
+
+def prepare(
+    config: FinetuneConfig | dict[str, Any],
+    dataset: Any,
+    val_dataset: Any | None,
+    *,
+    loss: Any | None = None,
+    lora_config: LoraConfig | None = None,
+) -> FinetuneRun:
+    """Check everything about a run and hold out validation data where there is none.
+
+    Args:
+        config: A configuration, or flat arguments of one.
+        dataset: Training data.
+        val_dataset: Validation data; None holds out `val_fraction`.
+        loss: A loss of the user's own.
+        lora_config: peft's configuration.
+
+    Raises:
+        LoraEmbedError: As `check_run`.
+    """
+    checked = check_run(config, {} if dataset is None else dataset, val_dataset, loss=loss, lora_config=lora_config)
+    config, train, val = checked.config, checked.dataset, checked.val_dataset
+    assert train is not None
+    note = ""
+    if val is None and config.data.val_fraction:
+        training, data = config.training, config.data
+        try:
+            train, val, note = train.hold_out(
+                data.val_fraction, seed=training.seed, max_passages=data.max_eval_passages
+            )
+        except SplitError as error:
+            wanted = {"best_metric": training.best_metric, "early_stopping_patience": training.early_stopping_patience}
+            idle = ", ".join(name for name, value in wanted.items() if value)
+            warn_user(f"Nothing is held out for evaluation: {error}" + (f" Without effect: {idle}." if idle else ""))
+    return FinetuneRun(config, train, val, loss, lora_config, note)
+
+
+def _generators(config: FinetuneConfig, llm: LLM | None) -> list[QueryGenerator]:
+    """The generators that a configuration names."""
+    from llama_index_lora_embed import data
+
+    classes: dict[str, Any] = {
+        "title": data.TitleQueryGenerator,
+        "inverse_cloze": data.InverseClozeQueryGenerator,
+        "neighbour": data.NeighbourQueryGenerator,
+        "metadata": data.MetadataQueryGenerator,
+        "query_log": data.QueryLogGenerator,
+        "llm": LLMQueryGenerator,
+    }
+    made: list[QueryGenerator] = []
+    for settings in config.data.query_generators or ():
+        options = dict(settings.options)
+        if settings.kind == "llm":
+            if llm is None:
+                raise ConfigError(
+                    "a query generator 'llm' without an LLM", "an LLM", "Pass run_finetune(..., llm=llm)."
+                )
+            options = {"llm": llm, "journal": _journal(config), **options}
+        generator = classes[settings.kind]
+        if unknown := sorted(set(options) - set(generator.model_fields)):
+            raise ConfigError(
+                f"a query generator {settings.kind!r} with the options {', '.join(map(repr, unknown))}",
+                f"some of {', '.join(generator.model_fields)}",
+                "Correct data.query_generators.",
+            )
+        made.append(generator(**options))
+    return made
