@@ -113,12 +113,12 @@ class Gate:
         passed: The lower end of the 95 % interval of the difference is at least -tolerance, and there are enough
             queries; or no version is promoted yet.
         reason: In one sentence.
-        difference: nDCG@10 of both; None if no version is promoted.
+        ndcg: nDCG@10 of the promoted version and the candidate; None if no version is promoted.
     """
 
     passed: bool
     reason: str
-    difference: Difference | None = None
+    ndcg: Difference | None = None
 
     def __bool__(self) -> bool:
         return self.passed
@@ -338,16 +338,16 @@ class RunRegistry:
                 "Add both with the same dataset=.",
             )
         old, new = self._load_evaluation(promoted), self._load_evaluation(candidate)
-        difference = metric_differences(old, new, metrics=[_METRIC])[_METRIC]
-        low, high = difference.interval
+        ndcg = metric_differences(old, new, metrics=[_METRIC])[_METRIC]
+        low, high = ndcg.interval
         if len(new.per_query) < MIN_QUERIES:
             reason = f"{len(new.per_query)} queries are too few; at least {MIN_QUERIES} are needed"
-            return Gate(False, reason, difference)
+            return Gate(False, reason, ndcg)
         return Gate(
             low >= -tolerance,
-            f"nDCG@10 of {name} is {difference.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) against the "
+            f"nDCG@10 of {name} is {ndcg.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) against the "
             f"promoted version {promoted.name}; the accepted loss is {tolerance:.3f}",
-            difference,
+            ndcg,
         )
 
     def _check_new(self, name: str | None) -> None:

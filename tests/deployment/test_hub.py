@@ -110,7 +110,7 @@ def test_the_model_card_names_base_data_metrics_and_how_to_load_it(hub, pushed, 
     for part in (
         "base_model: them/tiny",
         "# LoRA adapter for tiny",
-        "Trained on 48 questions",
+        "Trained on 48 queries",
         "library_name: sentence-transformers",
         'LoraEmbedding("me/handbook")',
         'SentenceTransformer("me/handbook")',

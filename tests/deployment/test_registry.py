@@ -55,7 +55,7 @@ def test_a_version_is_evaluated_when_it_is_added(adapter, tmp_path):
 
 def test_the_gate_refuses_a_worse_version(registry):
     assert registry.gate("v2")
-    assert registry.gate("v2").difference.difference > 0
+    assert registry.gate("v2").ndcg.difference > 0
     assert registry.gate("v1").passed, "the promoted version is no worse than itself"
     refused = registry.gate("v3")
     assert not refused
@@ -77,7 +77,7 @@ def test_the_gate_refuses_a_version_with_too_little_evidence(adapter, tmp_path):
         registry.add(adapter, dataset=few, evaluation=evaluation)
     registry.promote("v1")
     gate = registry.gate("v2")
-    assert gate.difference.interval[0] < -0.01
+    assert gate.ndcg.interval[0] < -0.01
     assert not gate
     assert RunRegistry(tmp_path / "empty").promoted() is None
     fewer = make_dataset(passages=4)

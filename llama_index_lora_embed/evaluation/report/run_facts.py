@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from llama_index_lora_embed.config import MANIFEST_NAME
 from llama_index_lora_embed.core.errors import AdapterError
+from llama_index_lora_embed.core.files import read_json_lines
 from llama_index_lora_embed.models.adapter_directory import Manifest
 
 _LOG_NAME = "log.jsonl"
@@ -56,16 +56,8 @@ class RunFacts:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Lines of a run's log. Of steps that a resumed run repeated the last line counts; incomplete lines are skipped."""
     lines: list[dict[str, Any]] = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
+    for value in read_json_lines(path) if path.exists() else ():
+        if isinstance(value.get("step"), int):
             # a resumed run repeats some steps; a new run in the same directory starts at step 0
             lines = [kept for kept in lines if kept["step"] <= value["step"]]
             lines.append(value)
