@@ -92,7 +92,7 @@ def metric_differences(
     *,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """The difference in each metric.
+    """The difference in each metric, by its name.
 
     Args:
         base: Evaluation of the base.
@@ -102,9 +102,9 @@ def metric_differences(
         seed: Random seed of the bootstrap.
 
     Raises:
-        DatasetError: The two evaluations are of different queries or passages.
+        DatasetError: The two evaluations are of different queries, passages or judgments.
     """
-    check_same_dataset(base, tuned)
+    _check_same_dataset(base, tuned)
     ids = list(base.per_query if query_ids is None else query_ids)
     names = [name for name in (metrics or base.metrics) if name in base.metrics and name in tuned.metrics]
     before, after = (
@@ -126,12 +126,8 @@ def metric_differences(
     }
 
 
-def check_same_dataset(base: RetrievalEvaluation, tuned: RetrievalEvaluation) -> None:
-    """Check that two evaluations are of one dataset, as far as they record it.
-
-    Raises:
-        DatasetError: Their queries, passages or judgments differ.
-    """
+def _check_same_dataset(base: RetrievalEvaluation, tuned: RetrievalEvaluation) -> None:
+    """Refuse evaluations of different datasets, as far as they record them."""
     if base.per_query.keys() != tuned.per_query.keys():
         raise DatasetError(
             "two evaluations of different queries", "the same dataset for both", "Evaluate both models on one dataset."

@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,10 @@ class EmbeddingCache:
         if not self.file.exists():
             return {}
         keys = {_key(text): text for text in texts}
+        query = "SELECT key, vector FROM vectors WHERE key IN (SELECT value FROM json_each(?))"
         try:
             with closing(self._connect()) as database:
-                found = database.execute(
-                    "SELECT key, vector FROM vectors WHERE key IN (SELECT value FROM json_each(?))",
-                    [json.dumps([*keys])],
-                ).fetchall()
+                found = database.execute(query, [json.dumps([*keys])]).fetchall()
         except sqlite3.DatabaseError as error:
             if "no such table" in str(error):  # another process has just created the file
                 return {}
@@ -61,27 +59,23 @@ class EmbeddingCache:
         return {text: vector for text, vector in vectors.items() if len(vector) and np.isfinite(vector).all()}
 
     def write(self, texts: Sequence[str], vectors: FloatArray, *, replace: bool = True) -> None:
-        """Write vectors; those with NaN or infinity are left out.
+        """Write vectors [texts, dimensions], except those with NaN or infinity.
 
         Args:
             texts: The texts.
-            vectors: [texts, dimensions].
-            replace: Whether to replace the vectors of texts that are in the file already.
+            vectors: Their vectors.
+            replace: Whether to replace vectors that are in the file already.
 
         Raises:
             OutputDirectoryError: The file cannot be written.
         """
         rows = [(_key(t), v.tobytes()) for t, v in zip(texts, vectors, strict=True) if np.isfinite(v).all()]
-        with self._writing() as database:
-            database.execute("CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB) WITHOUT ROWID")
-            database.executemany(f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO vectors VALUES (?, ?)", rows)
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+        insert = f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO vectors VALUES (?, ?)"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as database, database:
-                yield database
+                database.execute("CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+                database.executemany(insert, rows)
         except (OSError, sqlite3.Error) as error:
             raise self._unwritable(error) from error
 

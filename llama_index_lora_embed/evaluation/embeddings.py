@@ -67,13 +67,9 @@ class Embedder:
         self.cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
 
     async def embed(self, texts: Sequence[str], side: Side) -> FloatArray:
-        """Vectors of texts, [texts, dimensions], in an array that the caller may change.
+        """Vectors [texts, dimensions] of at least one text, in an array that the caller may change.
 
         With `num_workers` the asynchronous methods of the model are awaited; without, this coroutine never suspends.
-
-        Args:
-            texts: At least one.
-            side: Whether they are queries or passages.
 
         Raises:
             ConfigError: The vectors differ in length, or their number is not that of the texts.
@@ -172,11 +168,7 @@ async def gather_limited(calls: Sequence[Callable[[], Awaitable[_T]]], limit: in
 
 
 def check_num_workers(num_workers: Any) -> int | None:
-    """`num_workers`, if it is None or a positive number.
-
-    Raises:
-        ConfigError: It is neither.
-    """
+    """`num_workers`; a ConfigError unless it is None or a positive number."""
     if num_workers is not None and not is_int(num_workers, 1):
         raise ConfigError(f"num_workers={num_workers!r}", "None or a number above 0", "num_workers=4")
     workers: int | None = num_workers

@@ -96,12 +96,9 @@ def evaluate_pairs(
 
 
 def evaluate_pair_encoders(encode_queries: Encode, encode_passages: Encode, pairs: LabelledPairs) -> PairEvaluation:
-    """Evaluate a pair of functions from texts to vectors; each distinct text is encoded once.
+    """Evaluate two functions from n texts to a float array [n, dimensions]; each distinct text is encoded once.
 
-    Args:
-        encode_queries: From n texts to a float array [n, dimensions]; not called if the pairs are symmetric.
-        encode_passages: The same for passages.
-        pairs: Labelled pairs.
+    Texts of symmetric pairs are all encoded as passages.
 
     Raises:
         DatasetError: The pairs cannot be evaluated on; see `LabelledPairs.check`.

@@ -145,12 +145,7 @@ async def aevaluate_retrieval(
 def evaluate_encoders(
     encode_queries: Encode, encode_passages: Encode, dataset: EmbeddingQAFinetuneDataset
 ) -> RetrievalEvaluation:
-    """Evaluate a pair of functions from texts to vectors.
-
-    Args:
-        encode_queries: From n texts to a float array [n, dimensions], which is scaled in place.
-        encode_passages: The same for passages.
-        dataset: Queries, corpus and judgments.
+    """Evaluate two functions from n texts to a float array [n, dimensions], which is scaled in place.
 
     Raises:
         ConfigError: Vectors of queries and passages differ in length, or their number is not that of the texts.

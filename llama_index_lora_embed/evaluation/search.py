@@ -30,14 +30,6 @@ def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDAr
     """
     import torch
 
-    # the precision of training applies to the vectors; scores are always float32
-    with torch.autocast("cpu", enabled=False):
-        return _nearest(queries, passages, depth)
-
-
-def _nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDArray[np.int64], FloatArray]:
-    import torch
-
     depth = min(depth, len(passages))
     rows = np.empty((len(queries), depth), dtype=np.int64)
     scores = np.empty((len(queries), depth), dtype=np.float32)
@@ -46,7 +38,9 @@ def _nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDA
         values = torch.empty(len(part), 0)
         where = torch.empty(len(part), 0, dtype=torch.int64)
         for begin in range(0, len(passages), _PASSAGES):
-            found, at = _highest(part @ torch.from_numpy(passages[begin : begin + _PASSAGES]).T, depth)
+            with torch.autocast("cpu", enabled=False):  # scores are float32 whatever the precision of training
+                similarities = part @ torch.from_numpy(passages[begin : begin + _PASSAGES]).T
+            found, at = _highest(similarities, depth)
             # earlier rows come first, and a stable sort keeps them there
             values, where = torch.cat([values, found], dim=1), torch.cat([where, at + begin], dim=1)
             values, order = (t[:, :depth] for t in values.sort(dim=1, descending=True, stable=True))

@@ -29,12 +29,7 @@ _PERPLEXITY = 15.0  # of t-SNE; less if there are few points
 
 
 def curves(log: Sequence[Mapping[str, Any]], best_step: int | None = None) -> Figure:
-    """Loss and metrics over the steps of a run.
-
-    Args:
-        log: Lines of `log.jsonl`, each with "step".
-        best_step: Step whose weights were written, which is marked.
-    """
+    """Loss and metrics over the steps in `log.jsonl`; the step whose weights were written is marked."""
     figure, (left, right) = _panels(2)
     losses = [(line["step"], line["loss"]) for line in log if isinstance(line.get("loss"), (int, float))]
     left.plot(*zip(*losses, strict=True), color=_BLUE, marker="o", markersize=3) if losses else _nothing(left)
@@ -54,12 +49,7 @@ def curves(log: Sequence[Mapping[str, Any]], best_step: int | None = None) -> Fi
 
 
 def bars(evaluations: Mapping[str, RetrievalEvaluation], *, seed: int = 0) -> Figure:
-    """Means of the headline metrics with 95 % intervals (`significance.paired_intervals`), a colour for each model.
-
-    Args:
-        evaluations: Name of the model to evaluation, on the same queries.
-        seed: Random seed of the bootstrap.
-    """
+    """Means of the headline metrics with 95 % intervals (`significance.paired_intervals`), a colour for each model."""
     names = [n for n in HEADLINE if all(n in e.metrics for e in evaluations.values())]
     figure, (axes,) = _panels(1)
     width = 0.8 / len(evaluations)
@@ -80,11 +70,7 @@ def bars(evaluations: Mapping[str, RetrievalEvaluation], *, seed: int = 0) -> Fi
 
 
 def distributions(evaluations: Mapping[str, RetrievalEvaluation]) -> Figure:
-    """Similarities of queries to relevant passages and to the best other passage; a panel for each model.
-
-    Args:
-        evaluations: Name of the model to evaluation; retrievers may have no similarities.
-    """
+    """Similarities of queries to relevant passages and to the best other passage; a panel for each model."""
     figure, panels = _panels(len(evaluations))
     for axes, (label, evaluation) in zip(panels, evaluations.items(), strict=True):
         right = [s for of_query in evaluation.relevant_similarities.values() for s in of_query.values()]
@@ -142,10 +128,6 @@ def embedding_map(samples: Mapping[str, EmbeddingSample], seed: int = 0) -> Figu
     t-SNE by cosine distance (van der Maaten and Hinton 2008, scikit-learn): near points are similar, distances between
     groups mean nothing. A line connects each query to its passages: the shorter, the better.
 
-    Args:
-        samples: Name of the model to vectors, of the same queries.
-        seed: Random seed of t-SNE.
-
     Raises:
         ConfigError: There are fewer than four vectors.
     """
@@ -176,12 +158,7 @@ def embedding_map(samples: Mapping[str, EmbeddingSample], seed: int = 0) -> Figu
 
 
 def trend(points: Sequence[tuple[str, float, tuple[float, float] | None]], metric: str) -> Figure:
-    """A metric over versions of a model.
-
-    Args:
-        points: Name of a version, the mean of the metric, and its 95 % interval if known.
-        metric: Name of the metric.
-    """
+    """A metric over versions of a model; each point is (version, mean, 95 % interval if known)."""
     figure, (axes,) = _panels(1)
     values = [value for _, value, _ in points]
     axes.plot(range(len(points)), values, color=_BLUE, marker="o")

@@ -89,7 +89,7 @@ def metrics_table(evaluations: Mapping[str, RetrievalEvaluation | PairEvaluation
 def comparison_tables(
     comparison: RetrievalComparison, *, queries: int = _QUERIES, width: int = _CELL_WIDTH
 ) -> list[Table]:
-    """Metrics, slices, and the queries that improved and degraded most.
+    """Metrics, regression set, slices, and the queries that improved and degraded most.
 
     Args:
         comparison: Comparison of two models.
