@@ -79,9 +79,9 @@ def run_one(job: Job, python: str, timeout: float | None) -> Run:
 
 
 def reused(
-    path: Path | None, asked: set[tuple[str, int]], arguments: dict[str, Any], here: dict[str, Any]
+    path: Path | None, requested: set[tuple[str, int]], arguments: dict[str, Any], here: dict[str, Any]
 ) -> list[Run]:
-    """Runs of an earlier results file that are not asked for now, by contender and seed.
+    """Runs of an earlier results file without the contenders and seeds of this run.
 
     Raises:
         SystemExit: They were on another machine, model or data.
@@ -92,7 +92,7 @@ def reused(
     differ = [key for key in SAME if earlier["arguments"].get(key) != arguments[key]]
     if differ or earlier["machine"] != here:
         raise SystemExit(f"--reuse {path}: {', '.join(differ) or 'the machine'} is not the same; run all again")
-    return [run for run in earlier["runs"] if (name_of(run), run["seed"]) not in asked]
+    return [run for run in earlier["runs"] if (name_of(run), run["seed"]) not in requested]
 
 
 def parse() -> argparse.Namespace:
@@ -143,7 +143,7 @@ def main() -> None:
         arguments = {"data": "toy" if args.smoke else args.data.name, "train": args.train, "test": args.test,
                      "model": args.model or "all-MiniLM-L6-v2", "device": args.device, "seeds": seeds,
                      "points": args.points, "threads": args.threads, "smoke": args.smoke}  # fmt: skip
-        asked = [
+        requested = [
             (key, setting)
             for key in args.contenders
             for setting in (args.settings if CONTENDERS[key].module == "ours" else ["default"])
@@ -151,14 +151,14 @@ def main() -> None:
         # all environments first, so that no installation disturbs a run
         pythons = {
             env: environments.python_of(env, args.envs) if env else sys.executable
-            for env in {CONTENDERS[key].environment for key, _ in asked}
+            for env in {CONTENDERS[key].environment for key, _ in requested}
         }
-        names = {name_of({"contender": key, "setting": setting}) for key, setting in asked}
+        names = {name_of({"contender": key, "setting": setting}) for key, setting in requested}
         runs = reused(args.reuse, {(name, seed) for name in names for seed in seeds}, arguments, here)
         if load() > 0.5 and not args.smoke:
             print(f"WARNING: load {load()} before the first run; the figures will be too slow", flush=True)
         for seed in seeds:  # seeds in the outer loop, so that a slow phase of the machine affects all contenders
-            for key, setting in asked:
+            for key, setting in requested:
                 folder = work / f"{key}-{setting}-{seed}"
                 job = Job(key, setting, str(model), str(data["train"]), str(data["test"]), seed, args.points,
                           args.threads, args.device, str(folder / "events.jsonl"), str(folder))  # fmt: skip

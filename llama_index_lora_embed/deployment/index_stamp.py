@@ -186,7 +186,7 @@ def _wrong_model(existing: IndexStamp, stamp: IndexStamp) -> WrongIndexError:
 
 
 class _Slot(Protocol):
-    """The place of the stamp in one kind of index."""
+    """Where one kind of index keeps its stamp."""
 
     def read(self) -> str | None: ...
 
