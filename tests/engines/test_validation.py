@@ -143,23 +143,31 @@ def test_settings_without_effect_are_named_where_nothing_can_be_held_out(tmp_pat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
-@pytest.mark.parametrize(("arguments", "said"), [("quantized=True", "quantized=True"), ("device='cuda:1'", "cuda:1")])
-def test_a_device_that_is_not_there_is_missed_before_a_model_is_looked_for(tmp_path, arguments, said):
-    if "quantized" in arguments:
-        with pytest.raises(ConfigError, match="machine without one"):
-            engine(tmp_path / "run", quantized=True)
+def test_a_missing_device_is_reported_before_the_model_is_looked_for_and_without_torch_until_then(tmp_path):
+    with pytest.raises(ConfigError, match="machine without one"):
+        engine(tmp_path / "run", quantized=True)
+    data = {"queries": {"q": "a"}, "corpus": {"p": "c", "s": "d"}, "relevant_docs": {"q": ["p"]}}
     code = f"""
 import sys
 sys.modules["llama_index.finetuning"] = None  # it imports torch by itself
 from llama_index_lora_embed import LoraFinetuneEngine
-data = dict(queries=dict(q="a"), corpus=dict(p="c", s="d"), relevant_docs=dict(q=["p"]))
-engine = LoraFinetuneEngine(data, "no/such-model", {str(tmp_path / "run")!r}, val_fraction=0, {arguments})
+from llama_index_lora_embed.core.errors import ConfigError
+settings = dict(quantized=True), dict(device="cuda:1")
+run = {str(tmp_path / "run")!r}
+engines = [LoraFinetuneEngine({data!r}, "no/such-model", run, val_fraction=0, **each) for each in settings]
 assert "torch" not in sys.modules
-engine.finetune()
+for engine in engines:
+    try:
+        engine.finetune()
+    except ConfigError as error:
+        print(repr(str(error)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ConfigError: got a device that does not exist" in done.stderr
-    assert said in done.stderr
+    errors = done.stdout.splitlines()
+    assert len(errors) == 2, done.stderr
+    for error, named in zip(errors, ("quantized=True", "cuda:1"), strict=True):
+        assert "got a device that does not exist" in error
+        assert named in error
     assert not list(tmp_path.iterdir())
 
 
