@@ -269,6 +269,7 @@ def test_output_paths_that_would_destroy_something(tmp_path, adapter, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"], "looking leaves no trace"
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_writing_leaves_the_old_adapter(adapter, tmp_path, tiny_model):
     out = shutil.copytree(adapter, tmp_path / "adapter")
     code = f"""
