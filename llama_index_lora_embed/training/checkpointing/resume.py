@@ -69,7 +69,9 @@ def record(
 
 def lora_fields(lora_config: LoraConfig) -> dict[str, Any]:
     """The fields of peft's configuration that decide what is trained, as JSON values; defaults are left out."""
-    default, values = (config.to_dict() for config in (type(lora_config)(), lora_config))  # type: ignore[no-untyped-call]
+    from peft import LoraConfig
+
+    default, values = (config.to_dict() for config in (LoraConfig(), lora_config))  # type: ignore[no-untyped-call]
     return {
         name: _plain(value)
         for name, value in values.items()

@@ -77,30 +77,30 @@ def _can_run_out(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def text_lengths(trainer: LoraTrainer) -> list[int]:
+def _text_lengths(trainer: LoraTrainer) -> list[int]:
     """Characters in each example of the training set."""
     collator: Any = trainer.data_collator
     if isinstance(collator, GroupCollator):
         return [len(group.passage) for group in collator.groups]
-    rows: Any = trainer.train_dataset
-    return [sum(len(value) for value in row.values() if isinstance(value, str)) for row in rows]
+    examples: Any = trainer.train_dataset
+    return [sum(len(value) for value in example.values() if isinstance(value, str)) for example in examples]
 
 
 def _fits(trainer: LoraTrainer) -> bool:
     """Whether a step over the longest texts fits; weights and random state are not changed."""
-    rows: Any = trainer.train_dataset
+    examples: Any = trainer.train_dataset
     count = trainer.args.per_device_train_batch_size
     whole: Any = trainer.loss
     collator: Any = trainer.data_collator
     if isinstance(collator, GroupCollator) and distributed.world_size() > 1:
         count *= distributed.world_size()  # the collator takes this process's share of them
         trainer.loss = _OwnShare(whole)  # type: ignore[assignment]  # it can also be a dict of losses
-    lengths = text_lengths(trainer)
-    longest = sorted(range(len(rows)), key=lambda i: -lengths[i])[:count]
+    lengths = _text_lengths(trainer)
+    longest = sorted(range(len(examples)), key=lambda i: -lengths[i])[:count]
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            batch = trainer._prepare_inputs(collator([rows[i] for i in longest]))
+            batch = trainer._prepare_inputs(collator([examples[i] for i in longest]))
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(trainer.model, batch)
             loss.backward()

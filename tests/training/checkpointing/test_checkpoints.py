@@ -201,6 +201,17 @@ def test_an_incomplete_checkpoint_is_not_used(interrupted):
     assert latest_checkpoint(run) is None
 
 
+def test_a_checkpoint_of_an_earlier_format_is_refused_and_not_resumed_wrongly(tiny_model, interrupted):
+    path = interrupted.with_name("run.run") / "checkpoint-5" / "checkpoint.json"
+    record = json.loads(path.read_text())
+    del record["format"]
+    record["digest"] = checkpoints._digest(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"of format 1.*Resume with the version that wrote it"):
+        engine(tiny_model, interrupted, resume_from_checkpoint=True).finetune()
+    assert path.exists()
+
+
 def test_the_best_weights_survive_a_resume(interrupted):
     checkpoint = interrupted.with_name("run.run") / "checkpoint-5"
     state = json.loads((checkpoint / "evaluations.json").read_text())
