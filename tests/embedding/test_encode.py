@@ -1,4 +1,4 @@
-"""Texts in, vectors out: whatever the texts, their order, and how many a forward pass takes."""
+"""Vectors do not depend on the texts' order or on the size of a forward pass, and unusual inputs are handled."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_a_forward_pass_has_no_more_tokens_than_asked_for(model, monkeypatch, ma
     assert np.abs(vectors - model.encode_document(TEXTS)).max() < 1e-5
 
 
-def test_little_is_padding(model, monkeypatch):
+def test_passes_contain_little_padding(model, monkeypatch):
     shapes, _ = passes_of(model, monkeypatch, max_tokens=200)
     needed = sum(min(16, len(text.split()) + 2) for text in TEXTS)
     assert sum(rows * width for rows, width in shapes) < 1.25 * needed
@@ -58,7 +58,7 @@ def test_little_is_padding(model, monkeypatch):
 
 
 def test_another_script_does_not_make_a_pass_larger(model, monkeypatch):
-    """The first texts have a token for three characters here, the shorter ones a token for each."""
+    """The first texts have one token per three characters, the shorter ones one per character."""
     texts = [" ".join(WORDS[i : i + 14]) for i in range(8)] + [
         "? : . , ? : . , ?"[: 2 * n + 1] for n in range(1, 9)
     ] * 4
@@ -70,7 +70,7 @@ def test_another_script_does_not_make_a_pass_larger(model, monkeypatch):
     assert np.abs(vectors - model.encode_document(texts)).max() < 1e-5
 
 
-def test_windows_count_as_what_they_are(tiny_model):
+def test_the_tokens_of_all_windows_count(tiny_model):
     windowed = LoraEmbedding(base_model=tiny_model, window=16, device="cpu", tokens_per_pass=64)
     shapes = []
     windowed.sentence_transformer[0].register_forward_pre_hook(
@@ -86,7 +86,7 @@ def test_a_forward_pass_has_no_more_texts_than_asked_for(model, monkeypatch):
     assert {rows for rows, _ in shapes} <= {1, 2, 3}
 
 
-def test_no_texts_are_no_vectors(model, embed_model):
+def test_no_texts_give_no_vectors(model, embed_model):
     assert encode(model, [], "document").shape == (0, 32)
     assert embed_model.get_text_embedding_batch([]) == []
 
@@ -131,7 +131,7 @@ def test_longest_first_keeps_the_order_of_equals():
     assert longest_first(["a", "ccc", "bb", "dd"]) == [1, 2, 3, 0]
 
 
-# what people pass
+# unusual inputs
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n", "\x00", "é" * 30, "漢字" * 20, "😀" * 9, "w1 " * 350_000])
@@ -142,14 +142,14 @@ def test_odd_texts_have_vectors(embed_model, text):
     assert np.abs(np.subtract(vectors[0], vectors[3])).max() < 1e-5
 
 
-def test_halves_of_characters_are_replaced_and_pairs_of_them_joined(embed_model):
+def test_lone_surrogates_are_replaced_and_pairs_are_joined(embed_model):
     assert check_texts(["a \ud83d b", "\ud83d\ude00", "plain", "é"]) == ["a \ufffd b", "\U0001f600", "plain", "é"]
     assert np.isfinite(embed_model.get_text_embedding("a \ud83d b")).all()
     assert np.isfinite(embed_model.get_text_embedding_batch(["\udc00", "w1"])).all()
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["w1"], b"w1", float("nan"), {"text": "w1"}])
-def test_what_is_no_text_is_refused_by_its_place(embed_model, wrong):
+def test_inputs_that_are_not_strings_are_refused_with_their_index(embed_model, wrong):
     with pytest.raises(ConfigError, match=rf"texts\[1\] is of type {type(wrong).__name__}"):
         embed_model.get_text_embedding_batch(["w1", wrong])
     for embed in (embed_model.get_text_embedding, embed_model.get_query_embedding):
@@ -158,6 +158,6 @@ def test_what_is_no_text_is_refused_by_its_place(embed_model, wrong):
 
 
 @pytest.mark.parametrize("wrong", ["w1 w2", b"w1", None, 5])
-def test_one_text_for_many_is_refused(embed_model, wrong):
+def test_a_single_text_instead_of_a_list_is_refused(embed_model, wrong):
     with pytest.raises(ConfigError, match=f"texts of type {type(wrong).__name__}"):
         embed_model.get_text_embedding_batch(wrong)

@@ -20,6 +20,7 @@ from llama_index_lora_embed.core.errors import (
 )
 from llama_index_lora_embed.deployment import stamp_index, verify_index
 from llama_index_lora_embed.embedding import export
+from llama_index_lora_embed.embedding.backends import ExportedBackend
 from tests.conftest import make_dataset, make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -96,13 +97,14 @@ def test_an_export_is_an_embedding_model_like_any_other(backend, exports, tuned,
     with pytest.raises(WrongIndexError):
         verify_index(index, tuned)
     assert index.as_retriever(similarity_top_k=1).retrieve(texts[3])[0].get_content() == texts[3]
+    assert isinstance(exported.backend, ExportedBackend)
     with pytest.raises(ConfigError, match="a model of torch"):
         _ = exported.sentence_transformer
     with pytest.raises(ConfigError, match="query_prompt, truncate_dim for a model that was exported"):
         LoraEmbedding(path, query_prompt="x", truncate_dim=4)
 
 
-def test_an_export_that_is_too_far_off_is_refused_and_what_was_there_stays(exports, tuned, texts, tmp_path):
+def test_an_export_that_differs_too_much_is_refused_and_the_old_one_stays(exports, tuned, texts, tmp_path):
     target = tmp_path / "export"
     shutil.copytree(exports["onnx", "fp32"][0], target)
     before = sorted((p.name, p.read_bytes()) for p in target.iterdir() if p.is_file())
@@ -114,7 +116,7 @@ def test_an_export_that_is_too_far_off_is_refused_and_what_was_there_stays(expor
     assert LoraEmbedding(target).get_text_embedding(texts[0]) == pytest.approx(vectors, abs=1e-5)
 
 
-def test_a_base_alone_with_prompts_is_exported(tmp_path, texts):
+def test_a_base_model_alone_with_prompts_is_exported(tmp_path, texts):
     path = make_tiny_model(tmp_path, seed=4)
     base = LoraEmbedding(base_model=path, query_prompt="query : ", passage_prompt="passage : ", device="cpu")
     base.export(tmp_path / "export", texts=texts)
@@ -123,14 +125,14 @@ def test_a_base_alone_with_prompts_is_exported(tmp_path, texts):
     assert exported.get_query_embedding("w5 w6") != pytest.approx(exported.get_text_embedding("w5 w6"), abs=1e-3)
 
 
-def test_a_model_that_no_onnx_file_holds_is_told_where_to_go(tuned, texts, tmp_path, monkeypatch):
+def test_the_error_for_a_model_too_large_for_onnx_names_openvino(tuned, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_ONNX_BYTES", 1000)
     with pytest.raises(ConfigError, match=r"less than 2 GB[\s\S]*openvino"):
         tuned.export(tmp_path / "x", texts=texts)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_others_log_meanwhile_is_not_lost(caplog):
+def test_log_records_of_other_threads_are_not_lost(caplog):
     with export._quietly():
         logging.getLogger("their.app").warning("a warning of another thread")
         logging.warning("quantisation speaks like this")
@@ -160,7 +162,7 @@ def test_a_damaged_export_is_refused(exports, tmp_path):
             LoraEmbedding(copy)
 
 
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(tuned, adapter, tiny_model, texts, tmp_path):
+def test_a_model_that_cannot_be_exported_is_refused_before_writing(tuned, adapter, tiny_model, texts, tmp_path):
     with pytest.raises(ConfigError, match="wrong argument") as caught:
         tuned.export(tmp_path / "x", texts=texts[:3], queries=[], backend="tf", precision="fp4", min_cosine=2)
     assert len(caught.value.problems) == 5
@@ -182,7 +184,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tuned, ad
         tuned.export(tmp_path / "file" / "x", texts=texts)
 
 
-def test_what_is_no_export_is_not_written_over(tuned, adapter, texts, tmp_path):
+def test_only_an_export_is_overwritten(tuned, adapter, texts, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("mine")
     (tmp_path / "new.previous").mkdir()
@@ -195,7 +197,7 @@ def test_what_is_no_export_is_not_written_over(tuned, adapter, texts, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_numbers_that_are_none_are_no_certificate(tuned, texts, tmp_path, monkeypatch):
+def test_vectors_with_nan_get_no_certificate(tuned, texts, tmp_path, monkeypatch):
     from llama_index_lora_embed.embedding import export
 
     encode = export.encode
@@ -212,7 +214,7 @@ def test_numbers_that_are_none_are_no_certificate(tuned, texts, tmp_path, monkey
     assert tuned.backend.fused, "an export must not switch oneDNN's products off"
 
 
-def test_what_was_decided_is_not_asked_for_again(exports):
+def test_settings_that_an_export_fixes_are_refused(exports):
     path, _ = exports["onnx", "fp32"]
     with pytest.raises(ConfigError, match="merge, device for a model that was exported"):
         LoraEmbedding(path, merge=False, device="cuda")

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError
+from llama_index_lora_embed.embedding.backends import MergedBackend, PooledBackend
 from tests.conftest import WORDS, make_dataset
 
 TEXTS = [" ".join(WORDS[i : i + 1 + i % 14]) for i in range(40)]
@@ -52,17 +53,23 @@ def test_merging_leaves_no_lora_layers(embed_model):
     assert all(p.dtype is torch.float32 for p in model.parameters())
 
 
+def test_the_backend_depends_on_the_arguments(adapter, tiny_model, embed_model):
+    assert isinstance(embed_model.backend, MergedBackend)
+    assert isinstance(LoraEmbedding(base_model=tiny_model, device="cpu").backend, MergedBackend)
+    assert isinstance(LoraEmbedding(adapters={"a": adapter}, device="cpu").backend, PooledBackend)
+
+
 def test_the_adapter_changes_the_vectors(embed_model, tiny_model):
     assert distance(vectors(embed_model), vectors(LoraEmbedding(base_model=tiny_model, device="cpu"))) > 1e-3
 
 
-def test_one_at_a_time_is_a_batch(embed_model):
+def test_single_texts_and_batches_give_the_same_vectors(embed_model):
     assert distance(vectors(embed_model), [embed_model.get_text_embedding(text) for text in TEXTS]) < 1e-5
     small = embed_model.model_copy(update={"embed_batch_size": 3})
     assert distance(vectors(embed_model), vectors(small)) < 1e-5
 
 
-def test_async_is_sync(embed_model):
+def test_async_and_sync_calls_give_the_same_vectors(embed_model):
     async def everything():
         return (
             await embed_model.aget_text_embedding_batch(TEXTS),
@@ -106,7 +113,7 @@ def test_a_deep_copy_embeds_the_same(embed_model):
     assert distance(vectors(copy), vectors(embed_model)) == 0
 
 
-def test_settings_take_it(embed_model):
+def test_llama_index_settings_accept_it(embed_model):
     before = Settings._embed_model
     try:
         Settings.embed_model = embed_model
@@ -161,7 +168,7 @@ def test_an_object_saved_before_a_retraining_does_not_mix_two_models(adapter, tm
         stale.get_text_embedding("w1")
 
 
-def test_the_fingerprint_follows_what_decides_the_vectors(adapter, embed_model, tiny_model, tmp_path):
+def test_the_fingerprint_changes_with_the_vectors_and_not_with_the_path(adapter, embed_model, tiny_model, tmp_path):
     moved = LoraEmbedding(shutil.copytree(adapter, tmp_path / "elsewhere"), device="cpu")
     assert moved.fingerprint == embed_model.fingerprint
     others = [
@@ -186,18 +193,18 @@ def test_another_working_directory_finds_the_adapter(adapter, monkeypatch, tmp_p
     assert LoraEmbedding.from_dict(data).fingerprint == embed_model.fingerprint
 
 
-def test_long_texts_are_cut_at_the_recorded_length(embed_model):
+def test_long_texts_are_truncated_at_the_recorded_length(embed_model):
     assert embed_model.max_seq_length == 16
     long = " ".join(["w1 w2"] * 7)  # 14 words and two special tokens
     assert distance(embed_model.get_text_embedding(long), embed_model.get_text_embedding(long + " w5 w6")) < 1e-6
 
 
-def test_neither_adapter_nor_base_is_refused():
+def test_an_embedding_model_without_adapter_and_base_model_is_refused():
     with pytest.raises(ConfigError, match="without a model"):
         LoraEmbedding()
 
 
-def test_the_embeddings_cache_tells_models_and_prompts_apart(adapter, tiny_model):
+def test_the_embeddings_cache_distinguishes_models_and_prompts(adapter, tiny_model):
     """LlamaIndex's own keys are the texts alone, for queries and passages of all models."""
     store = SimpleKVStore()
     plain = LoraEmbedding(adapter, device="cpu")
@@ -223,7 +230,7 @@ def test_the_embeddings_cache_tells_models_and_prompts_apart(adapter, tiny_model
     assert distance(later.get_query_embedding("w3"), plain.get_query_embedding("w3")) < 1e-6
 
 
-def test_what_is_in_the_embeddings_cache_is_not_computed_again(adapter, monkeypatch):
+def test_cached_embeddings_are_not_computed_again(adapter, monkeypatch):
     cached = LoraEmbedding(adapter, device="cpu", embeddings_cache=SimpleKVStore())
     before = vectors(cached), cached.get_query_embedding("w1")
     monkeypatch.setattr(LoraEmbedding, "_encode", None)
@@ -233,6 +240,6 @@ def test_what_is_in_the_embeddings_cache_is_not_computed_again(adapter, monkeypa
         assert one.get_query_embedding("w1") == before[1]
 
 
-def test_what_is_no_store_is_refused_for_a_cache(adapter):
+def test_an_embeddings_cache_that_is_not_a_store_is_refused(adapter):
     with pytest.raises(TypeError, match="BaseKVStore"):
         LoraEmbedding(adapter, device="cpu", embeddings_cache={})

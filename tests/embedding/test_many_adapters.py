@@ -1,4 +1,4 @@
-"""Many adapters on one base: the vectors of each are its own, whoever shares the base."""
+"""Many adapters on one base model: each gives the vectors that it gives alone."""
 
 import asyncio
 import gc
@@ -49,7 +49,7 @@ def paths(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(paths, tiny_model):
-    """Of each adapter, and of the base, an embedding model with nothing shared."""
+    """For each adapter, and for the base model, an embedding model that shares nothing."""
     made = {name: LoraEmbedding(path, device="cpu") for name, path in paths.items()}
     return {**made, None: LoraEmbedding(base_model=tiny_model, device="cpu")}
 
@@ -86,7 +86,7 @@ def test_in_a_mixed_batch_each_text_has_the_vector_of_its_own_adapter(many, alon
 def test_texts_that_fit_any_length_share_one_forward_pass(paths, alone, tiny_model, monkeypatch):
     same = {name: path for name, path in paths.items() if name != "prompted"}
     many = LoraEmbedding(adapters=same, device="cpu")
-    many.get_mixed_embeddings(["w1"] * 4, [None, *same])  # the first time it is tried whether texts can be mixed
+    many.get_mixed_embeddings(["w1"] * 4, [None, *same])  # the first call tries whether adapters can be mixed
     passes = []
     hook = many.backend.pool.model[0].register_forward_pre_hook(
         lambda module, inputs: passes.append(len(inputs[0]["input_ids"]))
@@ -110,7 +110,7 @@ def test_with_adapter_is_that_adapter_and_has_its_fingerprint(many, alone, name)
     assert view.model_name == alone[name].model_name
 
 
-def test_everybody_shares_one_base_and_the_last_one_frees_it(paths, tiny_model):
+def test_all_objects_share_one_base_model_which_is_freed_with_the_last(paths, tiny_model):
     before = len(AdapterPool._pools)
     one = LoraEmbedding(adapters={"legal": paths["legal"]}, device="cpu")
     other = LoraEmbedding(base_model=tiny_model, adapters={"a": paths["hr"]}, device="cpu")
@@ -122,8 +122,8 @@ def test_everybody_shares_one_base_and_the_last_one_frees_it(paths, tiny_model):
     assert len(AdapterPool._pools) == before
 
 
-def test_more_adapters_than_the_bound_are_computed_in_rounds(paths, alone):
-    gc.collect()  # of those who share a base the largest bound counts
+def test_more_adapters_than_fit_are_computed_in_rounds(paths, alone):
+    gc.collect()  # the largest max_adapters of all users counts
     many = LoraEmbedding(adapters=paths, device="cpu", max_adapters=2, tokens_per_pass=40)
     names = cycling(TEXTS, ["short", None, *KINDS])
     assert distance(many.get_mixed_embeddings(TEXTS, names), own_vectors(alone, TEXTS, names)) < 1e-5
@@ -142,7 +142,7 @@ def test_the_least_recently_used_is_unloaded(paths):
     assert set(held) == set(many.backend.pool.loaded())
 
 
-def test_memory_is_the_base_and_the_adapters(paths, tiny_model):
+def test_memory_holds_the_base_model_once_and_the_adapters(paths, tiny_model):
     base = LoraEmbedding(base_model=tiny_model, device="cpu")
     many = LoraEmbedding(adapters=paths, device="cpu")
     many.get_mixed_embeddings(["w1"] * 4, list(KINDS))
@@ -187,7 +187,7 @@ def test_two_names_for_one_adapter_share_its_weights(paths):
     assert len(many.backend.pool.loaded()) == 1, "b still uses it"
 
 
-def test_removing_an_adapter_that_another_view_uses_takes_nothing_from_it(many, alone):
+def test_an_adapter_that_was_removed_elsewhere_can_still_be_used(many, alone):
     view = many.with_adapter("legal")
     view.get_text_embedding("w1")
     many.remove_adapter("legal")
@@ -232,11 +232,11 @@ def _here(embed_model):
 
 
 @pytest.mark.slow
-def test_it_is_made_of_plain_values_and_works_in_another_process(many, alone, paths, tiny_model):
+def test_it_is_pickled_as_plain_values_and_works_in_another_process(many, alone, paths, tiny_model):
     view = many.with_adapter("hr")
     expected = alone["hr"].get_text_embedding("w1 w2 w3")
     copy = pickle.loads(pickle.dumps(view))
-    assert copy._backend is None, "whoever only passes it on loads nothing"
+    assert copy._backend is None, "it is loaded at the first use"
     assert distance(copy.get_text_embedding("w1 w2 w3"), expected) < 1e-5
     assert copy.backend.pool is view.backend.pool
     again = LoraEmbedding.from_dict(view.to_dict())
@@ -254,7 +254,7 @@ def test_an_index_is_built_with_one_of_them(many):
     assert found[0].node.text == TEXTS[37]
 
 
-def test_sentence_transformers_own_calls_are_reachable_on_a_model_of_ones_own(many, paths, alone):
+def test_methods_of_sentence_transformers_for_adapters_work_on_an_unshared_model(many, paths, alone):
     """All seven: add, load, active, set, enable, disable, state dict."""
     model = LoraEmbedding(paths["legal"], merge=False, device="cpu").sentence_transformer
     (active,) = model.active_adapters()
@@ -271,7 +271,7 @@ def test_sentence_transformers_own_calls_are_reachable_on_a_model_of_ones_own(ma
         _ = many.with_adapter("legal").sentence_transformer
 
 
-def test_what_decides_the_vectors_cannot_be_exchanged_under_the_fingerprint(many):
+def test_fields_that_determine_the_vectors_are_frozen(many):
     view = many.with_adapter("legal")
     for name, value in (("adapter", "hr"), ("adapter_scale", 0.5)):
         with pytest.raises(ValueError, match="frozen"):
@@ -294,7 +294,7 @@ def test_an_adapter_of_sentence_transformers_is_compared_with_its_base(
         many.add_adapter("others", tmp_path / Path(other_tiny_model).parent.name)
 
 
-def test_a_beginning_that_changes_the_base_is_refused(many, tiny_model, tmp_path):
+def test_an_initialisation_that_changes_the_base_model_is_refused(many, tiny_model, tmp_path):
     model = SentenceTransformer(tiny_model, device="cpu")
     model.add_adapter(LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
     model.save_pretrained(str(tmp_path / "pissa"))
@@ -306,8 +306,8 @@ def test_a_beginning_that_changes_the_base_is_refused(many, tiny_model, tmp_path
     assert many.get_mixed_embeddings(TEXTS, [None] * 60) == before
 
 
-def test_loading_several_says_nothing_of_missing_weights(paths, capfd):
-    """transformers reports those of all other adapters, as if something were wrong."""
+def test_loading_several_adapters_reports_no_missing_weights(paths, capfd):
+    """transformers would report those of all other adapters."""
     gc.collect()
     many = LoraEmbedding(adapters=paths, device="cpu")
     many.get_mixed_embeddings(["w1"] * 4, list(paths))
@@ -316,7 +316,7 @@ def test_loading_several_says_nothing_of_missing_weights(paths, capfd):
     assert "newly initialized" not in said
 
 
-def test_passes_that_are_computed_at_once_have_each_their_own_adapters(many, alone):
+def test_parallel_passes_use_their_own_adapters(many, alone):
     texts = [f"{text} {TEXTS[i % 5]}" for i, text in enumerate(TEXTS * (5000 // sum(map(len, TEXTS)) + 1))]
     names = cycling(texts, [None, *alone])
     before = torch.get_num_threads()
@@ -328,7 +328,7 @@ def test_passes_that_are_computed_at_once_have_each_their_own_adapters(many, alo
     assert distance(mixed, own_vectors(alone, texts, names)) < 1e-5
 
 
-def test_within_an_autocast_they_are_mixed_as_well(many, alone):
+def test_adapters_are_mixed_within_autocast(many, alone):
     names = cycling(TEXTS, [None, *alone])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = many.get_mixed_embeddings(TEXTS, names)
@@ -336,8 +336,8 @@ def test_within_an_autocast_they_are_mixed_as_well(many, alone):
     assert distance(mixed, own_vectors(alone, TEXTS, names)) < 0.05
 
 
-def test_layers_that_do_not_keep_texts_apart_are_not_mixed(paths, alone, monkeypatch):
-    """As in Longformer and XLNet, whose layers see tokens first."""
+def test_adapters_are_not_mixed_if_layers_have_other_rows_than_texts(paths, alone, monkeypatch):
+    """As in Longformer and XLNet, whose layers have tokens in the first dimension."""
     gc.collect()
     many = LoraEmbedding(adapters=paths, device="cpu")
     names = cycling(TEXTS, [None, "legal", "hr"])
@@ -356,7 +356,7 @@ def test_layers_that_do_not_keep_texts_apart_are_not_mixed(paths, alone, monkeyp
     assert refused == [3]
 
 
-def test_a_disabled_embedding_layer_is_computed_all_the_same(tiny_model, tmp_path):
+def test_adapters_of_embedding_layers_are_computed_even_if_disabled(tiny_model, tmp_path):
     path = trained(
         tiny_model, tmp_path / "words", lora_config=LoraConfig(r=4, target_modules=["query", "word_embeddings"])
     )
@@ -369,7 +369,7 @@ def test_a_disabled_embedding_layer_is_computed_all_the_same(tiny_model, tmp_pat
     assert distance(many.get_mixed_embeddings(TEXTS, names), expected) < 1e-5
 
 
-def test_views_keep_callbacks_and_share_no_cached_vector(paths, alone):
+def test_views_keep_callbacks_and_share_no_cached_embedding(paths, alone):
     events = CallbackManager([])
     many = LoraEmbedding(adapters=paths, device="cpu", embeddings_cache=SimpleKVStore(), callback_manager=events)
     for _ in range(2):
@@ -380,7 +380,7 @@ def test_views_keep_callbacks_and_share_no_cached_vector(paths, alone):
             assert distance(view.get_text_embedding("w1"), alone[name].get_text_embedding("w1")) < 1e-5
 
 
-def test_retraining_in_the_same_place_is_noticed_before_its_weights_are_used(paths, tiny_model, tmp_path):
+def test_an_adapter_that_was_retrained_in_place_is_refused(paths, tiny_model, tmp_path):
     gc.collect()
     path = tmp_path / "adapter"
     shutil.copytree(paths["legal"], path)
@@ -400,7 +400,7 @@ def test_retraining_in_the_same_place_is_noticed_before_its_weights_are_used(pat
     assert distance(after.get_text_embedding("w1 w2"), before) > 1e-3
 
 
-def test_one_that_does_not_load_leaves_the_others_alone(paths, alone, tmp_path):
+def test_an_adapter_that_does_not_load_does_not_affect_the_others(paths, alone, tmp_path):
     path = tmp_path / "adapter"
     shutil.copytree(paths["hr"], path)
     many = LoraEmbedding(adapters={"legal": paths["legal"], "broken": path}, device="cpu")
@@ -425,14 +425,14 @@ def test_an_adapter_for_another_base_is_refused(many, other_tiny_model, tmp_path
         (LoraConfig(r=4, bias="lora_only", target_modules=["query"]), "bias"),
     ],
 )
-def test_what_cannot_share_a_pass_is_refused(many, tiny_model, tmp_path, config, named):
+def test_an_adapter_that_cannot_share_a_pass_is_refused(many, tiny_model, tmp_path, config, named):
     path = trained(tiny_model, tmp_path / "other", lora_config=config)
     with pytest.raises(ConfigError, match=rf"{named}.*LoraEmbedding\('"):
         many.add_adapter("other", path)
     LoraEmbedding(path, device="cpu")
 
 
-def test_another_pooling_than_the_bases_is_refused(many, tiny_model, tmp_path):
+def test_an_adapter_with_another_pooling_is_refused(many, tiny_model, tmp_path):
     path = trained(tiny_model, tmp_path / "cls", pooling="cls")
     with pytest.raises(ConfigError, match="pooling="):
         many.add_adapter("cls", path)

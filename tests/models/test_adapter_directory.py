@@ -42,11 +42,11 @@ def without_manifest(path: Path) -> Path:
     return path
 
 
-def test_the_directory_holds_what_sentence_transformers_and_peft_expect(adapter):
+def test_the_directory_contains_the_files_of_sentence_transformers_and_peft(adapter):
     names = {path.name for path in adapter.iterdir()}
     assert names >= {"adapter_model.safetensors", "adapter_config.json", "modules.json", "finetune.json", "README.md"}
     assert not any(path.suffix in (".bin", ".pt", ".pkl") for path in adapter.rglob("*"))
-    assert all(path.stat().st_mode & 0o044 for path in adapter.rglob("*")), "readable for whoever serves the model"
+    assert all(path.stat().st_mode & 0o044 for path in adapter.rglob("*")), "readable by other users"
 
 
 def test_nothing_but_the_directory_is_left_behind(adapter):
@@ -162,7 +162,7 @@ def test_a_base_that_moved_can_be_named(tmp_path, copy, tiny_model, adapter):
     assert embed_model.fingerprint == load(adapter).fingerprint
 
 
-def test_a_base_that_is_gone_is_named_with_the_mend(copy):
+def test_the_error_for_a_missing_base_model_names_the_argument(copy):
     config = json.loads((without_manifest(copy) / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/at/all"}))
     with pytest.raises(ModelNotFoundError, match="base_model="):
@@ -186,18 +186,18 @@ def test_a_pickled_base_is_refused(tmp_path, tiny_model):
         describe_base(str(pickled))
 
 
-def test_an_adapter_is_no_base(adapter):
+def test_an_adapter_is_refused_as_a_base_model(adapter):
     with pytest.raises(ConfigError, match="is an adapter"):
         describe_base(str(adapter))
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "a/b/c"])
-def test_a_model_that_is_not_there(path):
+def test_a_missing_model_is_refused(path):
     with pytest.raises(ModelNotFoundError, match="not there"):
         describe_base(path)
 
 
-def test_a_hub_model_that_cannot_be_had(tmp_path):
+def test_a_hub_model_out_of_reach_is_refused(tmp_path):
     with pytest.raises(ModelNotFoundError, match="Hub"):
         describe_base("nobody/no-such-model", cache_folder=str(tmp_path))
 
@@ -235,14 +235,14 @@ def test_adapter_and_base_load_by_their_hub_ids(tmp_path, tiny_model, dataset, v
     assert tuned.fingerprint == engine.get_finetuned_model().fingerprint
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ModelNotFoundError, match="without model weights"):
         describe_base(str(tmp_path))
     with pytest.raises(AdapterError, match="no adapter_config"):
         load(tmp_path)
 
 
-def test_output_paths_that_would_destroy_something(tmp_path, adapter, monkeypatch):
+def test_output_paths_with_other_files_are_refused(tmp_path, adapter, monkeypatch):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
@@ -255,7 +255,7 @@ def test_output_paths_that_would_destroy_something(tmp_path, adapter, monkeypatc
     with pytest.raises(OutputDirectoryError, match="is not an adapter"):
         check_output(tmp_path / "mine")
     (tmp_path / "disk").mkdir()
-    with monkeypatch.context() as patch:  # mounting needs rights that tests do not have
+    with monkeypatch.context() as patch:  # tests have no permission to mount
         patch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
         with pytest.raises(OutputDirectoryError, match="mount point"):
             check_output(tmp_path / "disk")
@@ -289,7 +289,7 @@ engine.finetune()
     assert load(out).fingerprint == load(adapter).fingerprint
     (left,) = [path for path in tmp_path.iterdir() if path.name not in (out.name, f"{out.name}.run")]
     with staging_beside(out):
-        assert left.exists(), "a young one may be another process's"
+        assert left.exists(), "a recent one may be another process's"
     os.utime(left, (0, 0))
     with staging_beside(out):
         assert not left.exists()

