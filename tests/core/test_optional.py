@@ -28,6 +28,7 @@ def test_a_missing_extra_names_the_install_command(module, monkeypatch):
     assert isinstance(caught.value, ImportError)
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_run_without_any_extra(tiny_model, tmp_path):
     code = f"""
 import sys, warnings
@@ -45,6 +46,7 @@ assert evaluate_retrieval(engine.get_finetuned_model(), engine.val_dataset).metr
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_engine_does_not_configure_logging():
     code = "import logging; from llama_index_lora_embed import LoraFinetuneEngine; "
     code += "root = logging.getLogger(); assert not root.handlers and root.level == logging.WARNING, root.handlers"

@@ -142,6 +142,7 @@ def test_settings_without_effect_are_named_where_nothing_can_be_held_out(tmp_pat
     assert "Without effect" not in str(caught[0].message)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
 def test_a_missing_device_is_reported_before_the_model_is_looked_for_and_without_torch_until_then(tmp_path):
     with pytest.raises(ConfigError, match="machine without one"):
