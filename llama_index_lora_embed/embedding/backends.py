@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+_PROMPTS = ("query_prompt", "passage_prompt")
+_BASE_ARGUMENTS = ("device", "trust_remote_code", "pooling", "window", "truncate_dim")
+
+
 @dataclass(frozen=True)
 class BackendSettings:
     """The fields of `LoraEmbedding` that determine what is loaded; they are described there."""
@@ -45,6 +49,10 @@ class BackendSettings:
     pooling: str | None
     window: int | None
     truncate_dim: int | None
+
+    def select(self, *names: str) -> dict[str, Any]:
+        """Some of the settings as keyword arguments."""
+        return {name: getattr(self, name) for name in names}
 
 
 class EmbeddingBackend(Protocol):
@@ -110,30 +118,12 @@ class MergedBackend:
         if settings.adapter_path is None:
             assert settings.base_model is not None
             base = describe_base(settings.base_model, settings.revision, settings.cache_folder)
-            self.model = load_base(
-                base,
-                query_prompt=settings.query_prompt,
-                passage_prompt=settings.passage_prompt,
-                **_base_arguments(settings),
-            )
+            self.model = load_base(base, **settings.select(*_BASE_ARGUMENTS, *_PROMPTS))
             self.fingerprint = fingerprint(self.model, base.weights_sha256, None)
         else:
-            adapter = open_adapter(
-                settings.adapter_path,
-                base_model=settings.base_model,
-                revision=settings.revision,
-                cache_folder=settings.cache_folder,
-            )
-            self.model, self.fingerprint = load_adapter(
-                adapter,
-                device=settings.device,
-                trust_remote_code=settings.trust_remote_code,
-                query_prompt=settings.query_prompt,
-                passage_prompt=settings.passage_prompt,
-                truncate_dim=settings.truncate_dim,
-                merge=settings.merge,
-                scale=settings.adapter_scale,
-            )
+            adapter = open_adapter(settings.adapter_path, **settings.select("base_model", "revision", "cache_folder"))
+            arguments = settings.select("device", "trust_remote_code", *_PROMPTS, "truncate_dim", "merge")
+            self.model, self.fingerprint = load_adapter(adapter, scale=settings.adapter_scale, **arguments)
             self.manifest = adapter.manifest
             for name, trained in (("pooling", pooling_of(self.model)), ("window", window_of(self.model))):
                 wanted = getattr(settings, name)
@@ -185,8 +175,8 @@ class ExportedBackend:
         self.lock: AbstractContextManager[Any] = threading.RLock()
         folder = Path(settings.adapter_path)
         facts = Export.read(folder)
-        fixed = ("base_model", "query_prompt", "passage_prompt", "pooling", "window", "truncate_dim")
-        given = [name for name in fixed if getattr(settings, name) is not None]
+        fixed = ("base_model", *_PROMPTS, "pooling", "window", "truncate_dim")
+        given = [name for name, value in settings.select(*fixed).items() if value is not None]
         given += ["adapter_scale"] if settings.adapter_scale != 1 else []
         given += ["merge"] if not settings.merge else []
         given += ["device"] if settings.device not in (None, "cpu") else []
@@ -241,7 +231,7 @@ class PooledBackend:
         else:
             base = describe_base(settings.base_model, settings.revision, settings.cache_folder)
         self._settings = settings
-        self.pool = AdapterPool.of(base, max_adapters=settings.max_adapters, **_base_arguments(settings))
+        self.pool = AdapterPool.of(base, max_adapters=settings.max_adapters, **settings.select(*_BASE_ARGUMENTS))
         self.lock: AbstractContextManager[Any] = self.pool.lock
         self._unit_length = _needs_unit_length(self.pool.model, settings)
         prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
@@ -356,11 +346,6 @@ class PooledBackend:
             "one with its own model; shared models are read-only",
             "LoraEmbedding(path, merge=False).sentence_transformer",
         )
-
-
-def _base_arguments(settings: BackendSettings) -> dict[str, Any]:
-    names = ("device", "trust_remote_code", "pooling", "window", "truncate_dim")
-    return {name: getattr(settings, name) for name in names}
 
 
 def _needs_unit_length(model: SentenceTransformer, settings: BackendSettings) -> bool:

@@ -424,14 +424,10 @@ def _check_adapters(adapters: Any) -> dict[str, str]:
     Raises:
         ConfigError: `adapters` is not a mapping of names to paths.
     """
+    wrong = [repr(adapters)]
     if isinstance(adapters, Mapping):
-        wrong = [
-            f"{name!r}: {path!r}"
-            for name, path in adapters.items()
-            if not (isinstance(name, str) and name and isinstance(path, (str, os.PathLike)))
-        ]
-    else:
-        wrong = [repr(adapters)]
+        right = {n: p for n, p in adapters.items() if isinstance(n, str) and n and isinstance(p, (str, os.PathLike))}
+        wrong = [f"{name!r}: {path!r}" for name, path in adapters.items() if name not in right]
     if wrong:
         raise ConfigError(
             "adapters that are not a mapping of names to paths",
