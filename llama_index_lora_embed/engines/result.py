@@ -1,4 +1,4 @@
-"""What `finetune()` gives back, and what it writes down of the run."""
+"""The result of a run, and the adapter directory that it writes."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ _LIBRARIES = ("sentence-transformers", "transformers", "peft", "torch", "llama-i
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What `finetune()` gives back; print it.
+    """The result of a run; print it.
 
     Attributes:
         adapter_path: The adapter directory.
-        fingerprint: Of the model in it.
+        fingerprint: Fingerprint of the model in it.
         verdict: BETTER, NO CLEAR DIFFERENCE, WORSE or NOT EVALUATED.
-        summary: The verdict in one sentence, with the questions that it rests on.
-        base_metrics: Measures of the base on the validation questions, from 0 to 1; empty if not evaluated.
-        tuned_metrics: Measures of what was written.
+        summary: The verdict in one sentence, with the queries that it is based on.
+        base_metrics: Metrics of the base on the validation data, from 0 to 1; empty if not evaluated.
+        tuned_metrics: Metrics of the model in the directory.
         comparison: The difference with its interval; None if not evaluated.
-        best_step: Step of the weights that were written, the latest of those within a standard error of the best; 0
+        best_step: Step of the weights in the directory, the latest of those within a standard error of the best; 0
             means that training gained nothing.
-        steps: Steps taken.
-        history: Step and measures of every evaluation.
-        truncation: Which length was chosen and how many texts are cut.
-        train_seconds: Wall time of training, evaluations not counted.
+        steps: Steps trained.
+        history: Step and metrics of every evaluation.
+        truncation: The chosen length, and how many texts it truncates.
+        train_seconds: Wall time of training without evaluations.
         precision: "bf16" or "fp32".
-        data_report: What became of the nodes; None if a dataset was passed.
-        mined: What mining found in each round; empty where none was asked for.
-        evaluations: Of the base and of what was written, query by query or pair by pair; None if not evaluated.
-        val_dataset: What they are on.
+        data_report: What became of the nodes; None if a dataset was given.
+        mined: What each round of mining found.
+        evaluations: Of the base and of the tuned model, query by query or pair by pair; None if not evaluated.
+        val_dataset: The validation data.
     """
 
     adapter_path: str
@@ -107,16 +107,16 @@ class FinetuneResult:
         )
 
     def compare(self) -> RetrievalComparison:
-        """Base against what was written on the validation questions: measures, slices, queries won and lost.
+        """Base against tuned on the validation queries: metrics, slices, queries improved and degraded.
 
         Raises:
-            ConfigError: There were no validation questions.
+            ConfigError: The run was not evaluated on queries.
         """
         from llama_index_lora_embed.evaluation import RetrievalEvaluation, compare_retrieval
 
         if self.evaluations is None or not isinstance(self.evaluations[0], RetrievalEvaluation):
             raise ConfigError(
-                "a run that was not judged by questions", "one with a val_dataset of questions", "Train with one."
+                "a run that was not evaluated on queries", "one with a val_dataset of queries", "Train with one."
             )
         return compare_retrieval(*self.evaluations, self.val_dataset)  # type: ignore[arg-type]
 
@@ -139,12 +139,12 @@ class FinetuneResult:
         """
         from llama_index_lora_embed.evaluation import PairEvaluation, RunFacts, write_report
 
-        judged: Any = self.evaluations
-        if judged is None:
+        evaluations: Any = self.evaluations
+        if evaluations is None:
             raise ConfigError("a run that was not evaluated", "one with a val_dataset", "Train with one.")
         return write_report(
             path or Path(f"{self.adapter_path}.run") / "report.html",
-            judged if isinstance(judged[0], PairEvaluation) else self.compare(),
+            evaluations if isinstance(evaluations[0], PairEvaluation) else self.compare(),
             run=RunFacts.read(self.adapter_path, str(self.data_report or "")),
             figures=figures,
         )
@@ -175,15 +175,15 @@ def summarise(
     Args:
         comparison: None if nothing was evaluated.
         best_step: 0 if no step beat the base.
-        evaluations: How many there were to choose the best from, the base's included.
-        note: Where the validation questions come from.
+        evaluations: Number of evaluations to choose the best from, the base's included.
+        note: Where the validation data comes from.
         continued: Whether the run started from an adapter instead of the base.
     """
     start = "the adapter that it continues" if continued else "the base"
     if comparison is None:
-        return "NOT EVALUATED: there was no validation set, so nobody knows whether this model is better."
+        return "NOT EVALUATED: there was no validation set, so it is not known whether this model is better."
     if best_step == 0:
-        gained_nothing = f"training gained nothing; what was written gives the vectors of {start}."
+        gained_nothing = f"training gained nothing; the adapter gives the vectors of {start}."
         return f"{comparison.verdict.value}: {gained_nothing} {comparison.basis} {note}".strip()
     if continued:
         note = f"Compared with the adapter that it continues, not with the base. {note}".strip()

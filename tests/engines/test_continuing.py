@@ -75,7 +75,7 @@ def test_it_cannot_be_trained_into_its_own_directory(adapter, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["own.previous", "own.run/kept", "link", "out"])
-def test_what_writing_would_destroy_is_no_parent(adapter, tmp_path, place):
+def test_an_adapter_that_writing_would_destroy_cannot_be_continued(adapter, tmp_path, place):
     shutil.copytree(adapter, tmp_path / "own")
     (tmp_path / "link").symlink_to(tmp_path / "own")
     if place == "out":  # the other way round: the link is written to, and so what it leads to
@@ -91,17 +91,17 @@ def test_what_writing_would_destroy_is_no_parent(adapter, tmp_path, place):
 
 
 @pytest.mark.parametrize("place", ["own2", "own.running", "own.run.20260101-000000-1", "own-previous"])
-def test_a_parent_beside_the_output_is_one(adapter, tmp_path, place):
+def test_an_adapter_beside_the_output_can_be_continued(adapter, tmp_path, place):
     shutil.copytree(adapter, tmp_path / place)
     engine(tmp_path / place, tmp_path / "own")
 
 
-def test_a_base_is_no_parent(tiny_model, tmp_path):
+def test_a_base_cannot_be_continued(tiny_model, tmp_path):
     with pytest.raises(ConfigError, match=r"without adapter_config\.json: expected an adapter"):
         engine(tiny_model, tmp_path / "x")
 
 
-def test_the_revision_is_the_adapters(adapter, tmp_path):
+def test_the_revision_is_that_of_the_adapter(adapter, tmp_path):
     """Two commits of an adapter in a cache of the Hub; the first is older."""
     repository = tmp_path / "hub" / "models--me--adapter"
     old, new = "a" * 40, "b" * 40
@@ -118,7 +118,7 @@ def test_the_revision_is_the_adapters(adapter, tmp_path):
     assert parents == {None: newer.fingerprint, old: LoraEmbedding(adapter, device="cpu").fingerprint}
 
 
-def test_questions_about_nodes_are_filtered_by_the_adapter_that_is_continued(adapter, nodes, tmp_path):
+def test_queries_for_nodes_are_filtered_by_the_adapter_that_is_continued(adapter, nodes, tmp_path):
     class Llm(FakeLLM):
         def answer(self, prompt):
             return "question: " + " ".join(re.findall(r"w[0-9]+", prompt)[:5])
@@ -139,7 +139,7 @@ def test_questions_about_nodes_are_filtered_by_the_adapter_that_is_continued(ada
 @pytest.mark.parametrize(
     "more", [{"lora_config": LoraConfig(r=4)}, {"pooling": "cls"}, {"quantized": True}, {"continue_from": 3}]
 )
-def test_what_the_adapter_was_made_with_is_not_chosen_again(adapter, tmp_path, more):
+def test_settings_of_the_adapter_cannot_be_chosen_again(adapter, tmp_path, more):
     with pytest.raises(ConfigError, match=next(iter(more))):
         LoraFinetuneEngine(
             NEW, model_output_path=str(tmp_path / "x"), val_dataset=VAL, **{"continue_from": adapter, **more}

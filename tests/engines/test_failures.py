@@ -109,11 +109,11 @@ def test_a_base_that_needs_unpickling_is_refused(tiny_model, dataset, val_datase
     assert not os.path.exists(os.path.dirname(out))
 
 
-def test_a_base_that_is_not_there_is_refused_when_the_engine_is_made(dataset, val_dataset, out):
+def test_a_missing_base_is_refused_when_the_engine_is_made(dataset, val_dataset, out):
     with pytest.raises(ModelNotFoundError, match="not there"):
         LoraFinetuneEngine(dataset, "./no-such-folder", out, val_dataset=val_dataset)
 
 
-def test_asking_for_the_model_before_training_says_so(tiny_model, dataset, val_dataset, out):
+def test_get_finetuned_model_before_training_is_refused(tiny_model, dataset, val_dataset, out):
     with pytest.raises(OutputDirectoryError, match="finetune"):
         LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val_dataset).get_finetuned_model()

@@ -69,7 +69,7 @@ def test_roc_auc_is_reported_each_epoch_and_the_best_is_kept(tiny_model, tmp_pat
     assert f"Trained on {len(TRAIN)} labelled pairs" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_graded_pairs_go_by_spearman(tiny_model, tmp_path):
+def test_graded_pairs_are_selected_by_spearman(tiny_model, tmp_path):
     rng = random.Random(0)
     graded = LabelledPairs(TRAIN.texts1, TRAIN.texts2, [s * 0.8 + rng.uniform(0, 0.2) for s in TRAIN.scores])
     val = LabelledPairs(VAL.texts1, VAL.texts2, [s * 0.8 + rng.uniform(0, 0.2) for s in VAL.scores])
@@ -88,7 +88,7 @@ def test_pairs_are_held_out_where_none_are_given(tiny_model, tmp_path):
     assert "none of their texts was trained on" in made.finetune().summary
 
 
-def test_pairs_that_are_judged_by_are_not_trained_on(tiny_model, tmp_path):
+def test_validation_pairs_are_not_trained_on(tiny_model, tmp_path):
     both = LabelledPairs(TRAIN.texts1 + VAL.texts1[:4], TRAIN.texts2 + VAL.texts2[:4], TRAIN.scores + VAL.scores[:4])
     with pytest.raises(DatasetError, match="4 of 104 training pairs") as caught:
         engine(tiny_model, tmp_path / "run", data=both)
@@ -97,7 +97,7 @@ def test_pairs_that_are_judged_by_are_not_trained_on(tiny_model, tmp_path):
     assert len(engine(tiny_model, tmp_path / "run", data=both, on_overlap="allow").dataset) == 104
 
 
-def test_pairs_can_be_judged_by_retrieval_and_questions_by_pairs(tiny_model, tmp_path):
+def test_pairs_can_be_validated_on_queries_and_queries_on_pairs(tiny_model, tmp_path):
     by_questions = engine(
         tiny_model, tmp_path / "a", val_dataset=make_dataset(passages=10, seed=7), epochs=1
     ).finetune()
@@ -117,13 +117,13 @@ def test_pairs_can_be_judged_by_retrieval_and_questions_by_pairs(tiny_model, tmp
         ({"best_metric": "ndcg@10"}, "best_metric='ndcg@10'"),
     ],
 )
-def test_what_does_not_go_with_pairs_is_refused(tiny_model, tmp_path, wrong, said):
+def test_settings_that_cannot_be_combined_with_pairs_are_refused(tiny_model, tmp_path, wrong, said):
     with pytest.raises(ConfigError, match=said):
         engine(tiny_model, tmp_path / "run", **wrong).finetune()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_query_and_a_passage_stand_under_their_own_prompts(tiny_model, tmp_path):
+def test_query_and_passage_have_their_own_prompts(tiny_model, tmp_path):
     prompts = {"query_prompt": "query: ", "passage_prompt": "passage: "}
     pairs = LabelledPairs(TRAIN.texts1, TRAIN.texts2, TRAIN.scores, symmetric=False)
     val = LabelledPairs(VAL.texts1, VAL.texts2, VAL.scores, symmetric=False)

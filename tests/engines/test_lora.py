@@ -75,7 +75,7 @@ def out_path(result):
     return Path(result.adapter_path)
 
 
-def test_the_reported_figures_are_those_of_what_was_written(tiny_model, dataset, val_dataset, out):
+def test_the_reported_metrics_are_those_of_the_written_adapter(tiny_model, dataset, val_dataset, out):
     _, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, epochs=4, learning_rate=5e-3)
     judged = {q: set(ids) for q, ids in val_dataset.relevant_docs.items()}
     evaluator = InformationRetrievalEvaluator(val_dataset.queries, val_dataset.corpus, judged)
@@ -97,13 +97,13 @@ def test_from_nodes(tiny_model, nodes, out):
     assert len(engine.get_finetuned_model().get_query_embedding("w1")) == 32
 
 
-def test_from_nodes_with_questions_of_people_as_validation(tiny_model, nodes, val_dataset, out):
+def test_from_nodes_with_human_written_queries_as_validation(tiny_model, nodes, val_dataset, out):
     engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, val_dataset=val_dataset, **QUIET)
     assert engine.val_dataset == val_dataset
     assert len(engine.dataset.queries) == 12
 
 
-def test_from_nodes_may_be_judged_by_peoples_questions_about_the_same_nodes(tiny_model, nodes, out):
+def test_from_nodes_can_be_validated_on_human_written_queries_about_the_same_nodes(tiny_model, nodes, out):
     asked = EmbeddingQAFinetuneDataset(
         queries={"a": "w9 or w8 ?", "b": nodes[0].metadata["title"].upper()},
         corpus={node.node_id: embed_text(node) for node in nodes},
@@ -226,7 +226,7 @@ def test_all_wrong_arguments_are_named_at_once(tiny_model, tmp_path):
         assert expected in text, expected
 
 
-def test_a_lora_config_of_the_users_own(tiny_model, dataset, val_dataset, out):
+def test_a_custom_lora_config(tiny_model, dataset, val_dataset, out):
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["query"], lora_dropout=0.1, use_rslora=True)
     _, result = finetune(dataset, tiny_model, out, val_dataset=val_dataset, lora_config=config, learning_rate=0.01)
     written = json.loads((out_path(result) / "adapter_config.json").read_text())
@@ -246,7 +246,7 @@ def nested_loss(path):
     return losses.MatryoshkaLoss(users_own, inner, matryoshka_dims=[32, 16])
 
 
-def test_a_loss_of_the_users_own_sees_the_prompts_of_serving(tiny_model, dataset, val_dataset, out):
+def test_a_custom_loss_sees_the_prompts_of_serving(tiny_model, dataset, val_dataset, out):
     seen = []
 
     class Spy(losses.MultipleNegativesRankingLoss):
@@ -315,7 +315,7 @@ def test_training_arguments_of_sentence_transformers_pass_through(tiny_model, da
         engine.finetune(no_such_argument=1)
 
 
-def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval(tiny_model, nodes, out, tmp_path):
+def test_from_nodes_filters_llm_written_queries_by_the_retrieval_of_the_base(tiny_model, nodes, out, tmp_path):
     class Llm(FakeLLM):
         def answer(self, prompt):
             words = re.findall(r"w[0-9]+", prompt)
@@ -343,7 +343,7 @@ def test_from_nodes_with_an_llm_filters_its_questions_by_the_bases_own_retrieval
      {"allow_changes": ["nope"]}, {"val_fraction": 0, "early_stopping_patience": 2}, {"loss": lambda: 1}],
     ids=shown,
 )  # fmt: skip
-def test_from_nodes_finds_what_is_wrong_before_it_pays_an_llm(tiny_model, nodes, out, tmp_path, wrong):
+def test_from_nodes_checks_its_arguments_before_it_calls_an_llm(tiny_model, nodes, out, tmp_path, wrong):
     llm = FakeLLM()
     generator = LLMQueryGenerator(llm=llm, journal=str(tmp_path / "journal.jsonl"))
     arguments = {"model_id": tiny_model, "model_output_path": out, "query_generators": [generator], **wrong}
@@ -352,7 +352,7 @@ def test_from_nodes_finds_what_is_wrong_before_it_pays_an_llm(tiny_model, nodes,
     assert llm.calls == 0
 
 
-def test_an_llms_report_is_found_inside_other_makers(tiny_model, nodes, out, tmp_path):
+def test_the_report_of_an_llm_inside_other_generators_is_kept(tiny_model, nodes, out, tmp_path):
     def generator(name):
         return LLMQueryGenerator(llm=FakeLLM(), journal=str(tmp_path / name))
 
@@ -362,7 +362,7 @@ def test_an_llms_report_is_found_inside_other_makers(tiny_model, nodes, out, tmp
     assert answered == {"llm": 4, "llm #2": 12}
 
 
-def test_without_llm_questions_from_nodes_loads_no_model(nodes, out, tmp_path):
+def test_without_llm_written_queries_from_nodes_loads_no_model(nodes, out, tmp_path):
     (tmp_path / "empty").mkdir()
     engine = LoraFinetuneEngine.from_nodes(nodes, str(tmp_path / "empty"), out)
     assert engine.data_report.filtered is not None
@@ -403,7 +403,7 @@ def test_a_training_set_that_cannot_be_split_trains_with_a_warning(tiny_model, o
         LoraFinetuneEngine(one_document, tiny_model, out)
 
 
-def test_what_is_cut_is_counted_and_said(tiny_model, val_dataset, out):
+def test_truncated_texts_are_counted_and_reported(tiny_model, val_dataset, out):
     dataset = make_dataset()
     dataset.corpus = {i: f"{text} {text}" for i, text in dataset.corpus.items()}
     engine = LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val_dataset, epochs=1, batch_size=8, **QUIET)
@@ -417,7 +417,7 @@ def test_what_is_cut_is_counted_and_said(tiny_model, val_dataset, out):
 # -- the old package ----------------------------------------------------------------------------------
 
 
-def test_the_engine_belongs_to_the_old_family(tiny_model, dataset, out):
+def test_the_engine_is_an_instance_of_the_legacy_base_class(tiny_model, dataset, out):
     from llama_index.finetuning.types import BaseEmbeddingFinetuneEngine
 
     assert isinstance(LoraFinetuneEngine(dataset, tiny_model, out), BaseEmbeddingFinetuneEngine)

@@ -43,7 +43,7 @@ def test_a_configuration_file_trains_what_the_engine_trains(tiny_model, tmp_path
     assert LoraEmbedding(tmp_path / "from_file").fingerprint == result.fingerprint
 
 
-def test_what_is_given_takes_the_place_of_what_is_named(tiny_model, tmp_path):
+def test_given_data_replaces_the_data_of_the_configuration(tiny_model, tmp_path):
     config = configuration(tmp_path, tiny_model, {"dataset": "not/there.json"})
     with pytest.warns(UserWarning, match="NO CLEAR DIFFERENCE"):
         result = run_finetune(config, dataset=make_dataset(), val_dataset=make_dataset(passages=4, seed=9, prefix="v"))
@@ -87,7 +87,7 @@ def test_a_folder_of_documents_becomes_nodes(tmp_path):
     assert {node.ref_doc_id.rpartition("/")[2].partition(".")[0] for node in read_nodes(tmp_path)} == {"0", "1", "2"}
 
 
-def test_what_holds_no_nodes_is_named(tmp_path):
+def test_a_source_without_nodes_is_reported(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "nodes.jsonl").write_text('{"text": "fine", "id_": "a"}\nno json\n')
     for path, said in (

@@ -99,7 +99,7 @@ def test_a_wrong_argument_is_named_when_the_engine_is_made(tmp_path, wrong, said
     ],
     ids=shown,
 )
-def test_what_can_be_used_is_not_refused(tmp_path, right):
+def test_valid_arguments_are_accepted(tmp_path, right):
     engine(tmp_path / "run", **right)
 
 
@@ -115,14 +115,14 @@ def test_problems_of_all_kinds_come_together(tmp_path):
     assert "batch_size=" not in text, "negatives of a distillation come from the dataset"
 
 
-def test_the_measures_are_those_that_the_evaluations_report():
+def test_the_metric_names_are_those_that_evaluations_report():
     assert tuple(query_metrics(["p"], {"p"})) == NAMES
     similarities = np.array([0.1, 0.9, 0.5])
     assert tuple(pair_metrics(similarities, np.array([0.0, 1.0, 1.0]))) == (*BINARY_PAIR_METRICS, *PAIR_METRICS)
     assert tuple(pair_metrics(similarities, np.array([0.0, 0.3, 1.0]))) == PAIR_METRICS
 
 
-def test_a_teacher_that_is_not_there_is_missed_at_once(tmp_path):
+def test_a_missing_teacher_is_reported_at_once(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no-such-teacher"):
         engine(tmp_path / "run", objective=ObjectiveSettings(name="distillation", teacher="./no-such-teacher"))
 
@@ -172,7 +172,7 @@ for engine in engines:
     assert not list(tmp_path.iterdir())
 
 
-def test_relative_places_are_those_of_when_the_engine_was_made(tmp_path, monkeypatch):
+def test_relative_paths_are_resolved_when_the_engine_is_made(tmp_path, monkeypatch):
     for name in ("model", "teacher"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)

@@ -101,7 +101,7 @@ def test_the_page_of_a_run_on_pairs(tiny_model, tmp_path):
         result = engine.finetune()
     text = result.write_report(tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.count("<img") == 2
-    with pytest.raises(ConfigError, match="not judged by questions"):
+    with pytest.raises(ConfigError, match="not evaluated on queries"):
         result.compare()
 
 
