@@ -37,7 +37,12 @@ def run_async(work: Coroutine[Any, Any, _T], *, suspends: bool = True) -> _T:
         ConfigError: The caller runs in the background loop itself, which would wait for itself forever.
     """
     if not suspends:
-        return _run_here(work)
+        try:
+            work.send(None)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        work.close()
+        raise AssertionError("the coroutine suspended")
     loop = _background_loop()
     with suppress(RuntimeError):  # no loop is running in this thread
         if asyncio.get_running_loop() is loop:
@@ -63,16 +68,6 @@ def run_async(work: Coroutine[Any, Any, _T], *, suspends: bool = True) -> _T:
         wait([outcome])
         raise
     return outcome.result()
-
-
-def _run_here(work: Coroutine[Any, Any, _T]) -> _T:
-    try:
-        work.send(None)
-    except StopIteration as done:
-        result: _T = done.value
-        return result
-    work.close()
-    raise AssertionError("the coroutine suspended")
 
 
 def _background_loop() -> asyncio.AbstractEventLoop:

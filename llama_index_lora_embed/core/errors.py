@@ -53,45 +53,30 @@ class LoraEmbedError(Exception):
         got: What was found, with the offending value.
         expected: What would have been accepted.
         hint: How to fix it, as a sentence or as code.
-    """
-
-    def __init__(self, got: str, expected: str, hint: str) -> None:
-        super().__init__(got, expected, hint)
-        self.got = got
-        self.expected = expected
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"got {self.got}; expected {self.expected}. {self.hint}"
-
-
-class _ListedError(LoraEmbedError):
-    """An error that reports several problems at once.
-
-    Args:
-        got: As for `LoraEmbedError`.
-        expected: As for `LoraEmbedError`.
-        hint: As for `LoraEmbedError`.
-        problems: One line each; the message shows the first twenty.
+        problems: One line for each of several problems; the message shows the first twenty.
     """
 
     def __init__(self, got: str, expected: str, hint: str, problems: Sequence[str] = ()) -> None:
         super().__init__(got, expected, hint)
+        self.got = got
+        self.expected = expected
+        self.hint = hint
         self.problems = list(problems)
         self.args = (got, expected, hint, self.problems)  # pickling passes these to __init__
 
     def __str__(self) -> str:
-        lines = [f"  - {problem}" for problem in self.problems[:_SHOWN]]
+        lines = [f"got {self.got}; expected {self.expected}. {self.hint}"]
+        lines += [f"  - {problem}" for problem in self.problems[:_SHOWN]]
         if len(self.problems) > _SHOWN:
             lines.append(f"  - and {len(self.problems) - _SHOWN} more in the error's .problems")
-        return "\n".join([super().__str__(), *lines])
+        return "\n".join(lines)
 
 
-class ConfigError(_ListedError, ValueError):
+class ConfigError(LoraEmbedError, ValueError):
     """Arguments are invalid; `.problems` has one line for each of them."""
 
 
-class DatasetError(_ListedError, ValueError):
+class DatasetError(LoraEmbedError, ValueError):
     """A dataset cannot be used for training or evaluation; `.problems` names every offending id."""
 
 

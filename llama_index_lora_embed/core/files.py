@@ -19,11 +19,7 @@ _STALE_SECONDS = 3600
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file for writing that replaces `path` when the block ends without an error.
-
-    Args:
-        path: A file in an existing folder.
-        mode: "w" for text in UTF-8, "wb" for bytes.
+    """Open a file (mode "w" for UTF-8, or "wb") that replaces `path` when the block ends without an error.
 
     Raises:
         OSError: The disk is full or not writable; the old file is unchanged.
@@ -45,15 +41,7 @@ def whole_file(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a value as JSON, atomically.
-
-    Args:
-        path: Missing folders are created.
-        value: Anything that `json.dump` accepts.
-
-    Raises:
-        OSError: The disk is full or not writable; the old file is unchanged.
-    """
+    """Write a value as JSON, atomically; missing folders are created. Raises `OSError` as `whole_file` does."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as file:
@@ -61,11 +49,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one per line; a line that a killed process cut short is skipped.
-
-    Raises:
-        OSError: The file does not exist or cannot be read.
-    """
+    """The JSON objects of a file with one per line; a line that a killed process cut short is skipped."""
     found = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -78,11 +62,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def append_json_line(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
-    """Append a JSON object as a line and sync it; a last line that was cut short is ended first.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Append a JSON object as a line and sync it; a last line that was cut short is ended first."""
     with open(path, "a+b") as file:
         file.seek(0, os.SEEK_END)
         if file.tell():

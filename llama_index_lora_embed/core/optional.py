@@ -28,10 +28,7 @@ _EXTRA_OF = {
 
 
 def require(module: str) -> ModuleType:
-    """Import an optional dependency.
-
-    Args:
-        module: A package of `_EXTRA_OF`, or one of its modules.
+    """Import an optional dependency: a package of `_EXTRA_OF`, or one of its modules.
 
     Raises:
         MissingExtraError: It cannot be imported; the message is the install command.
