@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, PrivateAttr, ValidationError, field_validator
 
@@ -17,13 +16,7 @@ from llama_index_lora_embed.config import NEAR_DUPLICATE
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.core.files import write_json
 from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
-from llama_index_lora_embed.data.split import split_by_source
 from llama_index_lora_embed.data.text import normalise
-
-if TYPE_CHECKING:
-    from llama_index_lora_embed.data.training_data import TrainingData
-
-logger = logging.getLogger(__name__)
 
 HUMAN = "human"
 """`query_origins` of a human-written query."""
@@ -123,16 +116,24 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         Raises:
             DatasetError: The file does not exist, is not JSON, or has other content.
         """
+        known: dict[str, str] = {}
+
+        def shared(value: Any) -> Any:  # json makes a new string for each value, and ids are values many times
+            if isinstance(value, list):
+                return [shared(item) for item in value]
+            return known.setdefault(value, value) if isinstance(value, str) else value
+
         hint = "Write one with dataset.save_json(path), or check the path."
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DatasetError(
-                f"{str(path)!r}, which cannot be read: {error}", "the JSON file of a dataset", hint
-            ) from error
+            text = Path(path).read_text(encoding="utf-8")
+            data = json.loads(
+                text, object_pairs_hook=lambda pairs: {shared(key): shared(value) for key, value in pairs}
+            )
+        except (OSError, ValueError, RecursionError) as error:
+            got = f"{str(path)!r}, which cannot be read: {error}"
+            raise DatasetError(got, "the JSON file of a dataset", hint) from error
         if not isinstance(data, dict):
             raise DatasetError(f"JSON of type {type(data).__name__} in {str(path)!r}", "a JSON object", hint)
-        _share_ids(data)
         return cls(**data)
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -142,7 +143,8 @@ class EmbeddingQAFinetuneDataset(BaseModel):
     def digest(self) -> str:
         """SHA-256 (hex) over all fields; the same content gives the same digest in any order of keys."""
         digest = hashlib.sha256()
-        for piece in _json_pieces(self):
+        fields = {name: value for name, value in vars(self).items() if value is not None}
+        for piece in json.JSONEncoder(sort_keys=True).iterencode(fields):  # the whole text is as large as the corpus
             digest.update(piece.encode())
         return digest.hexdigest()
 
@@ -153,10 +155,11 @@ class EmbeddingQAFinetuneDataset(BaseModel):
 
     def origins(self) -> dict[str, int]:
         """Number of queries by origin; "unknown" where the dataset has none."""
-        counts: dict[str, int] = defaultdict(int)
-        for query_id in self.queries:
-            counts[(self.query_origins or {}).get(query_id, "unknown")] += 1
-        return dict(sorted(counts.items()))
+        return dict(sorted(Counter(map(self.origin_of, self.queries)).items()))
+
+    def origin_of(self, query_id: str) -> str:
+        """How a query came about; "unknown" where that is not recorded."""
+        return (self.query_origins or {}).get(query_id, "unknown")
 
     def source_of(self, passage_id: str) -> str:
         """Id of the document that a passage comes from; its own id where none is recorded."""
@@ -249,44 +252,6 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             )
         ]
 
-    def hold_out(
-        self, fraction: float, *, seed: int, max_passages: int
-    ) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset, str]:
-        """(training set, validation set, how they were split in a sentence), by `split_by_source`.
-
-        Raises:
-            SplitError: All queries are tied to one document.
-        """
-        train, val = split_by_source(self, fraction, seed=seed, max_passages=max_passages)
-        note = "The queries were held out of the training set by source document."
-        if not train.source_documents:
-            note = (
-                "The queries were held out of the training set by passage, because it does not record source "
-                "documents: neighbouring passages may have been trained on."
-            )
-        return train, val, note
-
-    def without_overlap(self, val: TrainingData, *, drop: bool) -> EmbeddingQAFinetuneDataset:
-        """This training set without the queries that overlap with a validation set; labelled pairs do not.
-
-        Raises:
-            DatasetError: Queries overlap, and `drop` is off or would leave none.
-        """
-        shared = self.overlap(val) if val.kind == "queries" else []
-        if not shared:
-            return self
-        if not drop or len(shared) == len(self.queries):
-            raise DatasetError(
-                f"{len(shared)} of {len(self.queries)} training queries whose answers are answers in val_dataset too",
-                "a val_dataset about documents that are not trained on: scores on known answers mean nothing",
-                "Split by document with split_by_source(dataset), drop them from training with on_overlap='drop', or "
-                "accept it with on_overlap='allow'. The queries:",
-                [f"query {query_id!r}: {self.queries[query_id]!r:.80}" for query_id in shared],
-            )
-        logger.warning("%d training queries with answers in val_dataset were dropped", len(shared))
-        left = set(shared)
-        return self.subset((i for i in self.queries if i not in left), self.corpus)
-
     def summary(self) -> dict[str, Any]:
         """What an adapter's manifest records of its training set."""
         return {
@@ -348,35 +313,3 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         )
         part._sketches = self._sketches
         return part
-
-
-def _share_ids(data: dict[str, Any]) -> None:
-    """Store equal ids as one string in memory; json makes a new one for each value."""
-    known: dict[str, str] = {}
-
-    def shared(value: Any) -> Any:
-        return known.setdefault(value, value) if isinstance(value, str) else value
-
-    for name in ("corpus", "queries"):
-        if isinstance(ids := data.get(name), dict):
-            known.update(zip(ids, ids, strict=True))
-    for name in ("relevant_docs", "hard_negatives", "source_documents", "query_origins"):
-        if isinstance(entries := data.get(name), dict):
-            for key, value in entries.items():
-                entries[key] = [shared(i) for i in value] if isinstance(value, list) else shared(value)
-
-
-def _json_pieces(dataset: EmbeddingQAFinetuneDataset) -> Iterator[str]:
-    """JSON of all fields that are not None, keys sorted, entry by entry: in one piece it is as large as the corpus."""
-    fields = {name: value for name in type(dataset).model_fields if (value := getattr(dataset, name)) is not None}
-    for number, name in enumerate(sorted(fields)):
-        yield f"{', ' if number else '{'}{json.dumps(name)}: "
-        value = fields[name]
-        if not isinstance(value, dict):
-            yield json.dumps(value)
-            continue
-        yield "{"
-        for at, key in enumerate(sorted(value)):
-            yield f"{', ' if at else ''}{json.dumps(key)}: {json.dumps(value[key], sort_keys=True)}"
-        yield "}"
-    yield "}"

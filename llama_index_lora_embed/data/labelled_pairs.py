@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError, warn_user
 from llama_index_lora_embed.core.files import write_json
@@ -32,11 +31,6 @@ from llama_index_lora_embed.data.readers.labelled import (
     scale_hint,
 )
 from llama_index_lora_embed.data.text import normalise
-
-if TYPE_CHECKING:
-    from llama_index_lora_embed.data.training_data import TrainingData
-
-logger = logging.getLogger(__name__)
 
 _STRATA = 5  # of graded labels in a split
 _CONTRADICTION = 0.5  # half of the scale; annotators differ by less
@@ -299,36 +293,6 @@ class LabelledPairs:
         known = {frozenset(map(normalise, pair)) for pair in zip(other.texts1, other.texts2, strict=True)}
         pairs = zip(self.texts1, self.texts2, strict=True)
         return [index for index, pair in enumerate(pairs) if frozenset(map(normalise, pair)) in known]
-
-    def hold_out(self, fraction: float, *, seed: int, max_passages: int) -> tuple[LabelledPairs, LabelledPairs, str]:
-        """(training set, validation set, how they were split in a sentence), by `split`, without `max_passages`.
-
-        Raises:
-            SplitError: All pairs are tied together, or a side would have one label only.
-        """
-        train, val = self.split(fraction, seed)
-        return train, val, "The pairs were held out of the training set; none of their texts was trained on."
-
-    def without_overlap(self, val: TrainingData, *, drop: bool) -> LabelledPairs:
-        """This training set without the pairs that overlap with a validation set; queries do not.
-
-        Raises:
-            DatasetError: Pairs overlap, and `drop` is off or would leave none.
-        """
-        shared = self.overlap(val) if val.kind == "pairs" else []
-        if not shared:
-            return self
-        if not drop or len(shared) == len(self):
-            raise DatasetError(
-                f"{len(shared)} of {len(self)} training pairs that are in val_dataset too",
-                "a val_dataset of other pairs: scores on known pairs mean nothing",
-                "Split with dataset.split(), drop them from training with on_overlap='drop', or accept it with "
-                "on_overlap='allow'. The pairs:",
-                [f"pair {i}: {self.texts1[i]!r:.60} and {self.texts2[i]!r:.60}" for i in shared],
-            )
-        logger.warning("%d training pairs that are in val_dataset were dropped", len(shared))
-        left = set(shared)
-        return self.subset(i for i in range(len(self)) if i not in left).check("dataset")
 
     def subset(self, indices: Iterable[int]) -> LabelledPairs:
         """The pairs at these indices, in this order."""

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from llama_index_lora_embed.core.errors import ConfigError, SplitError, warn_user
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.grouping import groups_sharing
 from llama_index_lora_embed.data.text import normalise
 
-if TYPE_CHECKING:
-    from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-
-FEWEST_DOCUMENTS = 10
-"""Documents with queries below which `split_by_source` warns. Queries about one document succeed or fail together, so
-that a verdict rests on the number of documents; of fewer than ten, a tenth is a single document."""
-
+# Queries about one document succeed or fail together, so that a verdict rests on the number of documents; of fewer than
+# ten, a tenth is a single document.
+_FEWEST_DOCUMENTS = 10
 _MOST_TIED = 0.5  # of the queries; near-duplicates that tie more than this are a template, not copies
 _EXAMPLES = 5
 
@@ -121,7 +117,12 @@ def split_by_source(
             "at least two documents, so that one can be held out",
             "Add documents, or pass a val_dataset of your own.",
         )
-    _warn_of_few_documents(dataset)
+    documents = len({dataset.source_of(i) for i in dataset.answer_ids()})
+    if documents < _FEWEST_DOCUMENTS:
+        warn_user(
+            f"The queries are about {documents} documents, fewer than {_FEWEST_DOCUMENTS}: a verdict on the few that "
+            "are held out says little about others. Add documents, or pass a val_dataset of your own."
+        )
     rng = random.Random(seed)
     rng.shuffle(groups)
     wanted = max(1, round(val_fraction * len(dataset.queries)))
@@ -137,15 +138,6 @@ def split_by_source(
     # passages without queries are not trained on, but they belong to the corpus that is indexed
     passages = [i for i in dataset.corpus if dataset.source_of(i) not in held_sources]
     return dataset.subset((query_id for group in groups for query_id in group), passages), val
-
-
-def _warn_of_few_documents(dataset: EmbeddingQAFinetuneDataset) -> None:
-    documents = len({dataset.source_of(i) for i in dataset.answer_ids()})
-    if documents < FEWEST_DOCUMENTS:
-        warn_user(
-            f"The queries are about {documents} documents, fewer than {FEWEST_DOCUMENTS}: a verdict on the few that "
-            "are held out says little about others. Add documents, or pass a val_dataset of your own."
-        )
 
 
 def _tied_groups(dataset: EmbeddingQAFinetuneDataset) -> list[list[str]]:
@@ -166,12 +158,7 @@ def _tied_groups(dataset: EmbeddingQAFinetuneDataset) -> list[list[str]]:
 
 
 def _tied_queries(dataset: EmbeddingQAFinetuneDataset, texts: dict[str, str]) -> list[list[str]]:
-    """Groups of queries whose relevant passages share a source document or a text, directly or through others.
-
-    Args:
-        dataset: Dataset.
-        texts: Passage id to what passages with the same text share.
-    """
+    """Groups of queries whose relevant passages share a source document or a text, which `texts` stands for."""
     query_ids = list(dataset.queries)
     relevant = (dataset.relevant_docs[query_id] for query_id in query_ids)
     keys = ([*(f"source:{dataset.source_of(i)}" for i in ids), *(f"text:{texts[i]}" for i in ids)] for ids in relevant)

@@ -24,7 +24,7 @@ from llama_index_lora_embed.data import (
 )
 from llama_index_lora_embed.data.readers.nodes import read_nodes
 from llama_index_lora_embed.data.text import normalise
-from llama_index_lora_embed.data.training_data import TrainingData, read_training_data
+from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data
 from llama_index_lora_embed.engines.result import FinetuneResult, summarise, write_run
 from llama_index_lora_embed.engines.starting_model import StartingModel
 from llama_index_lora_embed.engines.validation import check_device, check_run
@@ -304,8 +304,8 @@ def prepare(
     if val is None and config.data.val_fraction:
         training, data = config.training, config.data
         try:
-            train, val, note = train.hold_out(
-                data.val_fraction, seed=training.seed, max_passages=data.max_eval_passages
+            train, val, note = hold_out(
+                train, data.val_fraction, seed=training.seed, max_passages=data.max_eval_passages
             )
         except SplitError as error:
             wanted = {"best_metric": training.best_metric, "early_stopping_patience": training.early_stopping_patience}

@@ -15,7 +15,7 @@ from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig
 from llama_index_lora_embed.core.errors import ConfigError, LoraEmbedError, OutputDirectoryError
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.core.optional import require
-from llama_index_lora_embed.data.training_data import TrainingData, coerce_training_data
+from llama_index_lora_embed.data.training_data import TrainingData, coerce_training_data, without_overlap
 from llama_index_lora_embed.evaluation import metrics
 from llama_index_lora_embed.models import adapter_directory, base_model
 from llama_index_lora_embed.training.checkpointing.resume import RECORDED
@@ -97,7 +97,7 @@ def check_run(
     val = None if val_dataset is None else attempt(lambda: coerce_training_data(val_dataset, "val_dataset"))
     if train is not None and val is not None and config.data.on_overlap != "allow":
         both = (train, val)
-        train = attempt(lambda: both[0].without_overlap(both[1], drop=config.data.on_overlap == "drop"))
+        train = attempt(lambda: without_overlap(*both, drop=config.data.on_overlap == "drop"))
     if len(errors) == 1:
         raise errors[0]
     if errors:
