@@ -16,26 +16,10 @@ from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.evaluation import evaluate_pairs
 from tests.architectures import qwen3
-from tests.conftest import WORDS, make_dataset
+from tests.conftest import make_dataset
+from tests.helpers.labelled_pairs import TRAIN, VAL, make_pairs
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen3_pairs.py"
-
-
-def make_pairs(topics=50, seed=0) -> LabelledPairs:
-    """Two wordings of each topic, which share its one word, and pairs of wordings of two topics; the rest is noise."""
-    rng = random.Random(seed)
-
-    def wording(topic):
-        return " ".join(rng.sample([topic, *rng.sample(WORDS[50:70], 4)], 5))
-
-    rows = []
-    for _ in range(topics):
-        first, second = rng.sample(WORDS[:50], 2)
-        rows += [(wording(first), wording(first), 1), (wording(first), wording(second), 0)]
-    return LabelledPairs.from_rows(rows)
-
-
-TRAIN, VAL = make_pairs(), make_pairs(topics=30, seed=1)
 
 
 def engine(model, path, data=TRAIN, **kwargs):

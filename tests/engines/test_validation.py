@@ -19,8 +19,8 @@ from llama_index_lora_embed.engines.validation import BINARY_PAIR_METRICS, PAIR_
 from llama_index_lora_embed.evaluation.metrics import NAMES, query_metrics
 from llama_index_lora_embed.evaluation.pairs import pair_metrics
 from tests.conftest import make_dataset, shown
-from tests.engines.test_labelled_pairs import TRAIN as PAIRS
-from tests.engines.test_labelled_pairs import VAL as VAL_PAIRS
+from tests.helpers.labelled_pairs import TRAIN as PAIRS
+from tests.helpers.labelled_pairs import VAL as VAL_PAIRS
 
 VAL = make_dataset(passages=10, seed=7, prefix="v")
 GRADED = LabelledPairs(VAL_PAIRS.texts1, VAL_PAIRS.texts2, [n % 5 / 4 for n in range(len(VAL_PAIRS))])

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from llama_index_lora_embed import LoraFinetuneEngine
 from llama_index_lora_embed.config import ObjectiveSettings
 from tests.conftest import make_dataset
-from tests.engines.test_labelled_pairs import make_pairs
+from tests.helpers.labelled_pairs import make_pairs
 
 
 class FirstGradient(TrainerCallback):
