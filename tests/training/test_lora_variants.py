@@ -88,16 +88,30 @@ def check_written(base, path, result):
     )
 
 
+@pytest.fixture(scope="module")
+def trained(bases, tmp_path_factory):
+    """Directory and result of a run on the BERT, by the variant's name; trained once."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            path = tmp_path_factory.mktemp("variant") / "run"
+            made[name] = path, engine(bases("bert"), path, config(**VARIANTS[name])).finetune()
+        return made[name]
+
+    return run
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_written_as_it_was_evaluated(bases, tmp_path, name):
+def test_a_variant_is_written_as_it_was_evaluated(bases, trained, name):
     base = bases("bert")
     before = describe_base(base).weights_sha256
-    result = engine(base, tmp_path / "run", config(**VARIANTS[name])).finetune()
+    path, result = trained(name)
     assert result.best_step > 0, "it must have learnt something"
-    check_written(base, tmp_path / "run", result)
+    check_written(base, path, result)
     assert describe_base(base).weights_sha256 == before
     untrained = LoraEmbedding(base_model=base, device="cpu")
-    tuned = LoraEmbedding(tmp_path / "run", device="cpu")
+    tuned = LoraEmbedding(path, device="cpu")
     difference = np.array(untrained.get_text_embedding_batch(TEXTS)) - tuned.get_text_embedding_batch(TEXTS)
     assert np.abs(difference).max() > 1e-3
     assert result.base_metrics == pytest.approx(evaluate_retrieval(untrained, make_dataset()).metrics, abs=1e-9)
@@ -113,6 +127,7 @@ def test_step_0_of_a_variant_is_the_base(bases, name):
     assert np.array_equal(model.encode(TEXTS), base.encode(TEXTS)), "the base's own weights are as they were"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora", "rslora", "lora bias", "whole modules"])
 @pytest.mark.parametrize("architecture", ["modernbert", "qwen3", "gemma3"])
 @pytest.mark.filterwarnings("ignore")  # not evaluated; and what peft says of biases
@@ -154,11 +169,11 @@ def test_a_stopped_run_of_a_variant_ends_like_an_uninterrupted_one(bases, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["dora", "its biases", "all biases", "whole modules", "lora bias"])
-def test_what_was_trained_is_trained_further(bases, tmp_path, name):
-    engine(bases("bert"), tmp_path / "run", config(**VARIANTS[name])).finetune()
+def test_what_was_trained_is_trained_further(bases, trained, name):
+    path, _ = trained(name)
     fresh = load(bases("bert"))
     add_lora(fresh, config(**VARIANTS[name]), TrainingSettings())
-    again, _ = load_adapter(open_adapter(str(tmp_path / "run")), device="cpu", merge=False)
+    again, _ = load_adapter(open_adapter(str(path)), device="cpu", merge=False)
     train_further(again)
     trainable, expected = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (again, fresh))
     assert trainable == expected

@@ -30,19 +30,27 @@ class PullThePlug(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.fixture
-def interrupted(tiny_model, tmp_path, monkeypatch):
-    """A run of twelve steps that was stopped at the seventh, with a checkpoint of the fifth."""
+@pytest.fixture(scope="module")
+def interrupted_once(tiny_model, tmp_path_factory):
+    """The folder of a run of twelve steps that was stopped at the seventh, with a checkpoint of the fifth."""
+    folder = tmp_path_factory.mktemp("interrupted")
     init = LoraTrainer.__init__
 
     def with_plug(self, **kwargs):
         init(self, **kwargs)
         self.add_callback(PullThePlug())
 
-    monkeypatch.setattr(LoraTrainer, "__init__", with_plug)
-    with pytest.raises(KeyboardInterrupt):
-        engine(tiny_model, tmp_path / "run").finetune()
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraTrainer, "__init__", with_plug)
+        with pytest.raises(KeyboardInterrupt):
+            engine(tiny_model, folder / "run").finetune()
+    return folder
+
+
+@pytest.fixture
+def interrupted(interrupted_once, tmp_path):
+    """A copy of the interrupted run that a test may change."""
+    shutil.copytree(interrupted_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 
 
