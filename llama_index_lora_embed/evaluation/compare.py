@@ -19,15 +19,11 @@ _METRIC = "ndcg@10"
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference between two models in one metric.
+    """Difference between two models in one metric: means from 0 to 1, and numbers of improved and degraded queries.
 
     Attributes:
-        base: Mean of the base, 0 to 1.
-        tuned: Mean of the tuned model.
         difference: tuned - base.
         interval: 95 % confidence interval of the difference (`significance.paired_intervals`).
-        improved: Number of queries with a higher value.
-        degraded: Number of queries with a lower value.
         p_value: Of the sign test (`significance.sign_test`).
     """
 
@@ -46,12 +42,7 @@ def compare(
     """Compare two models on the same queries, or on the same labelled pairs (see `compare_pairs`).
 
     With fewer than ten queries the verdict is NO CLEAR DIFFERENCE, whatever the interval
-    (`significance.paired_intervals`) says.
-
-    Args:
-        base: Evaluation of the base.
-        tuned: Evaluation of the tuned model on the same dataset.
-        seed: Random seed of the bootstrap.
+    (`significance.paired_intervals`) says. `seed` is that of the bootstrap.
 
     Raises:
         DatasetError: The two evaluations are of different queries, passages or pairs, or one is of queries and the
@@ -92,42 +83,18 @@ def metric_differences(
     *,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """The difference in each metric, by its name.
+    """The difference in each metric that both evaluations have, by its name.
 
     Args:
         base: Evaluation of the base.
         tuned: Evaluation of the tuned model.
         query_ids: Queries to compare on; None for all.
-        metrics: Names of metrics; None for all that both evaluations have.
+        metrics: Names of metrics; None for all.
         seed: Random seed of the bootstrap.
 
     Raises:
         DatasetError: The two evaluations are of different queries, passages or judgments.
     """
-    _check_same_dataset(base, tuned)
-    ids = list(base.per_query if query_ids is None else query_ids)
-    names = [name for name in (metrics or base.metrics) if name in base.metrics and name in tuned.metrics]
-    before, after = (
-        np.array([[evaluation.per_query[i][name] for name in names] for i in ids]) for evaluation in (base, tuned)
-    )
-    changes = after - before
-    improved, degraded = (changes > 0).sum(axis=0).tolist(), (changes < 0).sum(axis=0).tolist()
-    return {
-        name: Difference(
-            float(before[:, column].mean()),
-            float(after[:, column].mean()),
-            float(changes[:, column].mean()),
-            interval,
-            improved[column],
-            degraded[column],
-            sign_test(improved[column], degraded[column]),
-        )
-        for column, (name, interval) in enumerate(zip(names, paired_intervals(changes, seed=seed), strict=True))
-    }
-
-
-def _check_same_dataset(base: RetrievalEvaluation, tuned: RetrievalEvaluation) -> None:
-    """Refuse evaluations of different datasets, as far as they record them."""
     if base.per_query.keys() != tuned.per_query.keys():
         raise DatasetError(
             "two evaluations of different queries", "the same dataset for both", "Evaluate both models on one dataset."
@@ -138,3 +105,15 @@ def _check_same_dataset(base: RetrievalEvaluation, tuned: RetrievalEvaluation) -
             "the same queries, passages and judgments for both, because a smaller corpus is easier to search",
             "Evaluate both models on one dataset.",
         )
+    ids = list(base.per_query if query_ids is None else query_ids)
+    names = [name for name in (metrics or base.metrics) if name in base.metrics and name in tuned.metrics]
+    before, after = (
+        np.array([[evaluation.per_query[i][name] for name in names] for i in ids]) for evaluation in (base, tuned)
+    )
+    changes = after - before
+    differences = {}
+    for column, (name, interval) in enumerate(zip(names, paired_intervals(changes, seed=seed), strict=True)):
+        means = (float(values[:, column].mean()) for values in (before, after, changes))
+        improved, degraded = int((changes[:, column] > 0).sum()), int((changes[:, column] < 0).sum())
+        differences[name] = Difference(*means, interval, improved, degraded, sign_test(improved, degraded))
+    return differences

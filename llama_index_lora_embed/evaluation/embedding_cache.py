@@ -29,11 +29,7 @@ _NOT_IDENTITY = re.compile(
 
 
 class EmbeddingCache:
-    """A SQLite file of vectors by text, which several processes can use at once.
-
-    Args:
-        file: Created, with its folder, when the first vectors are written.
-    """
+    """A SQLite file of vectors by text, which several processes can use at once; the first write creates it."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -45,7 +41,7 @@ class EmbeddingCache:
         keys = {_key(text): text for text in texts}
         query = "SELECT key, vector FROM vectors WHERE key IN (SELECT value FROM json_each(?))"
         try:
-            with closing(self._connect()) as database:
+            with closing(sqlite3.connect(self.file, timeout=_LOCK_TIMEOUT)) as database:
                 found = database.execute(query, [json.dumps([*keys])]).fetchall()
         except sqlite3.DatabaseError as error:
             if "no such table" in str(error):  # another process has just created the file
@@ -58,29 +54,20 @@ class EmbeddingCache:
         vectors = {keys[key]: np.frombuffer(data, dtype=np.float32) for key, data in found if len(data) % 4 == 0}
         return {text: vector for text, vector in vectors.items() if len(vector) and np.isfinite(vector).all()}
 
-    def write(self, texts: Sequence[str], vectors: FloatArray, *, replace: bool = True) -> None:
-        """Write vectors [texts, dimensions], except those with NaN or infinity.
-
-        Args:
-            texts: The texts.
-            vectors: Their vectors.
-            replace: Whether to replace vectors that are in the file already.
+    def write(self, texts: Sequence[str], vectors: Sequence[FloatArray]) -> None:
+        """Write the vectors of texts that are not in the file yet, except those with NaN or infinity.
 
         Raises:
             OutputDirectoryError: The file cannot be written.
         """
         rows = [(_key(t), v.tobytes()) for t, v in zip(texts, vectors, strict=True) if np.isfinite(v).all()]
-        insert = f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO vectors VALUES (?, ?)"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as database, database:
+            with closing(sqlite3.connect(self.file, timeout=_LOCK_TIMEOUT)) as database, database:
                 database.execute("CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB) WITHOUT ROWID")
-                database.executemany(insert, rows)
+                database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
         except (OSError, sqlite3.Error) as error:
             raise self._unwritable(error) from error
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.file, timeout=_LOCK_TIMEOUT)
 
     def _unwritable(self, error: Exception) -> OutputDirectoryError:
         return OutputDirectoryError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -33,13 +34,7 @@ Side = Literal["query", "passage"]
 
 
 class Embedder:
-    """Embeds texts as float32 vectors with a LlamaIndex embedding model.
-
-    Args:
-        embed_model: Any LlamaIndex embedding model.
-        num_workers: Number of concurrent requests; None embeds synchronously.
-        cache_folder: Folder of the embedding cache; None for no cache.
-        show_progress: Show a progress bar.
+    """Embeds texts as float32 vectors with a LlamaIndex embedding model; see `evaluate_retrieval`.
 
     Raises:
         ConfigError: embed_model is not an embedding model, or num_workers is not a positive number.
@@ -61,8 +56,9 @@ class Embedder:
                 "a LlamaIndex BaseEmbedding",
                 'LoraEmbedding("runs/handbook"), LoraEmbedding(base_model="..."), HuggingFaceEmbedding(...), ...',
             )
+        check_num_workers(num_workers)
         self.embed_model = embed_model
-        self.num_workers = check_num_workers(num_workers)
+        self.num_workers = num_workers
         self.show_progress = show_progress
         self.cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
 
@@ -82,16 +78,20 @@ class Embedder:
                 chunk = list(texts[start : start + _CHUNK])
                 found = {} if cache is None else cache.read(chunk)
                 missing = [text for text in dict.fromkeys(chunk) if text not in found]
-                if missing:
-                    fresh = await self._request(missing, side)
-                    found |= dict(zip(missing, fresh, strict=True))
-                    if cache is not None:
-                        cache.write(missing, fresh)
-                rows = _as_array([found[text] for text in chunk])
+                fresh = await self._request(missing, side) if missing else []
+                rows = found | dict(zip(missing, fresh, strict=True))
                 if vectors is None:
-                    vectors = np.empty((len(texts), rows.shape[1]), dtype=np.float32)
-                _check_lengths([vectors.shape[1], rows.shape[1]])
-                vectors[start : start + len(chunk)] = rows
+                    vectors = np.empty((len(texts), len(rows[chunk[0]])), dtype=np.float32)
+                dimensions = {vectors.shape[1], *map(len, rows.values())}
+                if len(dimensions) > 1:
+                    raise ConfigError(
+                        f"vectors of different dimensions ({', '.join(map(str, sorted(dimensions)[:5]))})",
+                        "one number of dimensions",
+                        "The embedding model gives texts vectors that cannot be compared: check its settings.",
+                    )
+                vectors[start : start + len(chunk)] = [rows[text] for text in chunk]
+                if cache is not None and missing:
+                    cache.write(missing, fresh)
                 bar.update(len(chunk))
         assert vectors is not None, "a checked dataset has texts"
         return vectors
@@ -107,25 +107,28 @@ class Embedder:
         number = 0
         while True:  # models with equal settings but different vectors have a file each
             cache = EmbeddingCache(folder / f"{name}-{number}" / f"{side}.sqlite")
-            if _PROBE not in cache.read([_PROBE]):
-                cache.write([_PROBE], probe[None], replace=False)  # another process may be first
+            if not cache.read([_PROBE]):
+                cache.write([_PROBE], [probe])  # another process may be first
             cached = cache.read([_PROBE]).get(_PROBE)
-            if cached is None:  # the file is damaged
-                cache.write([_PROBE], probe[None])
-                cached = probe
-            if cached.shape == probe.shape and float(cached @ probe) >= _SAME_MODEL * float(
-                np.linalg.norm(cached) * np.linalg.norm(probe)
-            ):
-                return cache
+            if cached is not None and cached.shape == probe.shape:
+                lengths = np.linalg.norm(cached) * np.linalg.norm(probe)
+                if cached @ probe >= _SAME_MODEL * lengths:
+                    return cache
             number += 1
 
-    async def _request(self, texts: list[str], side: Side) -> FloatArray:
+    async def _request(self, texts: list[str], side: Side) -> list[FloatArray]:
         from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 
         model = self.embed_model
         vectors: Any
-        if self.num_workers is not None:
-            vectors = await self._request_concurrently(texts, side, self.num_workers)
+        if self.num_workers is not None and side == "query":
+            calls = [partial(model.aget_query_embedding, text) for text in texts]
+            vectors = await gather_limited(calls, self.num_workers)
+        elif self.num_workers is not None:
+            size = model.embed_batch_size
+            batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+            calls = [partial(model.aget_text_embedding_batch, batch) for batch in batches]
+            vectors = [v for batch in await gather_limited(calls, self.num_workers) for v in batch]
         elif side == "passage":
             vectors = model.get_text_embedding_batch(texts)
         elif isinstance(model, LoraEmbedding):
@@ -139,16 +142,7 @@ class Embedder:
                 "a vector for each text, in their order",
                 "The embedding model drops texts: check how it treats empty or repeated ones.",
             )
-        return _as_array(vectors)
-
-    async def _request_concurrently(self, texts: list[str], side: Side, limit: int) -> list[Any]:
-        model = self.embed_model
-        if side == "query":
-            return await gather_limited([lambda t=text: model.aget_query_embedding(t) for text in texts], limit)  # type: ignore[misc]
-        size = model.embed_batch_size
-        batches = [texts[i : i + size] for i in range(0, len(texts), size)]
-        found = await gather_limited([lambda b=batch: model.aget_text_embedding_batch(b) for batch in batches], limit)  # type: ignore[misc]
-        return [vector for vectors in found for vector in vectors]
+        return [np.asarray(vector, dtype=np.float32) for vector in vectors]
 
 
 async def gather_limited(calls: Sequence[Callable[[], Awaitable[_T]]], limit: int) -> list[_T]:
@@ -167,21 +161,16 @@ async def gather_limited(calls: Sequence[Callable[[], Awaitable[_T]]], limit: in
             task.cancel()
 
 
-def check_num_workers(num_workers: Any) -> int | None:
-    """`num_workers`; a ConfigError unless it is None or a positive number."""
+def check_num_workers(num_workers: Any) -> None:
+    """Raise a ConfigError unless `num_workers` is None or a positive number."""
     if num_workers is not None and not is_int(num_workers, 1):
         raise ConfigError(f"num_workers={num_workers!r}", "None or a number above 0", "num_workers=4")
-    workers: int | None = num_workers
-    return workers
 
 
 def unit_vectors(vectors: Any, ids: Sequence[str], name: str) -> FloatArray:
-    """Check vectors and scale them to length 1, in place if they are a writable float32 array; zeros stay zeros.
+    """Check vectors [ids, dimensions] and scale them to length 1; zeros stay zeros.
 
-    Args:
-        vectors: [ids, dimensions].
-        ids: Names of the rows, for error messages.
-        name: What the vectors are of, for error messages.
+    A writable float32 array is scaled in place. `name`, what the vectors are of, is for error messages.
 
     Raises:
         ConfigError: Their number is not that of the ids.
@@ -205,17 +194,3 @@ def unit_vectors(vectors: Any, ids: Sequence[str], name: str) -> FloatArray:
 def examples(ids: Sequence[str]) -> str:
     """The first ids, for a message."""
     return ", ".join(repr(i) for i in ids[:_EXAMPLES]) + (", ..." if len(ids) > _EXAMPLES else "")
-
-
-def _as_array(vectors: Sequence[Any]) -> FloatArray:
-    _check_lengths([len(vector) for vector in vectors])
-    return np.asarray(vectors, dtype=np.float32)
-
-
-def _check_lengths(lengths: Sequence[int]) -> None:
-    if len(set(lengths)) > 1:
-        raise ConfigError(
-            f"vectors of different dimensions ({', '.join(map(str, sorted(set(lengths))[:5]))})",
-            "one number of dimensions",
-            "The embedding model gives texts vectors that cannot be compared: check its settings.",
-        )

@@ -83,7 +83,13 @@ def compute_metrics(
         scores[key] = {names[i]: float(-rank) for rank, i in enumerate(ranked)}
     values = pytrec_eval.RelevanceEvaluator(judgments, _TREC_REQUEST).evaluate({k: v for k, v in scores.items() if v})
     zeros = dict.fromkeys(_TREC_NAMES.values(), 0.0)  # for a query with an empty ranking
-    return {query_id: _renamed(values.get(str(number), zeros)) for number, query_id in enumerate(rankings)}
+    metrics: dict[str, dict[str, float]] = {}
+    for number, query_id in enumerate(rankings):
+        found = values.get(str(number), zeros)
+        metrics[query_id] = {name: float(found[trec_name]) for name, trec_name in _TREC_NAMES.items()}
+        if metrics[query_id]["mrr@10"] < 1 / _MRR_CUTOFF - 1e-9:
+            metrics[query_id]["mrr@10"] = 0.0  # recip_rank has no cutoff
+    return metrics
 
 
 def query_metrics(ranking: Sequence[str], relevant: set[str]) -> dict[str, float]:
@@ -95,10 +101,3 @@ def metric_label(metric: str) -> str:
     """The name of a metric as papers write it: "nDCG@10"."""
     name, at, cutoff = metric.partition("@")
     return _LABELS.get(name, name.replace("_", " ")) + at + cutoff
-
-
-def _renamed(values: Mapping[str, float]) -> dict[str, float]:
-    metrics = {name: float(values[trec_name]) for name, trec_name in _TREC_NAMES.items()}
-    if metrics["mrr@10"] < 1 / _MRR_CUTOFF - 1e-9:
-        metrics["mrr@10"] = 0.0  # recip_rank has no cutoff
-    return metrics

@@ -31,11 +31,6 @@ def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0)
     (DeLong et al. 1988; the mean placement is the ROC-AUC). With grades, if its rank by similarity comes closer to its
     rank by label.
 
-    Args:
-        base: Evaluation of the base.
-        tuned: Evaluation of the tuned model on the same pairs.
-        seed: Random seed of the bootstrap.
-
     Raises:
         DatasetError: The two evaluations are of different pairs.
     """
@@ -73,14 +68,7 @@ def resampled_differences(
     """Difference in ROC-AUC, or in Spearman's correlation, in each resample; a constant side correlates 0.
 
     A resample is a count for each pair. Values are sorted once and their ranks follow from the counts; SciPy would sort
-    every resample, which takes ten times as long on 20,000 pairs.
-
-    Args:
-        base: Similarities, [pairs].
-        tuned: Similarities, [pairs].
-        labels: [pairs].
-        binary: Whether the labels are 0 and 1.
-        rng: Random generator that draws the resamples.
+    every resample, which takes ten times as long on 20,000 pairs. `base` and `tuned` are similarities, [pairs].
     """
     strata = [np.flatnonzero(labels == 1), np.flatnonzero(labels != 1)] if binary else [np.arange(len(labels))]
     label_ties, *ties = (np.unique(values, return_inverse=True)[1] for values in (labels, base, tuned))

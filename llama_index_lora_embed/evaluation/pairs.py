@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.evaluation.embeddings import Embedder, unit_vectors
 from llama_index_lora_embed.evaluation.retrieval import Encode
+from llama_index_lora_embed.evaluation.search import FloatArray
 from llama_index_lora_embed.evaluation.significance import Numbers
 
 if TYPE_CHECKING:
@@ -70,16 +72,12 @@ def evaluate_pairs(
 ) -> PairEvaluation:
     """Evaluate any LlamaIndex embedding model on labelled pairs, by cosine similarity.
 
+    The metrics agree with sentence-transformers' BinaryClassificationEvaluator and EmbeddingSimilarityEvaluator. The
+    keyword arguments are those of `evaluate_retrieval`.
+
     Args:
         embed_model: Embeds all texts as passages; the first texts as queries if the pairs are not symmetric.
         pairs: Labelled pairs, or what `LabelledPairs.coerce` takes.
-        num_workers: See `evaluate_retrieval`.
-        cache_folder: See `evaluate_retrieval`.
-        show_progress: Show a progress bar.
-
-    Returns:
-        Metrics that agree with sentence-transformers' BinaryClassificationEvaluator and
-        EmbeddingSimilarityEvaluator.
 
     Raises:
         ConfigError: The pairs are a file or rows with unknown columns, or the vectors differ in length.
@@ -106,27 +104,24 @@ def evaluate_pair_encoders(encode_queries: Encode, encode_passages: Encode, pair
     """
     pairs.check("evaluation pairs")
     if pairs.symmetric:
-        rows1 = rows2 = _rows([*pairs.texts1, *pairs.texts2])
-        vectors1 = vectors2 = unit_vectors(encode_passages(list(rows1)), list(rows1), "text")
+        vectors1, rows = _encode_distinct(encode_passages, [*pairs.texts1, *pairs.texts2], "text")
+        vectors2, (left, right) = vectors1, np.split(rows, 2)
     else:
-        rows1, rows2 = _rows(pairs.texts1), _rows(pairs.texts2)
-        vectors1 = unit_vectors(encode_queries(list(rows1)), list(rows1), "query")
-        vectors2 = unit_vectors(encode_passages(list(rows2)), list(rows2), "text")
-    left = np.array([rows1[text] for text in pairs.texts1])
-    right = np.array([rows2[text] for text in pairs.texts2])
+        vectors1, left = _encode_distinct(encode_queries, pairs.texts1, "query")
+        vectors2, right = _encode_distinct(encode_passages, pairs.texts2, "text")
     similarities = np.empty(len(pairs), dtype=np.float64)
     for start in range(0, len(pairs), _CHUNK):
         part = slice(start, start + _CHUNK)
         similarities[part] = np.einsum("ij,ij->i", vectors1[left[part]], vectors2[right[part]])
     similarities = similarities.clip(-1, 1)  # equal texts can exceed 1 by a rounding error
     labels = np.array(pairs.scores, dtype=np.float64)
-    positives = pairs.positives
+    kinds = {"positive": pairs.positives, "negative": len(pairs) - pairs.positives}
     return PairEvaluation(
         pair_metrics(similarities, labels),
         similarities,
         labels,
         best_threshold(similarities, labels)[1] if pairs.binary else None,
-        {"positive": positives, "negative": len(pairs) - positives} if pairs.binary else {"graded": len(pairs)},
+        kinds if pairs.binary else {"graded": len(pairs)},
         pairs.digest(),
         pairs.source,
     )
@@ -137,11 +132,7 @@ def pair_metrics(similarities: Numbers, labels: Numbers) -> dict[str, float]:
 
     roc_auc: probability that a positive pair has a higher similarity than a negative one, a tie counting half (Fawcett
     2006). average_precision: mean of the precision over the recall. accuracy: see `best_threshold`. spearman, pearson:
-    correlations of ranks and of values; 0 if all similarities are equal.
-
-    Args:
-        similarities: [pairs].
-        labels: [pairs], with at least two different values; the first three metrics are for labels of 0 and 1.
+    correlations of ranks and of values; 0 if all similarities are equal. The first three are for labels of 0 and 1.
     """
     from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
     from sklearn.metrics import average_precision_score, roc_auc_score  # type: ignore[import-untyped]
@@ -163,27 +154,21 @@ def best_threshold(similarities: Numbers, labels: Numbers) -> tuple[float, float
 
     A pair is classified as positive if its similarity is at or above the threshold. Thresholds lie half-way between
     similarities; one above all of them classifies every pair as negative. sentence-transformers'
-    BinaryClassificationEvaluator gives the same where there are no ties.
-
-    Args:
-        similarities: [pairs].
-        labels: [pairs], 0 or 1.
+    BinaryClassificationEvaluator gives the same where there are no ties. Labels are 0 or 1.
     """
-    order = np.argsort(-similarities, kind="stable")
-    ordered = similarities[order]
-    ends = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)  # the last of each group of ties
-    gained = np.cumsum(2 * labels[order] - 1)[ends]  # correct minus wrong among the pairs above
-    negatives = float((labels == 0).sum())
+    distinct, groups = np.unique(-similarities, return_inverse=True)
+    # correct minus wrong among the pairs at or above each distinct similarity; none are above all of them
+    gained = np.append(0, np.cumsum(np.bincount(groups, weights=2 * labels - 1)))
     best = int(np.argmax(gained))
-    if gained[best] <= 0:
-        return negatives / len(labels), float(np.nextafter(ordered[0], np.inf))
-    end = ends[best]
-    below = ordered[end + 1] if end + 1 < len(ordered) else ordered[end]
-    middle = (ordered[end] + below) / 2
-    threshold = ordered[end] if middle == below else middle  # adjacent floats have no middle
-    return float((negatives + gained[best]) / len(labels)), float(threshold)
+    accuracy = float(((labels == 0).sum() + gained[best]) / len(labels))
+    if best == 0:
+        return accuracy, float(np.nextafter(-distinct[0], np.inf))
+    above, below = -distinct[best - 1], -distinct[min(best, len(distinct) - 1)]
+    middle = (above + below) / 2
+    return accuracy, float(above if middle == below else middle)  # adjacent floats have no middle
 
 
-def _rows(texts: list[str]) -> dict[str, int]:
-    """Distinct texts and their rows."""
-    return {text: row for row, text in enumerate(dict.fromkeys(texts))}
+def _encode_distinct(encode: Encode, texts: list[str], name: str) -> tuple[FloatArray, NDArray[np.int64]]:
+    """Unit vectors of the distinct texts, and the row of each text."""
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return unit_vectors(encode(list(row_of)), list(row_of), name), np.array([row_of[text] for text in texts])

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,21 +31,17 @@ Encode = Callable[[list[str]], FloatArray]
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSample:
-    """Vectors of some queries and of their relevant passages, for a plot.
+    """Vectors of some queries and of at most two relevant passages of each of them, for a plot.
 
     Attributes:
-        query_ids: Names of the rows of `queries`.
-        passage_ids: Names of the rows of `passages`: at most two relevant passages of each query.
-        relevant: For each query, its relevant passages among `passage_ids`.
-        queries: Unit vectors, [query_ids, dimensions].
-        passages: Unit vectors, [passage_ids, dimensions].
+        queries: Unit vectors, [queries, dimensions].
+        passages: Unit vectors, [passages, dimensions].
+        links: (row of the query, row of the passage) of each relevant passage.
     """
 
-    query_ids: list[str]
-    passage_ids: list[str]
-    relevant: list[list[str]]
     queries: FloatArray = field(repr=False)
     passages: FloatArray = field(repr=False)
+    links: list[tuple[int, int]] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +159,6 @@ def evaluation_of(
     rankings: dict[str, list[str]],
     similarities: dict[str, list[float]],
     notes: list[str],
-    *,
-    relevant_similarities: dict[str, dict[str, float]] | None = None,
-    sample: EmbeddingSample | None = None,
 ) -> RetrievalEvaluation:
     """A `RetrievalEvaluation` with its means, and with what it records of the dataset."""
     names = next(iter(per_query.values()))
@@ -175,9 +168,7 @@ def evaluation_of(
         rankings,
         dataset.origins(),
         len(dataset.corpus),
-        similarities=similarities,
-        relevant_similarities=relevant_similarities or {},
-        sample=sample,
+        similarities,
         notes=notes,
         query_origins=dict(dataset.query_origins or {}),
         digest=evaluation_digest(dataset),
@@ -218,12 +209,15 @@ def _evaluate(queries: FloatArray, passages: FloatArray, dataset: EmbeddingQAFin
     rows, scores = nearest(queries, passages, DEPTH)
     rankings = {q: [passage_ids[row] for row in ranked] for q, ranked in zip(query_ids, rows, strict=True)}
     row_of = {passage_id: row for row, passage_id in enumerate(passage_ids)}
-    return evaluation_of(
+    evaluation = evaluation_of(
         dataset,
         compute_metrics(rankings, relevance(dataset)),
         rankings,
         {q: values.tolist() for q, values in zip(query_ids, scores, strict=True)},
         _notes(dataset, queries, passages),
+    )
+    return replace(
+        evaluation,
         relevant_similarities={
             q: {i: float(vector @ passages[row_of[i]]) for i in dataset.relevant_docs[q]}
             for q, vector in zip(query_ids, queries, strict=True)
@@ -261,12 +255,9 @@ def _sample(
     """Vectors of evenly spaced queries, so that the sample is the same for every model."""
     query_ids = list(dataset.queries)
     rows = np.unique(np.linspace(0, len(query_ids) - 1, min(_SAMPLE_QUERIES, len(query_ids))).astype(int)).tolist()
-    relevant = [list(dict.fromkeys(dataset.relevant_docs[query_ids[row]]))[:_SAMPLE_PASSAGES] for row in rows]
-    passage_ids = list(dict.fromkeys(i for ids in relevant for i in ids))
-    return EmbeddingSample(
-        [query_ids[row] for row in rows],
-        passage_ids,
-        relevant,
-        queries[rows],
-        passages[[row_of[i] for i in passage_ids]],
-    )
+    places: dict[int, int] = {}  # row of `passages` to row of the sample
+    links = []
+    for place, row in enumerate(rows):
+        for passage_id in list(dict.fromkeys(dataset.relevant_docs[query_ids[row]]))[:_SAMPLE_PASSAGES]:
+            links.append((place, places.setdefault(row_of[passage_id], len(places))))
+    return EmbeddingSample(queries[rows], passages[list(places)], links)

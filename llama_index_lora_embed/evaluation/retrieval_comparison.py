@@ -31,17 +31,7 @@ _RegressionSet = EmbeddingQAFinetuneDataset | tuple[RetrievalEvaluation, Retriev
 
 @dataclass(frozen=True)
 class QueryOutcome:
-    """nDCG@10 and retrieved passages of both models for one query.
-
-    Attributes:
-        query_id: Id of the query.
-        text: The query.
-        base: nDCG@10 of the base.
-        tuned: nDCG@10 of the tuned model.
-        relevant: Ids of the relevant passages.
-        base_top: Ids of the five passages that the base ranks highest, best first.
-        tuned_top: Ids of the five passages that the tuned model ranks highest.
-    """
+    """nDCG@10 of both models for one query; ids of its relevant passages and of the five best of each model."""
 
     query_id: str
     text: str
@@ -59,14 +49,7 @@ class QueryOutcome:
 
 @dataclass(frozen=True)
 class SliceOutcome:
-    """nDCG@10 on a slice of the queries.
-
-    Attributes:
-        by: Criterion: "length", "style", "origin", "source", "truncation" or "custom".
-        name: Name of the slice.
-        queries: Number of queries.
-        ndcg: Their nDCG@10.
-    """
+    """nDCG@10 on a slice of the queries, by length, style, origin, source or truncation, or a custom one."""
 
     by: str
     name: str
@@ -76,13 +59,7 @@ class SliceOutcome:
 
 @dataclass(frozen=True)
 class RegressionCheck:
-    """nDCG@10 on a regression set: general queries, unrelated to the training data.
-
-    Attributes:
-        ndcg: nDCG@10 of both models.
-        queries: Number of queries.
-        limit: Accepted loss of the mean.
-    """
+    """nDCG@10 on a regression set (general queries, unrelated to the training data), and the accepted loss of the mean."""
 
     ndcg: Difference
     queries: int
@@ -148,8 +125,7 @@ class RetrievalComparison:
         return list(dict.fromkeys([*self.base.notes, *self.tuned.notes]))
 
     def __str__(self) -> str:
-        """The verdict in one line."""
-        return f"{self.comparison}{'' if self.regression_set is None else f' {self.regression_set}'}"
+        return " ".join(str(result) for result in (self.comparison, self.regression_set) if result is not None)
 
 
 def compare_retrieval(
@@ -178,10 +154,8 @@ def compare_retrieval(
         slices: Custom slices: name to query ids. There are slices by length, style, origin, source document and
             truncation of the relevant passages anyway.
         names: Names of the two models.
-        num_workers: See `evaluate_retrieval`.
-        cache_folder: See `evaluate_retrieval`.
+        num_workers, cache_folder, show_progress: See `evaluate_retrieval`.
         seed: Random seed of the bootstrap.
-        show_progress: Show progress bars.
 
     Raises:
         ConfigError: regression_limit is not a number from 0 to 1, names are not two different strings, regression_set
@@ -196,9 +170,8 @@ def compare_retrieval(
         BETTER: nDCG@10 +0.107 (95 % interval +0.086 to +0.128), 274 of 790 queries improved, 113 degraded. ...
     """
     if not is_share(regression_limit):
-        raise ConfigError(
-            f"regression_limit={regression_limit!r}", "a number from 0 to 1", f"regression_limit={REGRESSION_LIMIT}"
-        )
+        hint = f"regression_limit={REGRESSION_LIMIT}"
+        raise ConfigError(f"regression_limit={regression_limit!r}", "a number from 0 to 1", hint)
     if len(names) != 2 or not all(isinstance(name, str) and name.strip() for name in names) or names[0] == names[1]:
         raise ConfigError(f"names={names!r}", "two different strings", 'names=("base", "tuned")')
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
@@ -226,14 +199,16 @@ def compare_retrieval(
     def ndcg(evaluations: tuple[RetrievalEvaluation, RetrievalEvaluation], ids: Sequence[str] | None) -> Difference:
         return metric_differences(*evaluations, ids, [_METRIC], seed=seed)[_METRIC]
 
+    regression = None
+    if regression_set is not None:
+        count = len(regression_set[0].per_query)
+        regression = RegressionCheck(ndcg(regression_set, None), count, float(regression_limit))
     return RetrievalComparison(
         compare(before, after, seed=seed),
         metric_differences(before, after, seed=seed),
         _query_outcomes(before, after, dataset),
         [SliceOutcome(by, name, len(ids), ndcg((before, after), ids)) for by, name, ids in query_slices],
-        None
-        if regression_set is None
-        else RegressionCheck(ndcg(regression_set, None), len(regression_set[0].per_query), float(regression_limit)),
+        regression,
         before,
         after,
         dataset,
@@ -245,16 +220,14 @@ def _check_regression_set(
     given: _RegressionSet, base: BaseEmbedding | RetrievalEvaluation, tuned: BaseEmbedding | RetrievalEvaluation
 ) -> _RegressionSet:
     hint = "regression_set=(evaluate_retrieval(base, general), evaluate_retrieval(tuned, general))"
-    if isinstance(given, tuple):
-        if len(given) != 2 or not all(isinstance(evaluation, RetrievalEvaluation) for evaluation in given):
-            raise ConfigError(
-                f"regression_set with {', '.join(type(item).__name__ for item in given) or 'nothing'} in it",
-                "a dataset, or the evaluations of base and tuned on one",
-                hint,
-            )
+    if isinstance(given, tuple) and (len(given) != 2 or not all(isinstance(e, RetrievalEvaluation) for e in given)):
+        raise ConfigError(
+            f"regression_set with {', '.join(type(item).__name__ for item in given) or 'nothing'} in it",
+            "a dataset, or the evaluations of base and tuned on one",
+            hint,
+        )
+    if given is None or isinstance(given, tuple):
         return given
-    if given is None:
-        return None
     if isinstance(base, RetrievalEvaluation) or isinstance(tuned, RetrievalEvaluation):
         raise ConfigError(
             "a regression_set dataset, but evaluations instead of models",

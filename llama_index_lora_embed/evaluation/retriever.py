@@ -42,23 +42,23 @@ def evaluate_index(
         0.86
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    num_workers = check_num_workers(num_workers)
+    check_num_workers(num_workers)
     chosen = _as_retriever(retriever, "retrieve" if num_workers is None else "aretrieve")
     texts = list(dataset.queries.values())
-    results = (
-        [chosen.retrieve(text) for text in texts]
-        if num_workers is None
-        else run_async(gather_limited([partial(chosen.aretrieve, text) for text in texts], num_workers))
-    )
-    retrieved = {
-        q: [(node.node_id, node.score) for node in nodes or ()]
-        for q, nodes in zip(dataset.queries, results, strict=True)
-    }
-    notes = _notes(dataset, {q: [i for i, _ in nodes] for q, nodes in retrieved.items()})
-    scores = {q: dict(reversed(nodes)) for q, nodes in retrieved.items()}  # of repeated nodes the first one counts
-    rankings = {q: list(dict.fromkeys(i for i, _ in nodes)) for q, nodes in retrieved.items()}
-    per_query = compute_metrics(rankings, relevance(dataset))
+    if num_workers is None:
+        results = [chosen.retrieve(text) for text in texts]
+    else:
+        results = run_async(gather_limited([partial(chosen.aretrieve, text) for text in texts], num_workers))
+    retrieved = dict(zip(dataset.queries, results, strict=True))
+    scores: dict[str, dict[str, Any]] = {query_id: {} for query_id in dataset.queries}
+    for query_id, nodes in retrieved.items():
+        for node in nodes or ():
+            scores[query_id].setdefault(node.node_id, node.score)  # of repeated nodes the first one counts
+    repeated = [query_id for query_id, nodes in retrieved.items() if len(scores[query_id]) < len(nodes or ())]
+    rankings = {query_id: list(found) for query_id, found in scores.items()}
     longest = max(map(len, rankings.values()))
+    notes = _notes(dataset, rankings, repeated, longest)
+    per_query = compute_metrics(rankings, relevance(dataset))
     for query_id, ranking in rankings.items():
         if longest < min(DEPTH, len(dataset.corpus)):  # it would not be comparable with that of a complete ranking
             del per_query[query_id]["map@100"]
@@ -69,11 +69,7 @@ def evaluate_index(
         dataset,
         per_query,
         {q: ranking[:DEPTH] for q, ranking in rankings.items()},
-        {
-            q: [scores[q][i] for i in ranking[:DEPTH]]
-            for q, ranking in rankings.items()
-            if all(scores[q][i] is not None for i in ranking)
-        },
+        {q: list(found.values())[:DEPTH] for q, found in scores.items() if None not in found.values()},
         notes,
     )
 
@@ -93,13 +89,11 @@ def _as_retriever(given: Any, method: str) -> Any:
     return given
 
 
-def _notes(dataset: EmbeddingQAFinetuneDataset, retrieved: dict[str, list[str]]) -> list[str]:
-    """Peculiarities of the results.
-
-    Raises:
-        DatasetError: None of the nodes is in the dataset.
-    """
-    returned = {i for nodes in retrieved.values() for i in nodes}
+def _notes(
+    dataset: EmbeddingQAFinetuneDataset, rankings: dict[str, list[str]], repeated: list[str], longest: int
+) -> list[str]:
+    """Peculiarities of the results; a DatasetError if none of the nodes is in the dataset."""
+    returned = {i for ranking in rankings.values() for i in ranking}
     unknown = sorted(returned - dataset.corpus.keys())
     if returned and len(unknown) == len(returned):
         raise DatasetError(
@@ -108,13 +102,11 @@ def _notes(dataset: EmbeddingQAFinetuneDataset, retrieved: dict[str, list[str]])
             "Build dataset and index from the same nodes; most readers give nodes new ids each time.",
         )
     notes = []
-    empty = [q for q, nodes in retrieved.items() if not nodes]
-    if empty:
-        notes.append(f"{len(empty)} of {len(retrieved)} queries retrieved nothing (e.g. {empty[0]!r}).")
-    repeated = [q for q, nodes in retrieved.items() if len(set(nodes)) < len(nodes)]
+    if empty := [query_id for query_id, ranking in rankings.items() if not ranking]:
+        notes.append(f"{len(empty)} of {len(rankings)} queries retrieved nothing (e.g. {empty[0]!r}).")
     if repeated:
         notes.append(
-            f"{len(repeated)} of {len(retrieved)} queries retrieved a node more than once (e.g. {repeated[0]!r}); its "
+            f"{len(repeated)} of {len(rankings)} queries retrieved a node more than once (e.g. {repeated[0]!r}); its "
             "first rank counts."
         )
     if unknown:
@@ -122,7 +114,6 @@ def _notes(dataset: EmbeddingQAFinetuneDataset, retrieved: dict[str, list[str]])
             f"{len(unknown)} of {len(returned)} retrieved nodes are not in the dataset (e.g. {unknown[0]!r}): they "
             "count as wrong."
         )
-    most = max((len(nodes) for nodes in retrieved.values()), default=0)
-    if most < min(_TOP_K, len(dataset.corpus)):
-        notes.append(f"No query retrieved more than {most} nodes, so metrics @10 are metrics @{most}.")
+    if longest < min(_TOP_K, len(dataset.corpus)):
+        notes.append(f"No query retrieved more than {longest} nodes, so metrics @10 are metrics @{longest}.")
     return notes

@@ -22,11 +22,7 @@ def paired_intervals(differences: Numbers, *, seed: int = 0) -> list[tuple[float
     Percentiles of the mean over 2,000 resamples (Efron and Tibshirani 1993, chapter 13; for retrieval Sakai 2006).
     Percentile intervals of few rows are too narrow, so the percentiles are moved outwards by as much as Student's t
     exceeds the normal distribution (Hesterberg 2015, arXiv 1411.5279, section 3.2), which `scipy.stats.bootstrap` does
-    not offer. A single row gives the whole range, -1 to 1.
-
-    Args:
-        differences: [queries, metrics], from -1 to 1.
-        seed: Random seed.
+    not offer. A single row gives the whole range, -1 to 1. `differences` is [queries, metrics], from -1 to 1.
     """
     from scipy.stats import norm, t  # type: ignore[import-untyped]
 

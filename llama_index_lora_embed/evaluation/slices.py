@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,15 +26,11 @@ def make_slices(
 ) -> list[Slice]:
     """Slices by query length, query style, origin, source document, and truncation of the relevant passages.
 
-    A criterion by which all queries are in one slice is left out.
-
-    Args:
-        dataset: With at least one query.
-        model: The model that truncates passages; only a `LoraEmbedding` tells which.
-        custom: Further slices: name to query ids.
+    A criterion by which all queries are in one slice is left out. Only a `LoraEmbedding` tells which passages it
+    truncates.
 
     Returns:
-        (criterion, name, query ids) of each slice, none of them empty.
+        (criterion, name, query ids) of each slice, those of `custom` (name to query ids) last; none of them is empty.
 
     Raises:
         DatasetError: A custom slice is empty or has unknown queries.
@@ -52,11 +47,8 @@ def make_slices(
         raise DatasetError(
             f"{len(wrong)} of {len(own)} slices that are wrong", "ids of queries in the dataset", "Correct them:", wrong
         )
-    slices: list[Slice] = []
-    for by, parts in _criteria(dataset, model):
-        if len(parts) > 1:
-            slices += [(by, name, ids) for name, ids in parts.items()]
-    return slices + [("custom", name, ids) for name, ids in own.items()]
+    criteria = [(by, parts) for by, parts in _criteria(dataset, model) if len(parts) > 1]
+    return [(by, name, ids) for by, parts in [*criteria, ("custom", own)] for name, ids in parts.items()]
 
 
 def _criteria(dataset: EmbeddingQAFinetuneDataset, model: Any) -> Iterator[tuple[str, dict[str, list[str]]]]:
@@ -66,22 +58,21 @@ def _criteria(dataset: EmbeddingQAFinetuneDataset, model: Any) -> Iterator[tuple
     names = (f"up to {low} characters", f"up to {high} characters", f"more than {high} characters")
     lengths = {i: names[0 if n <= low else 1 if n <= high else 2] for i, n in characters.items()}
     yield "length", _grouped(lengths, list(dict.fromkeys(names)))
-    styles = {i: _style(text) for i, text in dataset.queries.items()}
+    styles = {
+        i: "question" if _QUESTION.search(text) else "keywords" if characters[i] <= _MAX_KEYWORDS else "statement"
+        for i, text in dataset.queries.items()
+    }
     yield "style", _grouped(styles, ("question", "keywords", "statement"))
     origins = {i: (dataset.query_origins or {}).get(i, "unknown") for i in dataset.queries}
     yield "origin", _grouped(origins, sorted(set(origins.values())))
     if dataset.source_documents:
         yield "source", _by_source(dataset)
-    if (truncated := _truncated_passages(dataset, model)) is not None:
+    if hasattr(model, "is_cut"):
+        ids = sorted(dataset.answer_ids())
+        truncated = {i for i, cut in zip(ids, model.is_cut([dataset.corpus[i] for i in ids]), strict=True) if cut}
         kinds = ("complete passage", "truncated passage")
         passages = {i: kinds[any(p in truncated for p in dataset.relevant_docs[i])] for i in dataset.queries}
         yield "truncation", _grouped(passages, kinds)
-
-
-def _style(text: str) -> str:
-    if _QUESTION.search(text):
-        return "question"
-    return "keywords" if len(text.strip()) <= _MAX_KEYWORDS else "statement"
 
 
 def _grouped(names: Mapping[str, str], order: Sequence[str]) -> dict[str, list[str]]:
@@ -93,18 +84,7 @@ def _grouped(names: Mapping[str, str], order: Sequence[str]) -> dict[str, list[s
 
 
 def _by_source(dataset: EmbeddingQAFinetuneDataset) -> dict[str, list[str]]:
-    parts: dict[str, list[str]] = defaultdict(list)
-    for query_id in dataset.queries:
-        parts[dataset.source_of(dataset.relevant_docs[query_id][0])].append(query_id)
-    ranked = sorted(parts.items(), key=lambda part: -len(part[1]))
+    sources = {query_id: dataset.source_of(dataset.relevant_docs[query_id][0]) for query_id in dataset.queries}
+    ranked = sorted(_grouped(sources, list(dict.fromkeys(sources.values()))).items(), key=lambda part: -len(part[1]))
     rest = [query_id for _, ids in ranked[_MAX_SOURCES:] for query_id in ids]
     return dict(ranked[:_MAX_SOURCES]) | ({f"{len(ranked) - _MAX_SOURCES} others": rest} if rest else {})
-
-
-def _truncated_passages(dataset: EmbeddingQAFinetuneDataset, model: Any) -> set[str] | None:
-    """Ids of the relevant passages that are longer than the model reads; None if the model does not tell."""
-    is_cut = getattr(model, "is_cut", None)
-    if is_cut is None:
-        return None
-    ids = sorted(dataset.answer_ids())
-    return {i for i, cut in zip(ids, is_cut([dataset.corpus[i] for i in ids]), strict=True) if cut}
