@@ -24,10 +24,10 @@ from llama_index_lora_embed.data.readers.files import Entry, PairsReport, number
 from llama_index_lora_embed.data.readers.labelled import (
     Columns,
     Scale,
-    choose_columns,
     faults,
     number,
     read_rows,
+    refuse_classes,
     scale_hint,
 )
 from llama_index_lora_embed.data.text import normalise
@@ -102,21 +102,10 @@ class LabelledPairs:
         """
         if isinstance(value, cls):
             return value
-        if isinstance(value, (str, os.PathLike)):
-            saved = _saved(value)
-            return cls.from_file(value) if saved is None else cls(**saved)
-        if isinstance(value, Mapping) and (saved := _own_fields(value)) is not None:
+        is_path = isinstance(value, (str, os.PathLike))
+        if saved := _saved(value) if is_path else _own_fields(value):
             return cls(**saved)
-        if hasattr(value, "column_names") and not isinstance(value, Mapping):
-            return cls.from_hf(value)
-        if isinstance(value, (bytes, Mapping, EmbeddingQAFinetuneDataset)) or not isinstance(value, Iterable):
-            keys = f" with the keys {', '.join(map(repr, value))}" if isinstance(value, Mapping) else ""
-            raise DatasetError(
-                f"{name} of type {type(value).__name__}{keys}",
-                "LabelledPairs, a list of (text, text, label), a datasets.Dataset or the path of a file",
-                "From a dict of datasets, pass one split: dataset['train'].",
-            )
-        return replace(cls.from_rows(value, source=name), source=None)
+        return cls.from_file(value) if is_path else replace(cls.from_rows(value, source=name), source=None)
 
     @classmethod
     def from_rows(
@@ -128,10 +117,10 @@ class LabelledPairs:
         symmetric: bool | None = None,
         source: str | None = None,
     ) -> LabelledPairs:
-        """Take pairs from (text, text, label) tuples, from mappings, or from a pandas DataFrame.
+        """Take pairs from tuples, from mappings, from a pandas DataFrame or from a Hugging Face dataset.
 
         Args:
-            rows: Iterable of tuples, mappings or sentence-transformers' InputExamples.
+            rows: Iterable of (text, text, label), mappings or sentence-transformers' InputExamples.
             columns: Keys that are not recognised: {"text1": ..., "text2": ..., "score": ...}, as far as needed.
             scale: Lowest and highest possible label, such as (0, 5) for STS; None is (0, 1).
             symmetric: See the class. None means False where the columns are named as a query and a passage
@@ -140,10 +129,19 @@ class LabelledPairs:
 
         Raises:
             ConfigError: A column is missing, or `scale` is invalid.
-            DatasetError: There is no row, or rows are not labelled pairs; every one is named.
+            DatasetError: There is no row; rows are not labelled pairs, of which every one is named; a dict of splits
+                is not one of them; or a Hugging Face dataset's labels are classes such as entailment, whose numbers
+                are not degrees of similarity (RTE and QNLI give 0 to the pairs that belong together).
         """
-        if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
-            raise DatasetError(f"rows={rows!r:.80}", "a list of (text, text, label)", "Pass the pairs in a list.")
+        not_rows = (str, bytes, Mapping, EmbeddingQAFinetuneDataset)
+        if isinstance(rows, not_rows) or not isinstance(rows, Iterable):
+            keys = f" with the keys {', '.join(map(repr, rows))}" if isinstance(rows, Mapping) else ""
+            raise DatasetError(
+                f"{source or 'rows'} of type {type(rows).__name__}{keys}",
+                "a list of (text, text, label), a DataFrame or a datasets.Dataset",
+                "From a dict of datasets, pass one split: dataset['train']; LabelledPairs.from_file(path) reads files.",
+            )
+        refuse_classes(rows, columns)
         return cls._read(numbered(rows), columns, scale, symmetric, source)
 
     @classmethod
@@ -173,30 +171,6 @@ class LabelledPairs:
             got = f"{os.fspath(path)!r} with {report.skipped.total()} places that cannot be read"
             raise DatasetError(got, "a complete file", "Correct these:", report.places)
         return cls._read(entries, columns, scale, symmetric, Path(path).name)
-
-    @classmethod
-    def from_hf(
-        cls, dataset: Any, *, columns: Columns = None, scale: Scale = None, symmetric: bool | None = None
-    ) -> LabelledPairs:
-        """Take pairs from one split of a Hugging Face dataset; the arguments are those of `from_rows`.
-
-        Raises:
-            ConfigError: See `from_rows`.
-            DatasetError: Also if it is a dict of splits, or if its labels are classes such as entailment, whose
-                numbers are not degrees of similarity (RTE and QNLI give 0 to the pairs that belong together).
-        """
-        if isinstance(dataset, Mapping) or not hasattr(dataset, "column_names"):
-            keys = f" with the splits {', '.join(map(repr, dataset))}" if isinstance(dataset, Mapping) else ""
-            hint = "Pass one split, as in dataset['train']."
-            raise DatasetError(f"a {type(dataset).__name__}{keys}", "a datasets.Dataset", hint)
-        label = choose_columns(list(dataset.column_names or ()), columns)[2] if dataset.column_names else ""
-        classes = getattr((getattr(dataset, "features", None) or {}).get(label), "names", None) or []
-        if entailed := [number for number, name in enumerate(classes) if name.lower().startswith("entail")]:
-            hint = (
-                f'dataset.map(lambda row: {{"score": float(row[{label!r}] == {entailed[0]})}}) adds a column of them.'
-            )
-            raise DatasetError(f"the classes {', '.join(classes)} as labels", "labels that grow with similarity", hint)
-        return cls._read(numbered(dataset), columns, scale, symmetric, None)
 
     @classmethod
     def _read(

@@ -34,7 +34,7 @@ class Sketches:
     them stale. Groups are not kept: which texts form a group depends on which others are there.
 
     Args:
-        characters: As for `near_duplicate_groups`.
+        characters: Compare characters in every text. Queries have too few shingles of words.
     """
 
     def __init__(self, characters: bool = False) -> None:
@@ -70,7 +70,6 @@ def near_duplicate_groups(
     threshold: float = NEAR_DUPLICATE,
     *,
     within: Mapping[str, str] | None = None,
-    characters: bool = False,
     sketches: Sketches | None = None,
 ) -> dict[str, str]:
     """Group texts that are equal or nearly so.
@@ -87,8 +86,7 @@ def near_duplicate_groups(
         texts: Id to text.
         threshold: Jaccard index from which two texts count as the same, above 0 and at most 1.
         within: Id to a key; only texts with the same key are compared. None compares all.
-        characters: Compare characters in every text. Queries have too few shingles of words.
-        sketches: Signatures to use and to add to, made with the same `characters`; None starts with none.
+        sketches: Signatures to use and to add to; None starts with none.
 
     Returns:
         Id to the id of the first text of its group, for all ids (first ones too) of groups of two or more.
@@ -99,23 +97,18 @@ def near_duplicate_groups(
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold={threshold!r}", "a number above 0, at most 1", "0.9 is usual for passages.")
     keys = {i: (within or {}).get(i, "") for i in texts}
-    first_of = _equal_texts(texts, keys)
+    seen: dict[bytes, str] = {}
+    first_of = {
+        i: seen.setdefault(hashlib.sha256(f"{keys[i]}\0{normalise(text)}".encode("utf-8", "replace")).digest(), i)
+        for i, text in texts.items()
+    }
     distinct = [i for i, first in first_of.items() if i == first]
     keyed_texts = [(keys[i], texts[i]) for i in distinct]
-    pairs = _similar_pairs(keyed_texts, Sketches(characters) if sketches is None else sketches, threshold)
+    pairs = _similar_pairs(keyed_texts, sketches or Sketches(), threshold)
     merged = {distinct[later]: distinct[earlier] for later, earlier in pairs}
     groups = {i: merged.get(first, first) for i, first in first_of.items()}
     shared = {first for i, first in groups.items() if i != first}
     return {i: first for i, first in groups.items() if first in shared}
-
-
-def _equal_texts(texts: Mapping[str, str], keys: Mapping[str, str]) -> dict[str, str]:
-    """Id to the id of the first equal text."""
-    seen: dict[bytes, str] = {}
-    return {
-        i: seen.setdefault(hashlib.sha256(f"{keys[i]}\0{normalise(text)}".encode("utf-8", "replace")).digest(), i)
-        for i, text in texts.items()
-    }
 
 
 def _similar_pairs(
@@ -156,10 +149,7 @@ def _permutations() -> Any:
 
 
 def _shared_bands(signatures: NDArray[Any], bands: int, rows: int) -> NDArray[np.int64]:
-    """[texts, bands]: a number above 0 that texts with an equal band share, 0 where no other text has it.
-
-    That is all that locality-sensitive hashing finds, in four bytes a permutation instead of an index of every text.
-    """
+    """[texts, bands]: a number above 0 that texts with an equal band share, 0 where no other text has it."""
     keys = np.zeros((len(signatures), bands), dtype=np.int64)
     for band in range(bands):
         part = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
@@ -190,12 +180,10 @@ def _bands(threshold: float) -> tuple[int, int]:
 def _shingles(text: str, characters: bool) -> Shingles:
     """Hashes of all runs of three tokens, each once, in ascending order."""
     tokens = tokens_of(text)
-    if characters:
+    if characters and tokens:
         tokens = list(" ".join(tokens))
     elif len(tokens) < _FEWEST_TOKENS:
-        tokens = list(normalise(text))  # punctuation counts here: C++ is not C#
-    if not tokens:
-        tokens = list(normalise(text)) or [""]
+        tokens = list(normalise(text)) or [""]  # punctuation counts here: C++ is not C#
     size = min(_SHINGLE, len(tokens))
     hashes = np.fromiter(map(_hash, tokens), dtype=np.uint64, count=len(tokens))
     windows = np.lib.stride_tricks.sliding_window_view(hashes, size)

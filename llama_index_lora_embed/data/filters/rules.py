@@ -17,7 +17,7 @@ from llama_index_lora_embed.core.arrays import unit_norm
 from llama_index_lora_embed.core.errors import NonFiniteLossError, warn_user
 from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect, may_be_same
-from llama_index_lora_embed.data.filters.near_duplicates import near_duplicate_groups
+from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ mostly by an LLM, and so do those without an origin."""
 _RUN = 4  # words; runs of four are rarely shared by chance
 _UNSPACED_FACTOR = 2  # characters per word in scripts that write no spaces
 _TEXTS_AT_ONCE = 1024
-_PASSAGES_AT_ONCE = 8192
+_QUERIES_AT_ONCE = 64  # scores of these and all passages are in memory at once
 
 # Phrases that only a reader of the passage understands. Each needs more than "text" or "author", because "How is text
 # aligned?" and "Who is the author of Faust?" are good queries, and so is "according to article 5".
@@ -164,16 +164,12 @@ def filter_queries(
     return dataset.subset(left, dataset.corpus), report
 
 
-def _origin(dataset: EmbeddingQAFinetuneDataset, query_id: str) -> str:
-    return (dataset.query_origins or {}).get(query_id, "unknown")
-
-
 def _written(dataset: EmbeddingQAFinetuneDataset, query_ids: Iterable[str]) -> list[str]:
-    return [i for i in query_ids if _origin(dataset, i) not in NOT_WRITTEN]
+    return [i for i in query_ids if dataset.origin_of(i) not in NOT_WRITTEN]
 
 
 def _human_first(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str]) -> list[str]:
-    return sorted(query_ids, key=lambda i: _origin(dataset, i) != HUMAN)
+    return sorted(query_ids, key=lambda i: dataset.origin_of(i) != HUMAN)
 
 
 def _answers(dataset: EmbeddingQAFinetuneDataset, query_id: str) -> list[str]:
@@ -182,7 +178,7 @@ def _answers(dataset: EmbeddingQAFinetuneDataset, query_id: str) -> list[str]:
 
 def _unreadable(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
     for query_id in query_ids:
-        text, origin = dataset.queries[query_id], _origin(dataset, query_id)
+        text, origin = dataset.queries[query_id], dataset.origin_of(query_id)
         if origin == HUMAN:
             continue
         if settings.unreadable and not any(map(str.isalnum, text)):
@@ -219,7 +215,7 @@ def _too_general(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], sett
         answers.setdefault(normalise(dataset.queries[query_id]), set()).add(tuple(_answers(dataset, query_id)))
     for query_id in query_ids:
         many = len(answers[normalise(dataset.queries[query_id])]) > settings.max_passages_per_wording
-        if many and _origin(dataset, query_id) != HUMAN:
+        if many and dataset.origin_of(query_id) != HUMAN:
             yield query_id, f"same wording for more than {settings.max_passages_per_wording} passages"
 
 
@@ -228,17 +224,18 @@ def _nearly_repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], 
         return
     texts, within = {}, {}
     for query_id in _human_first(dataset, query_ids):
-        if _origin(dataset, query_id) != NEIGHBOUR:
+        if dataset.origin_of(query_id) != NEIGHBOUR:
             texts[query_id] = text = dataset.queries[query_id]
             about = set(_answers(dataset, query_id))
-            if _origin(dataset, query_id) in NOT_WRITTEN - {HUMAN}:
+            if dataset.origin_of(query_id) in NOT_WRITTEN - {HUMAN}:
                 about = {f"passage:{i}" for i in about}  # the chunks of a document rightly share its title
             else:
                 about = {f"source:{dataset.source_of(i)}" for i in about}
             within[query_id] = "\0".join([*sorted(about), "", *_distinguishing(text)])
-    groups = near_duplicate_groups(texts, settings.near_duplicate_queries, within=within, characters=True)
+    sketches = Sketches(characters=True)
+    groups = near_duplicate_groups(texts, settings.near_duplicate_queries, within=within, sketches=sketches)
     for query_id in query_ids:
-        if groups.get(query_id, query_id) != query_id and _origin(dataset, query_id) != HUMAN:
+        if groups.get(query_id, query_id) != query_id and dataset.origin_of(query_id) != HUMAN:
             yield query_id, "nearly repeats an earlier query about the same document"
 
 
@@ -259,7 +256,7 @@ def _about_copies(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], set
     copies = {i for i, first in groups.items() if i != first}
     for query_id in query_ids:
         answers = _answers(dataset, query_id)
-        if answers and copies.issuperset(answers) and _origin(dataset, query_id) != HUMAN:
+        if answers and copies.issuperset(answers) and dataset.origin_of(query_id) != HUMAN:
             yield query_id, "about a copy of an earlier passage"
 
 
@@ -276,15 +273,10 @@ def _copied(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings:
 
 
 def _copied_share(query: list[str], passage: str, min_words: int) -> float:
-    """Share of the query's runs of four words that occur in the passage, 0 to 1.
+    """Share of the query's runs of four words that occur in the passage; 0 for a query of fewer than `min_words`.
 
     Runs, because single words of the passage belong in a query; a share, because a long quotation within a longer
-    query is still copied. In scripts that write no spaces, two characters count as a word.
-
-    Args:
-        query: Its `tokens_of`.
-        passage: The text that the query is trained against.
-        min_words: Shorter queries get 0.
+    query is still copied.
     """
     factor = _UNSPACED_FACTOR if 2 * sum(map(is_unspaced, query)) > len(query) else 1
     run = _RUN * factor
@@ -349,26 +341,18 @@ def _round_trip(
     return [], [note]
 
 
-def _ranks(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], model: BaseEmbedding) -> NDArray[np.int64]:
-    """Number of passages that are nearer to each query than its nearest relevant passage.
-
-    Holds one embedding for each passage of the corpus, and scores of 1,024 queries by 8,192 passages at a time.
-    """
+def _ranks(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], model: BaseEmbedding) -> list[int]:
+    """Number of passages that are nearer to each query than its nearest relevant passage."""
     passages = {i: row for row, i in enumerate(dataset.corpus)}
     vectors = _embedded(list(dataset.corpus.values()), model.get_text_embedding_batch)
-    ranks = np.zeros(len(query_ids), dtype=np.int64)
-    for start in range(0, len(query_ids), _TEXTS_AT_ONCE):
-        some = query_ids[start : start + _TEXTS_AT_ONCE]
+    ranks = []
+    for start in range(0, len(query_ids), _QUERIES_AT_ONCE):
+        some = query_ids[start : start + _QUERIES_AT_ONCE]
         queries = _embedded([dataset.queries[i] for i in some], lambda t: [model.get_query_embedding(x) for x in t])
-        best = [
-            (vectors[[passages[a] for a in _answers(dataset, i)]] @ row).max()
-            for i, row in zip(some, queries, strict=True)
-        ]
-        # an equal text must not count as nearer because of a rounding error
-        bound = np.asarray(best, dtype=np.float32)[:, None] + np.float32(1e-6)
-        for at in range(0, len(vectors), _PASSAGES_AT_ONCE):
-            nearer = queries @ vectors[at : at + _PASSAGES_AT_ONCE].T > bound
-            ranks[start : start + len(some)] += nearer.sum(axis=1)
+        for query_id, scores in zip(some, queries @ vectors.T, strict=True):
+            best = scores[[passages[i] for i in _answers(dataset, query_id)]].max()
+            # an equal text must not count as nearer because of a rounding error
+            ranks.append(int((scores > best + np.float32(1e-6)).sum()))
     return ranks
 
 

@@ -102,6 +102,17 @@ def choose_columns(found: list[str], given: Columns) -> tuple[str, str, str, boo
     return first, second, label, (squeezed(first), squeezed(second)) in _ROLES
 
 
+def refuse_classes(dataset: Any, columns: Columns) -> None:
+    """Raise a `DatasetError` if the labels of a Hugging Face dataset are classes such as entailment."""
+    if not (names := getattr(dataset, "column_names", None)):
+        return
+    label = choose_columns(list(names), columns)[2]
+    classes = getattr((getattr(dataset, "features", None) or {}).get(label), "names", None) or []
+    if entailed := [index for index, name in enumerate(classes) if name.lower().startswith("entail")]:
+        hint = f'dataset.map(lambda row: {{"score": float(row[{label!r}] == {entailed[0]})}}) adds a column of them.'
+        raise DatasetError(f"the classes {', '.join(classes)} as labels", "labels that grow with similarity", hint)
+
+
 def _cells(entry: Any) -> Mapping[str, Any] | None:
     """A row's cells by column; None if it is not a row."""
     if isinstance(entry, Mapping):

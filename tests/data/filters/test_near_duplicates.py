@@ -6,7 +6,7 @@ import pytest
 
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.data.filters import near_duplicates
-from llama_index_lora_embed.data.filters.near_duplicates import near_duplicate_groups
+from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import tokens_of
 
 WORDS = [f"word{i}" for i in range(3000)]
@@ -81,7 +81,7 @@ def test_each_text_is_hashed_once_however_often_it_is_grouped(monkeypatch):
     hashed = []
     signature = near_duplicates._signature
     monkeypatch.setattr(near_duplicates, "_signature", lambda shingles: hashed.append(1) or signature(shingles))
-    sketches = near_duplicates.Sketches()
+    sketches = Sketches()
     assert [near_duplicate_groups(part, sketches=sketches) for part in parts] == expected
     assert len(hashed) == 8
     assert expected[1] == {"5": "5", "2": "5"}
@@ -99,7 +99,7 @@ def test_characters_tell_queries_apart_and_together():
         "b": "What are the side effects of ibuprofen in children",
         "c": "What are the side effects of paracetamol in children?",
     }
-    assert near_duplicate_groups(texts, 0.85, characters=True) == {"a": "a", "b": "a"}
+    assert near_duplicate_groups(texts, 0.85, sketches=Sketches(characters=True)) == {"a": "a", "b": "a"}
 
 
 def test_groups_are_the_same_in_another_process():

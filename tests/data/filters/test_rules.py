@@ -350,7 +350,7 @@ def test_pieces_of_the_round_trip_give_what_the_whole_gives(monkeypatch):
     settings = QueryFilterSettings(round_trip_k=3)
     whole = filter_queries(dataset, settings, embed_model=HashedWords())
     monkeypatch.setattr("llama_index_lora_embed.data.filters.rules._TEXTS_AT_ONCE", 7)
-    monkeypatch.setattr("llama_index_lora_embed.data.filters.rules._PASSAGES_AT_ONCE", 11)
+    monkeypatch.setattr("llama_index_lora_embed.data.filters.rules._QUERIES_AT_ONCE", 11)
     assert filter_queries(dataset, settings, embed_model=HashedWords()) == whole
     assert whole[1].kept == 20
 
