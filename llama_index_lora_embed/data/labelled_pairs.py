@@ -20,12 +20,11 @@ from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitE
 from llama_index_lora_embed.core.files import write_json
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.grouping import draw_groups, groups_sharing
-from llama_index_lora_embed.data.readers.files import Entry, PairsReport, numbered, path_entries
+from llama_index_lora_embed.data.readers.files import Entry, PairsReport, number, numbered, path_entries
 from llama_index_lora_embed.data.readers.labelled import (
     Columns,
     Scale,
     faults,
-    number,
     read_rows,
     refuse_classes,
     scale_hint,

@@ -20,7 +20,7 @@ from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, embed_text
 from llama_index_lora_embed.data.readers.files import PairsReport
-from llama_index_lora_embed.data.readers.query_logs import Pair, nothing_usable, open_pairs
+from llama_index_lora_embed.data.readers.query_logs import Pair, nothing_usable, read_pairs
 from llama_index_lora_embed.data.text import normalise
 
 _SHINGLE = 5  # words; shorter passages match by equality only, because many texts contain them by chance
@@ -57,7 +57,7 @@ def dataset_from_pairs(
         ConfigError: See `read_pairs`.
         DatasetError: The source cannot be read, or it has no query with a passage that answers it.
     """
-    found, report = open_pairs(source, columns, split)
+    found, report = read_pairs(source, columns, split)
     builder = _DatasetBuilder()
     for where, pair in found:
         builder.add(pair, where, report)
@@ -108,7 +108,7 @@ class QueryLogGenerator(NodeQueryGenerator):
     def pairs_sha256(self) -> str:
         """Digest of all pairs; part of `to_dict`, so that a pipeline's cache tells sources apart."""
         digest = hashlib.sha256()
-        for _, pair in open_pairs(self.source, self.columns, self.split)[0]:
+        for _, pair in read_pairs(self.source, self.columns, self.split)[0]:
             digest.update(repr(pair).encode())
         return digest.hexdigest()
 
@@ -119,7 +119,7 @@ class QueryLogGenerator(NodeQueryGenerator):
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield the queries in the order of the source; the seed has no effect."""
-        found, report = open_pairs(self.source, self.columns, self.split)
+        found, report = read_pairs(self.source, self.columns, self.split)
         pairs = list(found)
         node_ids = {node.node_id for node in nodes}
         texts = {normalise(pair.passage) for _, pair in pairs if pair.passage and pair.node_id not in node_ids}

@@ -25,7 +25,7 @@ Entry: TypeAlias = "tuple[str, Any]"  # (file and line or row number, content)
 PLACES = 20
 """Skipped rows that a report names, as many as an error shows."""
 
-LABEL_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
+_LABEL_WORDS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 
 
 @dataclass
@@ -67,6 +67,15 @@ def numbered(rows: Any) -> Iterator[Entry]:
     if hasattr(rows, "itertuples"):  # iterating over a DataFrame yields its columns
         rows = rows.to_dict("records")
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def number(value: Any) -> Any:
+    """The value as a float if it stands for a number, otherwise unchanged."""
+    try:
+        word = value.strip().lower() if isinstance(value, str) else value
+        return _LABEL_WORDS[word] if isinstance(word, str) and word in _LABEL_WORDS else float(word)
+    except (TypeError, ValueError, OverflowError):
+        return value
 
 
 def squeezed(name: str) -> str:

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any, TypeAlias
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
-from llama_index_lora_embed.data.readers.files import LABEL_WORDS, Entry, squeezed
+from llama_index_lora_embed.data.readers.files import Entry, number, squeezed
 
 Columns: TypeAlias = "Mapping[str, str] | None"
 Scale: TypeAlias = "tuple[float, float] | None"
@@ -158,12 +158,3 @@ def scale_hint(scores: list[Any], scale: tuple[float, float]) -> str:
     if scale[0] <= low <= high <= scale[1] or not numbers:
         return ""
     return f"The labels run from {low:g} to {high:g}; if that is their scale, pass scale=({low:g}, {high:g}). "
-
-
-def number(value: Any) -> Any:
-    """The value as a float if it stands for a number, otherwise unchanged."""
-    try:
-        word = value.strip().lower() if isinstance(value, str) else value
-        return LABEL_WORDS[word] if isinstance(word, str) and word in LABEL_WORDS else float(word)
-    except (TypeError, ValueError, OverflowError):
-        return value

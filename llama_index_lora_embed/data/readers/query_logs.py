@@ -11,18 +11,17 @@ import contextlib
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_index_lora_embed.core.errors import ConfigError, DatasetError, warn_user
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.readers.files import (
-    LABEL_WORDS,
     PLACES,
     Entry,
     PairsReport,
+    number,
     numbered,
     path_entries,
     squeezed,
@@ -62,8 +61,10 @@ class Pair:
     source_document: str | None = None
 
 
-def read_pairs(source: Any, *, columns: Mapping[str, str | None] | None = None, split: str = "train") -> Iterator[Pair]:
-    """Read pairs one after another; rows that cannot be used are left out and counted in a warning at the end.
+def read_pairs(
+    source: Any, columns: Mapping[str, str | None] | None = None, split: str = "train"
+) -> tuple[Iterator[tuple[str, Pair]], PairsReport]:
+    """Read pairs one after another, after a first reading for the columns and the largest label.
 
     Args:
         source: One of
@@ -79,51 +80,33 @@ def read_pairs(source: Any, *, columns: Mapping[str, str | None] | None = None, 
         split: Qrels of a BEIR folder, or split of a dict of datasets.
 
     Returns:
-        Pairs in the order of the source. A label of 0 or less is a score of 0; labels above 1 are divided by the
-        largest that occurs. Rows with an empty label are skipped.
+        (place, pair) in the order of the source, for each passage where a row lists several; and the report, which is
+        filled while they are read. Rows that cannot be used, among them those with an empty label, are skipped.
 
     Raises:
         ConfigError: No query or passage column was recognised, or `columns` names one that does not exist.
         DatasetError: The source does not exist or has no row that can be read.
     """
-    found, report = open_pairs(source, columns, split)
-
-    def pairs() -> Iterator[Pair]:
-        yield from (pair for _, pair in found)
-        if report.skipped:
-            left_out = f"{report.skipped.total()} row(s) were left out ({report.counts})"
-            warn_user(f"{left_out}, first: {'; '.join(report.places[:3])}")
-
-    return pairs()
-
-
-def open_pairs(
-    source: Any, columns: Mapping[str, str | None] | None, split: str
-) -> tuple[Iterator[tuple[str, Pair]], PairsReport]:
-    """Read the source once for its columns and its largest label; arguments and errors are those of `read_pairs`.
-
-    Returns:
-        (place, pair) for each usable row, or for each passage where a row lists several; and the report, which is
-        filled while they are read.
-    """
     source = list(source) if isinstance(source, Iterator) else source
     given = columns or {}
     names = {squeezed(name) for name in _NAMES["score"].split()}
-    found: dict[str, bool] = {}  # column to whether it may contain labels
-    largest: defaultdict[str, float] = defaultdict(lambda: 1.0)
+    largest: dict[str, float] = {}  # label by column
+    labels = set()
     first = PairsReport()
     for _, row in _rows(source, split, first):
         for column, value in row.items():
-            if column not in found:
-                found[column] = column == given.get("score") or squeezed(column) in names
-            if found[column]:
+            if column not in largest:
+                largest[column] = 1.0
+                if column == given.get("score") or squeezed(column) in names:
+                    labels.add(column)
+            if column in labels:
                 with contextlib.suppress(ValueError):
                     largest[column] = max(largest[column], _grade(value))
-    if not found:
+    if not largest:
         raise nothing_usable("source", first)
-    chosen, negatives = _choose(list(found), given)
-    shown = {**chosen, **({"negatives": ", ".join(negatives)} if negatives else {})}
-    report = PairsReport(columns=shown, largest_grade=largest[chosen.get("score", "")])
+    chosen, negatives = _choose(list(largest), given)
+    shown = chosen | ({"negatives": ", ".join(negatives)} if negatives else {})
+    report = PairsReport(columns=shown, largest_grade=largest.get(chosen.get("score", ""), 1.0))
 
     def pairs() -> Iterator[tuple[str, Pair]]:
         for where, row in _rows(source, split, report):
@@ -224,17 +207,13 @@ def _entries(source: Any, split: str, report: PairsReport) -> Iterator[Entry]:
 
 
 def _text(value: Any) -> str:
-    """A cell's text without surrounding whitespace; "" if it has no visible character.
-
-    Raises:
-        UnicodeEncodeError: It has bytes that were not UTF-8, or a lone surrogate.
-    """
+    """A cell's text without surrounding whitespace; "" if it has no visible character."""
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value  # pandas' ids
     if value is None or isinstance(value, (bool, bytes, Mapping, list, tuple)) or type(value).__name__ == "NAType":
         return ""
     text = str(value).strip()
-    text.encode()
+    text.encode()  # raises for bytes that were not UTF-8, and for lone surrogates
     return text if any(char.isprintable() and not char.isspace() for char in text) else ""
 
 
@@ -242,21 +221,14 @@ def _texts(value: Any) -> list[str]:
     """The texts of a cell: one, a list of them, or objects with text and perhaps a title."""
     value = value.tolist() if hasattr(value, "tolist") else value
     items = value if isinstance(value, (list, tuple)) else [value]
-    return [text for item in items if (text := _titled(item) if isinstance(item, Mapping) else _text(item))]
-
-
-def _titled(row: Mapping[str, Any]) -> str:
-    return "\n".join(filter(None, (_text(row.get("title")), _text(row.get("text")))))
+    parts = [(item.get("title"), item.get("text")) if isinstance(item, Mapping) else (item,) for item in items]
+    return [text for cells in parts if (text := "\n".join(filter(None, map(_text, cells))))]
 
 
 def _grade(value: Any) -> float:
-    word = "" if value is None else str(value).strip().lower()
-    if word in ("", "nan", "<na>"):
+    if str(value).strip().lower() in ("", "none", "nan", "<na>"):
         raise ValueError("row with an empty label")
-    try:
-        grade = LABEL_WORDS[word] if word in LABEL_WORDS else float(word)
-    except ValueError:
-        grade = math.nan
-    if not math.isfinite(grade):
+    grade = number(value)
+    if not isinstance(grade, float) or not math.isfinite(grade):
         raise ValueError("label that is not a number")
     return grade
