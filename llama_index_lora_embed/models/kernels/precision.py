@@ -3,10 +3,10 @@
 Training steps and the evaluations between them run under autocast, with weights in float32; embedding stays in float32,
 because bfloat16 moves too many of the ten nearest passages (benchmarks/README.md, "Embedding"). On CPUs, oneDNN and
 torch each keep a kernel for up to 1,024 shapes of a matrix product, and texts come in all lengths: with 64 a training
-step takes the same time, at a peak of 2,559 MB instead of 3,132 MB (benchmarks/README.md, "Memory of a step"). Switch:
-`TrainingSettings.precision`, "fp32" for float32; the bounds are environment variables, which win if the user has set
-them (`python benchmarks/speed.py --contenders d --settings default fp32`). Delete `limit_kernel_caches` when a training
-run without it takes no more memory; the rest stays as long as supported hardware emulates bfloat16.
+step takes the same time, at a peak of 2,559 MB instead of 3,132 MB (benchmarks/README.md, "Memory of a training step").
+Switch: `TrainingSettings.precision`, "fp32" for float32; the bounds are environment variables, which win if the user
+has set them (`python benchmarks/speed.py --contenders d --settings default fp32`). Delete `limit_kernel_caches` when a
+training run without it takes no more memory; the rest stays as long as supported hardware emulates bfloat16.
 """
 
 from __future__ import annotations
