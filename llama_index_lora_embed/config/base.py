@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -168,11 +167,6 @@ def _expected(schema: Mapping[str, Any]) -> str:
 def is_int(value: Any, least: int) -> bool:
     """Whether it is an integer, not a bool, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_number(value: Any, above: float) -> bool:
-    """Whether it is a finite number, not a bool, above `above`."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above
 
 
 def is_share(value: Any) -> bool:
