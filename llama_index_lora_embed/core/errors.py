@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
@@ -34,15 +35,10 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 def warn_user(message: str) -> None:
     """Issue a `UserWarning` that points at the line of the user's code that called this package."""
-    level, outermost = 2, 1
-    while level < 100:
-        try:
-            frame = sys._getframe(level - 1)
-        except ValueError:
-            break
+    outermost = 1
+    for level, (frame, _) in enumerate(traceback.walk_stack(sys._getframe(1)), start=2):
         if frame.f_code.co_filename.startswith(_PACKAGE):
             outermost = level  # frames of other libraries may lie between those of this package
-        level += 1
     warnings.warn(message, UserWarning, stacklevel=outermost + 1)
 
 

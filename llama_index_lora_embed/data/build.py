@@ -89,7 +89,7 @@ def dataset_from_nodes(
         DatasetError: Two different nodes share an id, no node has text, or no query was generated or kept.
     """
     generators = default_query_generators() if generators is None else list(generators)
-    _check_arguments(nodes, generators, filters)
+    check_arguments(nodes, generators, filters)
     skipped: Counter[str] = Counter()
     corpus, sources, usable = _passages(nodes, skipped)
     queries = _queries(corpus, usable, generators, seed, skipped)
@@ -200,7 +200,8 @@ def _llm_reports(generators: Iterable[Any]) -> dict[str, LLMReport]:
     return reports
 
 
-def _check_arguments(nodes: Any, generators: list[Any], filters: Any) -> None:
+def check_arguments(nodes: Any, generators: list[Any], filters: Any) -> None:
+    """Raise `ConfigError` unless they are what `dataset_from_nodes` takes."""
     problems: list[str] = []
     if isinstance(nodes, (str, bytes)) or not isinstance(nodes, Sequence):
         problems.append(f"nodes of type {type(nodes).__name__}: expected a list of LlamaIndex nodes")

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from llama_index.core.llms import LLM
@@ -17,24 +16,16 @@ from tqdm.auto import tqdm
 from llama_index_lora_embed.config import LLMSettings
 from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
-from llama_index_lora_embed.data.build import dataset_from_nodes
+from llama_index_lora_embed.data.build import check_arguments, dataset_from_nodes
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, embed_text
 from llama_index_lora_embed.data.questions.llm import LLMQueryGenerator
-from llama_index_lora_embed.data.questions.prompts import STYLES, search_prompt, style_variables
+from llama_index_lora_embed.data.questions.prompts import STYLES, search_prompt
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_QA_GENERATE_PROMPT_TMPL = str(
-    search_prompt()
-    .get_template()
-    .format_map(
-        {
-            **style_variables(tuple(STYLES["en"]), "en", 2),
-            "context_str": "{context_str}",
-            "num_questions_per_chunk": "{num_questions_per_chunk}",
-        }
-    )
+DEFAULT_QA_GENERATE_PROMPT_TMPL = search_prompt(STYLES, count=2).format(
+    context_str="{context_str}", num_questions_per_chunk="{num_questions_per_chunk}"
 )
 """Asks for search queries. If it is passed unchanged, nodes in other languages get the prompt in their language."""
 
@@ -73,9 +64,9 @@ async def agenerate_qa_embedding_pairs(
         settings=LLMSettings(attempts=retry_limit, on_failure=on_failure, show_progress=verbose),
     )
     nodes = list(nodes)
-    queries = _queries_of_old_package(nodes, output_path)
+    check_arguments(nodes, [], None)
+    queries = _keep_existing_file(nodes, output_path)
     done = {query.node_id for query in queries}
-    _keep_other_dataset(nodes, output_path)
     dataset: EmbeddingQAFinetuneDataset | None = None
     for end in range(save_every, len(nodes) + save_every, save_every):
         chunk = [node for node in nodes[end - save_every : end] if node.node_id not in done]
@@ -122,11 +113,8 @@ def generate_qa_embedding_pairs(
         retry_limit: Attempts for each node.
         on_failure: "continue" skips a node without a usable answer, "fail" raises.
         save_every: Number of nodes after which the dataset so far is written to `output_path`.
-        output_path: JSON file of the dataset.
+        output_path: JSON file of the dataset that is returned.
         verbose: Show progress and a report on the requests.
-
-    Returns:
-        The dataset, also in `output_path`.
 
     Raises:
         ConfigError: Arguments are wrong.
@@ -149,14 +137,17 @@ def generate_qa_embedding_pairs(
     )
 
 
-def _queries_of_old_package(nodes: Sequence[BaseNode], output_path: str) -> list[GeneratedQuery]:
-    """Queries in a file of llama-index-finetuning for nodes whose text has not changed.
-
-    The file is copied before it is replaced: its answers are in no journal, and a later call needs them again.
-    """
+def _keep_existing_file(nodes: Sequence[BaseNode], output_path: str) -> list[GeneratedQuery]:
+    """Copy a file that is to be replaced; returns llama-index-finetuning's queries for nodes with unchanged text."""
     kept = f"{output_path}.llama-index-finetuning"
-    if os.path.exists(output_path) and EmbeddingQAFinetuneDataset.from_json(output_path).query_origins is None:
-        shutil.copyfile(output_path, kept)
+    if os.path.exists(output_path):
+        existing = EmbeddingQAFinetuneDataset.from_json(output_path)
+        if existing.query_origins is None:  # its answers are in no journal, and a later call needs them again
+            shutil.copyfile(output_path, kept)
+        if others := existing.corpus.keys() - {node.node_id for node in nodes}:  # both corpora got the default path
+            previous = f"{output_path}.previous"
+            shutil.copyfile(output_path, previous)
+            logger.warning("%s had %d passages of other nodes and was copied to %s", output_path, len(others), previous)
     if not os.path.exists(kept):
         return []
     old = EmbeddingQAFinetuneDataset.from_json(kept)
@@ -171,13 +162,3 @@ def _queries_of_old_package(nodes: Sequence[BaseNode], output_path: str) -> list
         for passage_id in old.relevant_docs.get(query_id, [])[:1]
         if passage_id in unchanged
     ]
-
-
-def _keep_other_dataset(nodes: Sequence[BaseNode], output_path: str) -> None:
-    """Copy a file with passages of other nodes, because both corpora often get the same (default) output path."""
-    if os.path.exists(output_path):
-        others = EmbeddingQAFinetuneDataset.from_json(output_path).corpus.keys() - {node.node_id for node in nodes}
-        if others:
-            kept = Path(f"{output_path}.previous")
-            shutil.copyfile(output_path, kept)
-            logger.warning("%s had %d passages of other nodes and was copied to %s", output_path, len(others), kept)

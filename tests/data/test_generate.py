@@ -120,7 +120,10 @@ def test_a_custom_prompt_in_the_old_form_is_used(output):
     assert llm.prompts == ["2: some text"]
 
 
-@pytest.mark.parametrize("wrong", [{"save_every": 0}, {"retry_limit": 0}, {"on_failure": "shrug"}, {"llm": None}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"save_every": 0}, {"retry_limit": 0}, {"on_failure": "shrug"}, {"llm": None}, {"nodes": ["text"]}],
+)
 def test_wrong_arguments_are_refused(output, wrong):
     arguments = {"nodes": some_nodes(1), "llm": FakeLLM(), "output_path": output, **wrong}
     with pytest.raises(ConfigError):

@@ -15,6 +15,7 @@ from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.schema import TextNode
 
 from llama_index_lora_embed.config import LLMSettings
+from llama_index_lora_embed.core.files import read_json_lines
 from llama_index_lora_embed.data import LLMQueryGenerator
 
 
@@ -88,6 +89,11 @@ class ChaosLLM(FakeLLM):
 
 
 FAST = LLMSettings(backoff=0.001, max_backoff=0.01, timeout=5, show_progress=False)
+
+
+def journalled(path):
+    """The records of a journal, of which the first line is the header."""
+    return read_json_lines(path)[1:]
 
 
 def some_nodes(count=12, start=0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,6 @@ from typing import Any
 from llama_index.core.bridge.pydantic import BaseModel
 from llama_index.core.llms import LLM
 from llama_index.core.prompts import BasePromptTemplate
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 from tqdm.auto import tqdm
 
 from llama_index_lora_embed.config import LLMSettings
@@ -28,21 +28,16 @@ _MAX_FAILURES_WITHOUT_ANSWER = 8
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt for the LLM.
-
-    Attributes:
-        template: The prompt.
-        variables: Values of its variables.
-        text_hash: Digest of the text that the prompt is about.
-        settings: What else decides the answer, for the journal's key.
-        output_cls: Pydantic class of a structured answer; None for plain text.
-    """
+    """A prompt for the LLM."""
 
     template: BasePromptTemplate
     variables: dict[str, Any]
     text_hash: str
-    settings: str = ""
+    """Digest of the text that the prompt is about."""
+    settings: str
+    """What else decides the answer, for the journal's key."""
     output_cls: type[BaseModel] | None = None
+    """Class of a structured answer; None for plain text."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,8 @@ class LLMReport:
         unusable: Calls whose answer held nothing usable (empty, refusals, noise).
         errors: Calls that raised or timed out.
         given_up: Requests without a usable answer after all attempts.
-        prompt_tokens: As far as the LLM reports them.
-        completion_tokens: As far as the LLM reports them.
+        prompt_tokens: Tokens of the prompts, as far as the LLM reports them.
+        completion_tokens: Tokens of the answers, as far as the LLM reports them.
         stopped: Why the run stopped early, or "".
     """
 
@@ -90,13 +85,7 @@ class LLMClient:
     An answer counts once the journal has it on disk; a request that the journal has an answer to is not sent again.
     Unusable answers are journalled too, because they were paid for: they count as attempts in later runs. The LLM's own
     `rate_limiter` is honoured. An LLM without asynchronous methods of its own is called in threads and without a
-    timeout, because a thread cannot be stopped.
-
-    Args:
-        llm: Any LlamaIndex LLM.
-        journal: Open journal.
-        settings: Concurrency, retries, and limits.
-        is_usable: Whether there is anything usable in the text of an answer.
+    timeout, because a thread cannot be stopped. `is_usable` tells whether the text of an answer holds anything usable.
     """
 
     def __init__(self, llm: LLM, journal: Journal, settings: LLMSettings, is_usable: Callable[[str], bool]) -> None:
@@ -108,7 +97,7 @@ class LLMClient:
         self.synchronous = is_synchronous(llm)
         self.in_flight = settings.in_flight or (1 if self.synchronous else 32)
         self.report = LLMReport()
-        self._keys_in_flight: set[str] = set()
+        self._requested: set[str] = set()
         self._failures = 0
         self._unwritten: list[dict[str, Any]] = []
         self._writing = asyncio.Lock()
@@ -127,12 +116,8 @@ class LLMClient:
         record = self.journal.get(self.key(request))
         return None if record is None else record.get("answer")
 
-    async def complete_all(self, requests: Iterable[Request], total: int | None = None) -> LLMReport:
-        """Send the requests that have no journalled answer.
-
-        Args:
-            requests: Read one by one as workers become free.
-            total: Their number, for the progress bar.
+    async def complete_all(self, requests: Iterable[Request], total: int) -> LLMReport:
+        """Send the requests that have no journalled answer; they are read one by one as workers become free.
 
         Raises:
             LLMError: The first requests all failed; or one did, and `on_failure` is "fail".
@@ -157,40 +142,33 @@ class LLMClient:
             if self.report.stopped:
                 return
             key = self.key(request)
-            if key in self.journal:
-                self._count(from_journal=1)
-            elif key not in self._keys_in_flight:  # two nodes with the same text share one request
-                self._keys_in_flight.add(key)
-                try:
+            if key not in self._requested:  # nodes with the same text share one request
+                self._requested.add(key)
+                if key in self.journal:
+                    self._count(from_journal=1)
+                else:
                     await self._complete(request, key)
-                finally:
-                    self._keys_in_flight.discard(key)
             bar.update()
 
     async def _complete(self, request: Request, key: str) -> None:
         """Send a request until it has a usable answer or no attempts are left."""
         attempts = self.settings.attempts - self.journal.unusable_answers(key)
-        if attempts <= 0:
-            self._give_up(_UnusableAnswerError(f"{self.settings.attempts} unusable answers in earlier runs"))
-            return
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(attempts),
-            wait=wait_random_exponential(multiplier=self.settings.backoff, max=self.settings.max_backoff),
-            retry=retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, LoraEmbedError)),
-            reraise=True,
-        )
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    if self._limit_reached():
-                        return
-                    # an LLM that fails at structured output may still write plain lines
-                    plain = attempt.retry_state.attempt_number > (attempts + 1) // 2
-                    await self._attempt(replace(request, output_cls=None) if plain else request, key)
-        except LoraEmbedError:
-            raise
-        except Exception as error:
-            self._give_up(error)
+        last: Exception = _UnusableAnswerError(f"{self.settings.attempts} unusable answers in earlier runs")
+        for attempt in range(attempts):
+            if attempt > 0:
+                wait = self.settings.backoff * 2.0 ** min(attempt - 1, 64)
+                await asyncio.sleep(random.uniform(0, min(wait, self.settings.max_backoff)))
+            if self._limit_reached():
+                return
+            if attempt == (attempts + 1) // 2:  # an LLM that fails at structured output may still write plain lines
+                request = replace(request, output_cls=None)
+            try:
+                return await self._attempt(request, key)
+            except LoraEmbedError:
+                raise
+            except Exception as error:
+                last = error
+        self._give_up(last)
 
     async def _attempt(self, request: Request, key: str) -> None:
         if self._limiter is not None:

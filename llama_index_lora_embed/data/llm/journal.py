@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -39,12 +39,8 @@ class Journal:
     Only one process at a time can open a journal. It holds a lock on `<path>.lock`, which the system releases when the
     process ends, however it ends.
 
-    Args:
-        path: The file; created with its folder if missing. A last line that a killed run left unfinished is moved to
-            `<path>.torn`; other lines that are not records are skipped and counted.
-
-    Attributes:
-        unreadable: Number of skipped lines.
+    The file is created with its folder if missing. A last line that a killed run left unfinished is moved to
+    `<path>.torn`; other lines that are not records are skipped and counted in `unreadable`.
 
     Raises:
         JournalInUseError: Another run has it open.
@@ -189,12 +185,6 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All readable records in the order in which they were written."""
-        with open(self.path, "rb") as file:
-            file.readline()
-            yield from (record for line in file if (record := _record(line)) is not None)
 
     def _unwritable(self, error: Exception) -> JournalError:
         return JournalError(

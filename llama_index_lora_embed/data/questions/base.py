@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from llama_index.core.bridge.pydantic import ConfigDict
+from llama_index.core.bridge.pydantic import ConfigDict, ValidationError, field_validator
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
+from llama_index_lora_embed.config.base import config_error
 from llama_index_lora_embed.data.dataset import origin_name
 
 QUERIES_KEY = "finetune_queries"
@@ -76,12 +77,21 @@ class NodeQueryGenerator(TransformComponent):
 
     In an `IngestionPipeline` it writes its queries into the metadata of the nodes, under `QUERIES_KEY`, which is
     excluded from what is embedded and from what an LLM reads. `MetadataQueryGenerator` reads them back.
+
+    Raises:
+        ConfigError: Arguments are wrong or unknown; all of them are named.
     """
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid")
 
     seed: int = 0
     """Seed of `generate` when the generator is a step of a pipeline."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        try:
+            super().__init__(**kwargs)
+        except ValidationError as error:
+            raise config_error(type(self), error) from None
 
     @classmethod
     def class_name(cls) -> str:
@@ -114,6 +124,13 @@ class FirstOf(NodeQueryGenerator):
 
     def __init__(self, *generators: QueryGenerator, **kwargs: Any) -> None:
         super().__init__(**{"generators": list(generators), **kwargs})
+
+    @field_validator("generators")
+    @classmethod
+    def _are_generators(cls, generators: list[Any]) -> list[Any]:
+        if not generators or any(isinstance(g, type) or not isinstance(g, QueryGenerator) for g in generators):
+            raise ValueError(f"expected query generators, as in FirstOf(first, second), got {generators!r:.200}")
+        return generators
 
     @property
     def name(self) -> str:

@@ -6,11 +6,12 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from llama_index.core.bridge.pydantic import Field, field_validator
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, MetadataMode
 
+from llama_index_lora_embed.config.base import AtLeast1, Share, ShareAbove0
 from llama_index_lora_embed.data.questions.base import (
     GeneratedQuery,
     NodeQueryGenerator,
@@ -38,9 +39,9 @@ class TitleQueryGenerator(NodeQueryGenerator):
     it.
     """
 
-    max_nodes_per_title: int = Field(default=3, ge=1)
+    max_nodes_per_title: AtLeast1 = 3
     """Nodes that may share one title."""
-    max_words: int = Field(default=30, ge=1)
+    max_words: AtLeast1 = 30
     """Longer titles are ignored."""
     name: ClassVar[str] = "title"
 
@@ -48,10 +49,7 @@ class TitleQueryGenerator(NodeQueryGenerator):
         """Yield one query for each node that has a title; the seed has no effect."""
         uses: Counter[str] = Counter()
         for node in nodes:
-            found = _metadata_title(node) or _opening_title(node)
-            if found is None:
-                continue
-            title, passage = found
+            title, passage = _metadata_title(node) or _opening_title(node) or ("", "")
             if not title or len(title.split()) > self.max_words or not passage.strip():
                 continue
             uses[title.lower()] += 1
@@ -100,13 +98,13 @@ class InverseClozeQueryGenerator(NodeQueryGenerator):
     section 4. As there, one passage in ten keeps the sentence, which teaches the model that matching words matter.
     """
 
-    per_node: int = Field(default=1, ge=1)
+    per_node: AtLeast1 = 1
     """Queries for each node, as far as it has sentences."""
-    keep_rate: float = Field(default=0.1, ge=0, le=1)
+    keep_rate: Share = 0.1
     """Share of passages that keep the sentence."""
-    min_words: int = Field(default=4, ge=1)
+    min_words: AtLeast1 = 4
     """Shorter sentences are not used."""
-    max_words: int = Field(default=40, ge=1)
+    max_words: AtLeast1 = 40
     """Longer sentences are cut to this many words."""
     name: ClassVar[str] = "inverse_cloze"
 
@@ -134,16 +132,9 @@ class NeighbourQueryGenerator(NodeQueryGenerator):
     are adjacent in the order in which they are given, within one source document.
     """
 
-    scores: tuple[float, ...] = (0.9, 0.7)
-    """Grade of the next chunk, of the next but one, and so on, each above 0 and at most 1."""
+    scores: Annotated[tuple[ShareAbove0, ...], Field(min_length=1)] = (0.9, 0.7)
+    """Grade of the next chunk, of the next but one, and so on."""
     name: ClassVar[str] = "neighbour"
-
-    @field_validator("scores")
-    @classmethod
-    def _in_range(cls, scores: tuple[float, ...]) -> tuple[float, ...]:
-        if not scores or not all(0 < score <= 1 for score in scores):
-            raise ValueError("expected at least one grade, each above 0 and at most 1")
-        return scores
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield up to `len(scores)` queries from each node that another one follows; the seed has no effect."""

@@ -6,15 +6,13 @@ import asyncio
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from llama_index.core.bridge.pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     SerializeAsAny,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -23,9 +21,9 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from llama_index_lora_embed.config import JOURNAL_NAME, LLMSettings
-from llama_index_lora_embed.config.base import config_error
+from llama_index_lora_embed.config.base import AtLeast1
 from llama_index_lora_embed.core.concurrency import run_async
-from llama_index_lora_embed.core.errors import JournalInUseError
+from llama_index_lora_embed.core.errors import ConfigError, JournalInUseError
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect
@@ -34,11 +32,10 @@ from llama_index_lora_embed.data.llm.identity import digest
 from llama_index_lora_embed.data.llm.journal import Journal
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, attach_queries, embed_text
 from llama_index_lora_embed.data.questions.parsing import parse_queries, strip_reasoning
-from llama_index_lora_embed.data.questions.prompts import JUDGE_PROMPT, STYLES, search_prompt, style_variables
+from llama_index_lora_embed.data.questions.prompts import JUDGE_PROMPT, STYLES, Style, search_prompt
 
 # Providers refuse requests with control characters, and with the lone surrogates that broken readers leave.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_POLL_SECONDS = 0.1
 
 
 class SearchQuery(BaseModel):
@@ -65,22 +62,17 @@ class LLMQueryGenerator(NodeQueryGenerator):
     The styles rotate from node to node, so that with two queries for each node and four styles all styles are used
     equally. The prompt is in the node's language if there is one in it.
 
-    Raises:
-        ConfigError: Arguments are wrong; all of them are named.
-
     Example:
         >>> generator = LLMQueryGenerator(llm, journal="runs/queries.jsonl")  # doctest: +SKIP
         >>> engine = LoraFinetuneEngine.from_nodes(nodes, query_generators=[generator])  # doctest: +SKIP
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     llm: SerializeAsAny[LLM]
     """Any LlamaIndex LLM; its `rate_limiter` is honoured."""
-    num_queries: int = Field(default=2, ge=1)
+    num_queries: AtLeast1 = 2
     """Queries for each node."""
-    styles: tuple[str, ...] = tuple(STYLES["en"])
-    """Kinds of query: "question", "keywords", "paraphrase" (without the text's words), "conversational"."""
+    styles: Annotated[tuple[Style, ...], Field(min_length=1)] = STYLES
+    """Kinds of query; a "paraphrase" avoids the text's own words."""
     prompt: SerializeAsAny[BasePromptTemplate] | None = None
     """A template with {context_str} and {num_questions_per_chunk}, also as text; None for the search prompt.
     `prompts.EXAM_PROMPT` asks for exam questions."""
@@ -96,10 +88,7 @@ class LLMQueryGenerator(NodeQueryGenerator):
     _report: LLMReport = PrivateAttr(default_factory=LLMReport)
 
     def __init__(self, llm: LLM, **kwargs: Any) -> None:
-        try:
-            super().__init__(**{"llm": llm, **kwargs})
-        except ValidationError as error:
-            raise config_error(type(self), error) from None
+        super().__init__(llm=llm, **kwargs)
 
     @field_validator("llm", mode="before")
     @classmethod
@@ -107,13 +96,6 @@ class LLMQueryGenerator(NodeQueryGenerator):
         if not isinstance(llm, LLM):
             raise ValueError(f"expected a LlamaIndex LLM, got {llm!r:.60}")
         return llm
-
-    @field_validator("styles")
-    @classmethod
-    def _are_known(cls, styles: tuple[str, ...]) -> tuple[str, ...]:
-        if not styles or not set(styles) <= STYLES["en"].keys():
-            raise ValueError(f"expected some of {sorted(STYLES['en'])}, got {styles!r}")
-        return styles
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -153,25 +135,22 @@ class LLMQueryGenerator(NodeQueryGenerator):
         return iter(run_async(self.agenerate(nodes, seed=seed)))
 
     async def agenerate(self, nodes: Sequence[BaseNode], *, seed: int = 0, wait: bool = False) -> list[GeneratedQuery]:
-        """The asynchronous `generate`.
-
-        Args:
-            nodes: Nodes, with or without text.
-            seed: No effect; an LLM's sampling cannot be seeded from here.
-            wait: Wait for another run that has the journal open instead of raising.
-        """
+        """The asynchronous `generate`; with `wait`, it waits for another run that has the journal open."""
+        nodes = [node for node in nodes if node.get_content(metadata_mode=MetadataMode.NONE).strip()]
         structured = self.structured
         if structured is None:
             structured = self.llm.metadata.is_function_calling_model and self.settings.max_tokens is None
         with await _open_journal(self.journal, wait) as journal:
             client = LLMClient(self.llm, journal, self.settings, lambda text: bool(parse_queries(text)))
             try:
-                await client.complete_all(
-                    (self._request(node, structured) for node in nodes if _has_text(node)), total=len(nodes)
-                )
+                await client.complete_all((self._request(node, structured) for node in nodes), total=len(nodes))
             finally:
                 self._report = client.report
-            return list(self._parsed_queries(nodes, client, structured))
+            return [
+                GeneratedQuery(query.text, node.node_id, f"{self.name}/{query.style}" if query.style else self.name)
+                for node in nodes
+                for query in parse_queries(client.answer(self._request(node, structured)), self.num_queries)
+            ]
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Attach queries to the nodes; the workers of a pipeline take turns with the journal."""
@@ -185,40 +164,21 @@ class LLMQueryGenerator(NodeQueryGenerator):
         text = _CONTROL.sub(" ", embed_text(node))
         text_hash = digest(text)
         start = int(text_hash[:8], 16) % len(self.styles)
-        styles = tuple(
-            self.styles[(start + i) % len(self.styles)] for i in range(min(self.num_queries, len(self.styles)))
-        )
-        language = detect(text)
-        variables: dict[str, Any] = {
-            "context_str": _truncate(text, self.llm),
-            "num_questions_per_chunk": self.num_queries,
-        }
-        if self.prompt is None:
-            variables |= style_variables(styles, language, self.num_queries)
+        styles = (*self.styles[start:], *self.styles[:start])[: self.num_queries]
         return Request(
-            template=self.prompt or search_prompt(language),
-            variables=variables,
+            template=self.prompt or search_prompt(styles, self.num_queries, detect(text)),
+            variables={"context_str": _truncate(text, self.llm), "num_questions_per_chunk": self.num_queries},
             text_hash=text_hash,
             settings="structured" if structured else "text",
             output_cls=SearchQueries if structured else None,
         )
-
-    def _parsed_queries(
-        self, nodes: Sequence[BaseNode], client: LLMClient, structured: bool
-    ) -> Iterator[GeneratedQuery]:
-        for node in nodes:
-            if not _has_text(node) or (answer := client.answer(self._request(node, structured))) is None:
-                continue
-            for query in parse_queries(answer, self.num_queries):
-                style = f"/{query.style}" if query.style else ""
-                yield GeneratedQuery(query.text, node.node_id, f"{self.name}{style}")
 
 
 def judge_queries(
     dataset: EmbeddingQAFinetuneDataset,
     llm: LLM,
     *,
-    origins: Iterable[str] | None = None,
+    origins: str | Iterable[str] | None = None,
     journal: str | os.PathLike[str] = JOURNAL_NAME,
     settings: LLMSettings | None = None,
 ) -> tuple[EmbeddingQAFinetuneDataset, LLMReport, list[str]]:
@@ -227,7 +187,7 @@ def judge_queries(
     Args:
         dataset: Checked dataset.
         llm: Any LlamaIndex LLM.
-        origins: Origins of the queries to judge; None judges the LLM-written ones ("llm...").
+        origins: Origin or origins of the queries to judge; None for the LLM-written ones ("llm...").
         journal: Where its answers are kept; a query is not judged twice.
         settings: Concurrency, retries, and limits.
 
@@ -236,16 +196,17 @@ def judge_queries(
         verdict stays.
 
     Raises:
+        ConfigError: `llm` is not a LlamaIndex LLM.
         LLMError: The LLM fails altogether.
         JournalError: The journal cannot be used.
     """
-    wanted = None if origins is None else set(origins)
+    if not isinstance(llm, LLM):
+        raise ConfigError(f"llm={llm!r:.60}", "a LlamaIndex LLM", "Pass for example llm=Settings.llm.")
+    if origins is None:
+        origins = [origin for origin in dataset.origins() if origin.startswith("llm")]
+    wanted = {origins} if isinstance(origins, str) else set(origins)
     origin_of = dataset.query_origins or {}
-    judged = [
-        query_id
-        for query_id in dataset.queries
-        if (origin_of.get(query_id, "").startswith("llm") if wanted is None else origin_of.get(query_id, "") in wanted)
-    ]
+    judged = [query_id for query_id in dataset.queries if origin_of.get(query_id, "") in wanted]
 
     def request(query_id: str) -> Request:
         passage = _CONTROL.sub(" ", dataset.corpus[dataset.relevant_docs[query_id][0]])
@@ -255,18 +216,18 @@ def judge_queries(
     with Journal(journal) as opened:
         client = LLMClient(llm, opened, settings or LLMSettings(), lambda text: _verdict(text) is not None)
         report = run_async(client.complete_all((request(i) for i in judged), total=len(judged)))
-        dropped = [i for i in judged if _verdict(client.answer(request(i)) or "") is False]
-    remaining = dataset.queries.keys() - set(dropped)
-    return dataset.subset((i for i in dataset.queries if i in remaining), dataset.corpus), report, dropped
+        dropped = {i: None for i in judged if _verdict(client.answer(request(i)) or "") is False}
+    return dataset.subset((i for i in dataset.queries if i not in dropped), dataset.corpus), report, list(dropped)
 
 
 def _verdict(answer: str) -> bool | None:
     """Whether the answer's first word is yes or no, or else its last word if it is the only one; None if neither."""
     words = re.findall(r"\w+", strip_reasoning(answer).lower())
     verdicts = [word for word in words if word in ("yes", "no")]
-    if words[:1] == verdicts[:1] and not (len(words) > 1 and {*words[:2]} == {"yes", "no"}):
-        return verdicts[0] == "yes" if verdicts else None
-    return verdicts[0] == "yes" if len(verdicts) == 1 and words[-1:] == verdicts else None
+    if not verdicts or {*words[:2]} == {"yes", "no"}:
+        return None
+    first, only_last = words[0] == verdicts[0], words[-1:] == verdicts
+    return verdicts[0] == "yes" if first or only_last else None
 
 
 async def _open_journal(path: str, wait: bool) -> Journal:
@@ -277,11 +238,7 @@ async def _open_journal(path: str, wait: bool) -> Journal:
         except JournalInUseError:
             if not wait:
                 raise
-        await asyncio.sleep(_POLL_SECONDS)
-
-
-def _has_text(node: BaseNode) -> bool:
-    return bool(node.get_content(metadata_mode=MetadataMode.NONE).strip())
+        await asyncio.sleep(0.1)
 
 
 def _truncate(text: str, llm: LLM) -> str:

@@ -68,35 +68,20 @@ _TRUNCATED_ITEM = re.compile(rf"[\[,]\s*{_JSON_STRING}")
 
 @dataclass(frozen=True)
 class ParsedQuery:
-    """A query in an answer.
-
-    Attributes:
-        text: The query without numbering, bullets, quotes and tags.
-        style: The style that the answer names, or None.
-    """
+    """A line of an answer without numbering, bullets, quotes and tags."""
 
     text: str
     style: str | None = None
-
-
-@dataclass(frozen=True)
-class _Line:
-    text: str
-    style: str | None = None
-    marked: bool = False  # numbered, tagged, or out of JSON
+    """The style that the answer names."""
+    marked: bool = False
+    """Whether it was numbered, tagged, or in JSON."""
 
 
 def parse_queries(answer: Any, limit: int | None = None) -> list[ParsedQuery]:
     """The queries in an answer, one per line or as JSON; preambles, refusals and remarks are dropped.
 
-    If some lines are numbered, bulleted or tagged with a style, only those count.
-
-    Args:
-        answer: Text of the answer; anything else holds no query.
-        limit: Maximum number of queries; None for all.
-
-    Returns:
-        Queries in their order, each wording once; empty if there are none.
+    If some lines are numbered, bulleted or tagged with a style, only those count. Queries come in their order, each
+    wording once, and no more than `limit`. An answer that is no text holds none.
     """
     if not isinstance(answer, str):
         return []
@@ -109,7 +94,7 @@ def parse_queries(answer: Any, limit: int | None = None) -> list[ParsedQuery]:
     found: dict[str, ParsedQuery] = {}
     for line in lines:
         if _is_query(line):
-            found.setdefault(normalise(line.text), ParsedQuery(line.text, line.style))
+            found.setdefault(normalise(line.text), line)
     return list(found.values())[:limit]
 
 
@@ -118,7 +103,7 @@ def strip_reasoning(answer: str) -> str:
     return _REASONING.sub("", answer).strip()
 
 
-def _json_lines(text: str) -> list[_Line] | None:
+def _json_lines(text: str) -> list[ParsedQuery] | None:
     """The strings in the answer's JSON, even inside other text or with its end missing; None if there is no JSON."""
     starts = [match.start() for match in re.finditer(r"^\s*[\[{]", text, re.MULTILINE)]
     if not starts:
@@ -150,7 +135,7 @@ def _unescape(text: str) -> str:
         return text
 
 
-def _from_json(value: Any, style: str | None = None) -> Iterator[_Line]:
+def _from_json(value: Any, style: str | None = None) -> Iterator[ParsedQuery]:
     if isinstance(value, str):
         yield _clean(value, style, marked=True)
     elif isinstance(value, list):
@@ -165,7 +150,7 @@ def _from_json(value: Any, style: str | None = None) -> Iterator[_Line]:
                 yield from _from_json(item, _style_of(key))
 
 
-def _clean(line: str, style: str | None = None, marked: bool = False) -> _Line:
+def _clean(line: str, style: str | None = None, marked: bool = False) -> ParsedQuery:
     """A line without control characters, bullets, numbers, quotes and tags."""
     line = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in line)
     line = " ".join(line.split())
@@ -180,10 +165,10 @@ def _clean(line: str, style: str | None = None, marked: bool = False) -> _Line:
         if bare == line:
             break
         line = bare
-    return _Line(line, style, marked)
+    return ParsedQuery(line, style, marked)
 
 
-def _is_query(line: _Line) -> bool:
+def _is_query(line: ParsedQuery) -> bool:
     text = line.text
     if len(text) > _MAX_CHARACTERS or sum(c.isalpha() for c in text) < 2:
         return False

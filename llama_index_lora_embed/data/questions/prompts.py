@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, get_args
+
 from llama_index.core.prompts import PromptTemplate
 
-STYLES: dict[str, dict[str, str]] = {
+Style = Literal["question", "keywords", "paraphrase", "conversational"]
+STYLES: tuple[Style, ...] = get_args(Style)
+
+_STYLES: dict[str, dict[Style, str]] = {
     "en": {
         "question": "a plain question, as typed into a search box",
         "keywords": "two to five search words, no sentence",
@@ -36,7 +42,6 @@ STYLES: dict[str, dict[str, str]] = {
         "conversational": "同事之间聊天时随口会问的话",
     },
 }
-"""Descriptions of the styles in the prompt, by language and style."""
 
 _SEARCH = {
     "en": """\
@@ -143,31 +148,16 @@ Does the text answer the query? Say yes or no, one word.
 """Asks whether a passage answers a query."""
 
 
-def search_prompt(language: str | None = None) -> PromptTemplate:
-    """The prompt for search queries in a language.
+def search_prompt(styles: Sequence[Style], count: int, language: str | None = None) -> PromptTemplate:
+    """A template with {context_str} and {num_questions_per_chunk} that asks for search queries of these styles.
 
-    Args:
-        language: ISO 639-1 code. If there is no prompt in this language, the English one asks for queries in the
-            language of the text.
-
-    Returns:
-        A template with the variables context_str, num_questions_per_chunk, styles, example and language_note.
+    Its example shows `count` lines with the styles in turn. If there is no prompt in the language (ISO 639-1), the
+    English one asks for queries in the language of the text.
     """
-    return PromptTemplate(_SEARCH.get(language or "en", _SEARCH["en"]))
-
-
-def style_variables(styles: tuple[str, ...], language: str | None, count: int) -> dict[str, str]:
-    """Variables of `search_prompt` that describe the styles and the form of the answer.
-
-    Args:
-        styles: Names of styles.
-        language: As for `search_prompt`.
-        count: Number of queries; the example shows a line for each and repeats the styles in turn.
-    """
-    known = STYLES.get(language or "en", STYLES["en"])
-    foreign = language is not None and language not in _SEARCH
-    return {
-        "styles": "\n".join(f"- {style}: {known[style]}" for style in styles),
-        "example": "\n".join(f"{styles[number % len(styles)]}: ..." for number in range(count)),
-        "language_note": ", in the language of the text" if foreign else "",
-    }
+    known = language if language in _SEARCH else "en"
+    return PromptTemplate(
+        _SEARCH[known],
+        styles="\n".join(f"- {style}: {_STYLES[known][style]}" for style in styles),
+        example="\n".join(f"{styles[number % len(styles)]}: ..." for number in range(count)),
+        language_note="" if language in (None, known) else ", in the language of the text",
+    )

@@ -33,7 +33,6 @@ def dataset_from_pairs(
     columns: Mapping[str, str | None] | None = None,
     split: str = "train",
     origin: str = HUMAN,
-    name: str = "pairs",
 ) -> tuple[EmbeddingQAFinetuneDataset, PairsReport]:
     """Make a dataset from pairs alone. A pair with a label of 0 becomes a hard negative of its query.
 
@@ -43,12 +42,7 @@ def dataset_from_pairs(
     gets a hash appended. The corpus holds only the passages of the source, which is enough for training but makes
     retrieval look easier than it is in a whole index.
 
-    Args:
-        source: See `read_pairs`.
-        columns: See `read_pairs`.
-        split: See `read_pairs`.
-        origin: Origin of all queries in `query_origins`.
-        name: Name of the source in messages.
+    `source`, `columns` and `split` are those of `read_pairs`. All queries get `origin` in `query_origins`.
 
     Returns:
         The dataset and the report. A passage that is labelled both 0 and above 0 for the same query is an answer.
@@ -63,10 +57,10 @@ def dataset_from_pairs(
         builder.add(pair, where, report)
     dataset = builder.build(origin, report)
     if not dataset.queries:
-        raise nothing_usable(name, report)
+        raise nothing_usable("source", report)
     report.pairs = sum(map(len, dataset.relevant_docs.values()))
     report.negatives = sum(map(len, (dataset.hard_negatives or {}).values()))
-    return dataset.check(name), report
+    return dataset.check("pairs"), report
 
 
 class QueryLogGenerator(NodeQueryGenerator):
@@ -97,6 +91,7 @@ class QueryLogGenerator(NodeQueryGenerator):
             source = absolute(source)  # workers in another working directory find the same file
         elif isinstance(source, Iterator):
             source = list(source)  # so that `generate` can be called twice
+        kwargs.pop("pairs_sha256", None)  # `to_dict` adds it
         super().__init__(**{"source": source, "columns": columns, "split": split, **kwargs})
 
     @field_serializer("source")

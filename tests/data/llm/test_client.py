@@ -17,8 +17,7 @@ from llama_index_lora_embed.config import LLMSettings
 from llama_index_lora_embed.core.errors import ConfigError, LLMError
 from llama_index_lora_embed.data import dataset_from_nodes
 from llama_index_lora_embed.data.llm.identity import llm_identity
-from llama_index_lora_embed.data.llm.journal import Journal
-from tests.helpers.llms import Blocking, FakeLLM, Structured, calm_answer, generator, some_nodes
+from tests.helpers.llms import Blocking, FakeLLM, Structured, calm_answer, generator, journalled, some_nodes
 
 
 @pytest.fixture
@@ -50,9 +49,11 @@ def test_the_identity_of_an_llm_has_no_key_and_no_address():
 def test_two_nodes_with_the_same_text_share_one_request(journal):
     llm = FakeLLM(latency=0.01)
     nodes = [TextNode(text="The same text in two nodes.", id_=f"n{i}") for i in range(2)]
-    queries = list(generator(llm, journal).generate(nodes))
+    llm_generator = generator(llm, journal, settings=LLMSettings(in_flight=1, show_progress=False))
+    queries = list(llm_generator.generate(nodes))
     assert llm.calls == 1
     assert len(queries) == 4
+    assert llm_generator.report.from_journal == 0, "no earlier run has answered it"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_the_answer_of_a_thread_that_outlives_its_run_is_journalled(journal):
 
     list(generator(FakeLLM(), f"{journal}.other").generate(some_nodes(1)))  # slow imports are done
     asyncio.run(stopped())
-    assert len([r for r in Journal(journal) if r["ok"]]) == 1
+    assert len([r for r in journalled(journal) if r["ok"]]) == 1
 
 
 def test_stopping_a_notebook_cell_stops_the_requests_and_frees_the_journal(tmp_path, journal):
@@ -307,7 +308,7 @@ def test_chaos_and_ten_kills_end_with_the_dataset_of_a_calm_run(tmp_path, journa
     rng = random.Random(5)
     kills = 0
     while not out.exists():
-        known = {r["key"] for r in Journal(journal)} if os.path.exists(journal) else set()
+        known = {r["key"] for r in journalled(journal)} if os.path.exists(journal) else set()
         run = subprocess.Popen([sys.executable, "-c", CHAOS, journal, str(log), str(out)], stderr=subprocess.PIPE)
         if kills < 10:
             while run.poll() is None and not _grown(journal, known):
@@ -321,7 +322,7 @@ def test_chaos_and_ten_kills_end_with_the_dataset_of_a_calm_run(tmp_path, journa
 
     calm, _ = dataset_from_nodes(some_nodes(120), [generator(FakeLLM(), f"{journal}.calm")])
     assert json.loads(out.read_text()) == calm.model_dump(exclude_none=True)
-    usable = [r["key"] for r in Journal(journal) if r["ok"]]
+    usable = [r["key"] for r in journalled(journal) if r["ok"]]
     assert len(usable) == len(set(usable)) == 120, "a journalled answer was requested again"
     # Only an answer that a kill caught between the LLM and the disk may be paid for again.
     paid = log.read_text().split()

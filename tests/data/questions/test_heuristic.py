@@ -206,6 +206,18 @@ def test_grades_outside_zero_to_one_are_refused(scores):
         NeighbourQueryGenerator(scores=scores)
 
 
+@pytest.mark.parametrize("generator", [TitleQueryGenerator, InverseClozeQueryGenerator, NeighbourQueryGenerator])
+def test_an_unknown_argument_of_a_generator_is_refused(generator):
+    with pytest.raises(ConfigError, match="seeds: unknown; did you mean 'seed'"):
+        generator(seeds=1)
+
+
+@pytest.mark.parametrize("wrong", [(), ("title",), (TitleQueryGenerator,), ([TitleQueryGenerator()],)])
+def test_first_of_takes_only_generators(wrong):
+    with pytest.raises(ConfigError, match="expected query generators"):
+        FirstOf(*wrong)
+
+
 def test_queries_of_llamaindex_extractors_are_trained_against_the_node_without_them():
     node = TextNode(
         text=TEXT,

@@ -16,10 +16,9 @@ from llama_index_lora_embed.data import (
     dataset_from_nodes,
     judge_queries,
 )
-from llama_index_lora_embed.data.llm.journal import Journal
 from llama_index_lora_embed.data.questions.llm import _verdict
 from llama_index_lora_embed.data.questions.prompts import EXAM_PROMPT
-from tests.helpers.llms import FAST, FakeLLM, Structured, calm_answer, generator, some_nodes
+from tests.helpers.llms import FAST, FakeLLM, Structured, calm_answer, generator, journalled, some_nodes
 
 
 @pytest.fixture
@@ -81,13 +80,13 @@ def test_many_pipelines_at_once_in_one_loop_take_turns(journal):
 
     for nodes in asyncio.run(all_at_once()):
         assert len(list(MetadataQueryGenerator().generate(nodes))) == 6
-    assert len(list(Journal(journal))) == 3
+    assert len(journalled(journal)) == 3
 
 
 def test_structured_output_is_used_where_the_llm_has_it(journal):
     queries = list(generator(Structured(), journal).generate(some_nodes(2)))
     assert [(q.text, q.generator) for q in queries] == [("machine cleaning", "llm/keywords")] * 2
-    assert json.loads(next(iter(Journal(journal)))["answer"])["queries"]
+    assert json.loads(journalled(journal)[0]["answer"])["queries"]
 
 
 def test_plain_lines_are_requested_if_structured_output_keeps_failing(journal):
@@ -194,7 +193,7 @@ def test_queries_of_an_ingestion_pipeline_are_read_from_the_metadata(journal):
 def test_worker_processes_of_a_pipeline_take_turns_with_the_journal(journal):
     nodes = IngestionPipeline(transformations=[generator(FakeLLM(), journal)]).run(nodes=some_nodes(6), num_workers=2)
     assert len(list(MetadataQueryGenerator().generate(nodes))) == 12
-    assert len(list(Journal(journal))) == 6
+    assert len(journalled(journal)) == 6
 
 
 def test_a_generator_can_be_pickled_and_its_dict_distinguishes_settings(journal):
@@ -220,6 +219,10 @@ def test_a_judge_drops_queries_that_their_passage_does_not_answer(journal):
         assert judged.corpus == dataset.corpus
     assert llm.calls == 8
     assert report.from_journal == 8
+    _, report, dropped = judge_queries(dataset, llm, origins="llm/question", journal=journal, settings=FAST)
+    assert (report.from_journal, len(dropped)) == (4, 1)
+    with pytest.raises(ConfigError, match="expected a LlamaIndex LLM"):
+        judge_queries(dataset, "gpt-4", journal=journal)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import TextNode
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.core.errors import DatasetError
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data import FirstOf, MetadataQueryGenerator
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, QueryGenerator
 from llama_index_lora_embed.data.questions.query_log import QueryLogGenerator, dataset_from_pairs
@@ -51,8 +51,8 @@ def test_the_best_label_of_a_repeated_pair_counts():
 def test_a_file_with_no_usable_row_is_an_error_that_names_the_first_rows(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("query,passage\n,b\na,\n")
-    with pytest.raises(DatasetError, match="log without a usable row") as caught:
-        dataset_from_pairs(path, name="log")
+    with pytest.raises(DatasetError, match="source without a usable row") as caught:
+        dataset_from_pairs(path)
     assert caught.value.problems == ["log.csv, line 2: row without query", "log.csv, line 3: row without passage"]
 
 
@@ -152,6 +152,11 @@ def test_pairs_that_match_no_node_or_several_are_counted_and_warned_about_once()
 def test_of_nodes_with_the_same_text_the_first_gets_the_query():
     nodes = [TextNode(id_="n1", text=LONG), TextNode(id_="n2", text=LONG)]
     assert [query.node_id for query in QueryLogGenerator([("a", LONG)]).generate(nodes)] == ["n1"]
+
+
+def test_a_misspelt_argument_is_refused():
+    with pytest.raises(ConfigError, match="did you mean 'columns'"):
+        QueryLogGenerator([("a", "b")], colums={"query": "a"})
 
 
 def test_a_generator_over_an_iterator_can_be_used_twice():
