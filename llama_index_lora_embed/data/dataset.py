@@ -169,32 +169,24 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         """One line for each problem that would crash or spoil training, with its id."""
         found: list[str] = []
         text: Any  # fields can be changed after construction, which pydantic does not check
-        for what, texts in (("query", self.queries), ("passage", self.corpus)):
+        trained = {"training passage of query": self.training_passages or {}}
+        for what, texts in ({"query": self.queries, "passage": self.corpus} | trained).items():
             for i, text in texts.items():
                 if not isinstance(text, str):
                     found.append(f"{what} {i!r} is not text: {text!r:.80}")
                 elif not text.strip():
                     found.append(f"{what} {i!r} is empty")
-        for query_id in self.queries:
-            if not self.relevant_docs.get(query_id):
-                found.append(f"query {query_id!r} has no relevant passage")
+        found += [f"query {i!r} has no relevant passage" for i in self.queries if not self.relevant_docs.get(i)]
+        for field in ("relevant_docs", "hard_negatives", "training_passages"):
+            unknown = [i for i in getattr(self, field) or {} if i not in self.queries]
+            found += [f"{field} names query {i!r}, which is not in queries" for i in unknown]
         for field in ("relevant_docs", "hard_negatives"):
             for query_id, passage_ids in (getattr(self, field) or {}).items():
-                if query_id not in self.queries:
-                    found.append(f"{field} names query {query_id!r}, which is not in queries")
-                found += [
-                    f"{field}[{query_id!r}] names passage {i!r}, which is not in corpus"
-                    for i in passage_ids
-                    if i not in self.corpus
-                ]
+                lost = [i for i in passage_ids if i not in self.corpus]
+                found += [f"{field}[{query_id!r}] names passage {i!r}, which is not in corpus" for i in lost]
         for query_id, negatives in (self.hard_negatives or {}).items():
             both = set(negatives) & set(self.relevant_docs.get(query_id, []))
             found += [f"passage {i!r} is both relevant and a hard negative of query {query_id!r}" for i in sorted(both)]
-        for query_id, text in (self.training_passages or {}).items():
-            if query_id not in self.queries:
-                found.append(f"training_passages names query {query_id!r}, which is not in queries")
-            elif not isinstance(text, str) or not text.strip():
-                found.append(f"the training passage of query {query_id!r} is empty")
         for query_id, scores in (self.relevance_scores or {}).items():
             for passage_id, score in scores.items():
                 where = f"relevance_scores[{query_id!r}][{passage_id!r}]"
@@ -210,9 +202,6 @@ class EmbeddingQAFinetuneDataset(BaseModel):
 
     def check(self, name: str = "dataset") -> EmbeddingQAFinetuneDataset:
         """This dataset, if it is not empty and has no `problems()`.
-
-        Args:
-            name: What the error message calls it.
 
         Raises:
             DatasetError: It is empty or has problems; `.problems` lists all of them.
@@ -268,13 +257,9 @@ class EmbeddingQAFinetuneDataset(BaseModel):
     def near_duplicates(
         self, texts: Mapping[str, str] | None = None, threshold: float = NEAR_DUPLICATE
     ) -> dict[str, str]:
-        """Near-duplicate passages, see `near_duplicate_groups`.
+        """`near_duplicate_groups` of these passages; None compares the whole corpus.
 
         Each text is hashed once for this dataset, its subsets and its copies together, however often it is compared.
-
-        Args:
-            texts: Id to text of the passages to compare; None compares the whole corpus.
-            threshold: Jaccard index from which two texts count as the same.
         """
         return near_duplicate_groups(self.corpus if texts is None else texts, threshold, sketches=self._sketches)
 
@@ -287,20 +272,17 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         """
         kept = [i for i in query_ids if i in self.queries]
         if passage_ids is None:
-            referred = {d for q in kept for d in self.relevant_docs.get(q, [])}
-            referred |= {d for q in kept for d in (self.hard_negatives or {}).get(q, [])}
-            passages = [i for i in self.corpus if i in referred]
-        else:
-            wanted = set(passage_ids)
-            passages = [i for i in self.corpus if i in wanted]
+            referring = (self.relevant_docs, self.hard_negatives or {})
+            passage_ids = (passage_id for field in referring for i in kept for passage_id in field.get(i, []))
+        wanted = self.corpus.keys() & passage_ids
+        passages = [i for i in self.corpus if i in wanted]
 
         def pick(field: dict[str, Any] | None, ids: list[str]) -> dict[str, Any] | None:
             return None if field is None else {i: field[i] for i in ids if i in field}
 
         negatives = pick(self.hard_negatives, kept)
         if negatives is not None:
-            there = set(passages)
-            negatives = {q: [i for i in ids if i in there] for q, ids in negatives.items()}
+            negatives = {q: [i for i in ids if i in wanted] for q, ids in negatives.items()}
         part = EmbeddingQAFinetuneDataset(
             queries={i: self.queries[i] for i in kept},
             corpus={i: self.corpus[i] for i in passages},

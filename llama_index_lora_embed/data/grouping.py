@@ -7,10 +7,7 @@ from collections.abc import Iterable
 
 
 def groups_sharing(keys: Iterable[Iterable[str]]) -> list[list[int]]:
-    """Group items that share a key, directly or through other items (union-find).
-
-    Args:
-        keys: The keys of each item, at least one.
+    """Group items by their keys: those that share one, directly or through other items (union-find).
 
     Returns:
         Indices of the items of each group, ascending, in the order of the groups' first items.
@@ -35,15 +32,12 @@ def groups_sharing(keys: Iterable[Iterable[str]]) -> list[list[int]]:
 
 
 def draw_groups(groups: list[list[int]], strata: list[int], fraction: float) -> set[int]:
-    """Draw whole groups to hold out, so that each stratum comes near its share and none is used up.
+    """Draw whole groups to hold out, in their order, so that each stratum comes near its share and none is used up.
 
     Args:
-        groups: Indices of items, in the order in which to draw.
+        groups: Indices of items.
         strata: The stratum of each item.
         fraction: Share of each stratum to hold out.
-
-    Returns:
-        Indices of the items to hold out.
     """
     total, held = Counter(strata), Counter[int]()
     wanted = {stratum: max(2 / len(total), fraction * count) for stratum, count in total.items()}  # two items in all

@@ -22,10 +22,7 @@ class SplitReport:
     """What the two sides of a split hold and have in common.
 
     Attributes:
-        train_documents: Source documents with passages that answer training queries.
-        val_documents: The same for validation.
-        train_queries: Training queries.
-        val_queries: Validation queries.
+        train_documents: Source documents with passages that answer training queries; `val_documents` accordingly.
         near_duplicates: Relevant validation passages that are near-duplicates of a relevant training passage.
         near_duplicate_examples: A few of them, as (training passage id, validation passage id).
         shared_wordings: Validation queries that are also training queries (ignoring case and spaces).
@@ -52,9 +49,7 @@ class SplitReport:
 def split_report(train: EmbeddingQAFinetuneDataset, val: EmbeddingQAFinetuneDataset) -> SplitReport:
     """Count what is on each side of a split, and what is on both although it should not be.
 
-    Args:
-        train: Training dataset.
-        val: Validation dataset, from `split_by_source` or from elsewhere; it may use the same ids for other texts.
+    The two may come from elsewhere than `split_by_source`, and may use the same ids for other texts.
     """
     train_answers, val_answers = train.answer_ids(), val.answer_ids()
     texts = {f"train:{i}": text for i, text in train.corpus.items() if i in train_answers}

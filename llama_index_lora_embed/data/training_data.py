@@ -14,19 +14,13 @@ from llama_index_lora_embed.data.split import split_by_source
 logger = logging.getLogger(__name__)
 
 TrainingData: TypeAlias = EmbeddingQAFinetuneDataset | LabelledPairs
-"""Queries with their passages, or labelled pairs. Both have
-
-- `kind`, "queries" or "pairs", by which type checkers tell them apart as `isinstance` does;
-- `check(name)`, `digest()`, `order_digest()`, `summary()` (for the manifest).
+"""Queries with their passages, or labelled pairs; both have `kind`, `check(name)`, `digest()`, `order_digest()` and
+`summary()`.
 """
 
 
 def coerce_training_data(value: Any, name: str) -> TrainingData:
     """Labelled pairs as they are, or what `EmbeddingQAFinetuneDataset.coerce` takes; checked.
-
-    Args:
-        value: The data.
-        name: What error messages call it.
 
     Raises:
         DatasetError: It is of another type, empty, or has problems.
@@ -37,18 +31,12 @@ def coerce_training_data(value: Any, name: str) -> TrainingData:
 
 
 def read_training_data(path: str | os.PathLike[str], kind: Literal["queries", "pairs"]) -> TrainingData:
-    """Training or validation data from a file.
-
-    Args:
-        path: JSON of an `EmbeddingQAFinetuneDataset`, or labelled pairs in any form that `LabelledPairs` reads.
-        kind: Which of the two it is.
+    """Training or validation data from a file that `EmbeddingQAFinetuneDataset` or `LabelledPairs` reads.
 
     Raises:
         DatasetError: It cannot be read, or holds something else.
     """
-    if kind == "queries":
-        return EmbeddingQAFinetuneDataset.from_json(str(path))
-    return LabelledPairs.coerce(path)
+    return LabelledPairs.coerce(path) if kind == "pairs" else EmbeddingQAFinetuneDataset.from_json(path)
 
 
 def hold_out(

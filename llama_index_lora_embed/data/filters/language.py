@@ -10,7 +10,7 @@ from typing import Any
 
 _LONGEST = 500  # characters looked at; more change no result and take time
 _SURE = 0.7  # of the probability; below it, short names and keywords in any language get wrong results
-_FEWEST_LETTERS = {"latin": 12, "other": 4}
+_FEWEST_LATIN, _FEWEST_OTHER = 12, 4  # letters
 _SHARE = 0.6  # of the letters that must be of one script
 
 # scripts of one living language with an ISO 639-1 code: the letters are enough
@@ -87,7 +87,7 @@ def detect(text: str) -> str | None:
     if not letters:
         return None
     script, count = scripts.most_common(1)[0]
-    if count < _SHARE * letters or count < _FEWEST_LETTERS["latin" if script == "LATIN" else "other"]:
+    if count < _SHARE * letters or count < (_FEWEST_LATIN if script == "LATIN" else _FEWEST_OTHER):
         return None
     if script in _SCRIPT_LANGUAGES:
         return _SCRIPT_LANGUAGES[script]
@@ -115,12 +115,10 @@ def _by_model(text: str, script: str) -> str | None:
     probabilities: Counter[str] = Counter()
     for label, probability in _model().rank(" ".join(text.split())):
         probabilities[_VARIETIES.get(label, label)] += probability
-    if among := _SHARED_SCRIPTS.get(script):
-        probabilities = Counter({i: p for i, p in probabilities.items() if i in among})
-    else:
-        probabilities = Counter({i: p for i, p in probabilities.items() if i not in _OTHER_SCRIPT_LANGUAGES})
-    total = sum(probabilities.values())
-    language, probability = max(probabilities.items(), key=lambda item: (item[1], item[0]), default=("", 0.0))
+    among = _SHARED_SCRIPTS.get(script) or probabilities.keys() - _OTHER_SCRIPT_LANGUAGES
+    possible = [(probability, language) for language, probability in probabilities.items() if language in among]
+    probability, language = max(possible, default=(0.0, ""))
+    total = sum(probability for probability, _ in possible)
     # "zxx" is the model's label for no language; other codes of three letters are not ISO 639-1
     return language if len(language) == 2 and probability >= _SURE * total else None
 

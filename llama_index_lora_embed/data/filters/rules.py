@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,13 +24,12 @@ from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-NEIGHBOUR = "neighbour"
-NOT_WRITTEN = frozenset({HUMAN, "title", "inverse_cloze", NEIGHBOUR})
-"""Origins of queries that are human-written or taken from the documents. All others count as written for the dataset,
-mostly by an LLM, and so do those without an origin."""
+_NEIGHBOUR = "neighbour"
+# Origins of queries that are human-written or taken from the documents. All others count as written for the dataset,
+# mostly by an LLM, and so do those without an origin.
+_NOT_WRITTEN = frozenset({HUMAN, "title", "inverse_cloze", _NEIGHBOUR})
 
 _RUN = 4  # words; runs of four are rarely shared by chance
-_UNSPACED_FACTOR = 2  # characters per word in scripts that write no spaces
 _TEXTS_AT_ONCE = 1024
 _QUERIES_AT_ONCE = 64  # scores of these and all passages are in memory at once
 
@@ -129,7 +129,7 @@ def filter_queries(
     general, nearly repeated; about a copy of an earlier passage; copied from the passage; referring to the passage;
     in another language; not found again (round trip). Human-written queries are dropped only where the same one
     occurs twice for the same passages, and are preferred to generated queries that say the same. The last four
-    filters apply only to queries that were written for the dataset (see `NOT_WRITTEN`).
+    filters apply only to queries that were written for the dataset: not by people, nor taken from the documents.
 
     Args:
         dataset: Queries and corpus; it is not changed.
@@ -155,17 +155,17 @@ def filter_queries(
         reasons.update(dict.fromkeys(lost, f"its passage is not among the {settings.round_trip_k} nearest"))
         notes += note
         left = [i for i in left if i not in reasons]
-    dropped = Counter(reasons.values())
-    examples: dict[str, list[str]] = {reason: [] for reason in dropped}
+    texts: defaultdict[str, list[str]] = defaultdict(list)
     for query_id, reason in reasons.items():
-        if len(examples[reason]) < settings.examples:
-            examples[reason].append(dataset.queries[query_id])
-    report = QueryFilterReport(len(dataset.queries), len(left), dict(dropped), examples, notes)
+        texts[reason].append(dataset.queries[query_id])
+    dropped = {reason: len(some) for reason, some in texts.items()}
+    examples = {reason: some[: settings.examples] for reason, some in texts.items()}
+    report = QueryFilterReport(len(dataset.queries), len(left), dropped, examples, notes)
     return dataset.subset(left, dataset.corpus), report
 
 
 def _written(dataset: EmbeddingQAFinetuneDataset, query_ids: Iterable[str]) -> list[str]:
-    return [i for i in query_ids if dataset.origin_of(i) not in NOT_WRITTEN]
+    return [i for i in query_ids if dataset.origin_of(i) not in _NOT_WRITTEN]
 
 
 def _human_first(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str]) -> list[str]:
@@ -185,7 +185,7 @@ def _unreadable(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], setti
             yield query_id, "no letter or digit"
         elif settings.unreadable and any(unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() for c in text):
             yield query_id, "control characters"
-        elif origin == NEIGHBOUR:
+        elif origin == _NEIGHBOUR:
             continue  # it is a whole chunk on purpose
         elif settings.max_words is not None and len(text.split()) > settings.max_words:
             yield query_id, f"more than {settings.max_words} words"
@@ -197,10 +197,10 @@ def _repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], setting
     """Queries of which an earlier one has the same wording and all of the passages."""
     if not settings.repeated:
         return
-    by_wording: dict[str, set[str]] = {}
+    by_wording: defaultdict[str, set[str]] = defaultdict(set)
     for query_id in _human_first(dataset, query_ids):
         answers = _answers(dataset, query_id)
-        before = by_wording.setdefault(normalise(dataset.queries[query_id]), set())
+        before = by_wording[normalise(dataset.queries[query_id])]
         if answers and before.issuperset(answers):
             yield query_id, "repeats an earlier query about the same passage"
         before.update(answers)
@@ -210,9 +210,9 @@ def _too_general(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], sett
     if settings.max_passages_per_wording is None:
         return
     # a set of answers counts once: a query with ten relevant passages is not ten queries
-    answers: dict[str, set[tuple[str, ...]]] = {}
+    answers: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
     for query_id in query_ids:
-        answers.setdefault(normalise(dataset.queries[query_id]), set()).add(tuple(_answers(dataset, query_id)))
+        answers[normalise(dataset.queries[query_id])].add(tuple(_answers(dataset, query_id)))
     for query_id in query_ids:
         many = len(answers[normalise(dataset.queries[query_id])]) > settings.max_passages_per_wording
         if many and dataset.origin_of(query_id) != HUMAN:
@@ -224,10 +224,10 @@ def _nearly_repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], 
         return
     texts, within = {}, {}
     for query_id in _human_first(dataset, query_ids):
-        if dataset.origin_of(query_id) != NEIGHBOUR:
+        if dataset.origin_of(query_id) != _NEIGHBOUR:
             texts[query_id] = text = dataset.queries[query_id]
             about = set(_answers(dataset, query_id))
-            if dataset.origin_of(query_id) in NOT_WRITTEN - {HUMAN}:
+            if dataset.origin_of(query_id) in _NOT_WRITTEN - {HUMAN}:
                 about = {f"passage:{i}" for i in about}  # the chunks of a document rightly share its title
             else:
                 about = {f"source:{dataset.source_of(i)}" for i in about}
@@ -247,7 +247,6 @@ def _distinguishing(text: str) -> list[str]:
 
 
 def _about_copies(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
-    """Only passages with queries are compared: the first one of a group keeps its queries."""
     if settings.near_duplicate_passages is None:
         return
     relevant = {i for query_id in query_ids for i in _answers(dataset, query_id)}
@@ -265,10 +264,9 @@ def _copied(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings:
         return
     for query_id in _written(dataset, query_ids):
         query = tokens_of(dataset.queries[query_id])
-        if any(
-            _copied_share(query, passage, settings.copy_min_words) > settings.max_copied
-            for passage in _trained_against(dataset, query_id)
-        ):
+        passage = (dataset.training_passages or {}).get(query_id)
+        passages = [dataset.corpus[i] for i in _answers(dataset, query_id)] if passage is None else [passage]
+        if any(_copied_share(query, text, settings.copy_min_words) > settings.max_copied for text in passages):
             yield query_id, "copied from the passage"
 
 
@@ -278,7 +276,7 @@ def _copied_share(query: list[str], passage: str, min_words: int) -> float:
     Runs, because single words of the passage belong in a query; a share, because a long quotation within a longer
     query is still copied.
     """
-    factor = _UNSPACED_FACTOR if 2 * sum(map(is_unspaced, query)) > len(query) else 1
+    factor = 2 if 2 * sum(map(is_unspaced, query)) > len(query) else 1  # characters per word without spaces
     run = _RUN * factor
     if len(query) < max(run, min_words * factor):
         return 0.0
@@ -286,11 +284,6 @@ def _copied_share(query: list[str], passage: str, min_words: int) -> float:
     there = {tuple(tokens[i : i + run]) for i in range(len(tokens) - run + 1)}
     runs = [tuple(query[i : i + run]) for i in range(len(query) - run + 1)]
     return sum(r in there for r in runs) / len(runs)
-
-
-def _trained_against(dataset: EmbeddingQAFinetuneDataset, query_id: str) -> list[str]:
-    passage = (dataset.training_passages or {}).get(query_id)
-    return [dataset.corpus[i] for i in _answers(dataset, query_id)] if passage is None else [passage]
 
 
 def _speaking(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
@@ -303,14 +296,11 @@ def _speaking(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], setting
 def _foreign(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings: QueryFilterSettings) -> Drops:
     if not settings.other_language:
         return
-    languages: dict[str, str | None] = {}
+    language = cache(lambda passage_id: detect(dataset.corpus[passage_id]))
     for query_id in _written(dataset, query_ids):
         own = detect(dataset.queries[query_id])
         answers = _answers(dataset, query_id) if own else []
-        for passage_id in answers:
-            if passage_id not in languages:
-                languages[passage_id] = detect(dataset.corpus[passage_id])
-        if answers and not any(may_be_same(own, languages[i]) for i in answers):
+        if answers and not any(may_be_same(own, language(i)) for i in answers):
             yield query_id, "not in the language of its passage"
 
 

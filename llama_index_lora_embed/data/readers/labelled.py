@@ -35,12 +35,6 @@ def read_rows(
 ) -> tuple[list[str], list[str], list[float], bool]:
     """Read labelled pairs; the arguments and errors are those of `LabelledPairs.from_rows`.
 
-    Args:
-        entries: (place, row); rows are tuples of three, mappings or sentence-transformers' InputExamples.
-        columns: Names of unusual columns by field.
-        scale: (lowest, highest) label.
-        source: Name for messages.
-
     Returns:
         First texts, second texts, labels from 0 to 1, and whether the columns are named as a query and a passage.
     """
@@ -133,7 +127,7 @@ def faults(
                 found.append(f"{place(index)}: the {which} text is not text: {text!r:.80}")
             elif not text.strip():
                 found.append(f"{place(index)}: the {which} text is empty")
-            elif not _encodes(text):  # tokenizers would raise
+            elif text != text.encode(errors="ignore").decode():  # lone surrogates, at which tokenizers raise
                 found.append(f"{place(index)}: the {which} text is not UTF-8")
     for index, score in enumerate(scores):
         if not isinstance(score, float) or not math.isfinite(score):
@@ -141,14 +135,6 @@ def faults(
         elif not scale[0] <= score <= scale[1]:
             found.append(f"{place(index)}: the label {score:g} is outside {scale[0]:g} to {scale[1]:g}")
     return found
-
-
-def _encodes(text: str) -> bool:
-    """Whether it has no lone surrogates, which stand for bytes that are not UTF-8 when a file is read."""
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def scale_hint(scores: list[Any], scale: tuple[float, float]) -> str:

@@ -42,15 +42,11 @@ _NEGATIVE = re.compile(r"(hard)?neg(ative)?s?(passages?|texts?|docs?|documents?)
 
 @dataclass(frozen=True)
 class Pair:
-    """A query and a passage.
+    """A query and a passage, of which the text or the id is known.
 
     Attributes:
-        query: Text of the query.
-        passage: Text of the passage; None where only its id is known.
-        node_id: Id of the passage; None where the source has none.
         score: How well the passage answers, from 0 (not at all) to 1.
         negatives: Texts that do not answer the query.
-        source_document: The document that the passage comes from.
     """
 
     query: str

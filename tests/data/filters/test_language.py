@@ -1,7 +1,7 @@
 import pytest
 
 from llama_index_lora_embed.data.filters.language import detect, may_be_same
-from tests.data.filters.test_rules import GERMAN, SHIPPING, WARRANTY
+from tests.helpers.passages import GERMAN, SHIPPING, WARRANTY
 
 
 @pytest.mark.parametrize(
