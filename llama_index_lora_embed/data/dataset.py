@@ -68,7 +68,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             problems = [
-                f"{'.'.join(str(part) for part in item['loc'])}: {item['msg'].lower()}, got {item['input']!r:.80}"
+                f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}, got {item['input']!r:.80}"
                 for item in error.errors()
             ]
             raise DatasetError(
@@ -100,7 +100,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         if isinstance(dataset, (str, os.PathLike)):
             return cls.from_json(dataset)
         if isinstance(dataset, Mapping):
-            return cls(**dataset)
+            return cls(**{str(key): value for key, value in dataset.items()})
         if all(hasattr(dataset, field) for field in ("queries", "corpus", "relevant_docs")):
             return cls(**{field: getattr(dataset, field) for field in cls.model_fields if hasattr(dataset, field)})
         raise DatasetError(
@@ -123,17 +123,19 @@ class EmbeddingQAFinetuneDataset(BaseModel):
                 return [shared(item) for item in value]
             return known.setdefault(value, value) if isinstance(value, str) else value
 
-        hint = "Write one with dataset.save_json(path), or check the path."
         try:
             text = Path(path).read_text(encoding="utf-8")
             data = json.loads(
                 text, object_pairs_hook=lambda pairs: {shared(key): shared(value) for key, value in pairs}
             )
+            if not isinstance(data, dict):
+                raise ValueError(f"a JSON object was expected, not {type(data).__name__}")
         except (OSError, ValueError, RecursionError) as error:
-            got = f"{str(path)!r}, which cannot be read: {error}"
-            raise DatasetError(got, "the JSON file of a dataset", hint) from error
-        if not isinstance(data, dict):
-            raise DatasetError(f"JSON of type {type(data).__name__} in {str(path)!r}", "a JSON object", hint)
+            raise DatasetError(
+                f"{str(path)!r}, which cannot be read: {error}",
+                "the JSON file of a dataset",
+                "Write one with dataset.save_json(path), or check the path.",
+            ) from error
         return cls(**data)
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -227,19 +229,12 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         Texts are compared ignoring case and spaces, because ids often differ between datasets. A model that was
         trained on `other` knows these answers.
         """
-        answers = {normalise(other.corpus[i]) for i in other.answer_ids()}
-        documents: set[str] = set()
-        if self.source_documents and other.source_documents:
-            documents = {other.source_documents[i] for i in other.answer_ids() if i in other.source_documents}
-        return [
-            query_id
-            for query_id in self.queries
-            if any(
-                normalise(self.corpus[i]) in answers or (self.source_documents or {}).get(i) in documents
-                for i in self.relevant_docs.get(query_id, [])
-                if i in self.corpus
-            )
-        ]
+        answers = other.answer_ids()
+        texts = {normalise(other.corpus[i]) for i in answers}
+        sources, other_sources = self.source_documents or {}, other.source_documents or {}
+        documents = {other_sources[i] for i in answers if i in other_sources}
+        known = {i for i in self.answer_ids() if normalise(self.corpus[i]) in texts or sources.get(i) in documents}
+        return [i for i in self.queries if not known.isdisjoint(self.relevant_docs.get(i, ()))]
 
     def summary(self) -> dict[str, Any]:
         """What an adapter's manifest records of its training set."""
@@ -264,12 +259,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         return near_duplicate_groups(self.corpus if texts is None else texts, threshold, sketches=self._sketches)
 
     def subset(self, query_ids: Iterable[str], passage_ids: Iterable[str] | None = None) -> EmbeddingQAFinetuneDataset:
-        """The dataset of these queries.
-
-        Args:
-            query_ids: Queries to keep, in the order they are to have.
-            passage_ids: Corpus to keep; None keeps just what these queries refer to.
-        """
+        """The dataset of these queries, in this order; `passage_ids=None` keeps the passages that they refer to."""
         kept = [i for i in query_ids if i in self.queries]
         if passage_ids is None:
             referring = (self.relevant_docs, self.hard_negatives or {})

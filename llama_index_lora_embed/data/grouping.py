@@ -1,9 +1,18 @@
-"""Groups of items that have to stay on one side of a split, and which groups to hold out."""
+"""What splits have in common: groups of items that stay on one side, and which groups to hold out."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from typing import Any
+
+from llama_index_lora_embed.core.errors import ConfigError
+
+
+def check_fraction(fraction: Any, name: str) -> None:
+    """Raise a `ConfigError` unless this is a number above 0 and below 1."""
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise ConfigError(f"{name}={fraction!r}", "a number above 0 and below 1", "0.1 holds out a tenth.")
 
 
 def groups_sharing(keys: Iterable[Iterable[str]]) -> list[list[int]]:

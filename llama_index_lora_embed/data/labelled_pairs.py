@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError, warn_user
+from llama_index_lora_embed.core.errors import DatasetError, SplitError, warn_user
 from llama_index_lora_embed.core.files import write_json
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.grouping import draw_groups, groups_sharing
+from llama_index_lora_embed.data.grouping import check_fraction, draw_groups, groups_sharing
 from llama_index_lora_embed.data.readers.files import Entry, PairsReport, number, numbered, path_entries
 from llama_index_lora_embed.data.readers.labelled import (
     Columns,
@@ -89,11 +89,7 @@ class LabelledPairs:
 
     @classmethod
     def coerce(cls, value: Any, name: str = "pairs") -> LabelledPairs:
-        """This class from itself, its fields, a path, a `datasets.Dataset`, a DataFrame or rows.
-
-        Args:
-            value: The pairs.
-            name: What error messages call them.
+        """This class from itself, its fields, a path, or what `from_rows` takes; errors call it `name`.
 
         Raises:
             ConfigError: A column is missing, or the file has another ending.
@@ -240,10 +236,7 @@ class LabelledPairs:
         return found
 
     def check(self, name: str = "pairs") -> LabelledPairs:
-        """These pairs, if there are any and they have no `problems()`.
-
-        Args:
-            name: What the error message calls them.
+        """These pairs, if there are any and they have no `problems()`; errors call them `name`.
 
         Raises:
             DatasetError: There are no pairs; a text is invalid or empty; a label is invalid or outside 0 to 1; all
@@ -283,19 +276,14 @@ class LabelledPairs:
 
         Args:
             fraction: Share of the pairs to hold out, above 0 and below 1.
-            seed: Random seed of the order in which groups are drawn.
-
-        Returns:
-            (training, validation), both in the order of the pairs.
+            seed: Random seed of the order in which groups are drawn; both sides are in the order of the pairs.
 
         Raises:
             ConfigError: `fraction` is not between 0 and 1.
             DatasetError: See `check`.
             SplitError: All pairs are tied together, or a side would have one label only.
         """
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-            hint = "0.1 holds out a tenth of the pairs."
-            raise ConfigError(f"fraction={fraction!r}", "a number above 0 and below 1", hint)
+        check_fraction(fraction, "fraction")
         self.check("pairs to split")
         groups = groups_sharing(map(normalise, pair) for pair in zip(self.texts1, self.texts2, strict=True))
         random.Random(seed).shuffle(groups)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from llama_index_lora_embed.core.errors import ConfigError, SplitError, warn_user
+from llama_index_lora_embed.core.errors import SplitError, warn_user
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.grouping import groups_sharing
+from llama_index_lora_embed.data.grouping import check_fraction, groups_sharing
 from llama_index_lora_embed.data.text import normalise
 
 # Queries about one document succeed or fail together, so that a verdict rests on the number of documents; of fewer than
@@ -92,19 +92,13 @@ def split_by_source(
         seed: Random seed of the order in which documents are drawn.
         max_passages: Maximum size of the validation corpus; relevant passages are always in it.
 
-    Returns:
-        (training, validation).
-
     Raises:
         ConfigError: `val_fraction` is not between 0 and 1.
+        DatasetError: The dataset is empty or has problems.
         SplitError: All queries are tied to one document.
     """
-    if not 0 < val_fraction < 1:
-        raise ConfigError(
-            f"val_fraction={val_fraction!r}",
-            "a number above 0 and below 1",
-            "0.1 holds out a tenth of the queries.",
-        )
+    check_fraction(val_fraction, "val_fraction")
+    dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check()
     groups = _tied_groups(dataset)
     if len(groups) < 2:
         raise SplitError(
@@ -155,6 +149,6 @@ def _tied_groups(dataset: EmbeddingQAFinetuneDataset) -> list[list[str]]:
 def _tied_queries(dataset: EmbeddingQAFinetuneDataset, texts: dict[str, str]) -> list[list[str]]:
     """Groups of queries whose relevant passages share a source document or a text, which `texts` stands for."""
     query_ids = list(dataset.queries)
-    relevant = (dataset.relevant_docs[query_id] for query_id in query_ids)
-    keys = ([*(f"source:{dataset.source_of(i)}" for i in ids), *(f"text:{texts[i]}" for i in ids)] for ids in relevant)
+    ties = {i: (f"source:{dataset.source_of(i)}", f"text:{text}") for i, text in texts.items()}
+    keys = ([tie for i in dataset.relevant_docs[query_id] for tie in ties[i]] for query_id in query_ids)
     return [[query_ids[index] for index in group] for group in groups_sharing(keys)]

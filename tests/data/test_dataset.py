@@ -43,7 +43,7 @@ def test_query_docid_pairs_are_those_of_llama_index():
     assert small().query_docid_pairs == [("first", ["p1"]), ("second", ["p2"])]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"queries": 1}', "not json", "\xff"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"queries": 1}', "not json", "[" * 100_000, "\xff"])
 def test_a_file_with_something_else_is_a_dataset_error(tmp_path, content):
     path = tmp_path / "broken.json"
     path.write_bytes(content.encode("latin-1"))
@@ -144,6 +144,8 @@ def test_coerce_takes_what_users_have(tmp_path):
         assert EmbeddingQAFinetuneDataset.coerce(given) == dataset
     with pytest.raises(DatasetError, match="list"):
         EmbeddingQAFinetuneDataset.coerce([1, 2])
+    with pytest.raises(DatasetError, match="wrong type"):
+        EmbeddingQAFinetuneDataset.coerce({1: 2})
 
 
 def test_subset_keeps_what_belongs_to_the_queries():

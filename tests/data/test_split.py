@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 
-from llama_index_lora_embed.core.errors import ConfigError, SplitError
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError
 from llama_index_lora_embed.data import split_by_source
 from llama_index_lora_embed.data.filters import near_duplicates
 from llama_index_lora_embed.data.split import split_report
@@ -78,12 +78,21 @@ def test_one_document_cannot_be_split():
         split_by_source(dataset)
 
 
+def test_an_incomplete_dataset_is_refused():
+    dataset = make_dataset(passages=4)
+    del dataset.relevant_docs["q0-0"]
+    with pytest.raises(DatasetError, match="no relevant passage"):
+        split_by_source(dataset)
+    with pytest.raises(DatasetError, match="0 queries"):
+        split_by_source(make_dataset(passages=0))
+
+
 def test_two_documents_can():
     train, val = split_by_source(make_dataset(passages=4), 0.9)
     assert len(train.queries) == len(val.queries) == 4
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 2])
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 2, "0.1", None, True])
 def test_a_fraction_outside_0_to_1_is_refused(fraction):
     with pytest.raises(ConfigError, match="val_fraction"):
         split_by_source(make_dataset(), fraction)

@@ -132,7 +132,7 @@ def filter_queries(
     filters apply only to queries that were written for the dataset: not by people, nor taken from the documents.
 
     Args:
-        dataset: Queries and corpus; it is not changed.
+        dataset: Queries and corpus, or what `EmbeddingQAFinetuneDataset.coerce` takes.
         settings: What to drop; None takes `QueryFilterSettings()`.
         embed_model: For the round trip: a LlamaIndex embedding model, or a function that makes one and is called
             only if there are queries to check. None skips the round trip.
@@ -143,6 +143,7 @@ def filter_queries(
     Raises:
         NonFiniteLossError: `embed_model` returns NaN or infinity.
     """
+    dataset = EmbeddingQAFinetuneDataset.coerce(dataset)
     settings = settings or QueryFilterSettings()
     left = list(dataset.queries)
     reasons: dict[str, str] = {}

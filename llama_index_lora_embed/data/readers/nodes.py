@@ -37,15 +37,14 @@ def read_nodes(path: str | os.PathLike[str]) -> list[BaseNode]:
             "Write one with node.to_json(), or check the path.",
         )
     nodes: list[BaseNode] = []
-    with open(source, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
+        try:
             if line.strip():
-                try:
-                    nodes.append(TextNode.from_dict(json.loads(line)))
-                except (ValueError, TypeError, AttributeError) as error:
-                    raise DatasetError(
-                        f"line {number} of {str(source)!r}, which is no node ({str(error).splitlines()[0]})",
-                        "a line that node.to_json() wrote",
-                        "Remove or correct the line.",
-                    ) from error
+                nodes.append(TextNode.from_dict(json.loads(line)))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise DatasetError(
+                f"line {number} of {str(source)!r}, which is no node ({error})",
+                "a line that node.to_json() wrote",
+                "Remove or correct the line.",
+            ) from error
     return nodes

@@ -70,7 +70,7 @@ def read_pairs(
             - a BEIR folder (corpus.jsonl, queries.jsonl, qrels/<split>.tsv). Only passages in the qrels are kept in
               memory; a title goes on a line of its own before the text;
             - a `datasets.Dataset`, a dict of them by split, or a pandas DataFrame;
-            - an iterable of mappings, of (query, passage) or (query, passage, label) tuples, or of `Pair`s.
+            - an iterable of mappings, or of (query, passage) or (query, passage, label) tuples.
         columns: Names of columns that are not recognised: {"query": ..., "passage": ..., "node_id": ...,
             "score": ..., "negatives": ..., "source_document": ...}, as far as needed; None ignores a field.
         split: Qrels of a BEIR folder, or split of a dict of datasets.
@@ -177,9 +177,7 @@ def _choose(found: list[str], given: Mapping[str, str | None]) -> tuple[dict[str
 def _rows(source: Any, split: str, report: PairsReport) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, cells by column) of each row, from the start of the source."""
     for where, entry in _entries(source, split, report):
-        if isinstance(entry, Pair):
-            yield where, vars(entry)
-        elif isinstance(entry, Mapping):
+        if isinstance(entry, Mapping):
             yield where, {str(key): value for key, value in entry.items()}
         elif isinstance(entry, (tuple, list)) and len(entry) in (2, 3):
             yield where, dict(zip(("query", "passage", "score"), entry, strict=False))

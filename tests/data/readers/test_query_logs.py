@@ -305,12 +305,6 @@ def test_a_generator_is_read_although_grades_need_two_readings():
     assert "neither a mapping" in report.counts
 
 
-def test_pairs_that_were_read_can_be_given_again():
-    rows = [{"query": "a", "passage": "b", "score": 2, "negative": "n"}, {"query": "c", "passage": "d", "score": 1}]
-    pairs = pairs_of(rows)
-    assert pairs_of(pairs) == pairs
-
-
 def test_a_beir_folder_is_read_with_titles_ids_and_grades(tmp_path):
     dataset, report = dataset_from_pairs(beir(tmp_path))
     assert dataset.corpus == {"d1": "Invoices\nThey are sent monthly.", "d2": "Refunds take a week."}
