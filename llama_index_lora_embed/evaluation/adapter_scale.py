@@ -11,6 +11,7 @@ from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
+from llama_index_lora_embed.evaluation.metrics import NAMES
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -52,7 +53,7 @@ def tune_scale(
         adapter_path: Folder or Hub id of a plain LoRA.
         dataset: Validation dataset, not the training dataset.
         scales: Numbers from 0 to 1.
-        metric: One of `RetrievalEvaluation.metrics`.
+        metric: One of `metrics.NAMES`.
         **embedding: Further arguments of `LoraEmbedding`: device, prompts, ...
 
     Raises:
@@ -65,6 +66,8 @@ def tune_scale(
     """
     if not scales or not all(map(is_share, scales)):
         raise ConfigError(f"scales={scales!r}", "at least one number from 0 to 1", f"scales={SCALES}")
+    if metric not in NAMES:
+        raise ConfigError(f"metric={metric!r}", f"one of {', '.join(NAMES)}", "metric='ndcg@10'")
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset, "dataset")
     evaluations: dict[float, RetrievalEvaluation] = {}
     for scale in sorted({float(scale) for scale in scales}):
@@ -73,8 +76,5 @@ def tune_scale(
             adapters={"tuned": adapter_path}, adapter="tuned", adapter_scale=scale, max_adapters=1, **embedding
         )
         evaluations[scale] = evaluate_retrieval(embed_model, dataset)
-        if metric not in evaluations[scale].metrics:
-            known = ", ".join(evaluations[scale].metrics)
-            raise ConfigError(f"metric={metric!r}", f"one of {known}", "metric='ndcg@10'")
     best = max(evaluations, key=lambda scale: (evaluations[scale].metrics[metric], -scale))
     return ScaleSweep(best, metric, evaluations)

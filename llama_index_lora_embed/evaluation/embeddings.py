@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 Side = Literal["query", "passage"]
 
 
+@dataclass(frozen=True)
 class Embedder:
     """Embeds texts as float32 vectors with a LlamaIndex embedding model; see `evaluate_retrieval`.
 
@@ -40,27 +42,21 @@ class Embedder:
         ConfigError: embed_model is not an embedding model, or num_workers is not a positive number.
     """
 
-    def __init__(
-        self,
-        embed_model: BaseEmbedding,
-        *,
-        num_workers: int | None = None,
-        cache_folder: str | os.PathLike[str] | None = None,
-        show_progress: bool = False,
-    ) -> None:
+    embed_model: BaseEmbedding
+    num_workers: int | None
+    cache_folder: str | os.PathLike[str] | None
+    show_progress: bool
+
+    def __post_init__(self) -> None:
         from llama_index.core.base.embeddings.base import BaseEmbedding
 
-        if not isinstance(embed_model, BaseEmbedding):
+        if not isinstance(self.embed_model, BaseEmbedding):
             raise ConfigError(
-                f"an embedding model of type {type(embed_model).__name__}",
+                f"an embedding model of type {type(self.embed_model).__name__}",
                 "a LlamaIndex BaseEmbedding",
                 'LoraEmbedding("runs/handbook"), LoraEmbedding(base_model="..."), HuggingFaceEmbedding(...), ...',
             )
-        check_num_workers(num_workers)
-        self.embed_model = embed_model
-        self.num_workers = num_workers
-        self.show_progress = show_progress
-        self.cache_folder = None if cache_folder is None else Path(cache_folder).expanduser()
+        check_num_workers(self.num_workers)
 
     async def embed(self, texts: Sequence[str], side: Side) -> FloatArray:
         """Vectors [texts, dimensions] of at least one text, in an array that the caller may change.
@@ -72,7 +68,7 @@ class Embedder:
             OutputDirectoryError: cache_folder cannot be written.
         """
         vectors: FloatArray | None = None
-        cache = None if self.cache_folder is None else await self._open_cache(self.cache_folder, side)
+        cache = await self._open_cache(side)
         with tqdm(total=len(texts), desc=f"{side} vectors", disable=not self.show_progress) as bar:
             for start in range(0, len(texts), _CHUNK):
                 chunk = list(texts[start : start + _CHUNK])
@@ -96,8 +92,11 @@ class Embedder:
         assert vectors is not None, "a checked dataset has texts"
         return vectors
 
-    async def _open_cache(self, folder: Path, side: Side) -> EmbeddingCache | None:
+    async def _open_cache(self, side: Side) -> EmbeddingCache | None:
         """The cache file of the model, found by its fingerprint, or by its settings and the vector of a probe."""
+        if self.cache_folder is None:
+            return None
+        folder = Path(self.cache_folder).expanduser()
         name, complete = model_identity(self.embed_model)
         if complete:
             return EmbeddingCache(folder / name / f"{side}.sqlite")
@@ -110,10 +109,8 @@ class Embedder:
             if not cache.read([_PROBE]):
                 cache.write([_PROBE], [probe])  # another process may be first
             cached = cache.read([_PROBE]).get(_PROBE)
-            if cached is not None and cached.shape == probe.shape:
-                lengths = np.linalg.norm(cached) * np.linalg.norm(probe)
-                if cached @ probe >= _SAME_MODEL * lengths:
-                    return cache
+            if cached is not None and _is_same_direction(cached, probe):
+                return cache
             number += 1
 
     async def _request(self, texts: list[str], side: Side) -> list[FloatArray]:
@@ -143,6 +140,11 @@ class Embedder:
                 "The embedding model drops texts: check how it treats empty or repeated ones.",
             )
         return [np.asarray(vector, dtype=np.float32) for vector in vectors]
+
+
+def _is_same_direction(left: FloatArray, right: FloatArray) -> bool:
+    lengths = np.linalg.norm(left) * np.linalg.norm(right)
+    return left.shape == right.shape and bool(left @ right >= _SAME_MODEL * lengths)
 
 
 async def gather_limited(calls: Sequence[Callable[[], Awaitable[_T]]], limit: int) -> list[_T]:

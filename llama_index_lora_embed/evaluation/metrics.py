@@ -26,7 +26,6 @@ _TREC_NAMES = {
     "precision@5": "P_5",
     "precision@10": "P_10",
 }
-_TREC_REQUEST = {"success.1,5,10", "recip_rank", "ndcg_cut.10", "map_cut.100", "recall.1,5,10", "P.1,5,10"}
 _LABELS = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "roc_auc": "ROC-AUC", "spearman": "Spearman"}
 
 NAMES = tuple(_TREC_NAMES)
@@ -81,7 +80,8 @@ def compute_metrics(
         key, highest = str(number), max(graded.values())
         judgments[key] = {names[i]: max(1, round(grade / highest * _GRADE_SCALE)) for i, grade in graded.items()}
         scores[key] = {names[i]: float(-rank) for rank, i in enumerate(ranked)}
-    values = pytrec_eval.RelevanceEvaluator(judgments, _TREC_REQUEST).evaluate({k: v for k, v in scores.items() if v})
+    evaluator = pytrec_eval.RelevanceEvaluator(judgments, set(_TREC_NAMES.values()))
+    values = evaluator.evaluate({key: ranked for key, ranked in scores.items() if ranked})
     zeros = dict.fromkeys(_TREC_NAMES.values(), 0.0)  # for a query with an empty ranking
     metrics: dict[str, dict[str, float]] = {}
     for number, query_id in enumerate(rankings):

@@ -72,19 +72,21 @@ def evaluate_pairs(
 ) -> PairEvaluation:
     """Evaluate any LlamaIndex embedding model on labelled pairs, by cosine similarity.
 
-    The metrics agree with sentence-transformers' BinaryClassificationEvaluator and EmbeddingSimilarityEvaluator. The
-    keyword arguments are those of `evaluate_retrieval`.
+    The metrics agree with sentence-transformers' BinaryClassificationEvaluator and EmbeddingSimilarityEvaluator.
 
     Args:
         embed_model: Embeds all texts as passages; the first texts as queries if the pairs are not symmetric.
         pairs: Labelled pairs, or what `LabelledPairs.coerce` takes.
+        num_workers: See `evaluate_retrieval`.
+        cache_folder: See `evaluate_retrieval`.
+        show_progress: Show progress bars.
 
     Raises:
         ConfigError: The pairs are a file or rows with unknown columns, or the vectors differ in length.
         DatasetError: The pairs cannot be evaluated on; see `LabelledPairs.check`.
         NonFiniteLossError: Vectors are NaN or infinite.
     """
-    embedder = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    embedder = Embedder(embed_model, num_workers, cache_folder, show_progress)
     suspends = num_workers is not None
     return evaluate_pair_encoders(
         lambda texts: run_async(embedder.embed(texts, "query"), suspends=suspends),

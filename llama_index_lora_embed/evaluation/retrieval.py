@@ -90,7 +90,8 @@ def evaluate_retrieval(
 ) -> RetrievalEvaluation:
     """Evaluate any LlamaIndex embedding model on a dataset, by exact search with cosine similarity.
 
-    Memory holds the vectors, a block of scores (16 MB) and 100 ranks for each query.
+    Memory holds the vectors, a block of scores (16 MB) and 100 ranks for each query. The metrics agree with trec_eval
+    and, where it has them, with sentence-transformers' InformationRetrievalEvaluator.
 
     Args:
         embed_model: The model; queries and passages are embedded by its respective methods.
@@ -101,10 +102,6 @@ def evaluate_retrieval(
             is paid once. A model is identified by its fingerprint, or else by its settings (except secrets), the files
             of its folder, and its vector of a probe, which is embedded each time.
         show_progress: Show a progress bar.
-
-    Returns:
-        Metrics that agree with trec_eval and, where it has them, with sentence-transformers'
-        InformationRetrievalEvaluator.
 
     Raises:
         ConfigError: The vectors differ in length, or num_workers is not a positive number.
@@ -117,7 +114,7 @@ def evaluate_retrieval(
         0.748
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    embedder = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    embedder = Embedder(embed_model, num_workers, cache_folder, show_progress)
     return _evaluate(*run_async(_embed(embedder, dataset), suspends=num_workers is not None), dataset)
 
 
@@ -134,7 +131,7 @@ async def aevaluate_retrieval(
     Results and errors are the same. The search runs in a thread, so that it does not block the loop.
     """
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    embedder = Embedder(embed_model, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress)
+    embedder = Embedder(embed_model, num_workers, cache_folder, show_progress)
     return await asyncio.to_thread(_evaluate, *await _embed(embedder, dataset), dataset)
 
 
@@ -228,25 +225,16 @@ def _evaluate(queries: FloatArray, passages: FloatArray, dataset: EmbeddingQAFin
 
 def _notes(dataset: EmbeddingQAFinetuneDataset, queries: FloatArray, passages: FloatArray) -> list[str]:
     notes = []
-    if copies := _repeated(dataset.corpus):
-        notes.append(
-            f"{len(copies)} of {len(dataset.corpus)} passages have the same text as another one ({examples(copies)}): "
-            "where only one of them is judged relevant, retrieving the other counts as wrong."
-        )
-    if copies := _repeated(dataset.queries):
-        notes.append(
-            f"{len(copies)} of {len(dataset.queries)} queries have the same text as another one ({examples(copies)})."
-        )
+    consequence = ": where only one of them is judged relevant, retrieving the other counts as wrong."
+    for name, texts, end in (("passages", dataset.corpus, consequence), ("queries", dataset.queries, ".")):
+        first: dict[str, str] = {}
+        if copies := [i for i, text in texts.items() if first.setdefault(normalise(text), i) != i]:
+            count = f"{len(copies)} of {len(texts)} {name}"
+            notes.append(f"{count} have the same text as another one ({examples(copies)}){end}")
     for name, vectors in (("query", queries), ("passage", passages)):
         if zeros := int((~vectors.any(axis=1)).sum()):
             notes.append(f"{zeros} of {len(vectors)} {name} vectors are zero, so their similarity to every text is 0.")
     return notes
-
-
-def _repeated(texts: dict[str, str]) -> list[str]:
-    """Ids of the texts that repeat an earlier one."""
-    first: dict[str, str] = {}
-    return [i for i, text in texts.items() if first.setdefault(normalise(text), i) != i]
 
 
 def _sample(

@@ -59,7 +59,7 @@ class SliceOutcome:
 
 @dataclass(frozen=True)
 class RegressionCheck:
-    """nDCG@10 on a regression set (general queries, unrelated to the training data), and the accepted loss of the mean."""
+    """nDCG@10 on a regression set (general queries, unrelated to the training data); `limit` is the accepted loss."""
 
     ndcg: Difference
     queries: int
@@ -154,8 +154,10 @@ def compare_retrieval(
         slices: Custom slices: name to query ids. There are slices by length, style, origin, source document and
             truncation of the relevant passages anyway.
         names: Names of the two models.
-        num_workers, cache_folder, show_progress: See `evaluate_retrieval`.
+        num_workers: See `evaluate_retrieval`.
+        cache_folder: See `evaluate_retrieval`.
         seed: Random seed of the bootstrap.
+        show_progress: Show progress bars.
 
     Raises:
         ConfigError: regression_limit is not a number from 0 to 1, names are not two different strings, regression_set

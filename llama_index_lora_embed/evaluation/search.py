@@ -21,7 +21,7 @@ def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDAr
     """The passages with the highest dot product for each query, best first; ties in the order of their rows.
 
     Args:
-        queries: [queries, dimensions].
+        queries: [queries, dimensions], at least one.
         passages: [passages, dimensions].
         depth: Number of passages for each query.
 
@@ -30,27 +30,24 @@ def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDAr
     """
     import torch
 
-    depth = min(depth, len(passages))
-    rows = np.empty((len(queries), depth), dtype=np.int64)
-    scores = np.empty((len(queries), depth), dtype=np.float32)
-    for start in range(0, len(queries), _QUERIES):
-        part = torch.from_numpy(queries[start : start + _QUERIES])
-        values = torch.empty(len(part), 0)
-        where = torch.empty(len(part), 0, dtype=torch.int64)
-        for begin in range(0, len(passages), _PASSAGES):
+    found = []
+    for part in torch.from_numpy(queries).split(_QUERIES):
+        scores, rows = torch.empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64)
+        for start in range(0, len(passages), _PASSAGES):
             with torch.autocast("cpu", enabled=False):  # scores are float32 whatever the precision of training
-                similarities = part @ torch.from_numpy(passages[begin : begin + _PASSAGES]).T
-            found, at = _highest(similarities, depth)
+                similarities = part @ torch.from_numpy(passages[start : start + _PASSAGES]).T
+            values, columns = _highest(similarities, depth)
             # earlier rows come first, and a stable sort keeps them there
-            values, where = torch.cat([values, found], dim=1), torch.cat([where, at + begin], dim=1)
-            values, order = (t[:, :depth] for t in values.sort(dim=1, descending=True, stable=True))
-            where = where.gather(1, order)
-        rows[start : start + len(part)], scores[start : start + len(part)] = where.numpy(), values.numpy()
-    return rows, scores
+            scores, rows = torch.cat([scores, values], dim=1), torch.cat([rows, columns + start], dim=1)
+            scores, order = (t[:, :depth] for t in scores.sort(dim=1, descending=True, stable=True))
+            rows = rows.gather(1, order)
+        found.append((rows, scores))
+    rows, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return rows.numpy(), scores.numpy()
 
 
 def _highest(scores: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The highest scores of each row and their columns; ties in the order of their columns."""
+    """The highest scores of each row and their columns; of tied scores, those in the lowest columns, in their order."""
     import torch
 
     depth = min(depth, scores.shape[1])
@@ -61,8 +58,6 @@ def _highest(scores: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     ambiguous = tied.nonzero().flatten()
     columns, order = columns[:, :depth].sort(dim=1)
     values = values[:, :depth].gather(1, order)
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, order)
     if len(ambiguous):
         exact = scores[ambiguous].sort(dim=1, descending=True, stable=True)
         values[ambiguous], columns[ambiguous] = exact.values[:, :depth], exact.indices[:, :depth]

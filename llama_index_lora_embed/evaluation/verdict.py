@@ -91,11 +91,7 @@ def describe_disagreement(origins: Mapping[str, str], changes: Mapping[str, floa
     """A sentence if one kind of synthetic queries gains much more than another, else an empty string.
 
     Sentences cut from passages gain whenever a model is trained on such sentences; titles are closer to what users
-    write (benchmarks/README.md, "Verdicts").
-
-    Args:
-        origins: Query id to origin.
-        changes: Query id to difference in nDCG@10.
+    write (benchmarks/README.md, "Verdicts"). `changes` is query id to difference in nDCG@10.
     """
     by_origin: dict[str, list[float]] = {}
     for query_id, change in changes.items():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError
 from llama_index_lora_embed.core.files import whole_file
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 _QUERIES = 10  # improved and degraded queries that are shown
 _PASSAGES = 3  # passages of each
 _PASSAGE_WIDTH = 220  # characters of a passage
-_MIN_VECTORS = 4  # for a map
 _STYLES = {Verdict.BETTER: "better", Verdict.WORSE: "worse"}
 _CURVES = "Training loss and validation metrics; the dashed line marks the step whose weights were written."
 _METRICS = "Means over the queries, with 95 % intervals."
@@ -41,29 +39,10 @@ _MAP = (
 _PAIRS = "The further apart the two distributions are, the better a threshold separates them."
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A plot on the page.
-
-    Attributes:
-        name: Name of its file, without extension.
-        caption: What it shows, and how to read it.
-        png: Content of the file.
-    """
-
-    name: str
+class _Plot(NamedTuple):
+    name: str  # of its file, without extension
     caption: str
-    png: bytes
-
-    @classmethod
-    def of(cls, name: str, caption: str, figure: Figure) -> Plot:
-        """The plot of a figure."""
-        return cls(name, caption, plots.png(figure))
-
-    @property
-    def source(self) -> str:
-        """The file as a data URL, so that the page needs no other file."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+    figure: Figure
 
 
 def write_report(
@@ -85,9 +64,6 @@ def write_report(
         figures: Folder in which the plots are saved as PNG files too; None saves none.
         title: Title; None for the name of the adapter directory.
 
-    Returns:
-        The file.
-
     Raises:
         AdapterError: `run` is not an adapter directory of this package.
         ConfigError: comparison is of another type.
@@ -108,10 +84,10 @@ def write_report(
             "improved": [_side_by_side(outcome, comparison) for outcome in comparison.improved[:_QUERIES]],
             "degraded": [_side_by_side(outcome, comparison) for outcome in comparison.degraded[:_QUERIES]],
         }
-    elif _is_pair_of_evaluations(comparison):
+    elif isinstance(comparison, tuple) and [type(item) for item in comparison] == [PairEvaluation, PairEvaluation]:
         result = compare_pairs(*comparison)
-        line, by_name = str(result), dict(zip(("base", "tuned"), comparison, strict=True))
-        shown = [Plot.of("similarities", _PAIRS, plots.pair_distributions(by_name))]
+        line, by_name = str(result), {"base": comparison[0], "tuned": comparison[1]}
+        shown = [_Plot("similarities", _PAIRS, plots.pair_distributions(by_name))]
         content = {"notes": [], "names": [], "tables": [metrics_table(by_name)], "improved": [], "degraded": []}
     else:
         raise ConfigError(
@@ -120,7 +96,8 @@ def write_report(
             "write_report(path, compare_retrieval(base, tuned, val))",
         )
     if facts is not None and facts.log:
-        shown.insert(0, Plot.of("curves", _CURVES, plots.curves(facts.log, facts.manifest.best_step)))
+        shown.insert(0, _Plot("curves", _CURVES, plots.curves(facts.log, facts.manifest.best_step)))
+    files = {plot.name: plots.png(plot.figure) for plot in shown}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llama_index_lora_embed.evaluation.report", "."), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -130,7 +107,7 @@ def write_report(
         verdict=result.verdict.value,
         style=_STYLES.get(result.verdict, "unclear"),
         line=line.partition(": ")[2],
-        plots=shown,
+        plots=[(plot.name, plot.caption, base64.b64encode(files[plot.name]).decode()) for plot in shown],
         facts=[] if facts is None else _run_tables(facts),
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         **content,
@@ -141,9 +118,9 @@ def write_report(
         if figures is not None:
             folder = Path(figures).expanduser()
             folder.mkdir(parents=True, exist_ok=True)
-            for plot in shown:
-                with whole_file(folder / f"{plot.name}.png", "wb") as file:
-                    file.write(plot.png)
+            for name, png in files.items():
+                with whole_file(folder / f"{name}.png", "wb") as file:
+                    file.write(png)
         with whole_file(target, "wb") as file:
             file.write(page.encode("utf-8", "replace"))  # lone surrogates
     except OSError as error:
@@ -153,20 +130,16 @@ def write_report(
     return target
 
 
-def _is_pair_of_evaluations(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(item, PairEvaluation) for item in value)
-
-
-def _retrieval_plots(comparison: RetrievalComparison) -> Iterator[Plot]:
+def _retrieval_plots(comparison: RetrievalComparison) -> Iterator[_Plot]:
     evaluations = dict(zip(comparison.names, (comparison.base, comparison.tuned), strict=True))
-    yield Plot.of("metrics", _METRICS, plots.bars(evaluations))
+    yield _Plot("metrics", _METRICS, plots.bars(evaluations))
     if any(evaluation.similarities for evaluation in evaluations.values()):
-        yield Plot.of("similarities", _SIMILARITIES, plots.distributions(evaluations))
+        yield _Plot("similarities", _SIMILARITIES, plots.distributions(evaluations))
     if comparison.slices:
-        yield Plot.of("slices", _SLICES, plots.slices(comparison))
+        yield _Plot("slices", _SLICES, plots.slices(comparison))
     samples = {name: e.sample for name, e in evaluations.items() if e.sample is not None}
-    if len(samples) == 2 and all(len(s.queries) + len(s.passages) >= _MIN_VECTORS for s in samples.values()):
-        yield Plot.of("map", _MAP, plots.embedding_map(samples))
+    if len(samples) == 2 and all(len(s.queries) + len(s.passages) >= 4 for s in samples.values()):
+        yield _Plot("map", _MAP, plots.embedding_map(samples))
 
 
 def _side_by_side(outcome: QueryOutcome, comparison: RetrievalComparison) -> dict[str, Any]:
@@ -195,22 +168,22 @@ def _run_tables(facts: RunFacts) -> list[Table]:
         "prompts": ", ".join(f"{name}: {prompt!r}" for name, prompt in manifest.prompts.items()),
         "max_seq_length": manifest.max_seq_length,
     }
-    tables = [_values_table("Run", run), _values_table("Data", manifest.dataset)]
+    sections = {
+        "Run": run,
+        "Data": manifest.dataset,
+        "Truncated texts": manifest.truncation,
+        "LoRA": manifest.lora,
+        "Settings": manifest.settings,
+        "Libraries": manifest.versions,
+    }
+    tables = []
+    for title, values in sections.items():
+        rows = [(name.replace("_", " "), _as_text(value)) for name, value in (values or {}).items()]
+        if rows:
+            tables.append(Table(title, ("", " "), rows, text_columns=(" ",)))
     if facts.data:
-        tables.append(Table("From nodes to queries", ("",), [(line,) for line in facts.data]))
-    if manifest.truncation:
-        tables.append(_values_table("Truncated texts", manifest.truncation))
-    return [
-        *tables,
-        _values_table("LoRA", manifest.lora),
-        _values_table("Settings", manifest.settings),
-        _values_table("Libraries", manifest.versions),
-    ]
-
-
-def _values_table(title: str, values: dict[str, Any]) -> Table:
-    rows = [(str(name).replace("_", " "), _as_text(value)) for name, value in values.items()]
-    return Table(title, ("", " "), rows, text_columns=(" ",))
+        tables.insert(2, Table("From nodes to queries", ("",), [(line,) for line in facts.data]))
+    return tables
 
 
 def _as_text(value: Any) -> str:

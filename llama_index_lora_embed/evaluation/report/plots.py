@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.evaluation.metrics import HEADLINE, metric_label
 from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.evaluation.retrieval import EmbeddingSample, RetrievalEvaluation
     from llama_index_lora_embed.evaluation.retrieval_comparison import RetrievalComparison
 
-_GREY, _BLUE, _RED, _LIGHT = "#8d949e", "#0b7285", "#c92a2a", "#e9ecef"
+_GREY, _BLUE, _RED, _ORANGE, _LIGHT, _DARK = "#8d949e", "#0b7285", "#c92a2a", "#e8590c", "#e9ecef", "#343a40"
 _DPI = 160
 _BINS = 40
 _PERPLEXITY = 15.0  # of t-SNE; less if there are few points
@@ -48,23 +47,20 @@ def curves(log: Sequence[Mapping[str, Any]], best_step: int | None = None) -> Fi
     return figure
 
 
-def bars(evaluations: Mapping[str, RetrievalEvaluation], *, seed: int = 0) -> Figure:
-    """Means of the headline metrics with 95 % intervals (`significance.paired_intervals`), a colour for each model."""
+def bars(evaluations: Mapping[str, RetrievalEvaluation]) -> Figure:
+    """Means of two models in the headline metrics, with 95 % intervals (`significance.paired_intervals`)."""
     names = [n for n in HEADLINE if all(n in e.metrics for e in evaluations.values())]
     figure, (axes,) = _panels(1)
-    width = 0.8 / len(evaluations)
-    for number, (label, evaluation) in enumerate(evaluations.items()):
+    for (label, evaluation), shift, colour in zip(evaluations.items(), (-0.2, 0.2), (_GREY, _BLUE), strict=True):
         values = np.array([[per_query[n] for n in names] for per_query in evaluation.per_query.values()])
-        means = values.mean(axis=0)
-        around = np.array(
-            [(m - low, high - m) for m, (low, high) in zip(means, paired_intervals(values, seed=seed), strict=True)]
-        )
-        places = np.arange(len(names)) + (number - (len(evaluations) - 1) / 2) * width
-        axes.bar(places, means, width * 0.94, color=_colour(number, len(evaluations)), label=_plain(label))
-        axes.errorbar(places, means, yerr=around.clip(0).T, fmt="none", ecolor="#343a40", capsize=2, linewidth=1)
+        means, (low, high) = values.mean(axis=0), np.transpose(paired_intervals(values))
+        around = np.clip([means - low, high - means], 0, None)
+        places = np.arange(len(names)) + shift
+        axes.bar(places, means, 0.376, color=colour, label=_plain(label))
+        axes.errorbar(places, means, yerr=around, fmt="none", ecolor=_DARK, capsize=2, linewidth=1)
     axes.set_xticks(np.arange(len(names)), [metric_label(n) for n in names])
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(evaluations))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     _label(axes, "metrics with 95 % intervals", "")
     return figure
 
@@ -74,14 +70,11 @@ def distributions(evaluations: Mapping[str, RetrievalEvaluation]) -> Figure:
     figure, panels = _panels(len(evaluations))
     for axes, (label, evaluation) in zip(panels, evaluations.items(), strict=True):
         right = [s for of_query in evaluation.relevant_similarities.values() for s in of_query.values()]
-        wrong = [
-            next((s for i, s in zip(evaluation.rankings[q], scores, strict=True) if i not in relevant), None)
-            for q, scores in evaluation.similarities.items()
-            if (relevant := evaluation.relevant_similarities.get(q))
-        ]
-        _two_histograms(
-            axes, right, [s for s in wrong if s is not None], ("relevant passages", "the best other passage")
-        )
+        wrong = []
+        for query_id, relevant in evaluation.relevant_similarities.items():
+            scores = zip(evaluation.rankings[query_id], evaluation.similarities[query_id], strict=True)
+            wrong += [score for passage_id, score in scores if passage_id not in relevant][:1]
+        _two_histograms(axes, right, wrong, ("relevant passages", "the best other passage"))
         _label(axes, label, "cosine similarity to the query")
     return figure
 
@@ -105,51 +98,41 @@ def slices(comparison: RetrievalComparison) -> Figure:
     whole = comparison.metrics["ndcg@10"]
     rows = [("all queries", comparison.comparison.queries, whole)]
     rows += [(f"{s.by}: {s.name}", s.queries, s.ndcg) for s in comparison.slices]
-    figure: Figure = require("matplotlib.figure").Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=_LIGHT, axis="x")
+    figure, (axes,) = _panels(1, height=0.8 + 0.3 * len(rows))
+    axes.grid(visible=False, axis="y")
     for place, (_, _, found) in enumerate(rows):
         low, high = found.interval
         few = found.improved + found.degraded < MIN_QUERIES
         colour = _GREY if few or low <= 0 <= high else _BLUE if low > 0 else _RED
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
         axes.plot(found.difference, place, "o", color=colour, markersize=5)
-    axes.axvline(0, color="#343a40", linewidth=0.8)
+    axes.axvline(0, color=_DARK, linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_plain(f"{name[:40]} ({count})") for name, count, _ in rows], fontsize=8)
     axes.invert_yaxis()
     _label(axes, "nDCG@10 by slice, difference with 95 % interval", "")
     return figure
 
 
-def embedding_map(samples: Mapping[str, EmbeddingSample], seed: int = 0) -> Figure:
-    """Queries and their relevant passages in two dimensions, a panel for each model.
+def embedding_map(samples: Mapping[str, EmbeddingSample]) -> Figure:
+    """Queries and their relevant passages in two dimensions, a panel for each model; of at least four vectors.
 
     t-SNE by cosine distance (van der Maaten and Hinton 2008, scikit-learn): near points are similar, distances between
     groups mean nothing. A line connects each query to its passages: the shorter, the better.
-
-    Raises:
-        ConfigError: There are fewer than four vectors.
     """
     from sklearn.manifold import TSNE  # type: ignore[import-untyped]
 
     figure, panels = _panels(len(samples), height=4.2)
     for axes, (label, sample) in zip(panels, samples.items(), strict=True):
         vectors = np.concatenate([sample.queries, sample.passages])
-        if len(vectors) < 4:
-            raise ConfigError(f"{len(vectors)} vectors to plot", "at least four", "Evaluate on more queries.")
         perplexity = min(_PERPLEXITY, (len(vectors) - 1) / 3)
         # PCA needs at least as many vectors as dimensions of the plot
         start = "pca" if min(vectors.shape) >= 2 else "random"
-        flat = TSNE(2, perplexity=perplexity, metric="cosine", init=start, random_state=seed).fit_transform(vectors)
-        queries, passages = flat[: len(sample.query_ids)], flat[len(sample.query_ids) :]
-        place = {i: row for row, i in enumerate(sample.passage_ids)}
-        for row, relevant in enumerate(sample.relevant):
-            for passage_id in relevant:
-                ends = np.stack([queries[row], passages[place[passage_id]]])
-                axes.plot(ends[:, 0], ends[:, 1], color="#adb5bd", linewidth=0.6, zorder=1)
+        flat = TSNE(2, perplexity=perplexity, metric="cosine", init=start, random_state=0).fit_transform(vectors)
+        queries, passages = np.split(flat, [len(sample.queries)])
+        for query, passage in sample.links:
+            axes.plot(*zip(queries[query], passages[passage], strict=True), color="#adb5bd", linewidth=0.6, zorder=1)
         axes.scatter(passages[:, 0], passages[:, 1], s=12, marker="s", color=_BLUE, label="passages", zorder=2)
-        axes.scatter(queries[:, 0], queries[:, 1], s=10, color="#e8590c", label="queries", zorder=3)
+        axes.scatter(queries[:, 0], queries[:, 1], s=10, color=_ORANGE, label="queries", zorder=3)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend(frameon=False, fontsize=8)
@@ -164,7 +147,7 @@ def trend(points: Sequence[tuple[str, float, tuple[float, float] | None]], metri
     axes.plot(range(len(points)), values, color=_BLUE, marker="o")
     for place, (_, value, around) in enumerate(points):
         if around is not None:
-            spread = [[max(0.0, value - around[0])], [max(0.0, around[1] - value)]]
+            spread = np.clip([[value - around[0]], [around[1] - value]], 0, None)
             axes.errorbar(place, value, yerr=spread, fmt="none", ecolor=_GREY, capsize=3)
     axes.set_xticks(range(len(points)), [_plain(name) for name, _, _ in points], rotation=30, ha="right", fontsize=8)
     _label(axes, f"{metric_label(metric)} by version", "")
@@ -215,7 +198,3 @@ def _label(axes: Axes, title: str, x: str) -> None:
     axes.set_title(_plain(title), loc="left", fontsize=10)
     axes.set_xlabel(x, fontsize=9)
     axes.tick_params(labelsize=8)
-
-
-def _colour(number: int, count: int) -> str:
-    return _GREY if number == 0 and count > 1 else (_BLUE, "#e8590c", "#5f3dc4", "#2b8a3e")[(number - 1) % 4]

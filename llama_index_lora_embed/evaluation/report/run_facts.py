@@ -12,8 +12,6 @@ from llama_index_lora_embed.core.errors import AdapterError
 from llama_index_lora_embed.core.files import read_json_lines
 from llama_index_lora_embed.models.adapter_directory import Manifest
 
-_LOG_NAME = "log.jsonl"
-
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -33,11 +31,7 @@ class RunFacts:
 
     @classmethod
     def read(cls, adapter_path: str | os.PathLike[str], data: str = "") -> RunFacts:
-        """Read the facts of an adapter directory.
-
-        Args:
-            adapter_path: The directory.
-            data: The run's `data_report` as a string.
+        """Read the facts of an adapter directory; `data` is the run's `data_report` as a string.
 
         Raises:
             AdapterError: The manifest is missing or damaged.
@@ -50,7 +44,7 @@ class RunFacts:
                 "an adapter directory written by this package",
                 "Pass the model_output_path of a run.",
             )
-        return cls(path, manifest, read_log(path.with_name(path.name + ".run") / _LOG_NAME), data.splitlines())
+        return cls(path, manifest, read_log(path.with_name(f"{path.name}.run") / "log.jsonl"), data.splitlines())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -59,6 +53,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for value in read_json_lines(path) if path.exists() else ():
         if isinstance(value.get("step"), int):
             # a resumed run repeats some steps; a new run in the same directory starts at step 0
-            lines = [kept for kept in lines if kept["step"] <= value["step"]]
+            while lines and lines[-1]["step"] > value["step"]:
+                lines.pop()
             lines.append(value)
     return lines

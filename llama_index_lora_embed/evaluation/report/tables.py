@@ -71,10 +71,7 @@ class Table:
 
 
 def metrics_table(evaluations: Mapping[str, RetrievalEvaluation | PairEvaluation]) -> Table:
-    """Any number of models side by side: a row for each model, a column for each metric that all of them have.
-
-    Args:
-        evaluations: Name of the model to evaluation.
+    """Any number of models by name: a row for each of them, a column for each metric that all of them have.
 
     Raises:
         ConfigError: There are no evaluations.
@@ -89,13 +86,7 @@ def metrics_table(evaluations: Mapping[str, RetrievalEvaluation | PairEvaluation
 def comparison_tables(
     comparison: RetrievalComparison, *, queries: int = _QUERIES, width: int = _CELL_WIDTH
 ) -> list[Table]:
-    """Metrics, regression set, slices, and the queries that improved and degraded most.
-
-    Args:
-        comparison: Comparison of two models.
-        queries: Number of improved and of degraded queries to show.
-        width: Characters of a text in a cell.
-    """
+    """Metrics, regression set, slices, and the queries that improved and degraded most; texts are cut at `width`."""
     base, tuned = comparison.names
     columns = (base, tuned, "difference", "95 % interval", "improved", "degraded", "sign test p")
     metrics = comparison.metrics
@@ -118,12 +109,7 @@ def comparison_tables(
 
 
 def to_markdown(comparison: RetrievalComparison, *, queries: int = _QUERIES) -> str:
-    """Verdict, notes and tables as Markdown, for a pull request.
-
-    Args:
-        comparison: Comparison of two models.
-        queries: Number of improved and of degraded queries to show.
-    """
+    """Verdict, notes and tables as Markdown for a pull request; at most `queries` improved and degraded queries."""
     parts = [f"**{comparison.verdict.value}**: {str(comparison).partition(': ')[2]}"]
     if comparison.notes:
         parts.append("\n".join(f"- {note}" for note in comparison.notes))
@@ -134,12 +120,7 @@ def to_markdown(comparison: RetrievalComparison, *, queries: int = _QUERIES) -> 
 def print_comparison(
     comparison: RetrievalComparison, *, queries: int = _QUERIES, console: Console | None = None
 ) -> None:
-    """Print verdict, notes and tables on a terminal.
-
-    Args:
-        comparison: Comparison of two models.
-        queries: Number of improved and of degraded queries to show.
-        console: A rich console; None for the terminal.
+    """Print verdict, notes and tables, with at most `queries` improved and degraded queries, on a rich console.
 
     Raises:
         MissingExtraError: rich is not installed.
@@ -178,13 +159,8 @@ def _query_cells(outcome: QueryOutcome, comparison: RetrievalComparison, width: 
         mark = "relevant: " if ranking[0] in outcome.relevant else "not relevant: "
         return mark + shortened(comparison.dataset.corpus.get(ranking[0], ranking[0]), width)
 
-    return (
-        shortened(outcome.text, width),
-        f"{outcome.base:.3f}",
-        f"{outcome.tuned:.3f}",
-        first(outcome.base_top),
-        first(outcome.tuned_top),
-    )
+    ndcg = f"{outcome.base:.3f}", f"{outcome.tuned:.3f}"
+    return (shortened(outcome.text, width), *ndcg, first(outcome.base_top), first(outcome.tuned_top))
 
 
 def _escape(text: str) -> str:
