@@ -158,11 +158,13 @@ class LLMClient:
             if attempt > 0:
                 wait = self.settings.backoff * 2.0 ** min(attempt - 1, 64)
                 await asyncio.sleep(random.uniform(0, min(wait, self.settings.max_backoff)))
-            if self._limit_reached():
-                return
             if attempt == (attempts + 1) // 2:  # an LLM that fails at structured output may still write plain lines
                 request = replace(request, output_cls=None)
             try:
+                if self._limiter is not None:
+                    await self._limiter.async_acquire()
+                if self._limit_reached():  # after the wait, during which other requests were sent
+                    return
                 return await self._attempt(request, key)
             except LoraEmbedError:
                 raise
@@ -171,8 +173,6 @@ class LLMClient:
         self._give_up(last)
 
     async def _attempt(self, request: Request, key: str) -> None:
-        if self._limiter is not None:
-            await self._limiter.async_acquire()
         self._count(requests=1)
         call = asyncio.ensure_future(self._call(request))
         try:

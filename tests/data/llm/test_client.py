@@ -246,6 +246,21 @@ def test_limits_stop_cleanly_and_the_next_run_continues(journal):
     assert llm.calls == 20
 
 
+def test_a_limit_counts_requests_that_wait_for_the_rate_limiter(journal):
+    class Slow(BaseRateLimiter):
+        def acquire(self, num_tokens=0):
+            raise NotImplementedError
+
+        async def async_acquire(self, num_tokens=0):
+            await asyncio.sleep(0.05)
+
+    llm_generator = generator(
+        FakeLLM(rate_limiter=Slow()), journal, settings=LLMSettings(max_requests=3, show_progress=False)
+    )
+    assert len(list(llm_generator.generate(some_nodes(10)))) == 6
+    assert llm_generator.report.requests == 3
+
+
 def test_the_llms_own_rate_limiter_is_honoured(journal):
     class Counting(BaseRateLimiter):
         taken = 0
