@@ -113,7 +113,7 @@ def metric_differences(
     changes = after - before
     differences = {}
     for column, (name, interval) in enumerate(zip(names, paired_intervals(changes, seed=seed), strict=True)):
-        means = (float(values[:, column].mean()) for values in (before, after, changes))
+        old, new, change = (float(values[:, column].mean()) for values in (before, after, changes))
         improved, degraded = int((changes[:, column] > 0).sum()), int((changes[:, column] < 0).sum())
-        differences[name] = Difference(*means, interval, improved, degraded, sign_test(improved, degraded))
+        differences[name] = Difference(old, new, change, interval, improved, degraded, sign_test(improved, degraded))
     return differences

@@ -123,9 +123,9 @@ class Embedder:
             vectors = await gather_limited(calls, self.num_workers)
         elif self.num_workers is not None:
             size = model.embed_batch_size
-            batches = [texts[start : start + size] for start in range(0, len(texts), size)]
-            calls = [partial(model.aget_text_embedding_batch, batch) for batch in batches]
-            vectors = [v for batch in await gather_limited(calls, self.num_workers) for v in batch]
+            starts = range(0, len(texts), size)
+            batches = [partial(model.aget_text_embedding_batch, texts[start : start + size]) for start in starts]
+            vectors = [vector for batch in await gather_limited(batches, self.num_workers) for vector in batch]
         elif side == "passage":
             vectors = model.get_text_embedding_batch(texts)
         elif isinstance(model, LoraEmbedding):

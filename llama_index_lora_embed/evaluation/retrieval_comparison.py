@@ -80,7 +80,7 @@ class RegressionCheck:
 
 @dataclass(frozen=True)
 class RetrievalComparison:
-    """Base against tuned on one dataset; print it, or see `report.tables` and `report.html`.
+    """Evaluations of two models on one dataset, compared; print it, or see `report.tables` and `report.html`.
 
     Attributes:
         comparison: nDCG@10 with its interval, the verdict, and the queries that it is based on.
@@ -88,10 +88,6 @@ class RetrievalComparison:
         queries: Outcome of every query, from the largest gain to the largest loss.
         slices: nDCG@10 on slices of the queries.
         regression_set: nDCG@10 on the regression set; None without one.
-        base: Evaluation of the base.
-        tuned: Evaluation of the tuned model.
-        dataset: The dataset of both evaluations.
-        names: Names of the two models.
     """
 
     comparison: Comparison

@@ -31,7 +31,7 @@ def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDAr
     import torch
 
     found = []
-    for part in torch.from_numpy(queries).split(_QUERIES):
+    for part in torch.split(torch.from_numpy(queries), _QUERIES):
         scores, rows = torch.empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64)
         for start in range(0, len(passages), _PASSAGES):
             with torch.autocast("cpu", enabled=False):  # scores are float32 whatever the precision of training

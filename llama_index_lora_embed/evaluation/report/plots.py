@@ -69,12 +69,13 @@ def distributions(evaluations: Mapping[str, RetrievalEvaluation]) -> Figure:
     """Similarities of queries to relevant passages and to the best other passage; a panel for each model."""
     figure, panels = _panels(len(evaluations))
     for axes, (label, evaluation) in zip(panels, evaluations.items(), strict=True):
-        right = [s for of_query in evaluation.relevant_similarities.values() for s in of_query.values()]
-        wrong = []
+        right: list[float] = []
+        wrong: list[float] = []
         for query_id, relevant in evaluation.relevant_similarities.items():
             scores = zip(evaluation.rankings[query_id], evaluation.similarities[query_id], strict=True)
+            right += relevant.values()
             wrong += [score for passage_id, score in scores if passage_id not in relevant][:1]
-        _two_histograms(axes, right, wrong, ("relevant passages", "the best other passage"))
+        _two_histograms(axes, {"relevant passages": right, "the best other passage": wrong})
         _label(axes, label, "cosine similarity to the query")
     return figure
 
@@ -85,7 +86,8 @@ def pair_distributions(evaluations: Mapping[str, PairEvaluation]) -> Figure:
     for axes, (label, evaluation) in zip(panels, evaluations.items(), strict=True):
         positive = evaluation.labels > (0.5 if evaluation.binary else float(np.median(evaluation.labels)))
         names = ("labelled 1", "labelled 0") if evaluation.binary else ("upper half of the labels", "lower half")
-        _two_histograms(axes, evaluation.similarities[positive], evaluation.similarities[~positive], names)
+        parts = evaluation.similarities[positive], evaluation.similarities[~positive]
+        _two_histograms(axes, dict(zip(names, parts, strict=True)))
         _label(axes, label, "cosine similarity")
     return figure
 
@@ -140,16 +142,14 @@ def embedding_map(samples: Mapping[str, EmbeddingSample]) -> Figure:
     return figure
 
 
-def trend(points: Sequence[tuple[str, float, tuple[float, float] | None]], metric: str) -> Figure:
-    """A metric over versions of a model; each point is (version, mean, 95 % interval if known)."""
+def trend(points: Sequence[tuple[str, float, tuple[float, float]]], metric: str) -> Figure:
+    """A metric over versions of a model; each point is (version, mean, 95 % interval)."""
     figure, (axes,) = _panels(1)
-    values = [value for _, value, _ in points]
-    axes.plot(range(len(points)), values, color=_BLUE, marker="o")
-    for place, (_, value, around) in enumerate(points):
-        if around is not None:
-            spread = np.clip([[value - around[0]], [around[1] - value]], 0, None)
-            axes.errorbar(place, value, yerr=spread, fmt="none", ecolor=_GREY, capsize=3)
-    axes.set_xticks(range(len(points)), [_plain(name) for name, _, _ in points], rotation=30, ha="right", fontsize=8)
+    names, means, intervals = zip(*points, strict=True)
+    low, high = np.transpose(intervals)
+    around = np.clip([means - low, high - means], 0, None)
+    axes.errorbar(range(len(points)), means, around, color=_BLUE, marker="o", ecolor=_GREY, capsize=3)
+    axes.set_xticks(range(len(points)), [_plain(name) for name in names], rotation=30, ha="right", fontsize=8)
     _label(axes, f"{metric_label(metric)} by version", "")
     return figure
 
@@ -174,12 +174,12 @@ def _panels(count: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _two_histograms(axes: Axes, right: Any, wrong: Any, names: tuple[str, str]) -> None:
-    if not len(right) and not len(wrong):
+def _two_histograms(axes: Axes, parts: Mapping[str, Any]) -> None:
+    both = np.concatenate([*parts.values()])
+    if not len(both):
         return _nothing(axes)
-    both = np.concatenate([right, wrong])
     edges: Any = np.histogram_bin_edges(both, _BINS)
-    for values, name, colour in ((right, names[0], _BLUE), (wrong, names[1], _RED)):
+    for (name, values), colour in zip(parts.items(), (_BLUE, _RED), strict=True):
         axes.hist(values, edges, color=colour, alpha=0.6, label=name)
     axes.legend(frameon=False, fontsize=8)
     return None
