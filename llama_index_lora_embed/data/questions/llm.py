@@ -8,23 +8,15 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
-from llama_index.core.bridge.pydantic import (
-    BaseModel,
-    Field,
-    PrivateAttr,
-    SerializeAsAny,
-    field_validator,
-    model_validator,
-)
 from llama_index.core.llms import LLM
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import BaseNode, MetadataMode
+from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from llama_index_lora_embed.config import JOURNAL_NAME, LLMSettings
-from llama_index_lora_embed.config.base import AtLeast1
+from llama_index_lora_embed.config.base import AtLeast1, PathText
 from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import ConfigError, JournalInUseError
-from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect
 from llama_index_lora_embed.data.llm.client import LLMClient, LLMReport, Request
@@ -79,8 +71,11 @@ class LLMQueryGenerator(NodeQueryGenerator):
     structured: bool | None = None
     """Request structured output; None where the LLM calls functions and no `max_tokens` is set. After half of the
     attempts have failed, plain lines are requested."""
-    journal: str = Field(default=JOURNAL_NAME, validate_default=True)
-    """File in which answers are kept. Several runs can use it, one after the other."""
+    journal: Annotated[PathText, AfterValidator(lambda path: os.path.abspath(os.path.expanduser(path)))] = Field(
+        default=JOURNAL_NAME, validate_default=True
+    )
+    """File in which answers are kept. Several runs can use it, one after the other. The path is made absolute, so that
+    workers in another working directory find the same file."""
     settings: LLMSettings = Field(default_factory=LLMSettings)
     """Concurrency, retries, and limits."""
     name: ClassVar[str] = "llm"
@@ -104,13 +99,6 @@ class LLMQueryGenerator(NodeQueryGenerator):
         if isinstance(template, BasePromptTemplate) and "context_str" not in template.template_vars:
             raise ValueError("expected a template with {context_str}, which shows the node's text")
         return template
-
-    @field_validator("journal", mode="before")
-    @classmethod
-    def _absolute(cls, path: Any) -> str:
-        if not isinstance(path, (str, os.PathLike)):
-            raise ValueError(f"expected a path, got {path!r}")
-        return absolute(path)  # workers in another working directory find the same file
 
     @model_validator(mode="after")
     def _can_count_tokens(self) -> LLMQueryGenerator:

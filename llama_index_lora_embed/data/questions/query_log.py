@@ -57,7 +57,7 @@ def dataset_from_pairs(
         builder.add(pair, where, report)
     dataset = builder.build(origin, report)
     if not dataset.queries:
-        raise nothing_usable("source", report)
+        raise nothing_usable(report)
     report.pairs = sum(map(len, dataset.relevant_docs.values()))
     report.negatives = sum(map(len, (dataset.hard_negatives or {}).values()))
     return dataset.check("pairs"), report

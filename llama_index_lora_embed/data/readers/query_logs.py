@@ -99,7 +99,7 @@ def read_pairs(
                 with contextlib.suppress(ValueError):
                     largest[column] = max(largest[column], _grade(value))
     if not largest:
-        raise nothing_usable("source", first)
+        raise nothing_usable(first)
     chosen, negatives = _choose(list(largest), given)
     shown = chosen | ({"negatives": ", ".join(negatives)} if negatives else {})
     report = PairsReport(columns=shown, largest_grade=largest.get(chosen.get("score", ""), 1.0))
@@ -134,10 +134,10 @@ def _pairs_of(row: Mapping[str, Any], columns: dict[str, str], negatives: list[s
     return [Pair(query, text, node_id, score, wrong, source) for text in passages or [None]]
 
 
-def nothing_usable(name: str, report: PairsReport) -> DatasetError:
+def nothing_usable(report: PairsReport) -> DatasetError:
     """The error for a source without a usable row."""
     return DatasetError(
-        f"a {name} without a usable row ({report.counts or 'it is empty'})",
+        f"a source without a usable row ({report.counts or 'it is empty'})",
         "at least one query with a passage that answers it",
         "Check that the file is complete and UTF-8, and that some labels, if there are any, are above 0. "
         "Pairs with the id of a node instead of its text need the nodes: QueryLogGenerator(source).",

@@ -161,12 +161,20 @@ def test_unusual_nodes_get_queries_or_are_skipped(journal):
         ({"num_queries": 0}, "num_queries=0: expected a whole number"),
         ({"num_query": 7}, "num_query: unknown; did you mean 'num_queries'"),
         ({"journal": None}, "journal"),
+        ({"journal": ""}, "journal=''"),
     ],
 )
 def test_wrong_arguments_are_named_before_any_request(journal, wrong, problem):
     with pytest.raises(ConfigError, match=problem):
         LLMQueryGenerator(**{"llm": FakeLLM(), "journal": journal, **wrong})
     assert not os.path.exists(journal)
+
+
+def test_a_new_journal_stays_in_the_folder_in_which_the_generator_was_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llm_generator = generator(FakeLLM(), "journal.jsonl")
+    monkeypatch.chdir("/")
+    assert llm_generator.journal == str(tmp_path / "journal.jsonl")
 
 
 def test_a_journal_of_another_version_is_refused_before_any_request(journal):
