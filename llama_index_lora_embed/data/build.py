@@ -27,8 +27,7 @@ class BuildReport:
     """What was made of the nodes.
 
     Attributes:
-        nodes: Nodes given.
-        passages: Passages in the dataset.
+        nodes: Number of nodes given; `passages` of them are in the dataset.
         queries: Queries kept, by generator.
         skipped: Nodes and queries left out, by reason.
         llm_reports: Requests to LLMs, by generator.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -39,7 +38,7 @@ class Sketches:
 
     def __init__(self, characters: bool = False) -> None:
         self._characters = characters
-        self._signatures: defaultdict[str, dict[str, bytes]] = defaultdict(dict)  # key, then text
+        self._signatures: dict[tuple[str, str], bytes] = {}
         self._shingles = lru_cache(maxsize=_SHINGLES_KEPT)(_shingles)
 
     def shingles(self, key: str, text: str) -> Shingles:
@@ -48,10 +47,10 @@ class Sketches:
 
     def signatures(self, keyed_texts: Sequence[tuple[str, str]]) -> NDArray[np.uint32]:
         """MinHash signatures [texts, permutations] of (key, text) pairs."""
-        for key, text in keyed_texts:
-            if text not in self._signatures[key]:
-                self._signatures[key][text] = _signature(self.shingles(key, text)).tobytes()
-        joined = b"".join(self._signatures[key][text] for key, text in keyed_texts)
+        for pair in keyed_texts:
+            if pair not in self._signatures:
+                self._signatures[pair] = _signature(self.shingles(*pair)).tobytes()
+        joined = b"".join(self._signatures[pair] for pair in keyed_texts)
         return np.frombuffer(joined, dtype=np.uint32).reshape(-1, _PERMUTATIONS)
 
     # a dataset compares, copies and pickles this together with its fields, but it is a cache and no part of the data
@@ -125,7 +124,9 @@ def _similar_pairs(
         met = [(band, value) for band, value in enumerate(bands[number].tolist()) if value]
         candidates = sorted({other for at in met for other in index.get(at, ())})
         for other in _likeliest(candidates, signatures, number, threshold):
-            if _jaccard(own, sketches.shingles(*keyed_texts[other])) >= threshold:
+            theirs = sketches.shingles(*keyed_texts[other])
+            common = np.intersect1d(own, theirs, assume_unique=True).size
+            if common / (own.size + theirs.size - common) >= threshold:
                 yield number, other
                 break
         else:
@@ -189,11 +190,6 @@ def _shingles(text: str, characters: bool) -> Shingles:
     windows = np.lib.stride_tricks.sliding_window_view(hashes, size)
     # sums wrap around at 64 bits, as a hash should; equal sums of unequal shingles occur once in 2^64
     return np.unique((windows * _MULTIPLIERS[:size]).sum(axis=1, dtype=np.uint64))
-
-
-def _jaccard(left: Shingles, right: Shingles) -> float:
-    common = np.intersect1d(left, right, assume_unique=True).size
-    return float(common / (left.size + right.size - common))
 
 
 @lru_cache(maxsize=1 << 18)

@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from llama_index.core.base.embeddings.base import BaseEmbedding
 from numpy.typing import NDArray
 
 from llama_index_lora_embed.config import QueryFilterSettings
@@ -20,9 +21,6 @@ from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDatase
 from llama_index_lora_embed.data.filters.language import detect, may_be_same
 from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
-
-if TYPE_CHECKING:
-    from llama_index.core.base.embeddings.base import BaseEmbedding
 
 _NEIGHBOUR = "neighbour"
 # Origins of queries that are human-written or taken from the documents. All others count as written for the dataset,
@@ -315,8 +313,6 @@ def _round_trip(
     checked = [i for i in _written(dataset, query_ids) if _answers(dataset, i)]
     if not checked:
         return [], []
-    from llama_index.core.base.embeddings.base import BaseEmbedding
-
     # isinstance, not callable(): LlamaIndex's embedding models can be called, too
     model = embed_model if isinstance(embed_model, BaseEmbedding) else embed_model()
     ranks = _ranks(dataset, checked, model)
@@ -324,11 +320,11 @@ def _round_trip(
     if len(lost) <= settings.round_trip_max_dropped * len(checked):
         return lost, []
     note = (
-        f"the round trip was not applied: it would have dropped {len(lost)} of {len(checked)} queries "
+        f"The round trip was not applied: it would have dropped {len(lost)} of {len(checked)} queries "
         f"({len(lost) / len(checked):.0%}, more than {settings.round_trip_max_dropped:.0%}), which says more about the "
-        "embedding model than about the queries"
+        "embedding model than about the queries."
     )
-    warn_user(note[0].upper() + note[1:] + ".")
+    warn_user(note)
     return [], [note]
 
 

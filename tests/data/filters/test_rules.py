@@ -326,7 +326,7 @@ def test_a_round_trip_that_would_drop_most_is_not_applied_and_says_so():
     assert caught[0].filename == __file__
     assert len(result.queries) == report.kept == 11
     assert "6 of 11 queries (55%" in report.notes[0]
-    assert "note: the round trip was not applied" in str(report)
+    assert "note: The round trip was not applied" in str(report)
 
 
 def test_pieces_of_the_round_trip_give_what_the_whole_gives(monkeypatch):
