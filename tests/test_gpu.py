@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
+from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.core.errors import DeviceMemoryError
 from tests.architectures import qwen3
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, make_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 ROOT = Path(__file__).parent.parent
@@ -25,8 +25,7 @@ VAL = make_dataset(passages=10, seed=7, prefix="v")
 
 
 def engine(model, path, data=None, **kwargs):
-    settings = {"batch_size": 8, "epochs": 4, "learning_rate": 5e-3, "val_dataset": VAL, "show_progress_bar": False}
-    return LoraFinetuneEngine(data or make_dataset(), str(model), str(path), **{**settings, **kwargs})
+    return make_engine(model, path, data, **{"device": None, **kwargs})
 
 
 @pytest.fixture

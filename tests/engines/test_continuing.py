@@ -8,10 +8,11 @@ import pytest
 from peft import LoraConfig
 
 from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine, evaluate_retrieval
+from llama_index_lora_embed.config import DEFAULT_BASE
 from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError, ModelNotFoundError
 from llama_index_lora_embed.data import LLMQueryGenerator
 from llama_index_lora_embed.engines.starting_model import StartingModel
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, make_engine
 from tests.helpers.llms import FakeLLM
 from tests.helpers.training import weights
 
@@ -19,12 +20,9 @@ NEW = make_dataset(passages=20, seed=5, prefix="n")
 VAL = make_dataset(passages=10, seed=7, prefix="v")
 
 
-def engine(parent, path, data=NEW, **kwargs):
-    settings = {"batch_size": 8, "epochs": 3, "learning_rate": 5e-3, "val_dataset": VAL, "show_progress_bar": False,
-                "precision": "fp32"}  # fmt: skip
-    return LoraFinetuneEngine(
-        data, model_output_path=str(path), continue_from=parent, device="cpu", **{**settings, **kwargs}
-    )
+def engine(parent, path, data=NEW, model_id=DEFAULT_BASE, **kwargs):
+    settings = {"epochs": 3, "precision": "fp32", **kwargs}
+    return make_engine(model_id, path, data, continue_from=parent, **settings)
 
 
 def test_an_adapter_is_trained_further_in_a_new_directory_that_names_its_parent(adapter, tmp_path):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from llama_index_lora_embed import LabelledPairs, LoraEmbedding, LoraFinetuneEngine
+from llama_index_lora_embed import LabelledPairs, LoraEmbedding
 from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.evaluation import evaluate_pairs
 from tests.architectures import qwen3
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, make_engine
 from tests.helpers.labelled_pairs import TRAIN, VAL, make_pairs
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen3_pairs.py"
@@ -25,15 +25,12 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "qwen3_pairs.py"
 def engine(model, path, data=TRAIN, **kwargs):
     settings = {
         "val_dataset": VAL,
-        "batch_size": 8,
         "epochs": 5,
         "learning_rate": 3e-3,
-        "show_progress_bar": False,
-        "device": "cpu",
         "evaluation_steps": 0,
         "precision": "fp32",  # evaluations too, so that they can be compared digit by digit
     }
-    return LoraFinetuneEngine(data, str(model), str(path), **{**settings, **kwargs})
+    return make_engine(model, path, data, **{**settings, **kwargs})
 
 
 @pytest.mark.parametrize("objective", ["cosent", "cosine", None])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses
 
-from llama_index_lora_embed import LabelledPairs, LoraFinetuneEngine
+from llama_index_lora_embed import LabelledPairs
 from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError, ModelNotFoundError, OutputDirectoryError
 from llama_index_lora_embed.engines.validation import BINARY_PAIR_METRICS, PAIR_METRICS
 from llama_index_lora_embed.evaluation.metrics import NAMES, query_metrics
 from llama_index_lora_embed.evaluation.pairs import pair_metrics
-from tests.conftest import make_dataset, shown
+from tests.conftest import make_dataset, make_engine, shown
 from tests.helpers.labelled_pairs import TRAIN as PAIRS
 from tests.helpers.labelled_pairs import VAL as VAL_PAIRS
 
@@ -27,9 +27,8 @@ GRADED = LabelledPairs(VAL_PAIRS.texts1, VAL_PAIRS.texts2, [n % 5 / 4 for n in r
 OF_PAIRS = {"dataset": PAIRS, "val_dataset": VAL_PAIRS}
 
 
-def engine(path, **kwargs):
-    arguments = {"dataset": make_dataset(), "val_dataset": VAL, "model_id": "no/model-is-needed", **kwargs}
-    return LoraFinetuneEngine(model_output_path=str(path), **arguments)
+def engine(path, model_id="no/model-is-needed", **kwargs):
+    return make_engine(model_id, path, **{"val_dataset": VAL, "batch_size": 32, "device": None, **kwargs})
 
 
 @pytest.mark.parametrize(

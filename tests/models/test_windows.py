@@ -27,7 +27,7 @@ from llama_index_lora_embed.models.windows import (
 )
 from llama_index_lora_embed.training.efficiency.frozen_layers import TEXT_IDS, HiddenStateCache
 from tests.architectures import ARCHITECTURES
-from tests.conftest import WORDS, make_dataset
+from tests.conftest import WORDS, make_dataset, make_engine
 from tests.helpers.gradients import assert_same, chunks, gradients, prepared
 
 LONG = " ".join(WORDS[:100])
@@ -208,9 +208,9 @@ def test_a_directory_with_earlier_names_of_the_modules_loads_and_is_continued(tr
 
 def test_another_window_is_another_run(trained, tiny_model, tmp_path):
     def engine(window, **kwargs):
-        return LoraFinetuneEngine(
-            long_dataset(), tiny_model, str(tmp_path / "run"), batch_size=8, epochs=1, val_fraction=0, window=window,
-            show_progress_bar=False, device="cpu", save_checkpoints=True, checkpoint_save_steps=1, **kwargs,
+        return make_engine(
+            tiny_model, tmp_path / "run", long_dataset(), val_dataset=None, val_fraction=0, epochs=1, window=window,
+            save_checkpoints=True, checkpoint_save_steps=1, **kwargs,
         )  # fmt: skip
 
     engine(16).finetune()

@@ -12,29 +12,19 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
-from llama_index_lora_embed import LoraFinetuneEngine
 from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.checkpointing.checkpoints import latest_checkpoint, read_record
 from llama_index_lora_embed.training.checkpointing.resume import RECORDED, describe
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, make_engine
 
 MNRL = losses.MultipleNegativesRankingLoss
 MINING = MiningSettings(num_negatives=1, relative_margin=None, show_progress_bar=False)
 
 
 def engine(model, path, data=None, **kwargs):
-    settings = {
-        "val_dataset": make_dataset(passages=10, seed=7, prefix="v"),
-        "batch_size": 8,
-        "epochs": 1,
-        "learning_rate": 5e-3,
-        "show_progress_bar": False,
-        "device": "cpu",
-        "save_checkpoints": True,
-        "checkpoint_save_steps": 1,
-    }
-    return LoraFinetuneEngine(data or make_dataset(), model, str(path), **{**settings, **kwargs})
+    settings = {"epochs": 1, "save_checkpoints": True, "checkpoint_save_steps": 1}
+    return make_engine(model, path, data, **{**settings, **kwargs})
 
 
 def resumed(model, path, data=None, **kwargs):
