@@ -92,6 +92,8 @@ def test_every_wrong_column_is_named_at_once():
     for expected in ("columns['texts1']", "columns['text2']='gone'", "for text1", "for score"):
         assert expected in text
     assert 'columns={"text1"' in str(caught.value)
+    with pytest.raises(ConfigError, match="a dict"):
+        LabelledPairs.from_rows(ROWS, columns=["a", "b", "c"])
     with pytest.raises(ConfigError, match="'one' cannot be two columns"):
         LabelledPairs.from_rows([{"one": "a", "label": 1}], columns={"text1": "one", "text2": "one"})
 

@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -76,6 +76,13 @@ def number(value: Any) -> Any:
         return _LABEL_WORDS[word] if isinstance(word, str) and word in _LABEL_WORDS else float(word)
     except (TypeError, ValueError, OverflowError):
         return value
+
+
+def given_columns(columns: Any) -> Mapping[str, Any]:
+    """The `columns` argument of readers, checked; empty for None."""
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ConfigError(f"columns={columns!r:.80}", "a dict", 'Name columns by field: {"query": "my_column"}.')
+    return columns or {}
 
 
 def squeezed(name: str) -> str:

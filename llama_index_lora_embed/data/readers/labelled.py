@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any, TypeAlias
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
-from llama_index_lora_embed.data.readers.files import Entry, number, squeezed
+from llama_index_lora_embed.data.readers.files import Entry, given_columns, number, squeezed
 
 Columns: TypeAlias = "Mapping[str, str] | None"
 Scale: TypeAlias = "tuple[float, float] | None"
@@ -74,7 +74,7 @@ def read_rows(
 
 def choose_columns(found: list[str], given: Columns) -> tuple[str, str, str, bool]:
     """(column of the first text, of the second, of the label, whether they are named as a query and a passage)."""
-    given = given or {}
+    given = given_columns(given)
     problems = [f"columns[{key!r}]: expected one of {', '.join(_FIELDS)}" for key in given if key not in _FIELDS]
     problems += [f"columns[{key!r}]={name!r}: no such column" for key, name in given.items() if name not in found]
     free = {squeezed(name): name for name in reversed(found) if name not in given.values()}

@@ -21,6 +21,7 @@ from llama_index_lora_embed.data.readers.files import (
     PLACES,
     Entry,
     PairsReport,
+    given_columns,
     number,
     numbered,
     path_entries,
@@ -84,7 +85,7 @@ def read_pairs(
         DatasetError: The source does not exist or has no row that can be read.
     """
     source = list(source) if isinstance(source, Iterator) else source
-    given = columns or {}
+    given = given_columns(columns)
     names = {squeezed(name) for name in _NAMES["score"].split()}
     largest: dict[str, float] = {}  # label by column
     labels = set()

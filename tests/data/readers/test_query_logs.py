@@ -139,6 +139,8 @@ def test_every_wrong_name_is_named_at_once(tmp_path):
         read_pairs(path, columns={"query": "lost", "answer": "b", "passage": "gone"})
     text = "\n".join(caught.value.problems)
     assert all(part in text for part in ("columns['answer']", "'lost'", "'gone'"))
+    with pytest.raises(ConfigError, match="a dict"):
+        read_pairs(path, columns=["a", "b"])
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
