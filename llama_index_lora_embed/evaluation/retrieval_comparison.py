@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,8 +25,6 @@ REGRESSION_LIMIT = 0.02
 
 _METRIC = "ndcg@10"
 _TOP = 5  # passages of each ranking that are kept for a query
-
-_RegressionSet = EmbeddingQAFinetuneDataset | tuple[RetrievalEvaluation, RetrievalEvaluation] | None
 
 
 @dataclass(frozen=True)
@@ -173,12 +171,15 @@ def compare_retrieval(
     if len(names) != 2 or not all(isinstance(name, str) and name.strip() for name in names) or names[0] == names[1]:
         raise ConfigError(f"names={names!r}", "two different strings", 'names=("base", "tuned")')
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")
-    # both checks come before hours of embedding
-    query_slices = make_slices(dataset, tuned, slices)
-    regression_set = _check_regression_set(regression_set, base, tuned)
+    query_slices = make_slices(dataset, tuned, slices)  # its checks come before hours of embedding
     evaluate = partial(
         evaluate_retrieval, num_workers=num_workers, cache_folder=cache_folder, show_progress=show_progress
     )
+    regression = None
+    if regression_set is not None:
+        general = _evaluate_regression_set(regression_set, base, tuned, evaluate)
+        ndcg = metric_differences(*general, metrics=[_METRIC], seed=seed)[_METRIC]
+        regression = RegressionCheck(ndcg, len(general[0].per_query), float(regression_limit))
     before, after = (
         model if isinstance(model, RetrievalEvaluation) else evaluate(model, dataset) for model in (base, tuned)
     )
@@ -191,21 +192,15 @@ def compare_retrieval(
                 f"evaluations on the given dataset ({len(dataset.queries)} queries and {len(dataset.corpus)} passages)",
                 "Pass the dataset that both models were evaluated on.",
             )
-    if isinstance(regression_set, EmbeddingQAFinetuneDataset):
-        regression_set = evaluate(base, regression_set), evaluate(tuned, regression_set)  # type: ignore[arg-type]
-
-    def ndcg(evaluations: tuple[RetrievalEvaluation, RetrievalEvaluation], ids: Sequence[str] | None) -> Difference:
-        return metric_differences(*evaluations, ids, [_METRIC], seed=seed)[_METRIC]
-
-    regression = None
-    if regression_set is not None:
-        count = len(regression_set[0].per_query)
-        regression = RegressionCheck(ndcg(regression_set, None), count, float(regression_limit))
+    slice_outcomes = []
+    for by, name, ids in query_slices:
+        ndcg = metric_differences(before, after, ids, [_METRIC], seed=seed)[_METRIC]
+        slice_outcomes.append(SliceOutcome(by, name, len(ids), ndcg))
     return RetrievalComparison(
         compare(before, after, seed=seed),
         metric_differences(before, after, seed=seed),
         _query_outcomes(before, after, dataset),
-        [SliceOutcome(by, name, len(ids), ndcg((before, after), ids)) for by, name, ids in query_slices],
+        slice_outcomes,
         regression,
         before,
         after,
@@ -214,25 +209,29 @@ def compare_retrieval(
     )
 
 
-def _check_regression_set(
-    given: _RegressionSet, base: BaseEmbedding | RetrievalEvaluation, tuned: BaseEmbedding | RetrievalEvaluation
-) -> _RegressionSet:
+def _evaluate_regression_set(
+    given: EmbeddingQAFinetuneDataset | tuple[RetrievalEvaluation, RetrievalEvaluation],
+    base: BaseEmbedding | RetrievalEvaluation,
+    tuned: BaseEmbedding | RetrievalEvaluation,
+    evaluate: Callable[..., RetrievalEvaluation],
+) -> tuple[RetrievalEvaluation, RetrievalEvaluation]:
     hint = "regression_set=(evaluate_retrieval(base, general), evaluate_retrieval(tuned, general))"
-    if isinstance(given, tuple) and (len(given) != 2 or not all(isinstance(e, RetrievalEvaluation) for e in given)):
+    if isinstance(given, tuple):
+        if len(given) == 2 and all(isinstance(evaluation, RetrievalEvaluation) for evaluation in given):
+            return given
         raise ConfigError(
             f"regression_set with {', '.join(type(item).__name__ for item in given) or 'nothing'} in it",
             "a dataset, or the evaluations of base and tuned on one",
             hint,
         )
-    if given is None or isinstance(given, tuple):
-        return given
     if isinstance(base, RetrievalEvaluation) or isinstance(tuned, RetrievalEvaluation):
         raise ConfigError(
             "a regression_set dataset, but evaluations instead of models",
             "two models, or the evaluations of both on the regression set",
             hint,
         )
-    return EmbeddingQAFinetuneDataset.coerce(given, "regression_set").check("regression_set")
+    general = EmbeddingQAFinetuneDataset.coerce(given, "regression_set").check("regression_set")
+    return evaluate(base, general), evaluate(tuned, general)
 
 
 def _query_outcomes(

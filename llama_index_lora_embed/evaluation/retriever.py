@@ -22,16 +22,13 @@ def evaluate_index(
 
     This covers approximate search, filters, reranking and `similarity_top_k`. In addition to the metrics of
     `evaluate_retrieval` there are hit_rate and mrr over all retrieved nodes, as LlamaIndex's `RetrieverEvaluator`
-    defines them. map@100 is left out if the retriever returns fewer nodes.
+    defines them. map@100 is left out if the retriever returns fewer nodes. `notes` of the result report queries without
+    results, repeated nodes (the first one counts) and nodes that are not in the dataset (they count as wrong).
 
     Args:
         retriever: `index.as_retriever(similarity_top_k=10)`, or an index, which is searched with this retriever.
         dataset: Queries and judgments; its passage ids are the ids of the nodes.
         num_workers: Number of concurrent queries, by `aretrieve`; None calls `retrieve`.
-
-    Returns:
-        The evaluation; its `notes` report queries without results, repeated nodes (the first one counts) and nodes that
-        are not in the dataset (they count as wrong).
 
     Raises:
         ConfigError: retriever is neither a retriever nor an index, or num_workers is not a positive number.

@@ -6,7 +6,7 @@ from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, co
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.evaluation import Verdict, compare, evaluate_retrieval
 from tests.conftest import make_dataset
-from tests.helpers.evaluation import noisy_evaluation
+from tests.helpers.evaluation import WordCountEmbedding, noisy_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,14 @@ def test_a_regression_set_fails_at_a_loss_beyond_its_limit(many, both):
     for wrong in ((make_dataset(), make_dataset()), (*both, both[0]), ()):
         with pytest.raises(ConfigError, match="regression_set with"):
             compare_retrieval(*both, many, regression_set=wrong)
+
+
+def test_a_wrong_regression_set_is_refused_before_anything_is_embedded(many, both):
+    model = WordCountEmbedding()
+    smaller = make_dataset(passages=5)
+    with pytest.raises(DatasetError, match="different queries"):
+        compare_retrieval(model, model, many, regression_set=(both[0], noisy_evaluation(1.0, smaller)))
+    assert model._calls == []
 
 
 def test_names_must_be_two_different_strings(many, both):

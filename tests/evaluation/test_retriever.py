@@ -81,6 +81,12 @@ def test_empty_repeated_and_unknown_results_are_evaluated_and_reported():
     assert evaluate_index(TableRetriever(table, scores=False), dataset).metrics == evaluation.metrics
 
 
+def test_repeated_nodes_do_not_count_as_depth():
+    dataset = make_dataset(passages=12)
+    table = {text: ["p0"] * 6 + ["p1"] * 6 for text in dataset.queries.values()}
+    assert evaluate_index(TableRetriever(table), dataset).notes[-1].startswith("No query retrieved more than 2 nodes")
+
+
 def test_a_retriever_without_results_has_metrics_of_zero():
     evaluation = evaluate_index(TableRetriever({}), make_dataset())
     assert set(evaluation.metrics.values()) == {0.0}
