@@ -118,6 +118,7 @@ def test_query_and_passage_have_their_own_prompts(tiny_model, tmp_path):
     assert symmetric.fingerprint != result.fingerprint
 
 
+@pytest.mark.slow
 def test_pairs_resume_bit_by_bit(tiny_model, tmp_path, monkeypatch):
     from tests.helpers.training import stop_at
 

@@ -43,6 +43,7 @@ def test_negatives_are_mined_from_the_training_corpus_alone(tiny_model, tmp_path
     assert made.dataset.hard_negatives is None, "the user's dataset is not changed"
 
 
+@pytest.mark.slow
 def test_a_run_in_rounds_resumes(tiny_model, tmp_path):
     whole = engine(tiny_model, tmp_path / "whole").finetune()
     checkpoints = {"save_checkpoints": True, "checkpoint_save_steps": 4}

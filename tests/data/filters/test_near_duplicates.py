@@ -102,6 +102,7 @@ def test_characters_tell_queries_apart_and_together():
     assert near_duplicate_groups(texts, 0.85, sketches=Sketches(characters=True)) == {"a": "a", "b": "a"}
 
 
+@pytest.mark.slow
 def test_groups_are_the_same_in_another_process():
     code = (
         "from llama_index_lora_embed.data.filters.near_duplicates import _shingles;"

@@ -104,6 +104,7 @@ def test_a_folder_in_its_place_is_an_error_that_names_it(tmp_path):
         Journal(tmp_path)
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time(path):
     code = f"from llama_index_lora_embed.data.llm.journal import Journal; Journal({str(path)!r})"
     with Journal(path):

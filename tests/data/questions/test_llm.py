@@ -198,6 +198,7 @@ def test_queries_of_an_ingestion_pipeline_are_read_from_the_metadata(journal):
     assert llm.calls == 3
 
 
+@pytest.mark.slow
 def test_worker_processes_of_a_pipeline_take_turns_with_the_journal(journal):
     nodes = IngestionPipeline(transformations=[generator(FakeLLM(), journal)]).run(nodes=some_nodes(6), num_workers=2)
     assert len(list(MetadataQueryGenerator().generate(nodes))) == 12

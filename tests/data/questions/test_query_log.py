@@ -223,6 +223,7 @@ def test_dicts_of_generators_distinguish_sources_in_memory():
     assert FirstOf(QueryLogGenerator(rows)).to_dict() != FirstOf(QueryLogGenerator(rows[:1])).to_dict()
 
 
+@pytest.mark.slow
 def test_the_dict_of_a_generator_is_the_same_in_another_process():
     code = (
         "from llama_index_lora_embed.data import QueryLogGenerator; "

@@ -128,6 +128,7 @@ def test_losses_are_told_apart_by_their_names_and_settings(tiny_model):
     assert describe(MNRL(model)) == describe(MNRL(SentenceTransformer(tiny_model, device="cpu")))
 
 
+@pytest.mark.slow
 def test_a_description_is_the_same_in_every_process():
     code = """
 import json
