@@ -110,8 +110,6 @@ def read_pairs(
             report.rows += 1
             try:
                 yield from ((where, pair) for pair in _pairs_of(row, chosen, negatives, report.largest_grade))
-            except UnicodeEncodeError:
-                report.skip("text that is not UTF-8", where)
             except ValueError as error:
                 report.skip(str(error), where)
 
@@ -208,7 +206,8 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, (bool, bytes, Mapping, list, tuple)) or type(value).__name__ == "NAType":
         return ""
     text = str(value).strip()
-    text.encode()  # raises for bytes that were not UTF-8, and for lone surrogates
+    if text != text.encode(errors="ignore").decode():  # lone surrogates
+        raise ValueError("text that is not UTF-8")
     return text if any(char.isprintable() and not char.isspace() for char in text) else ""
 
 
