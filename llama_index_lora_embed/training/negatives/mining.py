@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import heapq
-import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from llama_index_lora_embed.config import MiningSettings
-from llama_index_lora_embed.core.errors import DatasetError, MissingExtraError
-from llama_index_lora_embed.core.optional import require
+from llama_index_lora_embed.core.errors import DatasetError, NonFiniteLossError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.text import normalise
-from llama_index_lora_embed.training.negatives.embeddings import PrecomputedEmbeddings, encode
-from llama_index_lora_embed.training.negatives.false_negatives import RANGE_MIN, REPEATED, Corpus, Guard, too_close
+from llama_index_lora_embed.training.negatives.false_negatives import (
+    RANGE_MIN,
+    REPEATED,
+    Corpus,
+    FalseNegatives,
+    Guard,
+    too_close,
+)
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-logger = logging.getLogger(__name__)
+    from torch import Tensor
 
 _DEFAULTS = MiningSettings()
-_FAISS_FROM = 100_000  # passages
-_CANDIDATE_BYTES = 500  # measured: tensors, lists and Arrow columns of sentence-transformers' miner
 
 
 class MinedNegative(NamedTuple):
@@ -106,31 +109,21 @@ def mine_hard_negatives(
     Raises:
         ConfigError: `near_duplicates` has ids that are not in the corpus.
         DatasetError: The dataset has problems, or its corpus has one text only.
-        MissingExtraError: `use_faiss` is True and FAISS is not installed.
         NonFiniteLossError: The model's embeddings are NaN or infinite.
     """
     dataset.check("training dataset")
-    settings = settings.replace(use_faiss=_choose_faiss(settings, len(dataset.corpus)))
-    corpus = Corpus.of(dataset, dataset.near_duplicates() if near_duplicates is None else near_duplicates)
-    if corpus.texts < 2:
+    near_duplicates = dataset.near_duplicates() if near_duplicates is None else near_duplicates
+    false_negatives = FalseNegatives(dataset, settings.sibling_window, near_duplicates)
+    if false_negatives.corpus.texts < 2:
         raise DatasetError(
-            f"a corpus with {corpus.texts} different text(s)",
+            f"a corpus with {false_negatives.corpus.texts} different text(s)",
             "at least two, so that some passage is not the answer",
             "Add documents; passages without queries are searched too.",
         )
     curated = dataset.hard_negatives or {}
     wanted = {q: settings.num_negatives - len(curated.get(q, [])) for q in dataset.queries}
     wanted = {query_id: number for query_id, number in wanted.items() if number > 0}
-    found: dict[str, _Choice] = {}
-    if wanted:
-        queries = [dataset.queries[query_id] for query_id in wanted]
-        embeddings = PrecomputedEmbeddings(
-            model.device,
-            dict(zip(wanted, encode(model, queries, "query", settings), strict=True)),
-            corpus.distinct,
-            encode(model, [dataset.corpus[i] for i in corpus.distinct], "document", settings),
-        )
-        found = _choose_all(corpus, embeddings, wanted, settings)
+    found = _choose_all(false_negatives, model, wanted, settings) if wanted else {}
     negatives: dict[str, list[str]] = {}
     for query_id in dataset.queries:
         mined = [i for i, _ in found[query_id].negatives] if query_id in found else []
@@ -158,30 +151,25 @@ class _Choice(NamedTuple):
 
 
 def _choose_all(
-    corpus: Corpus, embeddings: PrecomputedEmbeddings, wanted: dict[str, int], settings: MiningSettings
+    false_negatives: FalseNegatives, model: SentenceTransformer, wanted: dict[str, int], settings: MiningSettings
 ) -> dict[str, _Choice]:
     """Look at a few candidates of every query, and at all up to `range_max` where these were too few."""
-    dataset = corpus.dataset
-    same_wording: dict[str, set[str]] = {}
-    for query_id, text in dataset.queries.items():
-        same_wording.setdefault(normalise(text), set()).update(dataset.relevant_docs[query_id])
+    import torch
+
+    corpus, dataset = false_negatives.corpus, false_negatives.corpus.dataset
+    queries = encode(model, [dataset.queries[query_id] for query_id in wanted], "query", settings)
+    passages = encode(model, [dataset.corpus[i] for i in corpus.distinct], "document", settings)
+    query_rows = dict(zip(wanted, torch.from_numpy(queries).to(model.device), strict=True))
+    passage_rows = torch.from_numpy(passages).to(model.device)
     widest = min(settings.range_max, len(corpus.distinct))
     # ten candidates per negative, like sentence-transformers where margins are set
     narrow = min(settings.range_min + 10 * settings.num_negatives, widest)
-    guards: dict[str, Guard] = {}
     found: dict[str, _Choice] = {}
-    pending = list(wanted)
     for window in dict.fromkeys((narrow, widest)):
-        short: list[str] = []
-        for part in _slices(pending, dataset.relevant_docs, window, settings.memory_mb):
-            for query_id, candidates in _closest(corpus, embeddings, part, window, settings).items():
-                wording = normalise(dataset.queries[query_id])
-                if wording not in guards:  # thousands of passages can have the same title as their query
-                    guards[wording] = Guard(corpus, wording, same_wording[wording], settings.sibling_window)
-                found[query_id] = _choose(query_id, candidates, guards[wording], wanted[query_id], settings)
-                if len(found[query_id].negatives) < wanted[query_id]:
-                    short.append(query_id)
-        pending = short
+        pending = [q for q in wanted if q not in found or len(found[q].negatives) < wanted[q]]
+        for query_id, candidates in _closest(corpus, query_rows, passage_rows, pending, window, settings.memory_mb):
+            guard = false_negatives.guard(query_id)
+            found[query_id] = _choose(query_id, candidates, guard, wanted[query_id], settings)
     return found
 
 
@@ -208,62 +196,55 @@ def _choose(query_id: str, candidates: _Candidates, guard: Guard, wanted: int, s
     return _Choice(candidates.positive_id, candidates.positive_score, negatives, excluded)
 
 
-def _slices(query_ids: list[str], relevant: dict[str, list[str]], window: int, memory_mb: float) -> Iterator[list[str]]:
-    """Queries in slices whose candidates fit into `memory_mb`."""
-    # the miner adds to every row the largest number of positives that a query has
-    width = window + max((len(relevant[q]) for q in query_ids), default=0)
-    size = max(1, int(memory_mb * 1e6 / (_CANDIDATE_BYTES * width)))
-    for start in range(0, len(query_ids), size):
-        yield query_ids[start : start + size]
-
-
 def _closest(
-    corpus: Corpus, embeddings: PrecomputedEmbeddings, query_ids: list[str], window: int, settings: MiningSettings
-) -> dict[str, _Candidates]:
-    """The `window` most similar passages of each query by sentence-transformers' miner, without its positives."""
-    from datasets import Dataset
-    from sentence_transformers.util import mine_hard_negatives as search
+    corpus: Corpus, queries: dict[str, Tensor], passages: Tensor, query_ids: list[str], window: int, memory_mb: float
+) -> Iterator[tuple[str, _Candidates]]:
+    """The `window` most similar passages of each query without its positives; equal scores in the corpus's order.
 
-    relevant = corpus.dataset.relevant_docs
-    positives = {q: list(dict.fromkeys(corpus.first[i] for i in relevant[q])) for q in query_ids}
-    pairs = [(query_id, i) for query_id, ids in positives.items() for i in ids]
-    mined = search(
-        Dataset.from_dict({"query": [q for q, _ in pairs], "passage": [i for _, i in pairs]}),
-        embeddings,  # type: ignore[arg-type]  # it has what the miner calls
-        corpus=embeddings.passage_ids,
-        range_max=window,
-        num_negatives=window,
-        output_format="labeled-pair",  # one row per candidate; other formats repeat the candidates for every positive
-        output_scores=True,
-        faiss_batch_size=max(1, int(settings.memory_mb * 1e6 / (4 * len(embeddings.passage_ids)))),
-        use_faiss=bool(settings.use_faiss),
-        verbose=False,
+    sentence-transformers' miner takes a model and texts, where these are vectors that are searched several times.
+    """
+    import torch
+
+    row = {passage_id: at for at, passage_id in enumerate(corpus.distinct)}
+    size = max(1, int(memory_mb * 1e6 / (4 * len(passages))))
+    for start in range(0, len(query_ids), size):
+        part = query_ids[start : start + size]
+        relevant = [dict.fromkeys(row[corpus.first[i]] for i in corpus.dataset.relevant_docs[q]) for q in part]
+        similarities = torch.stack([queries[query_id] for query_id in part]) @ passages.T
+        depth = min(len(passages), window + max(len(positives) for positives in relevant))
+        for query_id, positives, scores, rows in zip(part, relevant, *similarities.topk(depth), strict=True):
+            others = zip(scores.tolist(), rows.tolist(), strict=True)
+            ranked = sorted((-score, at) for score, at in others if at not in positives)[:window]
+            of_positives = (queries[query_id] * passages[list(positives)]).sum(dim=1).tolist()
+            lowest, at = min(zip(of_positives, positives, strict=True), key=lambda scored: scored[0])
+            closest = [(corpus.distinct[at], -negated) for negated, at in ranked]
+            yield query_id, _Candidates(corpus.distinct[at], lowest, closest)
+
+
+def encode(
+    model: SentenceTransformer, texts: Sequence[str], task: Literal["query", "document"], settings: MiningSettings
+) -> npt.NDArray[np.float32]:
+    """Unit embeddings [texts, dimension].
+
+    Raises:
+        NonFiniteLossError: Some embeddings are NaN or infinite.
+    """
+    encode_task = model.encode_query if task == "query" else model.encode_document
+    encoded = encode_task(
+        list(texts),
+        batch_size=settings.batch_size,
+        show_progress_bar=settings.show_progress_bar,
+        normalize_embeddings=True,
     )
-    scores: dict[str, dict[str, float]] = {query_id: {} for query_id in query_ids}
-    rows = mined.to_dict()  # iterating over a column is several times slower
-    for query_id, passage_id, score in zip(rows["query"], rows["passage"], rows["score"], strict=True):
-        scores[query_id][passage_id] = score
-    row = {passage_id: at for at, passage_id in enumerate(embeddings.passage_ids)}
-    found = {}
-    for query_id, of_passage in scores.items():
-        lowest = min(positives[query_id], key=of_passage.__getitem__)
-        others = of_passage.keys() - set(positives[query_id])
-        # equal scores in the order of the corpus, with FAISS and without
-        ranked = sorted(others, key=lambda i: (-of_passage[i], row[i]))
-        found[query_id] = _Candidates(lowest, of_passage[lowest], [(i, of_passage[i]) for i in ranked])
-    return found
-
-
-def _choose_faiss(settings: MiningSettings, passages: int) -> bool:
-    if settings.use_faiss is not None:
-        return settings.use_faiss and bool(require("faiss"))
-    if passages < _FAISS_FROM:
-        return False
-    try:
-        return bool(require("faiss"))
-    except MissingExtraError as error:
-        logger.info("searching %d passages without FAISS: %s", passages, error.hint)
-        return False
+    embeddings = np.asarray(encoded, dtype=np.float32)
+    if not_finite := np.flatnonzero(~np.isfinite(embeddings).all(axis=1)).tolist():
+        raise NonFiniteLossError(
+            f"{len(not_finite)} of {len(texts)} {task} embeddings that are NaN or infinite, the first of "
+            f"{texts[not_finite[0]]!r:.80}",
+            "finite numbers",
+            "Mine with another model, or load this one in float32.",
+        )
+    return embeddings
 
 
 def _report(dataset: EmbeddingQAFinetuneDataset, found: dict[str, _Choice], settings: MiningSettings) -> MiningReport:

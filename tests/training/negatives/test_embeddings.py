@@ -5,7 +5,7 @@ from sentence_transformers.sentence_transformer.modules import BoW, Normalize
 
 from llama_index_lora_embed.config import MiningSettings
 from llama_index_lora_embed.core.errors import NonFiniteLossError
-from llama_index_lora_embed.training.negatives.embeddings import encode
+from llama_index_lora_embed.training.negatives.mining import encode
 
 SETTINGS = MiningSettings(show_progress_bar=False)
 TEXTS = ["red green", "green", "blue blue red"]

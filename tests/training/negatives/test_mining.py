@@ -10,8 +10,8 @@ from sentence_transformers.util import mine_hard_negatives as upstream_miner
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.config import MiningSettings
-from llama_index_lora_embed.core.errors import DatasetError, MissingExtraError
-from llama_index_lora_embed.training.negatives import false_negatives, mining
+from llama_index_lora_embed.core.errors import DatasetError
+from llama_index_lora_embed.training.negatives import false_negatives
 from llama_index_lora_embed.training.negatives.mining import mine_hard_negatives
 from tests.conftest import make_dataset
 
@@ -173,13 +173,12 @@ def test_hard_negatives_of_the_dataset_stay_first_and_count(model):
     assert (report.mean_negatives, report.audit) == (4, ())
 
 
-@pytest.mark.parametrize("use_faiss", [True, False])
-def test_no_positive_ever_becomes_a_negative(bert, use_faiss):
+def test_no_positive_ever_becomes_a_negative(bert):
     dataset = make_dataset(passages=24, questions=4)
     texts = list(dataset.corpus.values())
     dataset.corpus.update({f"copy{i}": text for i, text in enumerate(texts[:8])})
     dataset.queries["q1-0"] = dataset.queries["q0-0"]
-    mined, _ = mine(dataset, bert, NO_MARGIN.replace(num_negatives=10, use_faiss=use_faiss))
+    mined, _ = mine(dataset, bert, NO_MARGIN.replace(num_negatives=10))
     for query_id, ids in mined.hard_negatives.items():
         alike = [q for q, text in dataset.queries.items() if text == dataset.queries[query_id]]
         answers = {dataset.corpus[i] for q in alike for i in dataset.relevant_docs[q]}
@@ -201,11 +200,11 @@ def test_a_positive_far_down_the_ranking_still_gets_negatives(model):
     assert (report.with_negatives, report.with_fewer) == (0, 1)
 
 
-def test_faiss_slices_and_a_second_run_change_nothing(bert):
+def test_slices_and_a_second_run_change_nothing(bert):
     dataset = make_dataset(passages=50)
     mined, report = mine(dataset, bert)
     assert report.with_negatives > 40
-    for changed in ({}, {"use_faiss": True}, {"memory_mb": 0.1}, {"memory_mb": 0.1, "use_faiss": True}):
+    for changed in ({}, {"memory_mb": 0.001}):
         again, other = mine(dataset, bert, SETTINGS.replace(**changed))
         assert again.hard_negatives == mined.hard_negatives, changed
         assert other.excluded == report.excluded
@@ -215,20 +214,8 @@ def test_one_slice_or_many_encode_every_text_once(model):
     seen = []
     model[0].register_forward_hook(lambda module, args, output: seen.append(len(output["sentence_embedding"])))
     dataset = make_dataset(passages=30)
-    mine(dataset, model, SETTINGS.replace(memory_mb=0.1))
+    mine(dataset, model, SETTINGS.replace(memory_mb=0.001))
     assert sum(seen) == len(dataset.queries) + len(dataset.corpus)
-
-
-def test_faiss_is_used_for_large_corpora_if_it_is_installed(model, monkeypatch, capsys):
-    mine(dataset_of(LADDER), model)
-    assert "FAISS" not in capsys.readouterr().err
-    monkeypatch.setattr(mining, "_FAISS_FROM", 5)
-    mined, _ = mine(dataset_of(LADDER), model)
-    assert "FAISS" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    assert mine(dataset_of(LADDER), model)[0] == mined
-    with pytest.raises(MissingExtraError, match=r"llama-index-lora-embed\[faiss\]"):
-        mine(dataset_of(LADDER), model, SETTINGS.replace(use_faiss=True))
 
 
 def test_the_model_ranks_with_its_prompts(model):
