@@ -15,7 +15,7 @@ from pydantic import BaseModel, PrivateAttr, ValidationError, field_validator
 from llama_index_lora_embed.config import NEAR_DUPLICATE
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.core.files import write_json
-from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
+from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import normalise
 
 HUMAN = "human"

@@ -19,7 +19,7 @@ from llama_index_lora_embed.core.arrays import unit_norm
 from llama_index_lora_embed.core.errors import NonFiniteLossError, warn_user
 from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect, may_be_same
-from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
+from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 
 _NEIGHBOUR = "neighbour"

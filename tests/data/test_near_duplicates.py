@@ -6,7 +6,7 @@ import pytest
 
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.data.filters import near_duplicates
-from llama_index_lora_embed.data.filters.near_duplicates import Sketches, near_duplicate_groups
+from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import tokens_of
 
 WORDS = [f"word{i}" for i in range(3000)]
@@ -105,7 +105,7 @@ def test_characters_tell_queries_apart_and_together():
 @pytest.mark.slow
 def test_groups_are_the_same_in_another_process():
     code = (
-        "from llama_index_lora_embed.data.filters.near_duplicates import _shingles;"
+        "from llama_index_lora_embed.data.near_duplicates import _shingles;"
         "print(_shingles('one two three four five six seven eight nine ten', False).tolist())"
     )
     runs = {
