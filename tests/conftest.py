@@ -97,7 +97,7 @@ def make_dataset(
         corpus=corpus,
         relevant_docs=relevant,
         source_documents=documents if sources else None,
-        query_origins=dict.fromkeys(queries, "people"),
+        query_origins=dict.fromkeys(queries, "human"),
     )
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.data.filters import near_duplicates
+from llama_index_lora_embed.data import near_duplicates
 from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import tokens_of
 
