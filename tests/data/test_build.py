@@ -2,7 +2,7 @@ from collections import Counter
 
 from llama_index_lora_embed import LoraFinetuneEngine
 from llama_index_lora_embed.config import MiningSettings
-from llama_index_lora_embed.data.filters import near_duplicates
+from llama_index_lora_embed.data import near_duplicates
 from llama_index_lora_embed.data.questions.base import embed_text
 
 

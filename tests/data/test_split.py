@@ -4,8 +4,7 @@ import warnings
 import pytest
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError
-from llama_index_lora_embed.data import split_by_source
-from llama_index_lora_embed.data.filters import near_duplicates
+from llama_index_lora_embed.data import near_duplicates, split_by_source
 from llama_index_lora_embed.data.split import split_report
 from tests.conftest import make_dataset
 
