@@ -233,16 +233,11 @@ class FinetuneRun:
         outcome, mined = train_with_mining(
             model,
             self.dataset,
-            settings,
+            config,
             run_dir,
-            config.mining,
             selection=CheckpointSelection(evaluate, settings.best_metric or default_metric(val)),
             lora_config=lora_config,
             loss=self.loss,
-            objective=config.objective,
-            use_all_docs=config.data.use_all_docs,
-            resume=config.output.resume_from_checkpoint,
-            allow_changes=config.output.allow_changes,
             run_record=record(
                 config, self.dataset, val, base=base, parent=parent, loss=self.loss,
                 train_kwargs=arguments.train_kwargs,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
 
 from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig, TrainingSettings
 from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.training import distributed
+from llama_index_lora_embed.training.objectives.plan import TrainingPlan
 
 # sentence-transformers' name to the engine's argument for it
 _ENGINE_ARGUMENTS = {
@@ -41,13 +46,7 @@ _IN_BATCH = {"batch_sampler": "objective, whose batches hold no false negatives"
 
 @dataclass(frozen=True)
 class UserArguments:
-    """What can be used of a user's callbacks and training arguments.
-
-    Attributes:
-        settings: The run's, with `warmup_ratio` if it was among them.
-        callbacks: transformers' callbacks.
-        train_kwargs: All others.
-    """
+    """A user's callbacks and training arguments, without `warmup_ratio`, which is in the settings."""
 
     settings: TrainingSettings
     callbacks: tuple[TrainerCallback, ...]
@@ -58,13 +57,6 @@ def check_user_arguments(
     config: FinetuneConfig, callbacks: Any, train_kwargs: dict[str, Any], *, own_loss: bool = False, pairs: bool = False
 ) -> UserArguments:
     """The arguments, if they can be used; values that transformers alone can check are refused when training starts.
-
-    Args:
-        config: Of the run.
-        callbacks: transformers' callbacks; None for none.
-        train_kwargs: sentence-transformers' training arguments.
-        own_loss: Whether a loss of the user's own is trained.
-        pairs: Whether labelled pairs are trained on.
 
     Raises:
         ConfigError: Naming all that cannot be used.
@@ -132,3 +124,61 @@ def _value_problems(values: dict[str, Any], in_chunks: bool) -> list[str]:
         elif value and in_chunks:
             found.append(f"{name}=True together with mini_batch_size: expected one of them; both save the same memory")
     return found
+
+
+@dataclass
+class LoraTrainingArguments(SentenceTransformerTrainingArguments):
+    """Training arguments with one device: transformers would use all GPUs (DataParallel), or the first."""
+
+    lora_device: str | None = None
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        device: torch.device = super()._setup_devices
+        if distributed.world_size() == 1 and device.type == "cuda":
+            self._n_gpu = 1
+            wanted = torch.device(self.lora_device or device)
+            if wanted.index is not None:
+                torch.cuda.set_device(wanted)
+                return wanted
+        return device
+
+
+def training_arguments(
+    settings: TrainingSettings, run_dir: Path, batch_size: int, plan: TrainingPlan, train_kwargs: dict[str, Any]
+) -> LoraTrainingArguments:
+    """Arguments of the trainer; `train_kwargs`, the user's own, come last.
+
+    Raises:
+        ConfigError: sentence-transformers refuses the user's.
+    """
+    examples = len(plan.inputs["train_dataset"])
+    values: dict[str, Any] = {
+        "output_dir": str(run_dir),
+        "per_device_train_batch_size": batch_size,
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "linear",
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        **plan.arguments,
+        "eval_strategy": "no",
+        "save_strategy": "steps" if settings.save_checkpoints else "no",
+        "save_steps": settings.checkpoint_save_steps,
+        "save_total_limit": settings.checkpoint_save_total_limit or None,
+        "logging_steps": max(1, min(10, examples * settings.epochs // batch_size // 10)),
+        "disable_tqdm": not settings.show_progress_bar or not distributed.is_main(),
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": settings.device not in (None, "cpu"),
+        "use_cpu": settings.device == "cpu",
+    }
+    try:
+        return LoraTrainingArguments(lora_device=settings.device, **{**values, **train_kwargs})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"training arguments that sentence-transformers refuses ({error})",
+            "names and values of SentenceTransformerTrainingArguments",
+            "Correct what was passed to finetune(...).",
+        ) from error

@@ -21,13 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator(TrainerCallback):
-    """Evaluates every `every` steps and at the end of each epoch; stops on a signal, or when nothing more is gained.
+    """Evaluates every `every` steps (0: never) and at the end of each epoch; stops on a signal, or without gain.
 
-    Args:
-        trainer: Its `selection` evaluates.
-        every: Steps between evaluations; 0 for epochs only.
-        patience: Evaluations in a row without a new best after which training stops; 0 never stops.
-        stop: Knows whether a signal has requested a stop.
+    Training stops after `patience` evaluations in a row without a new best; 0 never stops it.
     """
 
     def __init__(self, trainer: LoraTrainer, every: int, patience: int, stop: StopRequest) -> None:
@@ -103,11 +99,7 @@ class Evaluator(TrainerCallback):
 
 
 class RunLog(TrainerCallback):
-    """Appends what the trainer logs (loss, learning rate, metrics) to a file, one JSON object per line.
-
-    Args:
-        path: `log.jsonl` in the run directory.
-    """
+    """Appends what the trainer logs (loss, learning rate, metrics) to a file, one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -123,13 +115,8 @@ class RunLog(TrainerCallback):
         """Append a line."""
         if not distributed.is_main() or not logs:
             return
-        values = {name: _number(value) for name, value in logs.items()}
+        finite = {n: v if not isinstance(v, float) or math.isfinite(v) else str(v) for n, v in logs.items()}  # for JSON
         try:
-            append_json_line(self.path, {"step": state.global_step, **values, "time": round(time.time(), 3)})
+            append_json_line(self.path, {"step": state.global_step, **finite, "time": round(time.time(), 3)})
         except OSError as error:  # a full disk must not end the run
             logger.warning("step %d could not be logged to %s: %s", state.global_step, self.path, error)
-
-
-def _number(value: Any) -> Any:
-    """Infinities and NaN as text, because JSON has no numbers for them."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,7 @@ from llama_index_lora_embed.training.negatives.false_negatives import FalseNegat
 class TrainingGroup:
     """One passage and the queries that it answers.
 
-    Attributes:
-        passage: Text to encode.
-        passage_id: Id of its node; several groups can share it (inverse cloze cuts a node in several ways).
-        query_ids: Ids of its queries.
+    Several groups can have the id of one node, which inverse cloze cuts in several ways.
     """
 
     passage: str
@@ -29,11 +26,7 @@ class TrainingGroup:
 
 
 def make_groups(dataset: EmbeddingQAFinetuneDataset, use_all_docs: bool) -> list[TrainingGroup]:
-    """Group the queries by the passage that they are trained against.
-
-    Args:
-        dataset: Checked dataset.
-        use_all_docs: Train a query with all its relevant passages instead of the first one only.
+    """Group the queries by the passage that they are trained against: the first relevant one, or all of them.
 
     Raises:
         DatasetError: There are fewer than two different passages.
@@ -59,14 +52,7 @@ def make_groups(dataset: EmbeddingQAFinetuneDataset, use_all_docs: bool) -> list
 
 @dataclass
 class Example:
-    """A query, a passage that answers it, and passages that do not.
-
-    Attributes:
-        query_id: Id of the query.
-        passage_id: Id of the passage's node.
-        passage: Text of the passage, which can be cut.
-        negatives: (id, text) of passages, hard negatives first.
-    """
+    """A query, a passage that answers it, and (id, text) of passages that do not, hard negatives first."""
 
     query_id: str
     passage_id: str
@@ -89,7 +75,7 @@ def make_examples(
 
     Args:
         dataset: Checked dataset.
-        groups: What `make_groups` made of it.
+        groups: `make_groups(dataset, ...)`.
         false_negatives: Which passages cannot be negatives.
         min_negatives: Negatives of an example, if the dataset has so many.
         equal_numbers: Give every example as many negatives as the one with the most hard negatives.
@@ -100,37 +86,23 @@ def make_examples(
     examples: list[Example] = []
     for number, (query_id, group) in enumerate(pairs):
         negatives = [(i, dataset.corpus[i]) for i in curated.get(query_id, ())]
-        easy = _easy_negatives(groups, number, query_id, false_negatives) if len(negatives) < width else iter(())
         texts = {text for _, text in negatives}
-        while len(negatives) < width and (other := next(easy, None)) is not None:
-            if other.passage not in texts:
+        for other in (groups[(number + step) % len(groups)] for step in range(1, len(groups))):
+            if len(negatives) >= width:
+                break
+            if other.passage not in texts and not false_negatives.excludes(query_id, other.passage_id):
                 texts.add(other.passage)
                 negatives.append((other.passage_id, other.passage))
         examples.append(Example(query_id, group.passage_id, group.passage, negatives))
     return examples
 
 
-def _easy_negatives(
-    groups: list[TrainingGroup], start: int, query_id: str, false_negatives: FalseNegatives
-) -> Iterator[TrainingGroup]:
-    for step in range(1, len(groups)):
-        group = groups[(start + step) % len(groups)]
-        if not false_negatives.excludes(query_id, group.passage_id):
-            yield group
-
-
 def negative_columns(
     dataset: EmbeddingQAFinetuneDataset, examples: list[Example], most: int | None = None
 ) -> list[dict[str, Any]]:
-    """Rows with the columns anchor, positive, negative_1, negative_2, ...: as many as every example has negatives.
-
-    Args:
-        dataset: Has the queries' texts.
-        examples: What `make_examples` made.
-        most: Maximum number of negative columns; None for all.
-    """
-    width = min((len(example.negatives) for example in examples), default=0)
-    width = width if most is None else min(width, most)
+    """Rows with the columns anchor, positive, negative_1, ...: as many as every example has negatives, or `most`."""
+    widths = [len(example.negatives) for example in examples]
+    width = min(widths if most is None else [*widths, most])
     return [
         {
             "anchor": dataset.queries[example.query_id],

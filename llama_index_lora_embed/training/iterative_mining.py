@@ -9,7 +9,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from llama_index_lora_embed.config import MiningSettings, TrainingSettings
+from llama_index_lora_embed.config import FinetuneConfig
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
 from llama_index_lora_embed.training.examples import make_groups
@@ -21,32 +21,20 @@ from llama_index_lora_embed.training.train import TrainingOutcome, set_length, t
 def train_with_mining(
     model: SentenceTransformer,
     dataset: TrainingData,
-    settings: TrainingSettings,
+    config: FinetuneConfig,
     run_dir: Path,
-    mining: MiningSettings | None,
     *,
     selection: CheckpointSelection,
     run_record: dict[str, Any],
-    use_all_docs: bool = False,
     **kwargs: Any,
 ) -> tuple[TrainingOutcome, tuple[MiningReport, ...]]:
-    """Train, in one or several rounds of mining where that is asked for.
+    """Train once, or in the rounds of mining that the configuration asks for.
 
     The base mines for the first round, with the `max_seq_length` of the training. Each round starts from the best
     weights so far, with a learning-rate schedule of its own, and these weights stay a candidate: a round that gains
     nothing changes nothing. Negatives are mined from the training corpus alone. The dataset's own hard negatives come
-    first in every round.
-
-    Args:
-        model: Loaded base.
-        dataset: Checked training set.
-        settings: Settings of each round.
-        run_dir: Run directory of the first round; later ones use `round2` and so on inside it.
-        mining: How to mine, and the number of rounds; None trains once, on the dataset's own hard negatives.
-        selection: As for `train`.
-        run_record: As for `train`; the round's number and a digest of its first weights are added.
-        use_all_docs: Train a query with all its relevant passages.
-        **kwargs: As for `train`.
+    first in every round. Later rounds have the run directories `round2` and so on inside the first one's, and record
+    their number and a digest of their first weights. Arguments are those of `train`.
 
     Returns:
         The outcome of all rounds together, with steps counted through; and the report of each round's mining.
@@ -56,13 +44,12 @@ def train_with_mining(
         ConfigError: The settings ask for a length that the model's positions do not allow.
         LoraEmbedError: As `train`.
     """
-    groups = make_groups(dataset, use_all_docs) if dataset.kind == "queries" else []
-    truncation = set_length(model, dataset, groups, settings)
-    kwargs["truncation"] = truncation
+    mining = config.mining
+    groups = make_groups(dataset, config.data.use_all_docs) if dataset.kind == "queries" else []
+    kwargs["truncation"] = set_length(model, dataset, groups, config.training)
     if mining is None:
-        return train(
-            model, dataset, groups, settings, run_dir, selection=selection, run_record=run_record, **kwargs
-        ), ()
+        outcome = train(model, dataset, groups, config, run_dir, selection=selection, run_record=run_record, **kwargs)
+        return outcome, ()
     assert dataset.kind == "queries"
     reports: list[MiningReport] = []
     total: TrainingOutcome | None = None
@@ -73,7 +60,7 @@ def train_with_mining(
             model,
             mined,
             groups,
-            settings,
+            config,
             run_dir if number == 1 else run_dir / f"round{number}",
             selection=selection if total is None else _next_selection(total.selection),
             run_record={**run_record, "round": number, "start": None if total is None else _weights_digest(model)},

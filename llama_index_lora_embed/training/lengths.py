@@ -19,16 +19,9 @@ _KEPT = 512  # a base's own limit is not lowered below this; above it the data d
 
 @dataclass(frozen=True)
 class Truncation:
-    """Number of texts that are truncated because they are too long for the model.
+    """How many of the training texts are longer than the base's own limit and than this run's, in tokens.
 
-    Attributes:
-        texts: Number of passages and queries.
-        length_before: The base's own `max_seq_length`, in tokens.
-        cut_before: Number of texts longer than that.
-        length_after: The `max_seq_length` of this run, in tokens.
-        cut_after: Number of texts longer than that.
-        longest: Tokens of the longest text.
-        window: The `window` that would read longer texts completely; None where none would, or nothing is truncated.
+    `window` is the one that would read longer texts completely; None where none would, or nothing is truncated.
     """
 
     texts: int
@@ -62,10 +55,10 @@ def choose_length(
     may be indexed later, and a batch is only padded to its own longest text.
 
     Args:
-        model: The base; its `max_seq_length` is set.
-        queries: Training queries.
-        passages: Training passages.
-        coverage: Share of texts that are not truncated, above 0 and at most 1; 1 for a model with windows.
+        model: Its `max_seq_length` is set.
+        queries: For training.
+        passages: For training.
+        coverage: Share of texts that are not truncated, above 0 and at most 1; ignored for a model with windows.
         wanted: The user's own choice, which overrides the search.
 
     Raises:

@@ -71,11 +71,11 @@ def add_lora(model: SentenceTransformer, lora_config: LoraConfig | None, setting
 
     Args:
         model: Loaded base.
-        lora_config: peft's configuration, which is not changed; None adapts all linear layers with the settings' rank.
+        lora_config: peft's configuration without `lora_problems`, which is not changed; None for the settings' LoRA.
         settings: Rank, alpha and layers of the default LoRA.
 
     Raises:
-        ConfigError: The configuration does not fit the base, or cannot be trained here.
+        ConfigError: The configuration does not fit the base.
     """
     if lora_config is None:
         lora_config = LoraConfig(
@@ -85,13 +85,6 @@ def add_lora(model: SentenceTransformer, lora_config: LoraConfig | None, setting
             target_modules=upper_modules(model, settings.lora_layers),
         )
     else:
-        if problems := lora_problems(lora_config):
-            raise ConfigError(
-                f"a lora_config with {len(problems)} setting(s) that cannot be trained here",
-                "one whose untrained adapter gives the base's vectors and which can be merged into the base",
-                "Change:",
-                problems,
-            )
         lora_config = copy.deepcopy(lora_config)  # add_adapter writes the base's path into it
         lora_config.inference_mode = False  # True in a configuration that was read from an adapter directory
         if lora_config.target_modules is None:
@@ -106,27 +99,9 @@ def add_lora(model: SentenceTransformer, lora_config: LoraConfig | None, setting
             "target_modules that exist in it",
             f"This base has: {', '.join(lora_target_modules(model))}.",
         ) from error
-    _check_modules_to_save(model, lora_config)
-    _to_float32(model)
-
-
-def _to_float32(model: SentenceTransformer) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def _check_modules_to_save(model: SentenceTransformer, lora_config: LoraConfig) -> None:
-    """Refuse names in `modules_to_save` that the base does not have, which peft ignores silently.
-
-    Raises:
-        ConfigError: Some names are not in the base.
-    """
-    wrapped = [
-        name
-        for name, module in model.transformers_model.named_modules()  # type: ignore[union-attr]
-        if isinstance(module, ModulesToSaveWrapper)
-    ]
+    modules = model.transformers_model.named_modules()  # type: ignore[union-attr]
+    wrapped = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
+    # peft ignores names that do not exist
     missing = [wanted for wanted in lora_config.modules_to_save or [] if not any(n.endswith(wanted) for n in wrapped)]
     if missing:
         raise ConfigError(
@@ -134,6 +109,13 @@ def _check_modules_to_save(model: SentenceTransformer, lora_config: LoraConfig) 
             "modules of the base's transformer",
             "Correct the names; model.transformers_model.named_modules() lists them.",
         )
+    _to_float32(model)
+
+
+def _to_float32(model: SentenceTransformer) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def train_further(model: SentenceTransformer) -> None:
@@ -196,15 +178,7 @@ def lora_target_modules(model: SentenceTransformer) -> list[str]:
 
 
 def upper_modules(model: SentenceTransformer, share: float) -> list[str]:
-    """Names of the linear modules in the upper layers, which the default LoRA adapts.
-
-    Args:
-        model: Loaded base.
-        share: Share of the layers, from the last one down; 1 gives `lora_target_modules`.
-
-    Raises:
-        ConfigError: The model has no transformer layers with linear modules.
-    """
+    """Names of the linear modules in a share of the layers, from the last one down; 1 gives `lora_target_modules`."""
     targets = lora_target_modules(model)
     if share >= 1:
         return targets

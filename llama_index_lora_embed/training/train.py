@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, set_seed
 
-from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
-from llama_index_lora_embed.core.errors import ConfigError, warn_user
+from llama_index_lora_embed.config import FinetuneConfig, TrainingSettings
+from llama_index_lora_embed.core.errors import warn_user
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.lora import fused_lora
 from llama_index_lora_embed.models.kernels.precision import resolve_precision
 from llama_index_lora_embed.training import distributed
+from llama_index_lora_embed.training.arguments import training_arguments
+from llama_index_lora_embed.training.auto_batch_size import StepSize, largest_that_fits
 from llama_index_lora_embed.training.callbacks import Evaluator, RunLog
 from llama_index_lora_embed.training.checkpointing.checkpoints import LOG_NAME, open_run, read_record
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
 from llama_index_lora_embed.training.checkpointing.signals import StopRequest
-from llama_index_lora_embed.training.efficiency.auto_batch_size import StepSize, largest_that_fits
 from llama_index_lora_embed.training.efficiency.frozen_layers import HiddenStateCache
 from llama_index_lora_embed.training.examples import TrainingGroup
 from llama_index_lora_embed.training.lengths import Truncation, choose_length
@@ -47,14 +47,9 @@ _EVALUATION_SETTINGS = {
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """Result of a training run.
+    """Result of a training run, after which the model has the selected weights.
 
-    Attributes:
-        selection: Evaluations, and the step whose weights the model now has.
-        truncation: Length of the texts, and how many are truncated.
-        steps: Optimizer steps.
-        train_seconds: Wall time of the steps, without evaluations and loading.
-        precision: "bf16" or "fp32".
+    `train_seconds` are of wall time, without evaluations and loading. `precision` is "bf16" or "fp32".
     """
 
     selection: CheckpointSelection
@@ -68,7 +63,7 @@ def train(
     model: SentenceTransformer,
     dataset: TrainingData,
     groups: list[TrainingGroup],
-    settings: TrainingSettings,
+    config: FinetuneConfig,
     run_dir: Path,
     *,
     selection: CheckpointSelection,
@@ -76,9 +71,6 @@ def train(
     run_record: dict[str, Any],
     lora_config: LoraConfig | None = None,
     loss: Any = None,
-    objective: ObjectiveSettings | None = None,
-    resume: bool = False,
-    allow_changes: Collection[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     train_kwargs: dict[str, Any] | None = None,
 ) -> TrainingOutcome:
@@ -92,26 +84,24 @@ def train(
             trained further.
         dataset: Checked training set.
         groups: Its groups; empty for labelled pairs.
-        settings: Settings of the training.
+        config: Of the run; its data, base and mining are not read.
         run_dir: Folder of the log and the checkpoints.
         selection: Evaluates; has earlier evaluations if the model was trained before.
         truncation: What `set_length` returned.
         run_record: What decides the result of the run; a checkpoint to resume from must have the same.
-        lora_config: peft's configuration; None adapts all linear layers with the settings' rank.
-        loss: None for the objective's, else a sentence-transformers loss, or a callable that makes one from the model.
-        objective: What is trained if `loss` is None; None for the default.
-        resume: Continue from the newest checkpoint, if there is one.
-        allow_changes: Names in `run_record` that may differ from the checkpoint's.
+        lora_config: peft's configuration, instead of the settings' rank on all linear layers.
+        loss: A sentence-transformers loss, or a callable that makes one from the model, instead of the objective's.
         callbacks: More transformers callbacks.
         train_kwargs: More `SentenceTransformerTrainingArguments`.
 
     Raises:
-        ConfigError: The loss or the LoRA does not fit; or a checkpoint belongs to another run.
+        ConfigError: The loss or the LoRA does not fit the base; or a checkpoint belongs to another run.
         DatasetError: There are no negatives.
         NonFiniteLossError: The loss became NaN or infinite.
         DeviceMemoryError: The device's memory does not hold a step.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
+    settings, output, extra = config.training, config.output, train_kwargs or {}
     set_seed(settings.seed)  # before the adapter's random initialisation
     if getattr(model.transformers_model, "peft_config", None):
         train_further(model)
@@ -119,19 +109,13 @@ def train(
         add_lora(model, lora_config, settings)
     start = adapter_weights(model)
     precision = resolve_precision(settings.precision, model.device)
-    extra = train_kwargs or {}
-    plan = training_plan(
-        model,
-        dataset,
-        groups,
-        loss,
-        settings,
-        objective,
-        gradient_checkpointing=bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing")),
-    )
-    _arguments(settings, run_dir, StepSize(2), plan, extra)  # wrong ones raise before files are moved
+    checkpointing = bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing"))
+    plan = training_plan(model, dataset, groups, loss, settings, config.objective, gradient_checkpointing=checkpointing)
+    training_arguments(settings, run_dir, 2, plan, extra)  # wrong ones raise before files are moved
     run_record = {**run_record, "precision": precision}
-    checkpoint, changed = distributed.on_main(lambda: open_run(run_dir, run_record, resume, allow_changes))
+    checkpoint, changed = distributed.on_main(
+        lambda: open_run(run_dir, run_record, output.resume_from_checkpoint, output.allow_changes)
+    )
     evaluate_anew = bool(changed & _EVALUATION_SETTINGS)
 
     def trainer_for(step: StepSize) -> LoraTrainer:
@@ -147,7 +131,7 @@ def train(
             discard_evaluations=evaluate_anew,
             model=model,
             **plan.inputs,
-            args=_arguments(settings, run_dir, step, plan, extra),
+            args=training_arguments(settings, run_dir, step.batch_size, plan, extra),
         )
 
     if settings.batch_size != "auto":
@@ -251,56 +235,3 @@ def _hidden_state_cache(
     cache.store.close()  # the states of the trial are float32
     loss.hidden_state_cache = cache
     return cache
-
-
-@dataclass
-class LoraTrainingArguments(SentenceTransformerTrainingArguments):
-    """Training arguments with one device: transformers would use all GPUs (DataParallel), or the first."""
-
-    lora_device: str | None = None
-
-    @cached_property
-    def _setup_devices(self) -> torch.device:
-        device: torch.device = super()._setup_devices
-        if distributed.world_size() == 1 and device.type == "cuda":
-            self._n_gpu = 1
-            wanted = torch.device(self.lora_device or device)
-            if wanted.index is not None:
-                torch.cuda.set_device(wanted)
-                return wanted
-        return device
-
-
-def _arguments(
-    settings: TrainingSettings, run_dir: Path, step: StepSize, plan: TrainingPlan, extra: dict[str, Any]
-) -> LoraTrainingArguments:
-    examples, batch_size = len(plan.inputs["train_dataset"]), step.batch_size
-    values: dict[str, Any] = {
-        "output_dir": str(run_dir),
-        "per_device_train_batch_size": batch_size,
-        "num_train_epochs": settings.epochs,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "linear",
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "seed": settings.seed,
-        **plan.arguments,
-        "eval_strategy": "no",
-        "save_strategy": "steps" if settings.save_checkpoints else "no",
-        "save_steps": settings.checkpoint_save_steps,
-        "save_total_limit": settings.checkpoint_save_total_limit or None,
-        "logging_steps": max(1, min(10, examples * settings.epochs // batch_size // 10)),
-        "disable_tqdm": not settings.show_progress_bar or not distributed.is_main(),
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": settings.device not in (None, "cpu"),
-        "use_cpu": settings.device == "cpu",
-    }
-    try:
-        return LoraTrainingArguments(lora_device=settings.device, **{**values, **extra})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"training arguments that sentence-transformers refuses ({error})",
-            "names and values of SentenceTransformerTrainingArguments",
-            "Correct what was passed to finetune(...).",
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,9 +43,9 @@ class LoraTrainer(SentenceTransformerTrainer):
         precision: Precision of the steps, "bf16" or "fp32".
         base_dropout: Leave the frozen base's dropout on.
         warmup_ratio: Share of all steps; None leaves warmup to the arguments.
-        run_record: What decides the result of the run, for checkpoints.
-        resolved: What the run found by trying, for checkpoints.
-        discard_evaluations: Do not load the evaluations of a checkpoint, because they cannot be compared with new ones.
+        run_record: Recorded in checkpoints: what decides the result of the run.
+        resolved: Recorded in checkpoints: what the run found by trying.
+        discard_evaluations: Do not load a checkpoint's evaluations, which cannot be compared with new ones.
         **kwargs: As for SentenceTransformerTrainer.
     """
 
@@ -132,15 +131,11 @@ class LoraTrainer(SentenceTransformerTrainer):
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
-            collator: Any = self.data_collator
+            chunk = getattr(self.data_collator, "mini_batch_size", None)
             checkpointing = self.args.gradient_checkpointing or self.args.activation_checkpointing
-            raise out_of_memory(
-                self.args.per_device_train_batch_size,
-                longest,
-                error,
-                mini_batch_size=getattr(collator, "mini_batch_size", None),
-                gradcache=isinstance(collator, GroupCollator) and not checkpointing,
-            ) from error
+            gradcache = isinstance(self.data_collator, GroupCollator) and not checkpointing
+            size = self.args.per_device_train_batch_size
+            raise out_of_memory(size, longest, error, mini_batch_size=chunk, gradcache=gradcache) from error
         if distributed.highest(int(not torch.isfinite(loss))):
             raise self._not_finite(f"a loss of {loss.item()}")
         return loss
@@ -251,12 +246,9 @@ class LoraTrainer(SentenceTransformerTrainer):
 
     def _random_states(self) -> dict[str, bytes]:
         """Random states of every process: file name to content."""
-        folder = tempfile.mkdtemp()
-        try:
+        with tempfile.TemporaryDirectory() as folder:
             self._save_rng_state(folder)
             own = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        finally:
-            shutil.rmtree(folder)
         if distributed.world_size() == 1:
             return own
         gathered: list[Any] = [None] * distributed.world_size()
@@ -304,18 +296,14 @@ def out_of_memory(
 ) -> DeviceMemoryError:
     """An error that suggests what can be done about a step that the device's memory does not hold.
 
-    Args:
-        batch_size: Passages (or examples) in the step.
-        tokens: Tokens of its longest text.
-        error: What torch raised.
-        mini_batch_size: Texts that were encoded at once (GradCache); None if the batch was encoded as a whole.
-        gradcache: Whether the objective can be computed in chunks.
+    `tokens` are those of its longest text; `gradcache` says whether the objective can be computed in chunks, which hold
+    `mini_batch_size` texts if that is done already.
     """
     advice = []
     if gradcache and mini_batch_size is None:
+        size = max(1, min(8, batch_size // 4))
         advice.append(
-            "compute the batch in chunks (GradCache) with objective=ObjectiveSettings(mini_batch_size="
-            f"{max(1, min(8, batch_size // 4))}) or fewer"
+            f"compute the batch in chunks (GradCache) with objective=ObjectiveSettings(mini_batch_size={size}) or fewer"
         )
     elif gradcache and mini_batch_size is not None and mini_batch_size > 1:
         advice.append(f"lower mini_batch_size from {mini_batch_size} to {mini_batch_size // 2} or fewer")

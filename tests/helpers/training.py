@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_index_lora_embed.training.efficiency import auto_batch_size
+from llama_index_lora_embed.training import auto_batch_size
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.conftest import make_engine
 

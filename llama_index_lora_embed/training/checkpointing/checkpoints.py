@@ -51,7 +51,7 @@ def write_checkpoint(
         write: Writes the files into a staging folder of the target's name.
         run: What decides the result of the run, compared when it is resumed.
         limit: Number of undamaged checkpoints to keep; None or 0 keeps all.
-        resolved: What the run found by trying, such as the batch size that fits, for the resumed run.
+        resolved: What the run found by trying, such as the batch size that fits.
 
     Raises:
         OSError: The disk is full or not writable, or returns other bytes than were written; earlier checkpoints are
@@ -144,11 +144,7 @@ def open_run(
 ) -> tuple[Path | None, set[str]]:
     """Prepare a run directory: choose the checkpoint to resume from, or move the files of an older run aside.
 
-    Args:
-        run_dir: `<model_output_path>.run`.
-        run: What decides the result of this run, by name.
-        resume: Whether to resume.
-        allow_changes: Names that may differ from the checkpoint's.
+    `run` holds what decides the result of this run, by name; `allow_changes` names what may differ from the checkpoint.
 
     Returns:
         The checkpoint, or None to start at step 0; and the names that differ.

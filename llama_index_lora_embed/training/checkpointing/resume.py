@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from llama_index_lora_embed.config import FinetuneConfig
@@ -25,6 +26,7 @@ RECORDED = frozenset({
 # these fields of peft's configuration say where files are and which peft wrote them
 _LORA_PLACES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 _REPORTING = ("report_to", "run_name", "log_level", "dataloader_num_workers", "dataloader_pin_memory")
+_SCALARS = (int, float, str, bool, type(None))
 _LONGEST = 2000  # characters of a loss's description
 
 
@@ -40,14 +42,7 @@ def record(
 ) -> dict[str, Any]:
     """Everything that decides the trained weights, by name, in values that JSON returns unchanged.
 
-    Args:
-        config: The run's configuration.
-        dataset: Training data, before mining.
-        val_dataset: Validation data.
-        base: The base model, which is recorded by its weights.
-        parent: Path and fingerprint of the adapter that is continued.
-        loss: A loss of the user's own.
-        train_kwargs: The user's sentence-transformers training arguments.
+    `parent` holds path and fingerprint of the adapter that is continued; `dataset` is the training data before mining.
     """
     affecting = config.result_affecting()
     described = describe(loss)
@@ -73,7 +68,7 @@ def lora_fields(lora_config: LoraConfig) -> dict[str, Any]:
 
     default, values = (config.to_dict() for config in (LoraConfig(), lora_config))  # type: ignore[no-untyped-call]
     return {
-        name: _plain(value)
+        name: describe(value)
         for name, value in values.items()
         if name not in _LORA_PLACES and (name not in default or value != default[name])
     }
@@ -84,8 +79,10 @@ def describe(value: Any) -> Any:
 
     Functions and classes are named, not read: one that does something else under the same name is taken for the same.
     """
-    if isinstance(value, (int, float, str, bool, type(None))):
+    if isinstance(value, _SCALARS):
         return value
+    if isinstance(value, Enum):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
@@ -111,21 +108,7 @@ def _settings(value: Any) -> Any:
         inner = value.named_children() if hasattr(value, "named_children") else ()
         losses = {n: m for n, m in inner if hasattr(m, "get_config_dict") and not isinstance(m, SentenceTransformer)}
         return {"config": describe(value.get_config_dict()), **{name: describe(loss) for name, loss in losses.items()}}
-    if isinstance(value, (list, tuple, Mapping, set, frozenset, int, float, str, type(None), functools.partial)):
+    if isinstance(value, (list, tuple, Mapping, set, frozenset, functools.partial, *_SCALARS)):
         return describe(value)
-    attributes = getattr(value, "__dict__", {})
-    return {
-        name: item if isinstance(item, (int, float, str, bool, type(None))) else type(item).__qualname__
-        for name, item in sorted(attributes.items())
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Sets as sorted lists, enumerations as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value))
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+    attributes = sorted(getattr(value, "__dict__", {}).items())
+    return {name: item if isinstance(item, _SCALARS) else type(item).__qualname__ for name, item in attributes}

@@ -131,13 +131,9 @@ class CheckpointSelection:
         return [entry["metrics"][self.metric] for entry in self.history]
 
     def restore_best(self, model: SentenceTransformer, start: dict[str, Tensor]) -> None:
-        """Load the best weights into the model.
+        """Load the best weights into the model, whose adapter had the weights `start` before the first step.
 
         Evaluations from before a resume are made again, because checkpoints hold no results per query.
-
-        Args:
-            model: The trained model.
-            start: Adapter weights before the first step.
         """
         if self.evaluator is None:
             return

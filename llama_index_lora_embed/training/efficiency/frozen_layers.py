@@ -125,12 +125,9 @@ class HiddenStateCache:
         return None
 
     def __call__(self, model: nn.Module, inner: nn.Module, chunk: dict[str, Any]) -> Any:
-        """The model's output for a chunk.
+        """The model's output for a chunk, which has the text id of each row under `TEXT_IDS`.
 
-        Args:
-            model: May be wrapped in `DistributedDataParallel`.
-            inner: The same model without the wrapper.
-            chunk: Token tensors [rows, tokens], and the text id of each row under `TEXT_IDS`.
+        `model` may be wrapped in `DistributedDataParallel`; `inner` is not.
         """
         features = dict(chunk)
         text_ids = features.pop(TEXT_IDS).tolist()

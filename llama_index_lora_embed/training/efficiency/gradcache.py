@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.efficiency.frozen_layers import TEXT_IDS, HiddenStateCache
 
 Chunk = dict[str, Any]
@@ -63,18 +62,11 @@ def cached_loss(
     activations are kept from the first pass, and it goes first in the second, before other chunks take memory.
 
     Args:
-        model: Takes a chunk; may be wrapped in `DistributedDataParallel`, which then reduces the gradients once.
+        model: May be wrapped in `DistributedDataParallel`, which then reduces the gradients once.
         chunks: Token tensors, with as many texts in each as are to be encoded at once.
         loss_of: The loss of embeddings, float32 [texts, dimension].
         hidden_state_cache: Computes the frozen layers once per text.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ConfigError: Gradient checkpointing is on in the model.
     """
-    refuse_checkpointing(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
     inner = unwrapped(model)
     device_type = next(model.parameters()).device.type
     autocast = _current_autocast(device_type)
@@ -82,7 +74,7 @@ def cached_loss(
     kept = _largest(chunks if inner is model else chunks[:-1]) if torch.is_grad_enabled() else None
     with autocast():
         for number, chunk in enumerate(chunks):
-            states.append(_RandomState(chunk))
+            states.append((torch.get_rng_state(), *get_device_states(*chunk.values())))
             with torch.set_grad_enabled(number == kept):
                 first.append(embed(inner, chunk, hidden_state_cache))
     embeddings = torch.cat([part.detach() for part in first])
@@ -104,7 +96,7 @@ def cached_loss(
             if number == done:
                 continue
             # as in `embed_all`: only the last chunk's backward pass is reduced by DistributedDataParallel
-            with state.restored(), torch.enable_grad(), autocast():
+            with _same_random_numbers(*state, device_type), torch.enable_grad(), autocast():
                 again = embed(model if number == len(chunks) - 1 else inner, chunk, hidden_state_cache)
             again.backward(gradient * incoming)  # type: ignore[no-untyped-call]
 
@@ -122,37 +114,15 @@ def _largest(chunks: Sequence[Chunk]) -> int | None:
     return max(range(len(chunks)), key=size, default=None)
 
 
-def refuse_checkpointing(gradient_checkpointing: bool) -> None:
-    """Refuse GradCache with gradient checkpointing: activations would be computed three times, for little memory.
-
-    Raises:
-        ConfigError: Gradient checkpointing is on.
-    """
-    if gradient_checkpointing:
-        raise ConfigError(
-            "mini_batch_size together with gradient_checkpointing",
-            "one of the two: both compute activations again to save memory",
-            "Leave gradient_checkpointing out, and lower mini_batch_size until the step fits.",
-        )
-
-
-class _RandomState:
-    """The state of all random generators that a forward pass over a chunk uses."""
-
-    def __init__(self, chunk: Chunk) -> None:
-        self.cpu = torch.get_rng_state()
-        self.device_type = next((v.device.type for v in chunk.values() if isinstance(v, Tensor)), "cpu")
-        self.devices, self.states = get_device_states(*chunk.values())  # empty for tensors on the CPU
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Within it the same random numbers are drawn again; the state afterwards is what it was before."""
-        kind = "cuda" if self.device_type == "cpu" else self.device_type
-        with torch.random.fork_rng(self.devices, device_type=kind):
-            torch.set_rng_state(self.cpu)
-            if self.devices:
-                set_device_states(self.devices, self.states, device_type=kind)
-            yield
+@contextmanager
+def _same_random_numbers(cpu: Tensor, devices: list[int], states: list[Tensor], device_type: str) -> Iterator[None]:
+    """Within it random numbers are drawn from these states; the states afterwards are what they were before."""
+    kind = "cuda" if device_type == "cpu" else device_type
+    with torch.random.fork_rng(devices, device_type=kind):
+        torch.set_rng_state(cpu)
+        if devices:
+            set_device_states(devices, states, device_type=kind)
+        yield
 
 
 def _current_autocast(device_type: str) -> Callable[[], Any]:

@@ -17,12 +17,7 @@ def onto_full_precision(
     """The trained adapter on the base in full precision; base and best are evaluated again there.
 
     Quantization changes the base's embeddings, and with them the metrics; the reported ones must be those of the model
-    that serves.
-
-    Args:
-        quantized: The trained model, with its best weights.
-        selection: Its evaluations of base and best are replaced.
-        load: Loads the base in full precision.
+    that serves. `load` loads the base in full precision.
     """
     model = load()
     model.max_seq_length = quantized.max_seq_length

@@ -70,11 +70,7 @@ class Corpus:
 
     @classmethod
     def of(cls, dataset: EmbeddingQAFinetuneDataset, near_duplicates: Mapping[str, str]) -> Corpus:
-        """Index of a dataset; `near_duplicates` maps passage ids to the first id with nearly the same text.
-
-        Raises:
-            ConfigError: `near_duplicates` has ids that are not in the corpus.
-        """
+        """Index of a dataset, see `FalseNegatives`."""
         if unknown := sorted({*near_duplicates.keys(), *near_duplicates.values()} - dataset.corpus.keys()):
             raise ConfigError(
                 f"near_duplicates with {len(unknown)} ids that are not in the corpus",
@@ -116,13 +112,9 @@ class Corpus:
 
 
 class Guard:
-    """Excludes passages as negatives of all queries of one wording, whatever their similarity.
+    """Excludes passages as negatives of all queries of one (normalised) wording, whatever their similarity.
 
-    Args:
-        corpus: The passages.
-        wording: The queries' normalised text.
-        positives: Ids of the passages that answer any of these queries.
-        window: `MiningSettings.sibling_window`.
+    `positives` are the ids of the passages that answer any of these queries; `window` is the `sibling_window`.
     """
 
     def __init__(self, corpus: Corpus, wording: str, positives: set[str], window: int | None) -> None:
@@ -169,14 +161,7 @@ class Guard:
 
 @dataclass
 class Positions:
-    """Positions of a batch's passages, by what they share with others.
-
-    Attributes:
-        passage_ids: The passages; a node can have several positions.
-        near: `Corpus.near` to positions.
-        alike: `Corpus.alike` to positions.
-        documents: Document id to positions.
-    """
+    """A batch's passages (a node can have several), and their positions by what they share with others."""
 
     passage_ids: Sequence[str]
     near: dict[str, list[int]] = field(default_factory=dict)
@@ -221,13 +206,12 @@ class FalseNegatives:
     def guard(self, query_id: str) -> Guard:
         """Guard of the query's wording."""
         wording = _normalised(self.corpus.dataset.queries[query_id])
-        found = self._guards.get(wording)
-        if found is None:
+        if wording not in self._guards:
             if len(self._guards) >= _GUARDS_KEPT:
                 self._guards.clear()
             positives = self._positives.get(_digest(wording)) or set(self.corpus.dataset.relevant_docs[query_id])
-            found = self._guards[wording] = Guard(self.corpus, wording, positives, self.window)
-        return found
+            self._guards[wording] = Guard(self.corpus, wording, positives, self.window)
+        return self._guards[wording]
 
     def index(self, passage_ids: Sequence[str]) -> Positions:
         """Index the passages of a batch once for all of its queries."""

@@ -134,7 +134,7 @@ def mine_hard_negatives(
 
 
 class _Candidates(NamedTuple):
-    """The passages most similar to a query, most similar first, and its least similar positive."""
+    """A query's least similar positive, and the passages most similar to the query, most similar first."""
 
     positive_id: str
     positive_score: float
@@ -142,7 +142,7 @@ class _Candidates(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """The negatives of a query, most similar first, its positive, and the number of excluded passages by reason."""
+    """A query's least similar positive, its negatives, most similar first, and excluded passages by reason."""
 
     positive_id: str
     positive_score: float
@@ -199,10 +199,7 @@ def _choose(query_id: str, candidates: _Candidates, guard: Guard, wanted: int, s
 def _closest(
     corpus: Corpus, queries: dict[str, Tensor], passages: Tensor, query_ids: list[str], window: int, memory_mb: float
 ) -> Iterator[tuple[str, _Candidates]]:
-    """The `window` most similar passages of each query without its positives; equal scores in the corpus's order.
-
-    sentence-transformers' miner takes a model and texts, where these are vectors that are searched several times.
-    """
+    """The `window` most similar passages of each query without its positives; equal scores in the corpus's order."""
     import torch
 
     row = {passage_id: at for at, passage_id in enumerate(corpus.distinct)}

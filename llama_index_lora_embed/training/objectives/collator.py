@@ -26,11 +26,11 @@ NEGATIVE, IGNORED, CURATED = 0.0, -1.0, -2.0
 class GroupCollator:
     """Makes one batch of token tensors from groups.
 
-    The batch holds `q0_*`, `q1_*`, ... (queries) and `p0_*`, `p1_*`, ... (passages), which are chunks with their own
-    padding, and `label`, a float32 tensor [queries, passages]: the relevance (above 0, at most 1) of a query's
-    passage, NEGATIVE, IGNORED, or CURATED for the query's own hard negatives. Hard negatives join the batch once,
-    however many queries share them. A passage is ignored for a query where `FalseNegatives` says so, unless it is
-    among the query's own hard negatives.
+    It gets features of the form {"group": index}. The batch holds `q0_*`, `q1_*`, ... (queries) and `p0_*`, `p1_*`,
+    ... (passages), which are chunks with their own padding, and `label`, a float32 tensor [queries, passages]: the
+    relevance (above 0, at most 1) of a query's passage, NEGATIVE, IGNORED, or CURATED for the query's own hard
+    negatives. Hard negatives join the batch once, however many queries share them. A passage is ignored for a query
+    where `FalseNegatives` says so, unless it is among the query's own hard negatives.
 
     The label has a row for each query and passage that it is trained against. With `soft`, it has one row for each
     query, and all of its passages in the batch are its targets, each with its relevance.
@@ -46,8 +46,11 @@ class GroupCollator:
         false_negatives: What is ignored; None uses the defaults of `ObjectiveSettings` without near-duplicates.
         soft: Whether all of a query's passages in the batch are its targets.
         mini_batch_size: Texts in a chunk (windows, where long texts have several); None for 8 passages or 32 queries.
-        rank: Number of this process, from 0.
+        rank: Number of this process, from 0, of `world`.
         world: Number of processes.
+
+    Raises:
+        ConfigError: A batch has fewer groups than there are processes.
     """
 
     valid_label_columns = ("label",)
@@ -74,11 +77,7 @@ class GroupCollator:
         self.world = world
 
     def __call__(self, features: list[dict[str, int]]) -> dict[str, Any]:
-        """Collate features of the form {"group": index}.
-
-        Raises:
-            ConfigError: There are fewer groups than processes.
-        """
+        """Make a batch."""
         if len(features) < self.world:
             raise ConfigError(
                 f"a batch of {len(features)} passage(s) for {self.world} processes",

@@ -28,13 +28,7 @@ def teacher_scores(
 ) -> list[list[float]]:
     """Logits of a cross-encoder for each row's positive and negatives.
 
-    The model is loaded for this call and freed afterwards. It gets the texts without prompts.
-
-    Args:
-        teacher: Folder or id on the Hub.
-        rows: What `negative_columns` made.
-        device: Where to compute.
-        trust_remote_code: Run code from the model's repository.
+    The model (a folder, or an id on the Hub) is loaded for this call and freed afterwards. It gets no prompts.
 
     Raises:
         ModelNotFoundError: There is no model, or it does not load.

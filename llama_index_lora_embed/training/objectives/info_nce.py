@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.efficiency.frozen_layers import HiddenStateCache
 from llama_index_lora_embed.training.efficiency.gradcache import cached_loss, embed, embed_all, unwrapped
 from llama_index_lora_embed.training.objectives.collator import IGNORED, NEGATIVE
@@ -56,6 +57,8 @@ class MaskedInfoNCELoss(nn.Module):
 
     Attributes:
         hidden_state_cache: Computes the frozen layers once per text; None computes them in every step.
+        alone: Whether this process's embeddings stand in for those of the others: a trial step takes as much memory as
+            a real one, and must not wait for a process that has run out of it.
     """
 
     def __init__(
@@ -74,9 +77,10 @@ class MaskedInfoNCELoss(nn.Module):
         self.guide_margin = guide_margin
         self.dims = tuple(dims)
         self.hidden_state_cache: HiddenStateCache | None = None
+        self.alone = False
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
-        """Compute the loss.
+        """Compute the loss, a scalar that is the same in all processes.
 
         Args:
             features: Token tensors, chunks of queries first, then chunks of passages; each of several processes has
@@ -84,24 +88,21 @@ class MaskedInfoNCELoss(nn.Module):
             labels: float [queries, passages] of all processes: the relevance (above 0, at most 1) of the query's
                 passages; otherwise NEGATIVE, IGNORED or CURATED.
 
-        Returns:
-            A scalar, the same in all processes.
-
         Raises:
-            ConfigError: A guide for a model without an adapter, or GradCache with gradient checkpointing.
+            ConfigError: A guide for a model without an adapter.
         """
         chunks = list(features)
         if self.guide_margin is not None:
             labels = self._mask_by_guide(chunks, labels, self.guide_margin)
 
         def loss_of(embeddings: Tensor) -> Tensor:
-            return self.loss_of_embeddings(*gather_embeddings(embeddings, *labels.shape), labels)
+            return self._loss_of(*self._gather(embeddings, labels), labels)
 
         if self.cached:
             return cached_loss(self.model, chunks, loss_of, self.hidden_state_cache)
         return loss_of(embed_all(self.model, chunks, self.hidden_state_cache))
 
-    def loss_of_embeddings(self, queries: Tensor, passages: Tensor, labels: Tensor) -> Tensor:
+    def _loss_of(self, queries: Tensor, passages: Tensor, labels: Tensor) -> Tensor:
         """The loss of embeddings [queries, dimension] and [passages, dimension], summed over `dims`."""
         ignored = labels == IGNORED
         relevance = labels.clamp(min=0)
@@ -117,41 +118,36 @@ class MaskedInfoNCELoss(nn.Module):
                 losses.append((weight * -(target * log_probabilities.masked_fill(ignored, 0.0)).sum(dim=1)).mean())
         return torch.stack(losses).sum()
 
+    def _gather(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of all processes' queries and passages, of those of this process's queries and then passages."""
+        queries, passages = labels.shape
+        if distributed.world_size() == 1:
+            return embeddings[:queries], embeddings[queries:]
+        own = len(range(distributed.rank(), queries, distributed.world_size()))
+        return _gather(embeddings[:own], queries, self.alone), _gather(embeddings[own:], passages, self.alone)
+
     def _mask_by_guide(self, chunks: Sequence[dict[str, Any]], labels: Tensor, margin: float) -> Tensor:
         """The labels, with negatives ignored that the base finds closer to the query than its passage."""
         with torch.no_grad(), adapter_disabled(unwrapped(self.model)) as base:
             embeddings = torch.cat([embed(base, chunk, self.hidden_state_cache) for chunk in chunks])
-            queries, passages = gather_embeddings(embeddings, *labels.shape)
+            queries, passages = self._gather(embeddings, labels)
         with torch.autocast(labels.device.type, enabled=False):
             similarities = _unit(queries) @ _unit(passages).T
         lowest = similarities.masked_fill(labels <= 0, float("inf")).amin(dim=1, keepdim=True)
         return labels.masked_fill((labels == NEGATIVE) & (similarities > lowest - margin), IGNORED)
 
 
-def gather_embeddings(embeddings: Tensor, queries: int, passages: int) -> tuple[Tensor, Tensor]:
-    """Embeddings of all processes in the order of the labels.
+def _gather(own: Tensor, total: int, alone: bool) -> Tensor:
+    """Embeddings of all processes in the order of the labels: of `total`, process r of w has those at r, r + w, ...
 
-    Args:
-        embeddings: Those of this process, [its queries and then its passages, dimension]: of n in all, process r of w
-            has those at r, r + w, r + 2w, ...
-        queries: Number of queries of all processes.
-        passages: Number of passages of all processes.
-
-    Returns:
-        [queries, dimension] and [passages, dimension]. Only this process's own have a gradient, multiplied by w.
+    Only this process's own have a gradient, multiplied by w.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return embeddings[:queries], embeddings[queries:]
-    own = len(range(dist.get_rank(), queries, dist.get_world_size()))
-    return _gather(embeddings[:own], queries), _gather(embeddings[own:], passages)
-
-
-def _gather(own: Tensor, total: int) -> Tensor:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = distributed.rank(), distributed.world_size()
     missing = -(-total // world) - len(own)  # shares differ by at most one, but all must send the same shape
     sent = nn.functional.pad(own.detach(), (0, 0, 0, missing)).contiguous()
-    parts = [torch.empty_like(sent) for _ in range(world)]
-    dist.all_gather(parts, sent)
+    parts = [sent.clone() for _ in range(world)]
+    if not alone:
+        dist.all_gather(parts, sent)
     if own.requires_grad:
         scaled = own + (world - 1) * (own - own.detach())  # the value of `own`, and w times its gradient
         parts[rank] = nn.functional.pad(scaled, (0, 0, 0, missing))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,11 +16,9 @@ from sentence_transformers.sentence_transformer.losses.triplet import TripletDis
 from llama_index_lora_embed.config import FOR_PAIRS, IN_BATCH, MiningSettings, ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.models.windows import window_of
 from llama_index_lora_embed.training import distributed
-from llama_index_lora_embed.training.efficiency.gradcache import refuse_checkpointing
 from llama_index_lora_embed.training.examples import (
     TrainingGroup,
     find_false_negatives,
@@ -35,11 +33,6 @@ from llama_index_lora_embed.training.objectives.collator import GroupCollator
 from llama_index_lora_embed.training.objectives.distillation import scaled_cosine, teacher_scores
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler, ExampleTraits, GroupBatchSampler
-
-_LOSS_EXPECTED = (
-    "a sentence-transformers loss, or a callable that makes one from the model",
-    "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
-)
 
 
 @dataclass(frozen=True)
@@ -80,42 +73,39 @@ def training_plan(
         groups: `make_groups(dataset, ...)`; empty for labelled pairs.
         loss: None for the objective's own; else a sentence-transformers loss, or a callable that makes one from the
             model, which gets columns of texts. Then only the masks of `objective` count.
-        settings: Settings of the training.
-        objective: None for the default.
-        gradient_checkpointing: Whether the trainer will use it.
+        settings: Of the training.
+        objective: Fits data and loss (`ObjectiveSettings.misfits`); None for the default.
+        gradient_checkpointing: Whether the trainer will use it; then there is no GradCache.
 
     Raises:
-        ConfigError: Settings that cannot be used with each other, or with this model or dataset.
+        ConfigError: The objective or the loss cannot be used with this model.
         DatasetError: There are no negatives.
         ModelNotFoundError: The teacher does not exist.
         UnsafeCheckpointError: The teacher's weights are stored as a pickle only.
     """
     objective = objective or ObjectiveSettings()
-    refuse_checkpointing(gradient_checkpointing and isinstance(objective.mini_batch_size, int))
-    pairs = dataset.kind == "pairs"
-    if misfits := objective.misfits(pairs=pairs, own_loss=loss is not None):
-        raise ConfigError(
-            f"{len(misfits)} setting(s) that cannot be combined", "an objective that fits data and loss", "Correct:",
-            misfits,
-        )  # fmt: skip
+    name = objective.name_for(dataset.kind == "pairs")
     if loss is not None:
         loss = _checked_loss(loss, window_of(model) is not None)
-    name = objective.name_for(pairs)
     if dataset.kind == "pairs":
-        return _pairs_plan(model, dataset, _pair_loss(name, settings) if loss is None else loss)
+        columns = {"text1": dataset.texts1, "text2": dataset.texts2, "label": [float(s) for s in dataset.scores]}
+        queries = () if dataset.symmetric else ("text1",)
+        loss = _pair_loss(name, settings) if loss is None else loss
+        return _columns_plan(model, Dataset.from_dict(columns), loss, queries=queries)
     false_negatives = find_false_negatives(dataset, groups, objective)
     if loss is not None:
         examples = make_examples(dataset, groups, false_negatives)
         rows = negative_columns(dataset, examples)
         width = len(rows[0]) - 2
         in_batch = [(one.query_id, [one.passage_id, *(i for i, _ in one.negatives[:width])]) for one in examples]
-        return _columns_plan(model, rows, loss, ExampleTraits.of(in_batch, false_negatives))
+        return _columns_plan(model, Dataset.from_list(rows), loss, ExampleTraits.of(in_batch, false_negatives))
     if name in IN_BATCH:
         return _groups_plan(model, dataset, groups, settings, objective, false_negatives, not gradient_checkpointing)
     if name in FOR_PAIRS:
         examples = make_examples(dataset, groups, false_negatives, min_negatives=1, equal_numbers=False)
         require_negatives(examples)
-        return _columns_plan(model, label_columns(dataset, examples), _pair_loss(name, settings))
+        rows = Dataset.from_list(label_columns(dataset, examples))
+        return _columns_plan(model, rows, _pair_loss(name, settings))
     # distillation compares as many passages as mining would find
     min_negatives = 1 if name == "triplet" else MiningSettings().num_negatives
     examples = make_examples(dataset, groups, false_negatives, min_negatives=min_negatives)
@@ -123,11 +113,8 @@ def training_plan(
     make_loss: Any
     if name == "triplet":
         rows = negative_columns(dataset, examples, most=1)  # the first hard negative is the hardest
-        make_loss = partial(
-            losses.TripletLoss,
-            distance_metric=TripletDistanceMetric.COSINE,
-            triplet_margin=objective.triplet_margin,
-        )
+        distance = TripletDistanceMetric.COSINE
+        make_loss = partial(losses.TripletLoss, distance_metric=distance, triplet_margin=objective.triplet_margin)
     else:
         rows = negative_columns(dataset, examples)
         assert objective.teacher is not None, "ObjectiveSettings requires it"
@@ -135,7 +122,7 @@ def training_plan(
         rows = [{**row, "label": label} for row, label in zip(rows, scores, strict=True)]
         similarity = partial(scaled_cosine, temperature=settings.temperature)
         make_loss = partial(losses.DistillKLDivLoss, similarity_fct=similarity)
-    return _columns_plan(model, rows, make_loss)
+    return _columns_plan(model, Dataset.from_list(rows), make_loss)
 
 
 def _groups_plan(
@@ -185,23 +172,18 @@ def _groups_plan(
 
 
 def _columns_plan(
-    model: SentenceTransformer, rows: list[dict[str, Any]], loss: Any, traits: ExampleTraits | None = None
+    model: SentenceTransformer,
+    rows: Dataset,
+    loss: Any,
+    traits: ExampleTraits | None = None,
+    queries: tuple[str, ...] = ("anchor",),
 ) -> TrainingPlan:
-    return TrainingPlan(
-        {"train_dataset": Dataset.from_list(rows), "loss": loss},
-        {"batch_sampler": partial(ExampleBatchSampler, traits=traits), "prompts": _column_prompts(model, rows[0])},
-    )
-
-
-def _pairs_plan(model: SentenceTransformer, pairs: LabelledPairs, loss: Any) -> TrainingPlan:
-    rows = Dataset.from_dict({"text1": pairs.texts1, "text2": pairs.texts2, "label": [float(s) for s in pairs.scores]})
+    """Columns of texts, of which `queries` get the model's query prompt and the others its passage prompt."""
     query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
+    prompts = {name: query if name in queries else passage for name in rows.column_names if name != "label"}
     return TrainingPlan(
         {"train_dataset": rows, "loss": loss},
-        {
-            "batch_sampler": ExampleBatchSampler,
-            "prompts": {"text1": passage if pairs.symmetric else query, "text2": passage},
-        },
+        {"batch_sampler": partial(ExampleBatchSampler, traits=traits), "prompts": prompts},
     )
 
 
@@ -212,43 +194,23 @@ def _pair_loss(name: str, settings: TrainingSettings) -> Callable[[SentenceTrans
 
 
 def _checked_loss(loss: Any, windows: bool) -> Any:
-    """The user's loss, or a callable that makes it from the model and checks what it made.
+    """The user's loss, or a callable that makes it from the model; raises ConfigError for what cannot be used."""
 
-    Raises:
-        ConfigError: It is no loss of sentence-transformers, or cannot be used with windows.
-    """
-    if isinstance(loss, torch.nn.Module):
-        if not hasattr(loss, "model"):
-            raise ConfigError(f"loss of type {type(loss).__name__} without .model", *_LOSS_EXPECTED)
-        return _fits_windows(loss) if windows else loss
-
-    def make(model: SentenceTransformer) -> torch.nn.Module:
-        made = loss(model)
+    def check(made: Any) -> torch.nn.Module:
         if not isinstance(made, torch.nn.Module):
             name = getattr(loss, "__qualname__", type(loss).__qualname__)
-            raise ConfigError(f"loss={name}, which makes a {type(made).__name__} from the model", *_LOSS_EXPECTED)
-        return _fits_windows(made) if windows else made
-
-    return make
-
-
-def _fits_windows(loss: torch.nn.Module) -> torch.nn.Module:
-    """The loss, unless it splits batches or has a guide model: both assume one row of tokens per text.
-
-    Raises:
-        ConfigError: It does.
-    """
-    for part in loss.modules():
-        if hasattr(part, "mini_batch_size") or hasattr(part, "guide"):
             raise ConfigError(
-                f"window= with {type(part).__name__}",
-                "a loss that neither splits batches nor has a guide model",
-                "objective=ObjectiveSettings(mini_batch_size=..., guide=True) does the same with windows.",
+                f"loss={name}, which makes a {type(made).__name__} from the model",
+                "a sentence-transformers loss, or a callable that makes one from the model",
+                "Pass the class: loss=losses.MultipleNegativesRankingLoss.",
             )
-    return loss
+        for part in made.modules() if windows else ():
+            if hasattr(part, "mini_batch_size") or hasattr(part, "guide"):  # both assume one row of tokens per text
+                raise ConfigError(
+                    f"window= with {type(part).__name__}",
+                    "a loss that neither splits batches nor has a guide model",
+                    "objective=ObjectiveSettings(mini_batch_size=..., guide=True) does the same with windows.",
+                )
+        return made
 
-
-def _column_prompts(model: SentenceTransformer, columns: Iterable[str]) -> dict[str, str]:
-    """The model's query prompt for the anchor and its passage prompt for the other columns except a label."""
-    query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
-    return {name: query if name == "anchor" else passage for name in columns if name != "label"}
+    return check(loss) if isinstance(loss, torch.nn.Module) else lambda model: check(loss(model))

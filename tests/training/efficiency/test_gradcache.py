@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from tests.conftest import make_dataset
 from tests.helpers.gradients import LOSS_FORMS, batch_of, distance, gradient, mined, model_with_lora
@@ -153,15 +152,6 @@ def test_without_gradients_it_is_the_plain_value(tiny_model):
         value = MaskedInfoNCELoss(model, 0.05, cached=True)(*batch)
     assert not value.requires_grad
     assert value.item() == MaskedInfoNCELoss(model, 0.05)(*batch).item()
-
-
-def test_gradient_checkpointing_is_refused(tiny_model):
-    model = model_with_lora(tiny_model)
-    batch = batch_of(model, mined(), mini_batch_size=3)
-    model.transformers_model.gradient_checkpointing_enable()
-    with pytest.raises(ConfigError, match="gradient_checkpointing"):
-        MaskedInfoNCELoss(model, 0.05, cached=True)(*batch)
-    MaskedInfoNCELoss(model, 0.05)(*batch)
 
 
 PROCESS = """

@@ -10,9 +10,8 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.core.errors import DeviceMemoryError
-from llama_index_lora_embed.training import distributed
+from llama_index_lora_embed.training import auto_batch_size, distributed
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
-from llama_index_lora_embed.training.efficiency import auto_batch_size
 from llama_index_lora_embed.training.examples import make_groups
 from llama_index_lora_embed.training.objectives.plan import training_plan
 from llama_index_lora_embed.training.trainer import LoraTrainer
@@ -70,7 +69,7 @@ def test_two_processes_use_the_size_that_fits_both(tiny_model, tmp_path):
     script.write_text(f"""
 import logging
 import torch
-from llama_index_lora_embed.training.efficiency import auto_batch_size
+from llama_index_lora_embed.training import auto_batch_size
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.conftest import make_dataset, make_engine
@@ -81,8 +80,7 @@ compute = LoraTrainer.compute_loss
 def limited(self, model, inputs, *args, **kwargs):
     most = max(len(t) for name, t in inputs.items() if name.endswith("input_ids"))
     whole = sum(len(t) for name, t in inputs.items() if name.endswith("input_ids"))
-    loss = getattr(self.loss, "whole", self.loss)
-    if distributed.rank() == 1 and (most if loss.cached else whole) > 5:
+    if distributed.rank() == 1 and (most if self.loss.cached else whole) > 5:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return compute(self, model, inputs, *args, **kwargs)
 
@@ -96,7 +94,7 @@ steps = engine.finetune().steps
 with open({str(tmp_path)!r} + f"/steps-{{distributed.rank()}}", "w") as file:  # not printed: two outputs would mix
     file.write(str(steps))
 """)
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
