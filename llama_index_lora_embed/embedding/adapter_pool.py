@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import numpy as np
+from transformers.utils import logging as transformers_logging
 
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, LoraEmbedError
 from llama_index_lora_embed.core.files import file_digest
@@ -42,14 +43,8 @@ _MAX_SPECIAL_TOKENS = 16  # upper bound of the special tokens that a tokenizer a
 class PooledAdapter:
     """An adapter that a pool can load.
 
-    Attributes:
-        name: peft's name for it, made of its weights, settings and scale, so that users of one base model share it.
-        path: Adapter directory.
-        prompts: "query" and "document".
-        max_seq_length: Tokens beyond which a text is truncated.
-        fingerprint: The same as that of `LoraEmbedding(path)`.
-        manifest: None for an adapter that sentence-transformers saved.
-        scale: Factor of the adapter.
+    Its `name` is peft's, made of its weights, settings and scale, so that users of one base model share it; its
+    `fingerprint` is that of `LoraEmbedding(path)`; `prompts` has "query" and "document".
     """
 
     name: str
@@ -65,11 +60,7 @@ class AdapterPool:
     """A loaded base model and the adapters in memory with it.
 
     All users of one base model in a process share one pool (`AdapterPool.of`), which is freed with the last of them.
-    Methods may be called from several threads, which take turns.
-
-    Args:
-        base: From `describe_base`.
-        model: The base model, loaded by `load_base`; only the pool may change it.
+    Methods may be called from several threads, which take turns. Only the pool may change its `model`.
     """
 
     _pools: ClassVar[WeakValueDictionary[tuple[Any, ...], AdapterPool]] = WeakValueDictionary()
@@ -87,12 +78,9 @@ class AdapterPool:
 
     @classmethod
     def of(cls, base: BaseInfo, *, max_adapters: int = 1, **loading: Any) -> AdapterPool:
-        """The process's pool of a base model, which is loaded if there is none yet.
+        """The process's pool of a base model, which is loaded by `load_base` if there is none with these arguments.
 
-        Args:
-            base: From `describe_base`.
-            max_adapters: Adapters in memory; the largest number of all users counts.
-            **loading: Arguments of `load_base`; others give another pool.
+        The largest `max_adapters` of all users counts.
         """
         key = (base.weights_sha256, str(base.path), *sorted(loading.items()))
         with cls._pools_lock:
@@ -115,15 +103,10 @@ class AdapterPool:
             check_prompts(self.model, prompts)
             return fingerprint(self.model, self.base.weights_sha256, directory, scale=scale, prompts=prompts)
 
-    def register(
-        self, adapter: OpenedAdapter, *, prompts: Mapping[str, str] | None = None, scale: float = 1.0
-    ) -> PooledAdapter:
+    def register(self, adapter: OpenedAdapter, *, prompts: Mapping[str, str], scale: float) -> PooledAdapter:
         """Check that an adapter can be used here; its weights are loaded when a text first names it.
 
-        Args:
-            adapter: Opened with the pool's base model.
-            prompts: Override the recorded prompts.
-            scale: Factor of the adapter, from 0 to 1.
+        `prompts` override the recorded ones.
 
         Raises:
             AdapterError: The adapter has no effect.
@@ -131,7 +114,7 @@ class AdapterPool:
         """
         check_poolable(adapter, self.model)
         check_effect(adapter)
-        prompts = {**adapter.prompts(), **(prompts or {})}
+        prompts = {**adapter.prompts(), **prompts}
         limit = min(adapter.max_seq_length() or self.max_seq_length, longest_text(self.model))
         digest = self.fingerprint_of(prompts, limit, adapter.directory, scale)
         name = _peft_name(adapter.directory, scale)
@@ -143,26 +126,13 @@ class AdapterPool:
         adapters: Sequence[PooledAdapter | None],
         task: Task,
         *,
-        base_prompts: Mapping[str, str] | None = None,
-        max_tokens: int | None = None,
-        max_texts: int | None = None,
-        unit_length: bool = False,
+        base_prompts: Mapping[str, str],
+        **limits: Any,
     ) -> Vectors:
-        """Vectors of texts, each with its adapter, in as few forward passes as for a single adapter.
+        """Vectors of texts, float32 [texts, dimension], in as few forward passes as for a single adapter.
 
-        If the texts name more than `max_adapters`, they are computed in several rounds.
-
-        Args:
-            texts: From `check_texts`.
-            adapters: For each text its adapter, or None for the base model.
-            task: "query" or "document".
-            base_prompts: Prompts of texts without an adapter; None for the base model's.
-            max_tokens: Tokens in a forward pass.
-            max_texts: Texts in a forward pass.
-            unit_length: Scale vectors to length 1.
-
-        Returns:
-            float32 [texts, dimension].
+        Each text has its adapter, or None for the base model with `base_prompts`; if they name more than
+        `max_adapters`, they are computed in several rounds. `limits` are those of `encode.encode`.
 
         Raises:
             AdapterError: An adapter's files have changed since `register`, or do not fit the base model.
@@ -175,7 +145,7 @@ class AdapterPool:
             for names in self._rounds(by_name, adapters):
                 indices = [i for name in names for i in by_name[name]]
                 self._load_all({a.name: a for i in indices if (a := adapters[i]) is not None})
-                groups = self._group(texts, adapters, indices, task, base_prompts or self.prompts)
+                groups = self._group(texts, adapters, indices, task, base_prompts)
                 for (prompt, limit), members in groups.items():
                     with self._length(limit):
                         vectors = encode(
@@ -184,9 +154,7 @@ class AdapterPool:
                             task,
                             prompt=prompt,
                             adapters=[NO_ADAPTER if (a := adapters[i]) is None else a.name for i in members],
-                            max_tokens=max_tokens,
-                            max_texts=max_texts,
-                            unit_length=unit_length,
+                            **limits,
                         )
                     if out is None:
                         out = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
@@ -195,9 +163,8 @@ class AdapterPool:
 
     def _rounds(self, by_name: dict[str, list[int]], adapters: Sequence[PooledAdapter | None]) -> list[list[str]]:
         """Names of the adapters that are computed together."""
-        names, size = list(by_name), self.max_adapters
-        if len(names) > 1 and not self._mixing_works(by_name, adapters):
-            size = 1
+        names = list(by_name)
+        size = self.max_adapters if len(names) < 2 or self._mixing_works(by_name, adapters) else 1
         return [names[i : i + size] for i in range(0, len(names), size)]
 
     def _mixing_works(self, by_name: dict[str, list[int]], adapters: Sequence[PooledAdapter | None]) -> bool:
@@ -263,21 +230,18 @@ class AdapterPool:
         for name in [name for name in self._loaded if name not in wanted]:
             if len(self._loaded.keys() | wanted.keys()) <= self.max_adapters:
                 break
-            self._unload(name)
+            self.unload(name)
         for name, adapter in wanted.items():
             if name not in self._loaded:
                 self._load(adapter)
                 self._loaded[name] = None
 
-    def unload(self, adapter: PooledAdapter) -> None:
+    def unload(self, name: str) -> None:
         """Free an adapter's memory after the calls that use it; it is loaded again when a text names it."""
         with self.lock:
-            if adapter.name in self._loaded:
-                self._unload(adapter.name)
-
-    def _unload(self, name: str) -> None:
-        self.model.delete_adapter(name)
-        del self._loaded[name]
+            if name in self._loaded:
+                self.model.delete_adapter(name)
+                del self._loaded[name]
 
     def _load(self, adapter: PooledAdapter) -> None:
         _check_unchanged(adapter)
@@ -298,8 +262,6 @@ class AdapterPool:
 @contextmanager
 def _without_loading_report() -> Iterator[None]:
     """Without transformers' report that a file lacks the other adapters' weights; `check_keys` does this check."""
-    from transformers.utils import logging as transformers_logging
-
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:

@@ -6,9 +6,8 @@ import copy
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.embedding.adapter_pool import AdapterPool, PooledAdapter
@@ -24,68 +23,50 @@ from llama_index_lora_embed.models.windows import window_of
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 
 _PROMPTS = ("query_prompt", "passage_prompt")
 _BASE_ARGUMENTS = ("device", "trust_remote_code", "pooling", "window", "truncate_dim")
 
 
-@dataclass(frozen=True)
-class BackendSettings:
-    """The fields of `LoraEmbedding` that determine what is loaded; they are described there."""
-
-    adapter_path: str | None
-    base_model: str | None
-    adapters: dict[str, str] | None
-    adapter: str | None
-    max_adapters: int
-    adapter_scale: float
-    merge: bool
-    revision: str | None
-    cache_folder: str | None
-    device: str | None
-    trust_remote_code: bool
-    query_prompt: str | None
-    passage_prompt: str | None
-    pooling: str | None
-    window: int | None
-    truncate_dim: int | None
-
-    def select(self, *names: str) -> dict[str, Any]:
-        """Some of the settings as keyword arguments."""
-        return {name: getattr(self, name) for name in names}
-
-
-class EmbeddingBackend(Protocol):
+class EmbeddingBackend:
     """A loaded model that turns texts into vectors; all methods may be called from several threads.
 
     Attributes:
+        model: What `encode` computes with.
         fingerprint: Digest of everything that determines the vectors.
         manifest: The adapter's manifest; None if there is none.
         lock: Held while the model or its tokenizer is in use; fast tokenizers change their truncation in each call.
-        max_seq_length: Tokens, special tokens included, beyond which a text is truncated.
+        fused: Whether `encode` may use oneDNN's products.
     """
 
     fingerprint: str
-    manifest: Manifest | None
-    lock: AbstractContextManager[Any]
+    manifest: Manifest | None = None
+    fused = True
+
+    def __init__(self, model: Any, truncate_dim: int | None = None) -> None:
+        self.model = model
+        self.lock: AbstractContextManager[Any] = threading.RLock()
+        # sentence-transformers truncates after the model's own normalisation
+        self._unit_length = truncate_dim is not None and normalises(model)
 
     @property
-    def max_seq_length(self) -> int: ...  # noqa: D102
+    def max_seq_length(self) -> int:
+        """Tokens, special tokens included, beyond which a text is truncated."""
+        return int(self.model.max_seq_length or 0)
 
-    def encode(self, texts: Sequence[str], task: Task, max_tokens: int | None, max_texts: int | None) -> Vectors:
-        """Vectors of checked texts, float32 [texts, dimension].
-
-        Args:
-            texts: From `check_texts`.
-            task: "query" or "document"; selects the prompt.
-            max_tokens: Tokens in a forward pass, padding included; None for the device's default.
-            max_texts: Texts in a forward pass; None for no limit.
-        """
-        ...
+    def encode(self, texts: Sequence[str], task: Task, **limits: Any) -> Vectors:
+        """Vectors of checked texts, float32 [texts, dimension]; `limits` are those of `encode.encode`."""
+        with self.lock:
+            return encode(self.model, texts, task, unit_length=self._unit_length, fused=self.fused, **limits)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each passage, prompt and special tokens included, without truncation."""
-        ...
+        with self.lock:
+            return count_tokens(self.model, texts, self._passage_prompt())
+
+    def _passage_prompt(self) -> str:
+        return str(self.model.prompts.get("document") or "")
 
     def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
         """The loaded model.
@@ -96,10 +77,13 @@ class EmbeddingBackend(Protocol):
         Raises:
             ConfigError: The model is shared with others, or exported.
         """
-        ...
+        if to_change:
+            self.fused = False  # oneDNN's products use packed copies of the weights
+        model: SentenceTransformer = self.model
+        return model
 
 
-def load_backend(settings: BackendSettings) -> EmbeddingBackend:
+def load_backend(settings: LoraEmbedding) -> EmbeddingBackend:
     """Load what the settings name: adapters on a shared base model, an export, or a model of its own."""
     if settings.adapters is not None:
         return PooledBackend(settings)
@@ -108,24 +92,23 @@ def load_backend(settings: BackendSettings) -> EmbeddingBackend:
     return MergedBackend(settings)
 
 
-class MergedBackend:
+class MergedBackend(EmbeddingBackend):
     """A model of its own: a base model with an adapter, merged or not, or a base model alone."""
 
-    def __init__(self, settings: BackendSettings) -> None:
-        self.lock: AbstractContextManager[Any] = threading.RLock()
-        self.manifest: Manifest | None = None
-        self.fused = True
+    def __init__(self, settings: LoraEmbedding) -> None:
         if settings.adapter_path is None:
             assert settings.base_model is not None
             base = describe_base(settings.base_model, settings.revision, settings.cache_folder)
-            self.model = load_base(base, **settings.select(*_BASE_ARGUMENTS, *_PROMPTS))
-            self.fingerprint = fingerprint(self.model, base.weights_sha256, None)
+            model = load_base(base, **_fields(settings, *_BASE_ARGUMENTS, *_PROMPTS))
+            super().__init__(model, settings.truncate_dim)
+            self.fingerprint = fingerprint(model, base.weights_sha256, None)
         else:
-            adapter = open_adapter(settings.adapter_path, **settings.select("base_model", "revision", "cache_folder"))
-            arguments = settings.select("device", "trust_remote_code", *_PROMPTS, "truncate_dim", "merge")
-            self.model, self.fingerprint = load_adapter(adapter, scale=settings.adapter_scale, **arguments)
+            adapter = open_adapter(settings.adapter_path, **_fields(settings, "base_model", "revision", "cache_folder"))
+            arguments = _fields(settings, "device", "trust_remote_code", *_PROMPTS, "truncate_dim", "merge")
+            model, self.fingerprint = load_adapter(adapter, scale=settings.adapter_scale, **arguments)
+            super().__init__(model, settings.truncate_dim)
             self.manifest = adapter.manifest
-            for name, trained in (("pooling", pooling_of(self.model)), ("window", window_of(self.model))):
+            for name, trained in (("pooling", pooling_of(model)), ("window", window_of(model))):
                 wanted = getattr(settings, name)
                 if wanted is not None and wanted != trained:
                     raise ConfigError(
@@ -133,50 +116,17 @@ class MergedBackend:
                         f"the {name} that the adapter was trained with",
                         f"Leave {name}=None, or train an adapter with {name}={wanted!r}.",
                     )
-        self._unit_length = _needs_unit_length(self.model, settings)
-
-    @property
-    def max_seq_length(self) -> int:
-        """Tokens beyond which a text is truncated."""
-        return int(self.model.max_seq_length or 0)
-
-    def encode(self, texts: Sequence[str], task: Task, max_tokens: int | None, max_texts: int | None) -> Vectors:
-        """Vectors, float32 [texts, dimension]."""
-        with self.lock:
-            return encode(
-                self.model,
-                texts,
-                task,
-                max_tokens=max_tokens,
-                max_texts=max_texts,
-                unit_length=self._unit_length,
-                fused=self.fused,
-            )
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each passage."""
-        with self.lock:
-            return count_tokens(self.model, texts, self.model.prompts.get("document") or "")
-
-    def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
-        """The model."""
-        if to_change:
-            self.fused = False  # oneDNN's products use packed copies of the weights
-        return self.model
 
 
-class ExportedBackend:
+class ExportedBackend(EmbeddingBackend):
     """A model that was exported to ONNX Runtime or OpenVINO."""
 
-    manifest: Manifest | None = None
-
-    def __init__(self, settings: BackendSettings) -> None:
+    def __init__(self, settings: LoraEmbedding) -> None:
         assert settings.adapter_path is not None
-        self.lock: AbstractContextManager[Any] = threading.RLock()
         folder = Path(settings.adapter_path)
         facts = Export.read(folder)
         fixed = ("base_model", *_PROMPTS, "pooling", "window", "truncate_dim")
-        given = [name for name, value in settings.select(*fixed).items() if value is not None]
+        given = [name for name, value in _fields(settings, *fixed).items() if value is not None]
         given += ["adapter_scale"] if settings.adapter_scale != 1 else []
         given += ["merge"] if not settings.merge else []
         given += ["device"] if settings.device not in (None, "cpu") else []
@@ -186,23 +136,8 @@ class ExportedBackend:
                 "none of these, which are fixed in an export",
                 "Export a model that was loaded with them.",
             )
+        super().__init__(ExportedModel(folder, facts))
         self.fingerprint = facts.fingerprint
-        self.model: Any = ExportedModel(folder, facts)
-
-    @property
-    def max_seq_length(self) -> int:
-        """Tokens beyond which a text is truncated."""
-        return int(self.model.max_seq_length)
-
-    def encode(self, texts: Sequence[str], task: Task, max_tokens: int | None, max_texts: int | None) -> Vectors:
-        """Vectors, float32 [texts, dimension]."""
-        with self.lock:
-            return encode(self.model, texts, task, max_tokens=max_tokens, max_texts=max_texts)
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each passage."""
-        with self.lock:
-            return count_tokens(self.model, texts, self.model.prompts["document"])
 
     def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
         """Raises a ConfigError."""
@@ -213,15 +148,10 @@ class ExportedBackend:
         )
 
 
-class PooledBackend:
-    """One of several adapters, or the base model alone, on a base model that all such backends of the process share.
+class PooledBackend(EmbeddingBackend):
+    """One of several adapters, or the base model alone, on a base model that all such backends of the process share."""
 
-    Attributes:
-        pool: The shared base model.
-        adapters: The adapters that texts can name.
-    """
-
-    def __init__(self, settings: BackendSettings) -> None:
+    def __init__(self, settings: LoraEmbedding) -> None:
         paths = dict(settings.adapters or {})
         opened: dict[str, OpenedAdapter] = {}
         if settings.base_model is None:
@@ -230,10 +160,10 @@ class PooledBackend:
             base = opened[name].base
         else:
             base = describe_base(settings.base_model, settings.revision, settings.cache_folder)
-        self._settings = settings
-        self.pool = AdapterPool.of(base, max_adapters=settings.max_adapters, **settings.select(*_BASE_ARGUMENTS))
-        self.lock: AbstractContextManager[Any] = self.pool.lock
-        self._unit_length = _needs_unit_length(self.pool.model, settings)
+        self.pool = AdapterPool.of(base, max_adapters=settings.max_adapters, **_fields(settings, *_BASE_ARGUMENTS))
+        super().__init__(self.pool.model, settings.truncate_dim)
+        self.lock = self.pool.lock
+        self._cache_folder, self._scale = settings.cache_folder, settings.adapter_scale
         prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
         self._prompts = {task: prompt for task, prompt in prompts.items() if prompt is not None}
         self.adapters: dict[str, PooledAdapter] = {}
@@ -264,12 +194,7 @@ class PooledBackend:
         return adapter
 
     def add(self, name: str, adapter: str | OpenedAdapter) -> None:
-        """Register an adapter under a free name.
-
-        Raises:
-            ConfigError: The name is taken, or the adapter cannot share the base model.
-            LoraEmbedError: As `open_adapter` and `AdapterPool.register`.
-        """
+        """Register an adapter under a free name; see `LoraEmbedding.add_adapter`."""
         if name in self.adapters:
             raise ConfigError(
                 f"a second adapter named {name!r}",
@@ -277,16 +202,12 @@ class PooledBackend:
                 f"Call remove_adapter({name!r}) first.",
             )
         if isinstance(adapter, str):
-            adapter = open_adapter(adapter, base_model=self.pool.base, cache_folder=self._settings.cache_folder)
-        registered = self.pool.register(adapter, prompts=self._prompts, scale=self._settings.adapter_scale)
+            adapter = open_adapter(adapter, base_model=self.pool.base, cache_folder=self._cache_folder)
+        registered = self.pool.register(adapter, prompts=self._prompts, scale=self._scale)
         self.adapters = {**self.adapters, name: registered}  # a new dict: copies keep theirs
 
     def remove(self, name: str) -> None:
-        """Forget an adapter, and unload it if no other name stands for it.
-
-        Raises:
-            ConfigError: The name is unknown, or its adapter is the selected one.
-        """
+        """Forget an adapter, and unload it if no other name stands for it; see `LoraEmbedding.remove_adapter`."""
         removed = self._named(name)
         if removed is self.selected:
             raise ConfigError(
@@ -296,7 +217,7 @@ class PooledBackend:
             )
         self.adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
         if removed not in self.adapters.values():
-            self.pool.unload(removed)
+            self.pool.unload(removed.name)
 
     @property
     def max_seq_length(self) -> int:
@@ -304,40 +225,21 @@ class PooledBackend:
         return self.pool.max_seq_length if self.selected is None else self.selected.max_seq_length
 
     def encode(
-        self,
-        texts: Sequence[str],
-        task: Task,
-        max_tokens: int | None,
-        max_texts: int | None,
-        names: Sequence[str | None] | None = None,
+        self, texts: Sequence[str], task: Task, *, names: Sequence[str | None] | None = None, **limits: Any
     ) -> Vectors:
-        """Vectors with the selected adapter, or with the adapter that `names` has for each text (None: base model).
-
-        Raises:
-            ConfigError: A name is unknown.
-        """
+        """Vectors with the selected adapter, or with the adapter that `names` has for each text (None: base model)."""
         if names is None:
             adapters = [self.selected] * len(texts)
         else:
             adapters = [None if name is None else self._named(name) for name in names]
-        return self.pool.encode(
-            texts,
-            adapters,
-            task,
-            base_prompts=self._base_prompts(),
-            max_tokens=max_tokens,
-            max_texts=max_texts,
-            unit_length=self._unit_length,
-        )
+        limits["unit_length"] = self._unit_length
+        return self.pool.encode(texts, adapters, task, base_prompts=self._base_prompts(), **limits)
 
     def _base_prompts(self) -> dict[str, str]:
         return {**self.pool.prompts, **self._prompts}
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each passage."""
-        prompts = self._base_prompts() if self.selected is None else self.selected.prompts
-        with self.lock:
-            return count_tokens(self.pool.model, texts, prompts["document"])
+    def _passage_prompt(self) -> str:
+        return (self._base_prompts() if self.selected is None else self.selected.prompts)["document"]
 
     def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
         """Raises a ConfigError."""
@@ -348,9 +250,9 @@ class PooledBackend:
         )
 
 
-def _needs_unit_length(model: SentenceTransformer, settings: BackendSettings) -> bool:
-    # sentence-transformers truncates after the model's own normalisation
-    return settings.truncate_dim is not None and normalises(model)
+def _fields(settings: LoraEmbedding, *names: str) -> dict[str, Any]:
+    """Some fields as keyword arguments."""
+    return {name: getattr(settings, name) for name in names}
 
 
 def _listed(names: dict[str, Any]) -> str:

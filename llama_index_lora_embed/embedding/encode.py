@@ -31,6 +31,8 @@ Task = Literal["query", "document"]
 Vectors = npt.NDArray[np.float32]
 
 _Product = tuple[torch.Tensor, torch.Tensor, float]
+# names of the adapters of neighbouring rows, each with its number of rows
+_Runs = list[tuple[str, int]]
 
 NO_ADAPTER = "__base__"
 """peft's name for rows without an adapter in a mixed batch."""
@@ -41,12 +43,7 @@ _TOKENS_PER_CORE = 1024
 # fewer are not worth a thread: some milliseconds of each pass are Python code, in which threads wait for each other
 _CHARACTERS_PER_THREAD, _TEXTS_PER_THREAD = 1500, 4
 _SAMPLE = 1000  # characters from which the tokens per character are estimated
-_PASS = threading.local()  # `_PASS.rows` are the adapters of the forward pass that the thread computes
-
-
-def tokens_at_once(device: torch.device) -> int:
-    """Default number of tokens in a forward pass, padding included."""
-    return _TOKENS_ON_CPU if device.type == "cpu" else _TOKENS_ON_ACCELERATOR
+_PASS = threading.local()  # `_PASS.runs` are the adapters of the forward pass that the thread computes
 
 
 def encode(
@@ -69,8 +66,8 @@ def encode(
         task: "query" or "document"; selects the prompt.
         prompt: Overrides the model's prompt.
         adapters: For each text the name of a peft adapter or `NO_ADAPTER`; None for the active adapters.
-        max_tokens: Tokens in all forward passes that run at the same time, padding included; None for
-            `tokens_at_once`, or 1,024 per core. A longer text is computed alone.
+        max_tokens: Tokens in all forward passes that run at the same time, padding included; None for 2,048 on CPUs, or
+            1,024 per core, and 65,536 on accelerators. A longer text is computed alone.
         max_texts: Texts in a forward pass; None for no limit.
         unit_length: Scale vectors to length 1 after `model.truncate_dim` has truncated them.
         fused: On CPUs, use oneDNN's matrix products where they are faster (`onednn_linear`), and compute one pass per
@@ -98,7 +95,7 @@ def encode(
         threads = 1  # all cores share a pass
     if threads > 1:
         max_tokens = _TOKENS_PER_CORE if max_tokens is None else max(1, max_tokens // threads)
-    max_tokens = max_tokens or tokens_at_once(model.device)
+    max_tokens = max_tokens or (_TOKENS_ON_CPU if model.device.type == "cpu" else _TOKENS_ON_ACCELERATOR)
     added = 0
     with (
         torch.inference_mode(),
@@ -122,8 +119,8 @@ def encode(
                 most = max(1, min(count - 1, count * max_tokens // tokens))
                 continue
             most = max_texts or len(order)
-            names = None if adapters is None else _names_of_rows([adapters[i] for i in batch], features)
-            compute = partial(_vectors, model, features, names, task, unit_length)
+            runs = None if adapters is None else _runs([adapters[i] for i in batch], features)
+            compute = partial(_vectors, model, features, runs, task, unit_length)
             passes.add(compute, alone=tokens > max_tokens)  # a longer text needs all memory
             added += 1
             placed += batch
@@ -138,14 +135,14 @@ def encode(
 
 @torch.inference_mode()
 def _vectors(
-    model: SentenceTransformer, features: dict[str, Any], names: list[str] | None, task: Task, unit_length: bool
+    model: SentenceTransformer, features: dict[str, Any], runs: _Runs | None, task: Task, unit_length: bool
 ) -> torch.Tensor:
     """float32 [texts, dimension] of one forward pass, in main memory."""
-    _PASS.rows = None if names is None else _RowAdapters(names)
+    _PASS.runs = runs
     try:
         vectors: torch.Tensor = model(batch_to_device(features, model.device), task=task)["sentence_embedding"]
     finally:
-        _PASS.rows = None
+        _PASS.runs = None
     if model.truncate_dim is not None:
         vectors = truncate_embeddings(vectors, model.truncate_dim)
     if unit_length:
@@ -162,29 +159,16 @@ def _size(features: dict[str, Any]) -> tuple[int, int]:
     return ids.shape[1] * windows, ids.numel()
 
 
-def _names_of_rows(names: list[str], features: dict[str, Any]) -> list[str]:
-    """The adapter's name for each row; a text in windows has several rows."""
-    if COUNTS not in features:
-        return names
-    return [name for name, count in zip(names, features[COUNTS].tolist(), strict=True) for _ in range(count)]
-
-
-class _RowAdapters:
-    """The adapter of each row of a batch.
-
-    Attributes:
-        names: For each row the name of its adapter, or `NO_ADAPTER`.
-        runs: Name and number of rows for each run of neighbours with the same adapter.
-    """
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        self.runs = [(name, len(list(neighbours))) for name, neighbours in groupby(names)]
+def _runs(names: list[str], features: dict[str, Any]) -> _Runs:
+    """The adapters of the rows; a text in windows has several rows."""
+    counts = features[COUNTS].tolist() if COUNTS in features else [1] * len(names)
+    pairs = groupby(zip(names, counts, strict=True), key=lambda pair: pair[0])
+    return [(name, sum(count for _, count in neighbours)) for name, neighbours in pairs]
 
 
 @contextmanager
 def _mixed_adapters(modules: Sequence[nn.Module], names: set[str]) -> Iterator[None]:
-    """Within it, peft's layers compute each row of a pass with the adapter named in `_PASS.rows`.
+    """Within it, peft's layers compute each row of a pass with the adapter named in `_PASS.runs`.
 
     `PeftModel.forward(adapter_names=...)` does the same, but sentence-transformers' models are not `PeftModel`s and
     have no such argument. Linear layers, nearly all of them, add the products of neighbouring rows in place, which
@@ -219,20 +203,20 @@ def _products(layer: LoraLinear, names: set[str]) -> dict[str, _Product]:
     return {name: (down[name].weight.T, up[name].weight.T, layer.scaling[name]) for name in names & down.keys()}
 
 
-def _current_rows() -> _RowAdapters:
-    rows: _RowAdapters | None = getattr(_PASS, "rows", None)
-    if rows is None:
+def _current_runs() -> _Runs:
+    runs: _Runs | None = getattr(_PASS, "runs", None)
+    if runs is None:
         raise ConfigError(
             "a call of the model itself while the embedding model computes with several adapters",
             "calls of the embedding model only",
             "Use its methods: get_text_embedding_batch, get_mixed_embeddings.",
         )
-    return rows
+    return runs
 
 
 def _linear(base: nn.Linear, products: dict[str, _Product], x: torch.Tensor) -> torch.Tensor:
-    rows = _current_rows()
-    runs, count = rows.runs, len(rows.names)
+    runs = _current_runs()
+    count = sum(size for _, size in runs)
     if len(runs) > 1 and len(x) != count:
         raise ConfigError(
             f"a layer with {len(x)} rows for a batch of {count} texts",
@@ -255,4 +239,4 @@ def _linear(base: nn.Linear, products: dict[str, _Product], x: torch.Tensor) -> 
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": _current_rows().names}
+    return args, {**kwargs, "adapter_names": [name for name, size in _current_runs() for _ in range(size)]}

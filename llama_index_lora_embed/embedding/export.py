@@ -54,23 +54,18 @@ _ONNX_BYTES = 1.9e9  # protobuf's limit of 2 GB, minus the size of the graph
 
 @dataclass(frozen=True)
 class Certificate:
-    """Agreement of an exported model with the original on the user's own texts.
-
-    Attributes:
-        texts: Number of texts that were compared.
-        queries: Number of queries that were searched with.
-        median_cosine: Median cosine of a text's two vectors.
-        lowest_cosine: Lowest cosine of a text's two vectors.
-        agreement: Mean share of the ten nearest texts that both models have in common, 0 to 1.
-        identical: Share of the queries for which both models have the same ten nearest texts, 0 to 1.
-    """
+    """Agreement of an exported model with the original on the user's own texts."""
 
     texts: int
+    """Number of texts that were compared."""
     queries: int
+    """Number of queries that were searched with."""
     median_cosine: float
     lowest_cosine: float
     agreement: float
+    """Mean share of the ten nearest texts that both models have in common, 0 to 1."""
     identical: float
+    """Share of the queries for which both models have the same ten nearest texts, 0 to 1."""
 
     def __str__(self) -> str:
         return (
@@ -126,7 +121,10 @@ def export_model(
         with staging_beside(target) as staging, embed_model.backend.lock:
             inputs = _write_graph(model, staging, backend, precision, texts)
             facts = _facts(embed_model, model, staging, backend, precision, inputs)
-            certificate = _certify(model, ExportedModel(staging, facts), texts, probes)
+            both: tuple[Any, ...] = (model, ExportedModel(staging, facts))
+            certificate = certificate_of(
+                [encode(each, texts, "document") for each in both], [encode(each, probes, "query") for each in both]
+            )
             if not (certificate.median_cosine >= limits[0] and certificate.agreement >= limits[1]):  # False for NaN
                 raise ExportError(
                     f"an export to {backend} in {precision} that differs too much from the original: {certificate}",
@@ -306,18 +304,8 @@ def _facts(
     return replace(facts, fingerprint=facts.compute_fingerprint())
 
 
-def _certify(original: SentenceTransformer, exported: Any, texts: list[str], queries: list[str]) -> Certificate:
-    both = (original, exported)
-    passages = [encode(model, texts, "document") for model in both]
-    return certificate_of(passages, [encode(model, queries, "query") for model in both])
-
-
 def certificate_of(passages: Sequence[Any], queries: Sequence[Any]) -> Certificate:
-    """Compare the vectors of two models.
-
-    Args:
-        passages: Vectors of both models, those of the original first, [texts, dimension].
-        queries: Vectors of both models, [queries, dimension].
+    """Compare two models by their vectors of passages and queries, those of the original first, [texts, dimension].
 
     Raises:
         ExportError: A vector contains NaN or infinity.

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from transformers import AutoTokenizer
 
 from llama_index_lora_embed.core.errors import AdapterError
-from llama_index_lora_embed.core.files import file_digest
 from llama_index_lora_embed.core.optional import require
-
-if TYPE_CHECKING:
-    import torch
+from llama_index_lora_embed.models.adapter_directory import check_digests
 
 EXPORT_NAME = "export.json"
 MODEL_FILES = {"onnx": "model.onnx", "openvino": "model.xml"}
 TOKENIZER = "tokenizer"
+_EXPORT_AGAIN = "Export again."
+_Run = Callable[[list[np.ndarray[Any, Any]]], Any]
 
 Backend = Literal["onnx", "openvino"]
 Precision = Literal["fp32", "int8"]
@@ -34,11 +35,7 @@ class Export:
         fingerprint: SHA-256 of everything here that determines the exported model's vectors.
         source: Fingerprint of the model that was exported.
         name: That model's `model_name`.
-        backend: "onnx" or "openvino".
-        precision: "fp32" or "int8".
         inputs: Names of the graph's inputs.
-        dimensions: Length of a vector.
-        max_seq_length: Tokens beyond which a text is truncated.
         prompts: "query" and "document".
         certificate: See `export.Certificate`.
         files: SHA-256 of every file.
@@ -70,18 +67,10 @@ class Export:
             facts = cls(**{field.name: data[field.name] for field in fields(cls)})
             digests, _ = dict(facts.files), MODEL_FILES[facts.backend]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AdapterError(
-                f"an unreadable {folder / EXPORT_NAME} ({error})", "the original file", "Export again."
-            ) from error
+            raise _damaged(f"an unreadable {folder / EXPORT_NAME} ({error})") from error
         if facts.fingerprint != facts.compute_fingerprint():
-            raise AdapterError(
-                f"{str(folder / EXPORT_NAME)!r}, which was changed", "the original file", "Export again."
-            )
-        for name, digest in digests.items():
-            path = folder / name
-            if not path.is_file() or file_digest(path) != digest:
-                state = "changed or cut short" if path.is_file() else "missing"
-                raise AdapterError(f"{str(path)!r}, which is {state}", "the original file", "Export again.")
+            raise _damaged(f"{str(folder / EXPORT_NAME)!r}, which was changed")
+        check_digests(folder, digests, _EXPORT_AGAIN)
         return facts
 
     def compute_fingerprint(self) -> str:
@@ -93,10 +82,6 @@ class Export:
 class ExportedModel:
     """An exported model with the attributes of a `SentenceTransformer` that `encode` uses.
 
-    Args:
-        folder: Folder of the export.
-        facts: From `Export.read`.
-
     Raises:
         AdapterError: The graph cannot be loaded.
         MissingExtraError: The backend is not installed.
@@ -105,9 +90,6 @@ class ExportedModel:
     truncate_dim: int | None = None
 
     def __init__(self, folder: Path, facts: Export) -> None:
-        import torch
-        from transformers import AutoTokenizer
-
         self.device = torch.device("cpu")
         self.facts = facts
         self.prompts = dict(facts.prompts)
@@ -117,9 +99,7 @@ class ExportedModel:
         try:
             self._run = (_onnx if facts.backend == "onnx" else _openvino)(file, facts.inputs)
         except (RuntimeError, ValueError, OSError) as error:
-            raise AdapterError(
-                f"{file!r}, which {facts.backend} does not load ({error})", "the original file", "Export again."
-            ) from error
+            raise _damaged(f"{file!r}, which {facts.backend} does not load ({error})") from error
 
     def __getitem__(self, index: int) -> ExportedModel:
         """It is its own only module."""
@@ -142,37 +122,25 @@ class ExportedModel:
 
     def __call__(self, features: dict[str, torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
         """Vectors [texts, dimensions], float32."""
-        import torch
-
         arrays = [features[name].numpy() for name in self.facts.inputs]
         return {"sentence_embedding": torch.from_numpy(self._run(arrays))}
 
 
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+def _damaged(got: str) -> AdapterError:
+    return AdapterError(got, "the original file", _EXPORT_AGAIN)
 
 
-def _onnx(file: str, inputs: list[str]) -> Any:
+def _onnx(file: str, inputs: list[str]) -> _Run:
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = _threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-    def run(arrays: list[np.ndarray[Any, Any]]) -> Any:
-        return session.run(None, dict(zip(inputs, arrays, strict=True)))[0]
-
-    return run
+    return lambda arrays: session.run(None, dict(zip(inputs, arrays, strict=True)))[0]
 
 
-def _openvino(file: str, inputs: list[str]) -> Any:
+def _openvino(file: str, inputs: list[str]) -> _Run:
     core = require("openvino").Core()
     # OpenVINO's default on CPUs with bfloat16 is bfloat16, which changes the search results
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": _threads()}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request = core.compile_model(file, "CPU", settings).create_infer_request()
-
-    def run(arrays: list[np.ndarray[Any, Any]]) -> Any:
-        return request.infer(arrays)[0].copy()
-
-    return run
+    return lambda arrays: request.infer(arrays)[0].copy()

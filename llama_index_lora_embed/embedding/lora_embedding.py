@@ -7,11 +7,10 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError
 from llama_index_lora_embed.core.files import absolute
@@ -23,10 +22,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from llama_index_lora_embed.embedding.backends import EmbeddingBackend, PooledBackend
+    from llama_index_lora_embed.embedding.encode import Task
     from llama_index_lora_embed.embedding.export import Certificate
     from llama_index_lora_embed.models.adapter_directory import Manifest
-
-_BATCH_SIZE = 256
 
 
 class LoraEmbedding(BaseEmbedding):
@@ -45,36 +43,10 @@ class LoraEmbedding(BaseEmbedding):
     processes of an `IngestionPipeline`. Its dict contains the `fingerprint`, which changes whenever its vectors would,
     so that LlamaIndex's ingestion cache treats a retrained model as a new one.
 
-    Args:
-        adapter_path: Folder or Hub id of the adapter, or folder of an export; None for the base model alone.
-        base_model: Folder or Hub id of the base model, if the adapter records another place or there is no adapter.
-        revision: Commit on the Hub of the adapter, or of `base_model` if there is no adapter or there are several.
-        cache_folder: Cache folder of huggingface_hub.
-        device: torch device; None lets sentence-transformers choose.
-        query_prompt: Overrides the recorded query prompt.
-        passage_prompt: Overrides the recorded passage prompt.
-        pooling: Overrides the pooling of a base model alone ("cls", "lasttoken", "max", "mean",
-            "mean_sqrt_len_tokens" or "weightedmean"). An adapter keeps the pooling that it was trained with.
-        window: Splits long texts into windows of this many tokens (`windows.add_windows`), for a base model alone. An
-            adapter keeps the windows that it was trained with.
-        truncate_dim: Truncates vectors to their first dimensions, and scales them to length 1 again if the model does;
-            for models that were trained with Matryoshka losses.
-        merge: Merge the LoRA into the base model's weights.
-        trust_remote_code: Run Python code from the base model's repository.
-        adapters: Name to folder or Hub id of adapters that were trained on one base model, instead of `adapter_path`.
-            They are not merged. Without `base_model`, the base model is the one that the first adapter names.
-        adapter: Name of the adapter in `adapters` that is used; None for the base model alone.
-        adapter_scale: Factor of the LoRA, from 0 (the base model's vectors) to 1. In between, less has been learnt and
-            less forgotten; `tune_scale` finds the best value on validation data.
-        max_adapters: Number of adapters in memory; the least recently used is unloaded, and loaded again when it is
-            used. Among objects that share a base model, the largest number counts.
-        embed_batch_size: Texts that LlamaIndex passes at once, from 1 to 2048, and at most in a forward pass.
-        tokens_per_pass: Tokens in a forward pass, padding included; None for 2,048 on CPUs and 65,536 on accelerators.
-            Lower it if a device runs out of memory.
-
     Raises:
         ConfigError: Neither an adapter nor a base model is given, `truncate_dim` exceeds the model's dimensions,
             `pooling` is unknown, `pooling` or `window` is not the adapter's, or `adapter` is not among `adapters`.
+            All methods raise it, too, for an input that is not a string.
         ModelNotFoundError: The adapter or its base model does not exist.
         AdapterError: The adapter is damaged or does not fit its base model, or it has changed since the object was
             serialised.
@@ -85,24 +57,53 @@ class LoraEmbedding(BaseEmbedding):
         >>> index = VectorStoreIndex(nodes, embed_model=embed_model)  # doctest: +SKIP
     """
 
-    adapter_path: str | None = Field(default=None, description="Folder or Hub id of the adapter.")
-    base_model: str | None = Field(default=None, description="Folder or Hub id of the base model.")
-    adapters: dict[str, str] | None = Field(default=None, description="Adapters by name, as folders or Hub ids.")
-    adapter: str | None = Field(default=None, frozen=True, description="Name of the adapter that is used.")
-    adapter_scale: float = Field(default=1.0, ge=0.0, le=1.0, frozen=True, description="Factor of the LoRA.")
-    max_adapters: int = Field(default=32, ge=1, frozen=True, description="Number of adapters in memory.")
-    revision: str | None = Field(default=None, description="Commit on the Hub.")
-    cache_folder: str | None = Field(default=None, description="Cache folder of huggingface_hub.")
-    device: str | None = Field(default=None, description="torch device.")
-    query_prompt: str | None = Field(default=None, description="Overrides the query prompt.")
-    passage_prompt: str | None = Field(default=None, description="Overrides the passage prompt.")
-    pooling: str | None = Field(default=None, description="Overrides the pooling of a base model alone.")
-    window: int | None = Field(default=None, description="Tokens in the windows of a base model alone.")
-    truncate_dim: int | None = Field(default=None, description="Truncates vectors to this many dimensions.")
-    merge: bool = Field(default=True, description="Merge the LoRA into the base model.")
-    trust_remote_code: bool = Field(default=False, description="Run code from the base model's repository.")
-    tokens_per_pass: int | None = Field(default=None, ge=1, description="Tokens in a forward pass.")
-    fingerprint: str | None = Field(default=None, description="Digest of everything that determines the vectors.")
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    adapter_path: str | None = None
+    """Folder or Hub id of the adapter, or folder of an export; None for the base model alone."""
+    base_model: str | None = None
+    """Folder or Hub id of the base model, if the adapter records another place or there is no adapter."""
+    adapters: dict[str, str] | None = None
+    """Name to folder or Hub id of adapters that were trained on one base model, instead of `adapter_path`. They are not
+    merged. Without `base_model`, the base model is the one that the first adapter names."""
+    adapter: str | None = Field(default=None, frozen=True)
+    """Name of the adapter in `adapters` that is used; None for the base model alone."""
+    adapter_scale: float = Field(default=1.0, ge=0.0, le=1.0, frozen=True)
+    """Factor of the LoRA, from 0 (the base model's vectors) to 1. In between, less has been learnt and less forgotten;
+    `tune_scale` finds the best value on validation data."""
+    max_adapters: int = Field(default=32, ge=1, frozen=True)
+    """Number of adapters in memory; the least recently used is unloaded, and loaded again when it is used. Among
+    objects that share a base model, the largest number counts."""
+    revision: str | None = None
+    """Commit on the Hub of the adapter, or of `base_model` if there is no adapter or there are several."""
+    cache_folder: str | None = None
+    """Cache folder of huggingface_hub."""
+    device: str | None = None
+    """torch device; None lets sentence-transformers choose."""
+    query_prompt: str | None = None
+    """Overrides the recorded query prompt."""
+    passage_prompt: str | None = None
+    """Overrides the recorded passage prompt."""
+    pooling: str | None = None
+    """Overrides the pooling of a base model alone (one of `config.POOLING_MODES`). An adapter keeps the pooling that it
+    was trained with."""
+    window: int | None = None
+    """Splits long texts into windows of this many tokens (`windows.add_windows`), for a base model alone. An adapter
+    keeps the windows that it was trained with."""
+    truncate_dim: int | None = None
+    """Truncates vectors to their first dimensions, and scales them to length 1 again if the model does; for models that
+    were trained with Matryoshka losses."""
+    merge: bool = True
+    """Merge the LoRA into the base model's weights."""
+    trust_remote_code: bool = False
+    """Run Python code from the base model's repository."""
+    embed_batch_size: int = Field(default=256, gt=0, le=2048)
+    """Texts that LlamaIndex passes at once, and at most in a forward pass."""
+    tokens_per_pass: int | None = Field(default=None, ge=1)
+    """Tokens in a forward pass, padding included; None for 2,048 on CPUs and 65,536 on accelerators. Lower it if a
+    device runs out of memory."""
+    fingerprint: str | None = None
+    """Digest of everything that determines the vectors."""
 
     _backend: EmbeddingBackend | None = PrivateAttr(default=None)
     _lock: Any = PrivateAttr(default_factory=threading.RLock)
@@ -113,36 +114,29 @@ class LoraEmbedding(BaseEmbedding):
         *,
         base_model: str | os.PathLike[str] | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
-        embed_batch_size: int = _BATCH_SIZE,
         **kwargs: Any,
     ) -> None:
-        if adapter_path is None and base_model is None and not adapters:
+        if not (adapter_path or base_model or adapters):
             raise ConfigError(
                 "LoraEmbedding() without a model",
                 "adapter_path, base_model or both, or adapters",
                 'LoraEmbedding("runs/handbook")',
             )
         path, base = (None if place is None else absolute(place) for place in (adapter_path, base_model))
+        selected = kwargs.get("adapter")
+        if adapters is None and selected is not None:
+            adapters = {}  # the backend reports the unknown name
         named = None if adapters is None else _check_adapters(adapters)
-        if named is None and kwargs.get("adapter") is not None:
-            named = {}  # the backend reports the unknown name
         if path is not None and named is not None:
             raise ConfigError(
                 f"adapter_path={path!r} together with adapters",
                 "one adapter, or several by name",
                 f"LoraEmbedding(adapters={{'a name': {path!r}, ...}})",
             )
-        places = [path, (named or {}).get(kwargs.get("adapter") or ""), base, *(named or {}).values()]
-        super().__init__(
-            **{
-                "model_name": next((place for place in places if place), None),
-                "adapter_path": path,
-                "base_model": base,
-                "adapters": named,
-                "embed_batch_size": embed_batch_size,
-                **kwargs,
-            }
-        )
+        places = [path, (named or {}).get(selected or ""), base, *(named or {}).values()]
+        kwargs.setdefault("model_name", next(place for place in places if place))
+        kwargs |= {"adapter_path": path, "base_model": base, "adapters": named}
+        super().__init__(**kwargs)
         self.embeddings_cache = self.embeddings_cache  # wrapped by `__setattr__`
         self._load()
 
@@ -158,9 +152,9 @@ class LoraEmbedding(BaseEmbedding):
             return self._backend or self._load()
 
     def _load(self) -> EmbeddingBackend:
-        from llama_index_lora_embed.embedding.backends import BackendSettings, load_backend
+        from llama_index_lora_embed.embedding.backends import load_backend
 
-        backend = load_backend(BackendSettings(**{f.name: getattr(self, f.name) for f in fields(BackendSettings)}))
+        backend = load_backend(self)
         if self.fingerprint is not None and self.fingerprint != backend.fingerprint:
             raise AdapterError(
                 f"{self.model_name!r} with the fingerprint {backend.fingerprint[:12]}...",
@@ -191,14 +185,7 @@ class LoraEmbedding(BaseEmbedding):
         return self.backend.own_model(to_change=True)
 
     def export(self, path: str | os.PathLike[str], **settings: Any) -> Certificate:
-        """Write this model for ONNX Runtime or OpenVINO, in fp32 or int8; see `export.export_model`.
-
-        Args:
-            path: Folder to write; `LoraEmbedding(path)` loads it.
-            **settings: texts, queries, backend, precision, min_cosine and min_agreement of `export_model`.
-
-        Returns:
-            The agreement of its vectors with those of this model.
+        """Write this model for ONNX Runtime or OpenVINO; arguments, result and errors are those of `export_model`.
 
         Example:
             >>> embed_model.export("runs/handbook-int8", texts=texts, precision="int8")  # doctest: +SKIP
@@ -213,10 +200,6 @@ class LoraEmbedding(BaseEmbedding):
 
     def add_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """Add an adapter; its weights are loaded when a text first names it.
-
-        Args:
-            name: A name that is not taken.
-            path: Folder or Hub id.
 
         Raises:
             ConfigError: The name is taken, this object was made without `adapters`, or the adapter is not plain LoRA.
@@ -267,24 +250,20 @@ class LoraEmbedding(BaseEmbedding):
             adapters: For each text the name of an adapter, or None for the base model.
             kind: Whether the texts are passages ("text") or queries, which determines the prompt.
 
-        Returns:
-            A vector for each text.
-
         Raises:
-            ConfigError: A name is unknown, the numbers of names and texts differ, or a text is not a string.
+            ConfigError: A name is unknown, or the numbers of names and texts differ.
         """
-        checked, backend = check_texts(texts), self._pool()
-        if isinstance(adapters, str) or len(adapters) != len(checked):
-            got = repr(adapters) if isinstance(adapters, str) else f"{len(adapters)} names"
+        self._pool()  # only a pool has names
+        checked = check_texts(texts)
+        listed = isinstance(adapters, Sequence) and not isinstance(adapters, str)
+        if not listed or len(adapters) != len(checked):
+            got = f"{len(adapters)} names" if listed else repr(adapters)
             raise ConfigError(
                 f"{got} for {len(checked)} texts", "a name or None for each text", "Pass as many names as texts."
             )
         if kind not in ("text", "query"):
             raise ConfigError(f"kind={kind!r}", "'text' or 'query'", "Pass kind='query' for queries.")
-        task: Literal["query", "document"] = "query" if kind == "query" else "document"
-        vectors = backend.encode(checked, task, self.tokens_per_pass, self.embed_batch_size, adapters)
-        rows: list[Embedding] = vectors.tolist()
-        return rows
+        return self._encode(checked, "query" if kind == "query" else "document", names=adapters)
 
     async def aget_mixed_embeddings(
         self, texts: Sequence[str], adapters: Sequence[str | None], *, kind: Literal["text", "query"] = "text"
@@ -324,11 +303,7 @@ class LoraEmbedding(BaseEmbedding):
         super().__setattr__(name, ModelEmbeddingsCache.of(value) if name == "embeddings_cache" else value)
 
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
-        """Vectors of passages, in their order; the longest are computed first.
-
-        Raises:
-            ConfigError: A text is not a string.
-        """
+        """Vectors of passages, in their order; the longest are computed first."""
         checked = check_texts(texts)
         order = longest_first(checked)
         with self._cache_keys("document"):
@@ -346,11 +321,7 @@ class LoraEmbedding(BaseEmbedding):
         return _in_order_of_texts(vectors, order)
 
     def get_text_embedding(self, text: str) -> Embedding:
-        """The vector of a passage.
-
-        Raises:
-            ConfigError: The text is not a string.
-        """
+        """The vector of a passage."""
         with self._cache_keys("document"):
             return super().get_text_embedding(check_text(text))
 
@@ -360,11 +331,7 @@ class LoraEmbedding(BaseEmbedding):
             return await super().aget_text_embedding(check_text(text))
 
     def get_query_embedding(self, query: str) -> Embedding:
-        """The vector of a query.
-
-        Raises:
-            ConfigError: The query is not a string.
-        """
+        """The vector of a query."""
         with self._cache_keys("query"):
             return super().get_query_embedding(check_text(query))
 
@@ -374,11 +341,7 @@ class LoraEmbedding(BaseEmbedding):
             return await super().aget_query_embedding(check_text(query))
 
     def is_cut(self, texts: list[str]) -> list[bool]:
-        """Whether passages are longer than `max_seq_length`, prompt and special tokens included, and are truncated.
-
-        Raises:
-            ConfigError: A text is not a string.
-        """
+        """Whether passages are longer than `max_seq_length`, prompt and special tokens included, and are truncated."""
         counts, limit = self.backend.count_tokens(check_texts(texts)), self.max_seq_length
         return [count > limit for count in counts]
 
@@ -386,8 +349,9 @@ class LoraEmbedding(BaseEmbedding):
         fingerprint = self.fingerprint if self.embeddings_cache is None else self.backend.fingerprint
         return cache_keys(fingerprint, task)
 
-    def _encode(self, texts: list[str], task: Literal["query", "document"]) -> list[Embedding]:
-        rows: list[Embedding] = self.backend.encode(texts, task, self.tokens_per_pass, self.embed_batch_size).tolist()
+    def _encode(self, texts: list[str], task: Task, **names: Any) -> list[Embedding]:
+        limits = {"max_tokens": self.tokens_per_pass, "max_texts": self.embed_batch_size}
+        rows: list[Embedding] = self.backend.encode(texts, task, **limits, **names).tolist()
         return rows
 
     def _get_query_embedding(self, query: str) -> Embedding:
@@ -419,11 +383,7 @@ def _in_order_of_texts(vectors: list[Embedding], order: list[int]) -> list[Embed
 
 
 def _check_adapters(adapters: Any) -> dict[str, str]:
-    """Names with absolute paths.
-
-    Raises:
-        ConfigError: `adapters` is not a mapping of names to paths.
-    """
+    """Names with absolute paths."""
     wrong = [repr(adapters)]
     if isinstance(adapters, Mapping):
         right = {n: p for n, p in adapters.items() if isinstance(n, str) and n and isinstance(p, (str, os.PathLike))}

@@ -38,20 +38,15 @@ class Manifest:
         fingerprint: Digest of everything that determines the vectors; see `fingerprint`.
         base: Model id, revision (None for a folder) and SHA-256 of the base model's weight files.
         files: SHA-256 of every other file in the directory except the README.
-        prompts: Query and passage prompt.
         pooling: The modules after the transformer, each with its settings.
-        max_seq_length: Tokens per text at inference.
         normalise: Whether vectors have length 1.
-        similarity: Name of the similarity function.
         lora: Rank, alpha and target modules.
         parent: Path and fingerprint of the adapter that was continued; None if training started from the base model.
         dataset: Digest and size of the training set, and the origins of its queries.
         settings: `TrainingSettings` of the run.
         metrics: Metrics of "base" and "tuned" on the validation set, if there was one.
-        verdict: The comparison's verdict in one sentence.
         best_step: Step of the saved weights; 0 is the untrained base model.
         truncation: Share of truncated texts, before and after the length was chosen.
-        versions: Versions of the libraries.
         created: UTC time, ISO 8601.
     """
 
@@ -94,9 +89,7 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"an unreadable {path} ({error})", "the original manifest", _RESTORE) from error
         raise AdapterError(
-            f"{path} of schema version {version!r}",
-            f"version {SCHEMA_VERSION}",
-            "Update llama-index-lora-embed.",
+            f"{path} of schema version {version!r}", f"version {SCHEMA_VERSION}", "Update llama-index-lora-embed."
         )
 
 
@@ -118,9 +111,6 @@ def fingerprint(
         directory: Adapter directory; None for a base model alone.
         scale: Factor of the adapter.
         prompts: "query" and "document"; None for the model's own.
-
-    Returns:
-        64 hexadecimal digits.
     """
     adapter: dict[str, Any] = {}
     if directory is not None:
@@ -174,63 +164,54 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     """Check that an adapter can be written to a path without overwriting anything but an adapter.
 
     An adapter that this package wrote there is replaced once the new one is complete, and kept as `<name>.previous`.
-
-    Returns:
-        The absolute path, links resolved.
+    Returns the absolute path, links resolved.
 
     Raises:
         OutputDirectoryError: The path is a file, holds other files, or its folder is not writable.
     """
     target = Path(path).expanduser().resolve()
-    hint = "Choose another model_output_path."
-    if target.exists() and not target.is_dir():
-        raise OutputDirectoryError(f"model_output_path {str(target)!r}, which is a file", "a directory", hint)
-    if target.is_dir() and not (target / MANIFEST_NAME).exists() and any(target.iterdir()):
-        raise OutputDirectoryError(
-            f"model_output_path {str(target)!r}, which contains files that this package did not write",
-            "a new or empty directory, or one with an adapter to replace",
-            hint,
-        )
-    if os.path.ismount(target):
-        raise OutputDirectoryError(
-            f"model_output_path {str(target)!r}, which is a mount point and cannot be moved",
-            "a directory that can be moved",
-            f"Write to one inside it, e.g. {str(target / 'adapter')!r}.",
-        )
     previous = target.with_name(target.name + ".previous")
-    if previous.exists() and not (previous / MANIFEST_NAME).exists() and target.is_dir() and any(target.iterdir()):
-        raise OutputDirectoryError(
-            f"{str(previous)!r}, to which the current adapter would be moved, and which is not an adapter",
-            "a free path, or an earlier adapter",
-            f"Move it, or choose another model_output_path than {target.name!r}.",
+    taken = target.is_dir() and any(target.iterdir())
+    problem = None
+    if target.exists() and not target.is_dir():
+        problem = "which is a file", "a directory"
+    elif taken and not (target / MANIFEST_NAME).exists():
+        problem = (
+            "which contains files that this package did not write",
+            "a new or empty directory, or one with an adapter to replace",
         )
+    elif os.path.ismount(target):
+        inside = str(target / "adapter")
+        problem = "which is a mount point and cannot be moved", f"a directory inside it, e.g. {inside!r}"
+    elif taken and previous.exists() and not (previous / MANIFEST_NAME).exists():
+        problem = (
+            f"whose content would be moved to {str(previous)!r}, which is not an adapter",
+            "a path whose '.previous' is free or an earlier adapter",
+        )
+    elif (reason := _not_writable(target)) is not None:
+        problem = f"which is not writable ({reason})", "a writable folder"
+    if problem is not None:
+        got, expected = problem
+        raise OutputDirectoryError(
+            f"model_output_path {str(target)!r}, {got}", expected, "Choose another model_output_path."
+        )
+    return target
+
+
+def _not_writable(target: Path) -> str | None:
+    """Why a directory cannot be written; permissions, mounts and quotas all show in a trial write."""
     parent = next(folder for folder in target.parents if folder.exists())
     try:
-        # permissions, mounts and quotas all show in a trial write
         with tempfile.TemporaryDirectory(dir=parent, prefix=".writable-"):
-            writable = not target.exists() or os.access(target, os.W_OK)
+            return None if not target.exists() or os.access(target, os.W_OK) else "it is read-only"
     except OSError as error:
-        raise OutputDirectoryError(
-            f"the folder {str(parent)!r}, which is not writable ({error})",
-            "a writable folder",
-            hint,
-        ) from error
-    if not writable:
-        raise OutputDirectoryError(f"model_output_path {str(target)!r}, which is read-only", "a writable one", hint)
-    return target
+        return str(error)
 
 
 def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, base_sha256: str) -> Manifest:
     """Write the adapter directory atomically: into a folder beside the target, synced to disk and moved into place.
 
-    Args:
-        model: Model with one adapter, added by `model.add_adapter`.
-        target: Path returned by `check_output`.
-        manifest: Its `fingerprint` and `files` are filled in here.
-        base_sha256: Digest of the base model's weight files.
-
-    Returns:
-        The manifest as written.
+    Returns the manifest as written, with `fingerprint` and `files` filled in; `target` is from `check_output`.
 
     Raises:
         OutputDirectoryError: The disk is full or not writable; the target is unchanged.
@@ -257,10 +238,7 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
 
 
 def check_files(directory: Path) -> Manifest | None:
-    """Check the files of an adapter directory before any of them is loaded.
-
-    Returns:
-        The manifest; None for an adapter that sentence-transformers saved.
+    """Check the files of an adapter directory before any of them is loaded, and return its manifest, if any.
 
     Raises:
         UnsafeCheckpointError: The weights are a pickle.
@@ -283,15 +261,24 @@ def check_files(directory: Path) -> Manifest | None:
         raise AdapterError(f"{str(directory)!r} without {WEIGHTS_NAME}", "the adapter's weights", "Train again.")
     manifest = Manifest.read(directory)
     if manifest is not None:
-        for name, digest in manifest.files.items():
-            path = directory / name
-            if not path.is_file() or file_digest(path) != digest:
-                state = "changed or cut short" if path.is_file() else "missing"
-                raise AdapterError(
-                    f"{str(path)!r}, which is {state}", f"the original file (SHA-256 {digest[:12]}...)", _RESTORE
-                )
+        check_digests(directory, manifest.files, _RESTORE)
     _check_safetensors(weights)
     return manifest
+
+
+def check_digests(directory: Path, files: Mapping[str, str], hint: str) -> None:
+    """Compare files with their SHA-256.
+
+    Raises:
+        AdapterError: A file is missing or changed; its hint is `hint`.
+    """
+    for name, digest in files.items():
+        path = directory / name
+        if not path.is_file() or file_digest(path) != digest:
+            state = "changed or cut short" if path.is_file() else "missing"
+            raise AdapterError(
+                f"{str(path)!r}, which is {state}", f"the original file (SHA-256 {digest[:12]}...)", hint
+            )
 
 
 def _check_safetensors(path: Path) -> None:

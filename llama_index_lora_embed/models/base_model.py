@@ -117,9 +117,7 @@ def describe_base(model_id: str, revision: str | None = None, cache_folder: str 
                 "If you trust it, convert it: SentenceTransformer(path).save_pretrained(new_path).",
             )
         raise ModelNotFoundError(
-            f"folder {str(path)!r} without model weights",
-            "a folder with model.safetensors",
-            "Check the path.",
+            f"folder {str(path)!r} without model weights", "a folder with model.safetensors", "Check the path."
         )
     stats = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in weights)
     name = model_id if commit is not None else str(path)
@@ -169,17 +167,8 @@ def load_base(
 ) -> SentenceTransformer:
     """Load a base model in float32, with its prompts in `model.prompts["query"]` and `["document"]`.
 
-    Args:
-        base: Found by `describe_base`.
-        device: torch device; None lets sentence-transformers choose.
-        trust_remote_code: Run Python code from the model's repository.
-        query_prompt: Overrides the query prompt.
-        passage_prompt: Overrides the passage prompt.
-        pooling: Overrides the pooling mode; one of `config.POOLING_MODES`.
-        window: Splits long texts into windows of this many tokens (`windows.add_windows`).
-        truncate_dim: Truncates vectors to this many dimensions.
-        quantized: Store the linear layers in 4 bits (NF4 with double quantisation; Dettmers et al., 2023, QLoRA,
-            section 3) and compute in bfloat16. Needs a CUDA device and the extra "quantized".
+    The arguments are those of `LoraEmbedding`. `quantized` stores the linear layers in 4 bits (NF4 with double
+    quantisation; Dettmers et al., 2023, QLoRA, section 3) and computes in bfloat16, which needs a CUDA device.
 
     Raises:
         ModelNotFoundError: transformers cannot load the folder.
@@ -233,12 +222,7 @@ def set_truncation(model: SentenceTransformer, truncate_dim: int | None) -> None
 
 
 def _four_bits(device: str | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a base model in 4 bits.
-
-    Raises:
-        ConfigError: The device is not a CUDA device.
-        MissingExtraError: bitsandbytes is not installed.
-    """
+    """Arguments of `from_pretrained` for a base model in 4 bits."""
     import torch
 
     wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -46,11 +46,7 @@ _INITIALISATIONS_OF_LORA = (None, True, False, "gaussian", "orthogonal")
 class OpenedAdapter:
     """An adapter directory whose files have been checked; its weights are not loaded.
 
-    Attributes:
-        directory: Local folder.
-        config: Content of adapter_config.json.
-        manifest: None for an adapter that sentence-transformers saved.
-        base: Base model that the adapter was trained on.
+    `config` is adapter_config.json, `manifest` None for an adapter that sentence-transformers saved.
     """
 
     directory: Path
@@ -81,10 +77,7 @@ class OpenedAdapter:
         except (OSError, ValueError):
             return None
         return [
-            {
-                "type": module["type"].rpartition(".")[2],
-                **_read_json(self.directory / module["path"] / "config.json"),
-            }
+            {"type": module["type"].rpartition(".")[2], **_read_json(self.directory / module["path"] / "config.json")}
             for module in listed
         ]
 
@@ -188,15 +181,7 @@ def load_adapter(
 ) -> tuple[SentenceTransformer, str]:
     """Load an adapter on its base model in float32, and check that every weight arrived.
 
-    Args:
-        adapter: From `open_adapter`.
-        device: torch device; None lets sentence-transformers choose.
-        trust_remote_code: Run Python code from the base model's repository.
-        query_prompt: Overrides the recorded query prompt.
-        passage_prompt: Overrides the recorded passage prompt.
-        truncate_dim: Truncates vectors to this many dimensions.
-        merge: Merge the LoRA into the base model's weights, so that inference takes no longer than without it.
-        scale: Factor of the LoRA, from 0 to 1.
+    The arguments are those of `LoraEmbedding`, and `scale` its `adapter_scale`.
 
     Returns:
         The model, and its `fingerprint`.
@@ -217,7 +202,7 @@ def load_adapter(
     with tempfile.TemporaryDirectory() as folder:
         # sentence-transformers finds the base model by the adapter's config alone, and ignores some names of weights
         copy = Path(folder) / "adapter"
-        shutil.copytree(directory, copy)
+        shutil.copytree(directory, copy, copy_function=shutil.copyfile)  # writable, even if the adapter is read-only
         config = {**adapter.config, "base_model_name_or_path": str(base.path), "revision": None}
         (copy / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
         rename_magnitudes(copy / WEIGHTS_NAME)
@@ -250,11 +235,6 @@ def does_not_load(directory: Path, base: BaseInfo, error: Exception) -> AdapterE
 
 def check_keys(model: SentenceTransformer, directory: Path, adapter_name: str | None = None) -> None:
     """Check that the model has exactly the weights of the adapter's file; the loaders only log a difference.
-
-    Args:
-        model: Has the adapter.
-        directory: Adapter directory.
-        adapter_name: peft's name of the adapter; None for the active one.
 
     Raises:
         AdapterError: Weights are left over, missing or different.
@@ -307,11 +287,7 @@ def check_effect(adapter: OpenedAdapter) -> None:
 
 
 def check_poolable(adapter: OpenedAdapter, model: SentenceTransformer) -> None:
-    """Check that an adapter can share a loaded base model with other adapters.
-
-    Args:
-        adapter: Trained on the same base model.
-        model: The loaded base model.
+    """Check that an adapter can share its loaded base model with other adapters.
 
     Raises:
         ConfigError: The adapter is more than plain LoRA, or has other modules after the transformer than the model.
@@ -342,13 +318,7 @@ def check_poolable(adapter: OpenedAdapter, model: SentenceTransformer) -> None:
 
 
 def scale_lora(model: SentenceTransformer, scale: float, adapter_name: str = "default") -> None:
-    """Multiply a plain, unmerged LoRA by a factor: with 0 it has no effect, with 1 it is unchanged.
-
-    Args:
-        model: Has the adapter.
-        scale: From 0 to 1.
-        adapter_name: peft's name of the adapter.
-    """
+    """Multiply a plain, unmerged LoRA by a factor: with 0 it has no effect, with 1 it is unchanged."""
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():
@@ -362,9 +332,6 @@ def merge_lora(model: SentenceTransformer) -> None:
     peft's `merge_and_unload` is a method of `PeftModel`, which models with `add_adapter`, like sentence-transformers',
     are not. DoRA, rank-stabilised scales and LoRA biases are merged too; modules that were trained whole
     (`modules_to_save`) replace those of the base model.
-
-    Args:
-        model: Its transformer has no adapter afterwards.
 
     Raises:
         AdapterError: Merged and unmerged vectors of a probe text differ by more than 1e-5.

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama_index_lora_embed.models.adapter_directory import Manifest
 
-
 _COLUMNS = 5  # metrics in the table; the most common ones come first in an evaluation
-
-
-def _trained_on(dataset: dict[str, Any]) -> str:
-    if "pairs" in dataset:
-        return f"{dataset['pairs']} labelled pairs"
-    return f"{dataset.get('queries', 0)} queries for {dataset.get('passages', 0)} passages"
 
 
 def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_on_hub: bool = False) -> str:
@@ -26,7 +19,10 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
         place: Folder or Hub id in the examples.
         base_on_hub: Whether the base model's name is a Hub id even though its revision is unknown.
     """
-    base = manifest.base["model_id"]
+    base, dataset = manifest.base["model_id"], manifest.dataset
+    trained_on = f"{dataset.get('queries', 0)} queries for {dataset.get('passages', 0)} passages"
+    if "pairs" in dataset:
+        trained_on = f"{dataset['pairs']} labelled pairs"
     metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
     lines = ["---", *(f"{key}: {value}" for key, value in metadata.items())]
     if base_on_hub or manifest.base["revision"] is not None:
@@ -34,7 +30,7 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
     lines += [
         *("tags: [sentence-transformers, lora, peft, llama-index]", "---"),
         *(f"# LoRA adapter for {Path(base).name}", ""),
-        f"Trained on {_trained_on(manifest.dataset)}. {manifest.verdict}".strip(),
+        f"Trained on {trained_on}. {manifest.verdict}".strip(),
     ]
     if manifest.metrics:
         names = list(manifest.metrics["base"])[:_COLUMNS]

@@ -20,10 +20,6 @@ def set_pooling(model: SentenceTransformer, pooling: str | None) -> None:
     A plain transformers checkpoint, whose files name none, gets sentence-transformers' default: the last token for a
     causal language model, the mean for all others.
 
-    Args:
-        model: Loaded base model; the changed Pooling module is saved with its adapter.
-        pooling: One of `config.POOLING_MODES`.
-
     Raises:
         ConfigError: The mode is unknown, the model has no Pooling module, or its head expects vectors of another size.
     """
@@ -59,11 +55,7 @@ def append_end_token(model: SentenceTransformer, folder: Path) -> None:
 
     transformers 5 uses the post-processor of tokenizer.json and ignores `add_eos_token` in tokenizer_config.json, on
     which e5-mistral-7b-instruct relies: without this, its vector is that of the last word instead of </s> (see mteb's
-    e5_instruct.py).
-
-    Args:
-        model: Loaded base model; its tokenizer is changed in place and saved with its adapter.
-        folder: Folder of the base model's files.
+    e5_instruct.py). The tokenizer is changed in place and saved with the model's adapter.
     """
     tokenizer: Any = model.tokenizer
     path = folder / "tokenizer_config.json"

@@ -13,11 +13,7 @@ _WEB_SEARCH = "Instruct: Given a web search query, retrieve relevant passages th
 # config_sentence_transformers.json lacks prompts need a row; Qwen3-Embedding, EmbeddingGemma and arctic-embed do not.
 _PROMPTS: list[tuple[str, str, str]] = [
     (r"^(multilingual-)?e5-(small|base|large)(-v2)?(-unsupervised)?$", "query: ", "passage: "),
-    (
-        r"^bge-(small|base|large)-en(-v1\.5)?$",
-        "Represent this sentence for searching relevant passages: ",
-        "",
-    ),
+    (r"^bge-(small|base|large)-en(-v1\.5)?$", "Represent this sentence for searching relevant passages: ", ""),
     (r"^bge-(small|base|large)-zh(-v1\.5)?$", "为这个句子生成表示以用于检索相关文章：", ""),
     (r"^(multilingual-e5-large|e5-mistral-7b)-instruct$", _WEB_SEARCH, ""),
     # mteb's nomic_models.py has the same prompts for all of these
@@ -33,20 +29,12 @@ _PASSAGE_NAMES = ("document", "passage")
 
 
 def set_prompts(
-    model: SentenceTransformer,
-    model_id: str,
-    query_prompt: str | None = None,
-    passage_prompt: str | None = None,
+    model: SentenceTransformer, model_id: str, query_prompt: str | None = None, passage_prompt: str | None = None
 ) -> None:
     """Set `model.prompts["query"]` and `model.prompts["document"]`, which training and inference both use.
 
-    Each is the caller's prompt, else the one in the model's files, else the one known for the model's name, else "".
-
-    Args:
-        model: Loaded model; its prompts are set in place.
-        model_id: Hub id or path; its last part is the name that is looked up.
-        query_prompt: Overrides the query prompt; "" switches it off.
-        passage_prompt: Overrides the passage prompt.
+    Each is the caller's prompt ("" switches it off), else the one in the model's files, else the one known for the
+    model's name, which is the last part of its Hub id or path, else "".
     """
     name = re.split(r"[/\\]", model_id.rstrip("/\\"))[-1]
     known = next((row for row in _PROMPTS if re.match(row[0], name)), ("", "", ""))

@@ -39,12 +39,11 @@ def check_texts(texts: Sequence[Any]) -> list[str]:
             "Leave these out, or pass node.get_content():",
             wrong[:10],
         )
-    return [text if text.isascii() else _join_surrogates(text) for text in texts]
-
-
-def _join_surrogates(text: str) -> str:
-    """Surrogates that form a pair become the character that they encode, all others U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    # surrogates that form a pair become the character that they encode
+    return [
+        text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        for text in texts
+    ]
 
 
 def longest_first(texts: Sequence[str]) -> list[int]:

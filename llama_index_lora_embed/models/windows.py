@@ -33,16 +33,10 @@ reads that many."""
 
 
 class WindowedTransformer(Transformer):
-    """A transformer that splits texts into windows of nearly equal length.
+    """A transformer that splits texts into windows of nearly equal length, of `window` tokens at most.
 
     Every window begins and ends with the model's special tokens and has the prompt, like a text of its own.
-    `max_seq_length` is the number of tokens of a text that are read, in all windows together.
-
-    Args:
-        *args: As for Transformer.
-        window: Maximum number of tokens in a window, special tokens and prompt included.
-        text_length: Initial `max_seq_length`.
-        **kwargs: As for Transformer.
+    `max_seq_length`, initially `text_length`, is the number of tokens of a text that are read, in all windows together.
     """
 
     config_keys: list[str] = [*Transformer.config_keys, "window", "text_length"]  # noqa: RUF012  # as in the parent
@@ -86,7 +80,13 @@ class WindowedTransformer(Transformer):
         tail = self._tail
         # the same in every row; if the tokenizer joins its last token with the text, that token is repeated
         opening = int(features.get("prompt_length") or len(self._head))
-        room = self._room(opening)
+        room = self.window - opening - len(tail)
+        if room < SHORTEST_WINDOW // 2:
+            raise ConfigError(
+                f"a window of {self.window} tokens for a prompt of {opening}",
+                f"at least {SHORTEST_WINDOW // 2} tokens for the text itself",
+                "Use a longer window or a shorter prompt.",
+            )
         rows: list[list[int]] = []
         counts = []
         for ids, mask in zip(features["input_ids"].tolist(), features["attention_mask"].tolist(), strict=True):
@@ -95,7 +95,8 @@ class WindowedTransformer(Transformer):
             rows += [[*row[:opening], *part, *tail] for part in parts]
             counts.append(len(parts))
         padded = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        split = {name: value for name, value in features.items() if not _is_rows(value, features["input_ids"])}
+        shape = features["input_ids"].shape
+        split = {name: value for name, value in features.items() if getattr(value, "shape", ())[:2] != shape}
         split |= {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
         if "token_type_ids" in features:
             split["token_type_ids"] = torch.zeros_like(padded["input_ids"])
@@ -110,23 +111,9 @@ class WindowedTransformer(Transformer):
             features[COUNTS] = counts
         return features
 
-    def _room(self, opening: int) -> int:
-        room = self.window - opening - len(self._tail)
-        if room < SHORTEST_WINDOW // 2:
-            raise ConfigError(
-                f"a window of {self.window} tokens for a prompt of {opening}",
-                f"at least {SHORTEST_WINDOW // 2} tokens for the text itself",
-                "Use a longer window or a shorter prompt.",
-            )
-        return room
-
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Special tokens before and after a text.
-
-    Raises:
-        ConfigError: The tokenizer encodes a text differently with special tokens.
-    """
+    """Special tokens before and after a text."""
     for probe in ("a", "the", "1", "."):
         inner = tokenizer(probe, add_special_tokens=False)["input_ids"]
         whole = tokenizer(probe)["input_ids"]
@@ -146,15 +133,10 @@ def _parts(content: list[int], room: int) -> list[list[int]]:
     return [content[i * len(content) // count : (i + 1) * len(content) // count] for i in range(count)]
 
 
-def _is_rows(value: Any, ids: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape[:2] == ids.shape
-
-
 class JoinWindows(Module):
     """Averages the vectors of a text's windows, which have nearly equal lengths.
 
-    Args:
-        window: Tokens in a window; recorded in the manifest and the fingerprint.
+    `window`, the tokens in a window, is only recorded, in the manifest and the fingerprint.
     """
 
     config_keys: list[str] = ["window"]  # noqa: RUF012  # as in the parent
@@ -180,20 +162,16 @@ class JoinWindows(Module):
         features["sentence_embedding"] = means.to(vectors.dtype)
         if not torch.is_grad_enabled():
             there = features["attention_mask"].bool()
+            lengths = [int(part.sum()) for part in there.sum(dim=1).split(counts.tolist())]  # in all windows of a text
             for name in ("token_embeddings", "input_ids", "token_type_ids", "attention_mask"):
                 if name in features and features[name].shape[:2] == there.shape:
-                    parts = features[name][there].split(_lengths(there, counts))
+                    parts = features[name][there].split(lengths)
                     features[name] = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Save the configuration; the module has no weights."""
         self.save_config(output_path)
-
-
-def _lengths(there: Tensor, counts: Tensor) -> list[int]:
-    """Number of tokens of each text in all of its windows."""
-    return [int(part.sum()) for part in torch.split(there.sum(dim=1), counts.tolist())]
 
 
 MODULES: Mapping[str, type[nn.Module]] = {
@@ -228,12 +206,8 @@ def longest_text(model: SentenceTransformer) -> int:
 def check_prompts(model: SentenceTransformer, prompts: Mapping[str, str | None] | None = None) -> None:
     """Check that both prompts leave room for text in a window; otherwise the first long text would show it.
 
-    Args:
-        model: With or without windows.
-        prompts: "query" and "document"; None for the model's own.
-
     Raises:
-        ConfigError: A prompt leaves too little room.
+        ConfigError: A prompt, of `prompts` or else of the model, leaves too little room.
     """
     window = window_of(model)
     if window is not None:
@@ -243,10 +217,10 @@ def check_prompts(model: SentenceTransformer, prompts: Mapping[str, str | None] 
 
 
 def add_windows(model: SentenceTransformer, window: int) -> None:
-    """Make a model split long texts into windows, and raise its `max_seq_length` to `longest_text`.
+    """Make a model split long texts into windows, in place, and raise its `max_seq_length` to `longest_text`.
 
     Args:
-        model: A Transformer, a Pooling and possibly further modules; changed in place.
+        model: A Transformer, a Pooling and possibly further modules.
         window: Tokens in a window, special tokens and prompt included.
 
     Raises:

@@ -202,6 +202,8 @@ def test_long_texts_are_truncated_at_the_recorded_length(embed_model):
 def test_an_embedding_model_without_adapter_and_base_model_is_refused():
     with pytest.raises(ConfigError, match="without a model"):
         LoraEmbedding()
+    with pytest.raises(ConfigError, match="without a model"):
+        LoraEmbedding("")
 
 
 def test_the_embeddings_cache_distinguishes_models_and_prompts(adapter, tiny_model):

@@ -344,8 +344,8 @@ def test_adapters_are_not_mixed_if_layers_have_other_rows_than_texts(paths, alon
     original, refused = encode._linear, []
 
     def tokens_first(base, products, x):
-        if len(encode._PASS.rows.runs) > 1:
-            refused.append(len(encode._PASS.rows.names))
+        if len(encode._PASS.runs) > 1:
+            refused.append(sum(size for _, size in encode._PASS.runs))
             raise ConfigError("rows", "texts", "hint")
         return original(base, products, x)
 
@@ -453,6 +453,7 @@ def test_wrong_arguments_are_named(many, paths, tiny_model, tmp_path):
     for adapters, named in (
         ("legal", "'legal' for 2 texts"),
         (["legal"], "1 names for 2 texts"),
+        (None, "None for 2 texts"),
         (["legal", "nobody"], r"'nobody'.*'legal', 'hr', 'prompted', 'short'"),
     ):
         with pytest.raises(ConfigError, match=named):

@@ -269,6 +269,12 @@ def test_output_paths_with_other_files_are_refused(tmp_path, adapter, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"], "looking leaves no trace"
 
 
+def test_a_read_only_adapter_loads(copy, adapter):
+    for path in [*copy.rglob("*"), copy]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert load(copy).fingerprint == load(adapter).fingerprint
+
+
 @pytest.mark.slow
 def test_a_run_killed_while_writing_leaves_the_old_adapter(adapter, tmp_path, tiny_model):
     out = shutil.copytree(adapter, tmp_path / "adapter")
