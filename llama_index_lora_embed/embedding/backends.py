@@ -125,10 +125,9 @@ class ExportedBackend(EmbeddingBackend):
         assert settings.adapter_path is not None
         folder = Path(settings.adapter_path)
         facts = Export.read(folder)
-        fixed = ("base_model", *_PROMPTS, "pooling", "window", "truncate_dim")
-        given = [name for name, value in _fields(settings, *fixed).items() if value is not None]
-        given += ["adapter_scale"] if settings.adapter_scale != 1 else []
-        given += ["merge"] if not settings.merge else []
+        fixed = ("base_model", *_PROMPTS, "pooling", "window", "truncate_dim", "adapter_scale", "merge")
+        defaults = type(settings).model_fields
+        given = [name for name, value in _fields(settings, *fixed).items() if value != defaults[name].default]
         given += ["device"] if settings.device not in (None, "cpu") else []
         if given:
             raise ConfigError(

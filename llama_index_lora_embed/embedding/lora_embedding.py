@@ -135,6 +135,8 @@ class LoraEmbedding(BaseEmbedding):
             )
         places = [path, (named or {}).get(selected or ""), base, *(named or {}).values()]
         kwargs.setdefault("model_name", next(place for place in places if place))
+        if kwargs.get("cache_folder") is not None:  # pickled objects are used in other working directories
+            kwargs["cache_folder"] = os.path.abspath(os.path.expanduser(kwargs["cache_folder"]))
         kwargs |= {"adapter_path": path, "base_model": base, "adapters": named}
         super().__init__(**kwargs)
         self.embeddings_cache = self.embeddings_cache  # wrapped by `__setattr__`

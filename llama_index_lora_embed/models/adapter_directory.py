@@ -103,14 +103,8 @@ def fingerprint(
     """Digest of everything that determines a model's vectors.
 
     It covers the weights of the base model and of the adapter, the adapter's scale, the tokenizer, the prompts, the
-    modules after the transformer, `max_seq_length` and `truncate_dim`, but no paths.
-
-    Args:
-        model: The loaded model.
-        base_sha256: Digest of the base model's weight files.
-        directory: Adapter directory; None for a base model alone.
-        scale: Factor of the adapter.
-        prompts: "query" and "document"; None for the model's own.
+    modules after the transformer, `max_seq_length` and `truncate_dim`, but no paths. `base_sha256` is the digest of the
+    base model's weight files, `directory` the adapter directory; `prompts` replace the model's own.
     """
     adapter: dict[str, Any] = {}
     if directory is not None:

@@ -31,19 +31,15 @@ _FIND = "Check the path or the id, and the network if it is on the Hub."
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """A base model that was found.
-
-    Attributes:
-        model_id: Hub id, or absolute path of a folder.
-        revision: Commit on the Hub; None for a folder.
-        path: Local folder.
-        weights_sha256: SHA-256 of its safetensors files.
-    """
+    """A base model that was found."""
 
     model_id: str
+    """Hub id, or absolute path of a folder."""
     revision: str | None
+    """Commit on the Hub; None for a folder."""
     path: Path
     weights_sha256: str
+    """SHA-256 of its safetensors files."""
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's `base`."""

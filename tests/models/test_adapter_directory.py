@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -218,6 +219,15 @@ def test_a_hub_model_is_found_in_the_cache_with_its_revision(tmp_path, tiny_mode
     base = describe_base("somebody/tiny", cache_folder=str(tmp_path))
     assert (base.model_id, base.revision) == ("somebody/tiny", COMMIT)
     assert base.weights_sha256 == describe_base(tiny_model).weights_sha256
+
+
+def test_a_relative_cache_folder_is_found_from_another_working_directory(tmp_path, tiny_model, monkeypatch):
+    put_on_hub(tiny_model, tmp_path / "cache", "tiny")
+    monkeypatch.chdir(tmp_path)
+    model = LoraEmbedding(base_model="somebody/tiny", cache_folder=Path("cache"), device="cpu")
+    pickled = pickle.dumps(model)
+    monkeypatch.chdir("/")
+    assert pickle.loads(pickled).get_text_embedding("w1") == model.get_text_embedding("w1")
 
 
 def test_adapter_and_base_load_by_their_hub_ids(tmp_path, tiny_model, dataset, val_dataset):
