@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
 
 from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig, TrainingSettings
+from llama_index_lora_embed.config.base import AtLeast0, AtLeast1, Settings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.objectives.plan import TrainingPlan
@@ -42,6 +44,18 @@ _ENGINE_ARGUMENTS = {
     "resume_from_checkpoint": "resume_from_checkpoint",
 }
 _IN_BATCH = {"batch_sampler": "objective, whose batches hold no false negatives"}
+
+
+class _CheckedArguments(Settings):
+    """What transformers would find out in the middle of training, or not at all."""
+
+    gradient_accumulation_steps: AtLeast1 = 1
+    max_steps: AtLeast1 | Literal[-1] = -1
+    dataloader_num_workers: AtLeast0 = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 1.0
+    gradient_checkpointing: bool | None = None
+    activation_checkpointing: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,14 @@ def check_user_arguments(
             problems.append(f"{name}={value!r}: expected the engine's own argument for it, {engine_arguments[name]}")
         elif name not in known:
             problems.append(f"{name}={value!r}: expected a training argument of sentence-transformers")
-    problems += _value_problems(kept, isinstance(config.objective.mini_batch_size, int))
+    checked = {name: value for name, value in kept.items() if name in _CheckedArguments.model_fields}
+    try:
+        _CheckedArguments.validated(checked)
+    except ConfigError as error:
+        problems += error.problems
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if checked.get(name) is True and isinstance(config.objective.mini_batch_size, int):
+            problems.append(f"{name}=True together with mini_batch_size: expected one of them; both save memory")
     if problems:
         raise ConfigError(
             f"{len(problems)} wrong argument(s) of finetune()",
@@ -99,31 +120,6 @@ def _callback_problems(callbacks: Any) -> list[str]:
         for one in callbacks
         if not isinstance(one, TrainerCallback) and not (isinstance(one, type) and issubclass(one, TrainerCallback))
     ]
-
-
-def _value_problems(values: dict[str, Any], in_chunks: bool) -> list[str]:
-    """What transformers would find out in the middle of training, or not at all."""
-    found = []
-
-    def whole(name: str, least: int, also: tuple[int, ...] = ()) -> None:
-        value = values.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, int) or (value < least and value not in also):
-            found.append(f"{name}={value!r}: expected a whole number of at least {least}")
-
-    whole("gradient_accumulation_steps", 1)
-    whole("max_steps", 1, also=(-1,))
-    whole("dataloader_num_workers", 0)
-    for name in ("weight_decay", "max_grad_norm"):
-        value = values.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            found.append(f"{name}={value!r}: expected a number of at least 0")
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        value = values.get(name)
-        if not isinstance(value, (bool, type(None))):
-            found.append(f"{name}={value!r}: expected True or False")
-        elif value and in_chunks:
-            found.append(f"{name}=True together with mini_batch_size: expected one of them; both save the same memory")
-    return found
 
 
 @dataclass

@@ -36,8 +36,7 @@ def is_main() -> bool:
 def own_device(device: str | None) -> str | None:
     """The device of this process: the user's choice, or a GPU of its own if there are several processes.
 
-    Args:
-        device: The user's choice; with None, sentence-transformers would put all processes on one GPU.
+    Without a choice, sentence-transformers would put all processes on one GPU.
     """
     if device is None and world_size() > 1 and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

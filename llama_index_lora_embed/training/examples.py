@@ -71,14 +71,8 @@ def make_examples(
     """Make an example for each query and passage that it is trained against.
 
     Its negatives are the query's hard negatives. Where there are too few, passages of other groups that are no false
-    negatives follow; each example starts looking further on than the example before.
-
-    Args:
-        dataset: Checked dataset.
-        groups: `make_groups(dataset, ...)`.
-        false_negatives: Which passages cannot be negatives.
-        min_negatives: Negatives of an example, if the dataset has so many.
-        equal_numbers: Give every example as many negatives as the one with the most hard negatives.
+    negatives follow, up to `min_negatives`, or with `equal_numbers` up to the largest number of hard negatives; each
+    example starts looking further on than the example before.
     """
     curated = dataset.hard_negatives or {}
     pairs = [(query_id, group) for group in groups for query_id in group.query_ids]

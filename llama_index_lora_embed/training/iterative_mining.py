@@ -83,14 +83,13 @@ def _next_selection(previous: CheckpointSelection) -> CheckpointSelection:
     best = previous.best
     if previous.evaluator is None or best is None:
         return CheckpointSelection(previous.evaluator, previous.metric)
-    return CheckpointSelection(
-        previous.evaluator,
-        previous.metric,
-        [{"step": 0, "metrics": dict(best.metrics)}],
+    return replace(
+        previous,
+        history=[{"step": 0, "metrics": dict(best.metrics)}],
+        best_step=0,
         base=best,
-        best=best,
         top_scores=best.scores(previous.metric),
-        weights=previous.weights,
+        seconds=0.0,
     )
 
 

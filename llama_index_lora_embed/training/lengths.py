@@ -54,12 +54,8 @@ def choose_length(
     positions allow. It is at least the base's own limit (or 512, if that is less): longer nodes than the training texts
     may be indexed later, and a batch is only padded to its own longest text.
 
-    Args:
-        model: Its `max_seq_length` is set.
-        queries: For training.
-        passages: For training.
-        coverage: Share of texts that are not truncated, above 0 and at most 1; ignored for a model with windows.
-        wanted: The user's own choice, which overrides the search.
+    `coverage` is the share of texts that are not truncated (with windows it is 1), `wanted` the user's own choice, which
+    overrides the search.
 
     Raises:
         ConfigError: `wanted` is more than the model's positions allow.

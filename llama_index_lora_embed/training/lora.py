@@ -67,12 +67,8 @@ def lora_problems(lora_config: LoraConfig) -> list[str]:
 def add_lora(model: SentenceTransformer, lora_config: LoraConfig | None, settings: TrainingSettings) -> None:
     """Add a trainable LoRA named "default" to a model, in place, and freeze every other weight.
 
-    The untrained adapter leaves the base's vectors as they are.
-
-    Args:
-        model: Loaded base.
-        lora_config: peft's configuration without `lora_problems`, which is not changed; None for the settings' LoRA.
-        settings: Rank, alpha and layers of the default LoRA.
+    The untrained adapter leaves the base's vectors as they are. `lora_config` must have no `lora_problems`, and is not
+    changed; None takes rank, alpha and layers of the settings.
 
     Raises:
         ConfigError: The configuration does not fit the base.
@@ -142,23 +138,20 @@ def lora_target_modules(model: SentenceTransformer) -> list[str]:
     """Names of all linear modules inside the transformer's layers.
 
     They are looked up in the model, so that fused projections are found. Modules outside the layers (BERT's unused
-    pooler, an output head) and the routers of a mixture of experts are left out.
-
-    Returns:
-        Module suffixes as peft's `target_modules` takes them, e.g. "attention.self.query"; whole names where a
-        suffix would also mean a module outside the layers.
+    pooler, an output head) and the routers of a mixture of experts are left out. The names are suffixes as peft's
+    `target_modules` takes them, e.g. "attention.self.query"; whole names where a suffix would also mean a module
+    outside the layers.
 
     Raises:
         ConfigError: The model has no transformer layers with linear modules.
     """
     transformer = model.transformers_model
-    linear: dict[str, Any] = {}
-    if transformer is not None:
-        linear = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     routers = _router_widths(transformer)
     targets: dict[str, list[str]] = {}
     outside: list[str] = []
-    for name, module in linear.items():
+    for name, module in [] if transformer is None else transformer.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
         match = re.match(r"^.*?\.?\d+\.(.+)$", name)  # the part after the layer's number
         if match and module.out_features not in routers:
             targets.setdefault(match[1], []).append(name)

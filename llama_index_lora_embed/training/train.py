@@ -121,7 +121,7 @@ def train(
     def trainer_for(step: StepSize) -> LoraTrainer:
         if step.mini_batch_size is not None:
             plan.use_gradcache(step.mini_batch_size)
-        return LoraTrainer(
+        trainer = LoraTrainer(
             selection=selection,
             precision=precision,
             base_dropout=settings.base_dropout,
@@ -133,6 +133,10 @@ def train(
             **plan.inputs,
             args=training_arguments(settings, run_dir, step.batch_size, plan, extra),
         )
+        if isinstance(loss, torch.nn.Module):
+            # the user built it, and losses inside it, on another model, before this one existed
+            trainer.override_model_in_loss(loss, model)
+        return trainer
 
     if settings.batch_size != "auto":
         trainer = trainer_for(StepSize(settings.batch_size))
@@ -140,9 +144,6 @@ def train(
         trainer = trainer_for(StepSize(**read_record(checkpoint)["resolved"]["step"]))
     else:
         trainer = largest_that_fits(trainer_for, gradcache=plan.gradcache)
-    if isinstance(loss, torch.nn.Module):
-        # the user built it, and losses inside it, on another model, before this one existed
-        trainer.override_model_in_loss(loss, model)
     stop = StopRequest()
     evaluator = Evaluator(trainer, settings.evaluation_steps, settings.early_stopping_patience, stop)
     for callback in (evaluator, RunLog(run_dir / LOG_NAME), *callbacks):
@@ -170,11 +171,8 @@ def train(
         # even without save_checkpoints: the trained weights must survive an error before the adapter is written
         saved = trainer.save_now()
         if stop.requested():
-            outcome = (
-                f"its checkpoint is in {run_dir}; resume_from_checkpoint=True continues from it"
-                if saved
-                else "no checkpoint could be saved"
-            )
+            resume = f"its checkpoint is in {run_dir}; resume_from_checkpoint=True continues from it"
+            outcome = resume if saved else "no checkpoint could be saved"
             logger.warning("training stopped at step %d; %s", trainer.state.global_step, outcome)
     stop.deliver()
     selection.restore_best(model, start)

@@ -38,13 +38,13 @@ _SHORT = 64  # tokens below which texts are not worth shortening
 class LoraTrainer(SentenceTransformerTrainer):
     """Trains one adapter, by default without dropout in the frozen base, and writes complete checkpoints or none.
 
+    A checkpoint holds the `selection`, and records what decides the result of the run (`run_record`) and what the run
+    found by trying (`resolved`).
+
     Args:
-        selection: Saved with each checkpoint, and loaded from it.
-        precision: Precision of the steps, "bf16" or "fp32".
+        precision: Of the steps, "bf16" or "fp32".
         base_dropout: Leave the frozen base's dropout on.
         warmup_ratio: Share of all steps; None leaves warmup to the arguments.
-        run_record: Recorded in checkpoints: what decides the result of the run.
-        resolved: Recorded in checkpoints: what the run found by trying.
         discard_evaluations: Do not load a checkpoint's evaluations, which cannot be compared with new ones.
         **kwargs: As for SentenceTransformerTrainer.
     """
@@ -131,9 +131,10 @@ class LoraTrainer(SentenceTransformerTrainer):
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
-            chunk = getattr(self.data_collator, "mini_batch_size", None)
+            collator: Any = self.data_collator
+            chunk = getattr(collator, "mini_batch_size", None)
             checkpointing = self.args.gradient_checkpointing or self.args.activation_checkpointing
-            gradcache = isinstance(self.data_collator, GroupCollator) and not checkpointing
+            gradcache = isinstance(collator, GroupCollator) and not checkpointing
             size = self.args.per_device_train_batch_size
             raise out_of_memory(size, longest, error, mini_batch_size=chunk, gradcache=gradcache) from error
         if distributed.highest(int(not torch.isfinite(loss))):
@@ -141,11 +142,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The gradient's norm, which can be infinite or NaN where the loss is finite.
-
-        Raises:
-            NonFiniteLossError: It is NaN or infinite.
-        """
+        """The gradient's norm, which can be infinite or NaN where the loss is finite; then it raises."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         if not bool(torch.isfinite(torch.as_tensor(norm))):  # the same in all processes, which share their gradients
             raise self._not_finite(f"a gradient of norm {float(norm)}")
@@ -192,11 +189,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         self.model.save_pretrained(str(output_dir or self.args.output_dir), create_model_card=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a complete checkpoint or none; on a full disk, warn and go on.
-
-        Raises:
-            NonFiniteLossError: The weights are NaN or infinite.
-        """
+        """Write a complete checkpoint of finite weights, or none; on a full disk, warn and go on."""
         check_finite(self.model, f"at step {self.state.global_step}")
         self.store_flos()
         states = self._random_states()
@@ -210,7 +203,10 @@ class LoraTrainer(SentenceTransformerTrainer):
             if weights := self._loss_weights():
                 save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, folder / _LOSS_WEIGHTS)
             self.selection.save(folder)
-            self._record_callbacks()
+            stateful: Any = self.state.stateful_callbacks  # as in transformers' own checkpoints
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    stateful[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
         if distributed.is_main():
@@ -254,13 +250,6 @@ class LoraTrainer(SentenceTransformerTrainer):
         gathered: list[Any] = [None] * distributed.world_size()
         dist.all_gather_object(gathered, own)
         return {name: state for part in gathered for name, state in part.items()}
-
-    def _record_callbacks(self) -> None:
-        """Store the callbacks' states in the trainer's, as transformers' own checkpoints do."""
-        stored: Any = self.state.stateful_callbacks
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                stored[type(callback).__name__] = callback.state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint)

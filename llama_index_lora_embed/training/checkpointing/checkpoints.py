@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.trainer_pt_utils import safe_globals
 
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, warn_user
@@ -113,18 +112,13 @@ def find_damage(checkpoint: Path) -> str | None:
                     torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         return f"{type(error).__name__}: {error}"
-    except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (RuntimeError, pickle.UnpicklingError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's own record: step, run, digests of files.
-
-    Raises:
-        OSError: There is none, or it cannot be read.
-        ValueError: It is not JSON.
-    """
+    """A checkpoint's own record: step, run, digests of files."""
     record: dict[str, Any] = json.loads((checkpoint / CHECKPOINT_NAME).read_text(encoding="utf-8"))
     return record
 

@@ -30,11 +30,9 @@ class Evaluation(Protocol):
     @property
     def metrics(self) -> dict[str, float]:
         """Mean of each metric by name; higher is better."""
-        ...
 
     def scores(self, metric: str) -> list[float]:
         """A metric of each query, in the same order in every evaluation; empty if it has no value per query."""
-        ...
 
 
 @dataclass

@@ -32,12 +32,7 @@ def text_id(task: str, text: str, window: int = 0) -> int:
 
 
 class HiddenStateStore:
-    """Tensors by text id: in memory up to a limit, beyond it in a temporary file while its disk has space.
-
-    Args:
-        memory: Bytes to hold in memory.
-        folder: Folder of the temporary file; None for the system's default.
-    """
+    """Tensors by text id: `memory` bytes in memory, the rest in a temporary file in `folder` while there is space."""
 
     def __init__(self, memory: int, folder: Path | None = None) -> None:
         self.memory = self.memory_left = memory
@@ -100,11 +95,7 @@ class _CapturedError(Exception):
 class HiddenStateCache:
     """Runs a model from its first trained layer on, with the cached outputs of the frozen layers below.
 
-    Args:
-        layers: The transformer's layers.
-        first: Index of the first layer with trained weights; above 0.
-        memory: Bytes of hidden states to hold in memory; more of them go into a temporary file.
-        folder: Folder of that file; None for the system's default.
+    `memory` and `folder` are those of the `HiddenStateStore`.
     """
 
     def __init__(self, layers: nn.ModuleList, first: int, memory: int, folder: Path | None = None) -> None:

@@ -71,7 +71,8 @@ def cached_loss(
     device_type = next(model.parameters()).device.type
     autocast = _current_autocast(device_type)
     states, first = [], []
-    kept = _largest(chunks if inner is model else chunks[:-1]) if torch.is_grad_enabled() else None
+    candidates = range(len(chunks) if inner is model else len(chunks) - 1) if torch.is_grad_enabled() else ()
+    kept = max(candidates, key=lambda number: _tokens(chunks[number]), default=None)
     with autocast():
         for number, chunk in enumerate(chunks):
             states.append((torch.get_rng_state(), *get_device_states(*chunk.values())))
@@ -105,13 +106,9 @@ def cached_loss(
     return result
 
 
-def _largest(chunks: Sequence[Chunk]) -> int | None:
-    """Index of the chunk with the most tokens, padding included; None if there is no chunk."""
-
-    def size(number: int) -> int:
-        return sum(value.numel() for value in chunks[number].values() if isinstance(value, Tensor))
-
-    return max(range(len(chunks)), key=size, default=None)
+def _tokens(chunk: Chunk) -> int:
+    """Numbers in a chunk's tensors, which grow with its tokens, padding included."""
+    return sum(value.numel() for value in chunk.values() if isinstance(value, Tensor))
 
 
 @contextmanager

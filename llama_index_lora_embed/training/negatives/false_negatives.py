@@ -42,7 +42,6 @@ class _Alone(dict[str, list[str]]):
         return [key]
 
 
-@dataclass(frozen=True)
 class Corpus:
     """Which passages share a text, nearly a text, or a document. Nothing is stored for passages that share nothing.
 
@@ -58,19 +57,7 @@ class Corpus:
         texts: Number of different texts, ignoring case and spaces.
     """
 
-    dataset: EmbeddingQAFinetuneDataset
-    distinct: list[str]
-    first: dict[str, str]
-    alike: dict[str, str]
-    near: dict[str, str]
-    elsewhere: dict[str, set[str]]
-    documents: dict[str, list[str]]
-    place: dict[str, int]
-    texts: int
-
-    @classmethod
-    def of(cls, dataset: EmbeddingQAFinetuneDataset, near_duplicates: Mapping[str, str]) -> Corpus:
-        """Index of a dataset, see `FalseNegatives`."""
+    def __init__(self, dataset: EmbeddingQAFinetuneDataset, near_duplicates: Mapping[str, str]) -> None:
         if unknown := sorted({*near_duplicates.keys(), *near_duplicates.values()} - dataset.corpus.keys()):
             raise ConfigError(
                 f"near_duplicates with {len(unknown)} ids that are not in the corpus",
@@ -78,27 +65,29 @@ class Corpus:
                 "Pass dataset.near_duplicates(), or nothing.",
                 unknown,
             )
+        self.dataset = dataset
+        self.first, self.alike, self.near = _Itself(), _Itself(), _Itself()
+        self.elsewhere: dict[str, set[str]] = {}
+        self.documents = _Alone()
         exact: dict[str, str] = {}
         normal: dict[bytes, str] = {}
-        first, alike, near = _Itself(), _Itself(), _Itself()
-        elsewhere: dict[str, set[str]] = {}
-        documents = _Alone()
         for passage_id, text in dataset.corpus.items():
             source = dataset.source_of(passage_id)
             if (same := exact.setdefault(text, passage_id)) != passage_id:
-                first[passage_id] = same
+                self.first[passage_id] = same
             if (head := normal.setdefault(_digest(normalise(text)), passage_id)) != passage_id:
-                alike[passage_id] = head
-                if source != dataset.source_of(head) or head in elsewhere:
-                    elsewhere.setdefault(head, {dataset.source_of(head)}).add(source)
+                self.alike[passage_id] = head
+                if source != dataset.source_of(head) or head in self.elsewhere:
+                    self.elsewhere.setdefault(head, {dataset.source_of(head)}).add(source)
             if dataset.source_documents:
-                documents.setdefault(source, []).append(passage_id)
-        place = {i: at for ids in documents.values() for at, i in enumerate(ids)}
-        roots = {alike[i]: alike[root] for i, root in near_duplicates.items() if alike[i] != alike[root]}
+                self.documents.setdefault(source, []).append(passage_id)
+        self.distinct, self.texts = list(exact.values()), len(normal)
+        self.place = {i: at for ids in self.documents.values() for at, i in enumerate(ids)}
+        pairs = ((self.alike[i], self.alike[root]) for i, root in near_duplicates.items())
+        roots = {head: root for head, root in pairs if head != root}
         for passage_id in dataset.corpus:
-            if (root := roots.get(alike[passage_id], alike[passage_id])) != passage_id:
-                near[passage_id] = root
-        return cls(dataset, list(exact.values()), first, alike, near, elsewhere, documents, place, len(normal))
+            if (root := roots.get(self.alike[passage_id], self.alike[passage_id])) != passage_id:
+                self.near[passage_id] = root
 
     def around(self, document: str, passage_ids: Iterable[str], window: int) -> list[str]:
         """A document's passages within `window` positions of the given ones, those included."""
@@ -191,16 +180,12 @@ class FalseNegatives:
         window: int | None,
         near_duplicates: Mapping[str, str] | None = None,
     ) -> None:
-        self.corpus = Corpus.of(dataset, near_duplicates or {})
+        self.corpus = Corpus(dataset, near_duplicates or {})
         self.window = window
-        # positives of wordings that several queries have, because several nodes can share a title
-        self._positives: dict[bytes, set[str]] = {}
-        first: dict[bytes, str] = {}
+        # positives by wording, which several queries can have, because several nodes can share a title
+        self._positives: dict[bytes, list[str]] = {}
         for query_id, text in dataset.queries.items():
-            wording = _digest(normalise(text))
-            if (before := first.setdefault(wording, query_id)) != query_id:
-                positives = self._positives.setdefault(wording, set(dataset.relevant_docs[before]))
-                positives.update(dataset.relevant_docs[query_id])
+            self._positives.setdefault(_digest(normalise(text)), []).extend(dataset.relevant_docs[query_id])
         self._guards: dict[str, Guard] = {}
 
     def guard(self, query_id: str) -> Guard:
@@ -209,7 +194,7 @@ class FalseNegatives:
         if wording not in self._guards:
             if len(self._guards) >= _GUARDS_KEPT:
                 self._guards.clear()
-            positives = self._positives.get(_digest(wording)) or set(self.corpus.dataset.relevant_docs[query_id])
+            positives = set(self._positives[_digest(wording)])
             self._guards[wording] = Guard(self.corpus, wording, positives, self.window)
         return self._guards[wording]
 
@@ -228,12 +213,10 @@ class FalseNegatives:
         guard = self.guard(query_id)
         found = {at for key in positions.near.keys() & guard.near for at in positions.near[key]}
         found.update(at for key in positions.alike.keys() & guard.siblings for at in positions.alike[key])
-        for document in positions.documents.keys() & guard.by_document.keys():
-            # a batch rarely has more than two of them, so texts are hardly ever compared
-            for at in positions.documents[document]:
-                if at not in found and (self.window is None or guard.overlaps(positions.passage_ids[at])):
-                    found.add(at)
-        return found
+        shared = positions.documents.keys() & guard.by_document.keys()
+        others = {at for document in shared for at in positions.documents[document]} - found
+        # a batch rarely has more than two of them, so texts are hardly ever compared
+        return found | {at for at in others if self.window is None or guard.overlaps(positions.passage_ids[at])}
 
     def excludes(self, query_id: str, passage_id: str) -> bool:
         """Whether a passage is no negative of the query."""

@@ -41,13 +41,10 @@ class GroupCollator:
 
     Args:
         model: Tokenizes, with its query and document prompts.
-        dataset: Texts and relevance judgments.
         groups: The groups that indices refer to.
         false_negatives: What is ignored; None uses the defaults of `ObjectiveSettings` without near-duplicates.
         soft: Whether all of a query's passages in the batch are its targets.
         mini_batch_size: Texts in a chunk (windows, where long texts have several); None for 8 passages or 32 queries.
-        rank: Number of this process, from 0, of `world`.
-        world: Number of processes.
 
     Raises:
         ConfigError: A batch has fewer groups than there are processes.
@@ -82,7 +79,7 @@ class GroupCollator:
             raise ConfigError(
                 f"a batch of {len(features)} passage(s) for {self.world} processes",
                 "at least one for each process",
-                "Start fewer processes, or raise batch_size.",
+                "Start fewer processes, or add training data.",
             )
         groups = [self.groups[feature["group"]] for feature in features]
         passages = self._passages(groups)

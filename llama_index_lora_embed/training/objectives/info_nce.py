@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.efficiency.frozen_layers import HiddenStateCache
 from llama_index_lora_embed.training.efficiency.gradcache import cached_loss, embed, embed_all, unwrapped
@@ -45,7 +44,6 @@ class MaskedInfoNCELoss(nn.Module):
     gradient that one process would have with the whole batch.
 
     Args:
-        model: The model to train.
         temperature: τ, above 0.
         cached: Encode one chunk at a time, twice (`gradcache.cached_loss`).
         guide_margin: Mask negatives whose cosine similarity to the query, under the untuned base, is above that of the
@@ -87,9 +85,6 @@ class MaskedInfoNCELoss(nn.Module):
                 its share (see `GroupCollator`).
             labels: float [queries, passages] of all processes: the relevance (above 0, at most 1) of the query's
                 passages; otherwise NEGATIVE, IGNORED or CURATED.
-
-        Raises:
-            ConfigError: A guide for a model without an adapter.
         """
         chunks = list(features)
         if self.guide_margin is not None:
@@ -160,13 +155,8 @@ def adapter_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     peft switches gradients off together with the adapters, and later on again for all of them; transformers'
     `enable_adapters` leaves out `modules_to_save`.
-
-    Raises:
-        ConfigError: The model has no adapter.
     """
     layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper))]
-    if not layers:
-        raise ConfigError("a guide for a model without an adapter", "a model with a LoRA", "Add one, or guide=False.")
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = [module for module in model.modules() if module.training]
     for layer in layers:

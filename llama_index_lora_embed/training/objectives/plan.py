@@ -88,41 +88,37 @@ def training_plan(
     if loss is not None:
         loss = _checked_loss(loss, window_of(model) is not None)
     if dataset.kind == "pairs":
-        columns = {"text1": dataset.texts1, "text2": dataset.texts2, "label": [float(s) for s in dataset.scores]}
-        queries = () if dataset.symmetric else ("text1",)
+        pairs = zip(dataset.texts1, dataset.texts2, dataset.scores, strict=True)
+        rows: list[dict[str, Any]] = [{"text1": one, "text2": two, "label": float(score)} for one, two, score in pairs]
         loss = _pair_loss(name, settings) if loss is None else loss
-        return _columns_plan(model, Dataset.from_dict(columns), loss, queries=queries)
+        return _columns_plan(model, rows, loss, queries=() if dataset.symmetric else ("text1",))
     false_negatives = find_false_negatives(dataset, groups, objective)
     if loss is not None:
         examples = make_examples(dataset, groups, false_negatives)
         rows = negative_columns(dataset, examples)
         width = len(rows[0]) - 2
         in_batch = [(one.query_id, [one.passage_id, *(i for i, _ in one.negatives[:width])]) for one in examples]
-        return _columns_plan(model, Dataset.from_list(rows), loss, ExampleTraits.of(in_batch, false_negatives))
+        return _columns_plan(model, rows, loss, ExampleTraits.of(in_batch, false_negatives))
     if name in IN_BATCH:
         return _groups_plan(model, dataset, groups, settings, objective, false_negatives, not gradient_checkpointing)
-    if name in FOR_PAIRS:
-        examples = make_examples(dataset, groups, false_negatives, min_negatives=1, equal_numbers=False)
-        require_negatives(examples)
-        rows = Dataset.from_list(label_columns(dataset, examples))
-        return _columns_plan(model, rows, _pair_loss(name, settings))
     # distillation compares as many passages as mining would find
-    min_negatives = 1 if name == "triplet" else MiningSettings().num_negatives
-    examples = make_examples(dataset, groups, false_negatives, min_negatives=min_negatives)
+    min_negatives = MiningSettings().num_negatives if name == "distillation" else 1
+    equal_numbers = name not in FOR_PAIRS
+    examples = make_examples(dataset, groups, false_negatives, min_negatives=min_negatives, equal_numbers=equal_numbers)
     require_negatives(examples)
-    make_loss: Any
+    if name in FOR_PAIRS:
+        return _columns_plan(model, label_columns(dataset, examples), _pair_loss(name, settings))
     if name == "triplet":
-        rows = negative_columns(dataset, examples, most=1)  # the first hard negative is the hardest
-        distance = TripletDistanceMetric.COSINE
-        make_loss = partial(losses.TripletLoss, distance_metric=distance, triplet_margin=objective.triplet_margin)
-    else:
-        rows = negative_columns(dataset, examples)
-        assert objective.teacher is not None, "ObjectiveSettings requires it"
-        scores = teacher_scores(objective.teacher, rows, model.device, settings.trust_remote_code)
-        rows = [{**row, "label": label} for row, label in zip(rows, scores, strict=True)]
-        similarity = partial(scaled_cosine, temperature=settings.temperature)
-        make_loss = partial(losses.DistillKLDivLoss, similarity_fct=similarity)
-    return _columns_plan(model, Dataset.from_list(rows), make_loss)
+        distance, margin = TripletDistanceMetric.COSINE, objective.triplet_margin
+        triplet_loss = partial(losses.TripletLoss, distance_metric=distance, triplet_margin=margin)
+        # the first hard negative is the hardest
+        return _columns_plan(model, negative_columns(dataset, examples, most=1), triplet_loss)
+    rows = negative_columns(dataset, examples)
+    assert objective.teacher is not None, "ObjectiveSettings requires it"
+    scores = teacher_scores(objective.teacher, rows, model.device, settings.trust_remote_code)
+    rows = [{**row, "label": label} for row, label in zip(rows, scores, strict=True)]
+    similarity = partial(scaled_cosine, temperature=settings.temperature)
+    return _columns_plan(model, rows, partial(losses.DistillKLDivLoss, similarity_fct=similarity))
 
 
 def _groups_plan(
@@ -173,16 +169,16 @@ def _groups_plan(
 
 def _columns_plan(
     model: SentenceTransformer,
-    rows: Dataset,
+    rows: list[dict[str, Any]],
     loss: Any,
     traits: ExampleTraits | None = None,
     queries: tuple[str, ...] = ("anchor",),
 ) -> TrainingPlan:
     """Columns of texts, of which `queries` get the model's query prompt and the others its passage prompt."""
     query, passage = model.prompts.get("query") or "", model.prompts.get("document") or ""
-    prompts = {name: query if name in queries else passage for name in rows.column_names if name != "label"}
+    prompts = {name: query if name in queries else passage for name in rows[0] if name != "label"}
     return TrainingPlan(
-        {"train_dataset": rows, "loss": loss},
+        {"train_dataset": Dataset.from_list(rows), "loss": loss},
         {"batch_sampler": partial(ExampleBatchSampler, traits=traits), "prompts": prompts},
     )
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
-from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
 
@@ -18,23 +17,15 @@ from llama_index_lora_embed.training.negatives.false_negatives import FalseNegat
 class GroupBatchSampler(DefaultBatchSampler):
     """Shuffles the groups and splits them into batches of nearly equal size.
 
-    Every batch has at least two passages, because one passage would have no negatives, and at least one per process;
-    therefore batches of 2 can become 3. Every process gets the same batches, so `batch_size` is that of all of them.
-
-    Raises:
-        ConfigError: There are fewer groups than processes.
+    Every batch has at least two passages, because one passage would have no negatives, and at least one per process if
+    there are so many; therefore batches of 2 can become 3. Every process gets the same batches, so `batch_size` is that
+    of all of them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.count = len(self.sampler)  # type: ignore[arg-type]  # torch's BatchSampler holds the dataset as .sampler
         self.min_size = max(2, distributed.world_size())
-        if self.count < distributed.world_size():
-            raise ConfigError(
-                f"{self.count} training passage(s) for {distributed.world_size()} processes",
-                "at least one for each process",
-                "Start fewer processes.",
-            )
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of one epoch, as indices."""
@@ -84,12 +75,9 @@ class ExampleBatchSampler(DefaultBatchSampler):
     the same passage, that can be many small batches. Each batch looks at a few more examples than it holds, so the
     time grows linearly.
 
-    Args:
-        *args: As for `DefaultBatchSampler`; `drop_last` is ignored.
-        traits: Which examples cannot share a batch; None for losses that do not compare the examples of a batch.
-        rank: Number of this process, from 0; it gets the batches `rank`, `rank + world`, ...
-        world: Number of processes. The first batches are repeated until all processes have equally many.
-        **kwargs: As for `DefaultBatchSampler`.
+    Each of `world` processes gets the batches `rank`, `rank + world`, ...; the first ones are repeated until all
+    processes have equally many. `traits` say which examples cannot share a batch; they are None for losses that do not
+    compare the examples of a batch. Other arguments are those of `DefaultBatchSampler`; `drop_last` is ignored.
     """
 
     def __init__(

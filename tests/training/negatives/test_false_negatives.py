@@ -18,7 +18,7 @@ def reasons(corpus, *, near_duplicates=None, answers=("p",), window=0, **documen
     dataset = EmbeddingQAFinetuneDataset(
         queries={"q": QUERY}, corpus=passages, relevant_docs={"q": ["p"]}, source_documents=sources
     )
-    known = Corpus.of(dataset, near_duplicates or {})
+    known = Corpus(dataset, near_duplicates or {})
     guard = Guard(known, QUERY, set(answers), window)
     return {i: guard.reason(i, {known.alike["p"]}) for i in passages if i != "p"}
 

@@ -10,7 +10,6 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.config import TrainingSettings
-from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.lora import add_lora
 from llama_index_lora_embed.training.objectives.collator import CURATED, IGNORED, NEGATIVE
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss, adapter_disabled
@@ -210,12 +209,6 @@ def test_modules_to_save_are_enabled_again_after_the_guide(tiny_model):
     with adapter_disabled(model), torch.no_grad():
         assert not model(dict(text))["sentence_embedding"].equal(before)
     assert model(dict(text))["sentence_embedding"].equal(before)
-
-
-def test_a_guide_without_an_adapter_is_refused(tiny_model):
-    model = SentenceTransformer(tiny_model, device="cpu")
-    with pytest.raises(ConfigError, match="without an adapter"):
-        MaskedInfoNCELoss(model, 0.05, guide_margin=0.0)(*batch_of(model, make_dataset(passages=4)))
 
 
 def test_the_loss_of_a_query_is_weighted_by_its_grade(tiny_model):
