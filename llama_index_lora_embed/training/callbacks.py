@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluator(TrainerCallback):
-    """Evaluates every `every` steps (0: never) and at the end of each epoch; stops on a signal, or without gain.
+    """Evaluates every `every` steps (0: at no step) and at the end of each epoch.
 
-    Training stops after `patience` evaluations in a row without a new best; 0 never stops it.
+    Training stops on a signal, and after `patience` evaluations in a row without a new best (0: never).
     """
 
     def __init__(self, trainer: LoraTrainer, every: int, patience: int, stop: StopRequest) -> None:

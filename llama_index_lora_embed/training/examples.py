@@ -132,11 +132,7 @@ def find_false_negatives(
 
 
 def require_negatives(examples: Sequence[Example]) -> None:
-    """Check that every example has a negative.
-
-    Raises:
-        DatasetError: Some have none; `.problems` names their queries.
-    """
+    """Raise DatasetError, whose `.problems` name the queries, unless every example has a negative."""
     if without := sorted({example.query_id for example in examples if not example.negatives}):
         raise DatasetError(
             f"{len(without)} queries for which no passage can be a negative",

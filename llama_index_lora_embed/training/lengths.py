@@ -54,8 +54,7 @@ def choose_length(
     positions allow. It is at least the base's own limit (or 512, if that is less): longer nodes than the training texts
     may be indexed later, and a batch is only padded to its own longest text.
 
-    `coverage` is the share of texts that are not truncated (with windows it is 1), `wanted` the user's own choice, which
-    overrides the search.
+    `coverage` is the share of texts that are not truncated; with windows it is 1. `wanted` overrides the search.
 
     Raises:
         ConfigError: `wanted` is more than the model's positions allow.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
 from llama_index_lora_embed.core.errors import DeviceMemoryError
@@ -122,6 +122,22 @@ def test_batch_size_auto_halves_the_batch_of_a_loss_without_gradcache(tiny_model
     with caplog.at_level(logging.INFO, "llama_index_lora_embed"):
         engine(tiny_model, tmp_path / "run", batch_size="auto", loss=MultipleNegativesRankingLoss, epochs=1).finetune()
     assert "StepSize(batch_size=8, mini_batch_size=None)" in caplog.text
+
+
+def test_the_trial_step_of_a_loss_object_runs_the_model_that_is_trained(tiny_model, tmp_path, monkeypatch):
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    fits, seen = auto_batch_size._fits, []
+
+    def watched(trainer):
+        seen.append(trainer.loss.model is trainer.model)
+        return fits(trainer)
+
+    limit_memory(monkeypatch, 1000)
+    monkeypatch.setattr(auto_batch_size, "_fits", watched)
+    loss = MultipleNegativesRankingLoss(SentenceTransformer(tiny_model, device="cpu"))
+    engine(tiny_model, tmp_path / "run", batch_size="auto", loss=loss, epochs=1).finetune()
+    assert seen == [True]
 
 
 def test_batch_size_auto_raises_if_nothing_fits(tiny_model, tmp_path, monkeypatch):

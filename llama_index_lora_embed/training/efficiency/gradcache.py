@@ -72,7 +72,7 @@ def cached_loss(
     autocast = _current_autocast(device_type)
     states, first = [], []
     candidates = range(len(chunks) if inner is model else len(chunks) - 1) if torch.is_grad_enabled() else ()
-    kept = max(candidates, key=lambda number: _tokens(chunks[number]), default=None)
+    kept = max(candidates, key=lambda number: _size(chunks[number]), default=None)
     with autocast():
         for number, chunk in enumerate(chunks):
             states.append((torch.get_rng_state(), *get_device_states(*chunk.values())))
@@ -106,8 +106,8 @@ def cached_loss(
     return result
 
 
-def _tokens(chunk: Chunk) -> int:
-    """Numbers in a chunk's tensors, which grow with its tokens, padding included."""
+def _size(chunk: Chunk) -> int:
+    """Numbers in a chunk's tensors, padding included."""
     return sum(value.numel() for value in chunk.values() if isinstance(value, Tensor))
 
 

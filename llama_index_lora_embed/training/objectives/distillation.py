@@ -28,7 +28,7 @@ def teacher_scores(
 ) -> list[list[float]]:
     """Logits of a cross-encoder for each row's positive and negatives.
 
-    The model (a folder, or an id on the Hub) is loaded for this call and freed afterwards. It gets no prompts.
+    The model (a folder, or an id on the Hub) is loaded for this call and freed afterwards. Its texts have no prompts.
 
     Raises:
         ModelNotFoundError: There is no model, or it does not load.

@@ -114,7 +114,7 @@ class MaskedInfoNCELoss(nn.Module):
         return torch.stack(losses).sum()
 
     def _gather(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of all processes' queries and passages, of those of this process's queries and then passages."""
+        """Embeddings of all processes' queries and passages, from its own queries and then passages."""
         queries, passages = labels.shape
         if distributed.world_size() == 1:
             return embeddings[:queries], embeddings[queries:]
