@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.config import MiningSettings
-from llama_index_lora_embed.data.filters.near_duplicates import near_duplicate_groups
+from llama_index_lora_embed.data.near_duplicates import near_duplicate_groups
 from llama_index_lora_embed.training.negatives.mining import mine_hard_negatives
 
 WORDS = [f"word{number}" for number in range(5_000)]
