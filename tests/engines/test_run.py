@@ -112,7 +112,8 @@ def test_with_an_llm_the_queries_are_its_own_and_its_answers_are_kept_beside_the
 
 
 def test_a_generator_by_reference_needs_its_llm_and_its_arguments(tiny_model, tmp_path, nodes):
-    for generator, said in (({"kind": "llm"}, "without an LLM"), ({"kind": "title", "options": {"n": 1}}, "title")):
+    unknown = {"kind": "title", "options": {"n": 1}}
+    for generator, said in (({"kind": "llm"}, "without an LLM"), (unknown, "n: unknown")):
         config = configuration(tmp_path, tiny_model, {"query_generators": [generator]})
         with pytest.raises(ConfigError, match=said):
             run_finetune(config, nodes=nodes)
