@@ -89,7 +89,12 @@ class QueryFilterSettings(Settings):
     """Drop queries in another language than their passage, where both are known."""
     round_trip_k: AtLeast1 | None = 10
     """Keep a query only if one of its passages is among this many nearest passages of the corpus. 10: the depth of
-    the metrics here."""
+    the metrics here. Promptagator (arXiv 2209.11755) takes 1, with a retriever that was trained on the queries
+    before; the base was not."""
+    round_trip_keep_hard: bool = True
+    """Keep a query that the embedding model misses if BM25 ranks one of its passages among the first `round_trip_k`.
+    Such queries are those to learn from: the embedding model alone would only keep what it can answer already. A pair
+    that both searches miss is likely to be wrong."""
     round_trip_max_dropped: Share = 0.5
     """If the round trip would drop more than this share of the queries, it is not applied: the embedding model is
     then worse at these texts than the queries are."""

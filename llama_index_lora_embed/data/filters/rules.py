@@ -8,28 +8,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
-import numpy as np
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from numpy.typing import NDArray
 
 from llama_index_lora_embed.config import QueryFilterSettings
-from llama_index_lora_embed.core.arrays import unit_norm
-from llama_index_lora_embed.core.errors import NonFiniteLossError, warn_user
 from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect, may_be_same
+from llama_index_lora_embed.data.filters.round_trip import RoundTrip, round_trip
 from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 
 _NEIGHBOUR = "neighbour"
 # Origins of queries that are human-written or taken from the documents. All others count as written for the dataset,
 # mostly by an LLM, and so do those without an origin.
-_NOT_WRITTEN = frozenset({HUMAN, "title", "inverse_cloze", _NEIGHBOUR})
+_NOT_WRITTEN = frozenset({HUMAN, "title", "lead", "definition", "inverse_cloze", _NEIGHBOUR})
 
 _RUN = 4  # words; runs of four are rarely shared by chance
-_TEXTS_AT_ONCE = 1024
-_QUERIES_AT_ONCE = 64  # scores of these and all passages are in memory at once
 
 # Phrases that only a reader of the passage understands. Each needs more than "text" or "author", because "How is text
 # aligned?" and "Who is the author of Faust?" are good queries, and so is "according to article 5".
@@ -96,6 +90,8 @@ class QueryFilterReport:
         dropped: Dropped queries by reason; each counts once, for the first filter that dropped it.
         examples: Some of the dropped queries, by reason.
         notes: Warnings that were issued.
+        kept_hard: Queries among those kept whose passage BM25 finds and the embedding model of the round trip does
+            not: what training can teach it.
     """
 
     given: int
@@ -103,9 +99,12 @@ class QueryFilterReport:
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    kept_hard: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.kept} of {self.given} queries kept"]
+        if self.kept_hard:
+            lines.append(f"  {self.kept_hard} of them hard: found by BM25, not by the embedding model")
         for reason, count in self.dropped.items():
             lines.append(f"  {count} dropped: {reason}")
             lines += [f"    {' '.join(text.split())[:100]!r}" for text in self.examples.get(reason, [])]
@@ -125,7 +124,7 @@ def filter_queries(
 
     The filters run in this order, each on the queries that the one before kept: unreadable or too long; repeated, too
     general, nearly repeated; about a copy of an earlier passage; copied from the passage; referring to the passage;
-    in another language; not found again (round trip). Human-written queries are dropped only where the same one
+    in another language; not found again (`round_trip`). Human-written queries are dropped only where the same one
     occurs twice for the same passages, and are preferred to generated queries that say the same. The last four
     filters apply only to queries that were written for the dataset: not by people, nor taken from the documents.
 
@@ -145,21 +144,21 @@ def filter_queries(
     settings = settings or QueryFilterSettings()
     left = list(dataset.queries)
     reasons: dict[str, str] = {}
-    notes: list[str] = []
     for find in (_unreadable, _repeated, _too_general, _nearly_repeated, _about_copies, _copied, _speaking, _foreign):
         reasons.update(find(dataset, left, settings))
         left = [i for i in left if i not in reasons]
+    trip = RoundTrip()
     if embed_model is not None and settings.round_trip_k is not None:
-        lost, note = _round_trip(dataset, left, settings, embed_model)
-        reasons.update(dict.fromkeys(lost, f"its passage is not among the {settings.round_trip_k} nearest"))
-        notes += note
+        checked = [i for i in _written(dataset, left) if _answers(dataset, i)]
+        trip = round_trip(dataset, checked, settings.round_trip_k, settings, embed_model)
+        reasons.update(dict.fromkeys(trip.lost, f"its passage is not among the {settings.round_trip_k} nearest"))
         left = [i for i in left if i not in reasons]
     texts: defaultdict[str, list[str]] = defaultdict(list)
     for query_id, reason in reasons.items():
         texts[reason].append(dataset.queries[query_id])
     dropped = {reason: len(some) for reason, some in texts.items()}
     examples = {reason: some[: settings.examples] for reason, some in texts.items()}
-    report = QueryFilterReport(len(dataset.queries), len(left), dropped, examples, notes)
+    report = QueryFilterReport(len(dataset.queries), len(left), dropped, examples, trip.notes, len(trip.hard))
     return dataset.subset(left, dataset.corpus), report
 
 
@@ -301,58 +300,3 @@ def _foreign(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], settings
         answers = _answers(dataset, query_id) if own else []
         if answers and not any(may_be_same(own, language(i)) for i in answers):
             yield query_id, "not in the language of its passage"
-
-
-def _round_trip(
-    dataset: EmbeddingQAFinetuneDataset,
-    query_ids: list[str],
-    settings: QueryFilterSettings,
-    embed_model: BaseEmbedding | Callable[[], BaseEmbedding],
-) -> tuple[list[str], list[str]]:
-    """(queries that do not find their passages again, notes)."""
-    checked = [i for i in _written(dataset, query_ids) if _answers(dataset, i)]
-    if not checked:
-        return [], []
-    # isinstance, not callable(): LlamaIndex's embedding models can be called, too
-    model = embed_model if isinstance(embed_model, BaseEmbedding) else embed_model()
-    ranks = _ranks(dataset, checked, model)
-    lost = [i for i, rank in zip(checked, ranks, strict=True) if rank >= (settings.round_trip_k or 0)]
-    if len(lost) <= settings.round_trip_max_dropped * len(checked):
-        return lost, []
-    note = (
-        f"The round trip was not applied: it would have dropped {len(lost)} of {len(checked)} queries "
-        f"({len(lost) / len(checked):.0%}, more than {settings.round_trip_max_dropped:.0%}), which says more about the "
-        "embedding model than about the queries."
-    )
-    warn_user(note)
-    return [], [note]
-
-
-def _ranks(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], model: BaseEmbedding) -> list[int]:
-    """Number of passages that are nearer to each query than its nearest relevant passage."""
-    passages = {i: row for row, i in enumerate(dataset.corpus)}
-    vectors = _embedded(list(dataset.corpus.values()), model.get_text_embedding_batch)
-    ranks = []
-    for start in range(0, len(query_ids), _QUERIES_AT_ONCE):
-        some = query_ids[start : start + _QUERIES_AT_ONCE]
-        queries = _embedded([dataset.queries[i] for i in some], lambda t: [model.get_query_embedding(x) for x in t])
-        for query_id, scores in zip(some, queries @ vectors.T, strict=True):
-            best = scores[[passages[i] for i in _answers(dataset, query_id)]].max()
-            # an equal text must not count as nearer because of a rounding error
-            ranks.append(int((scores > best + np.float32(1e-6)).sum()))
-    return ranks
-
-
-def _embedded(texts: list[str], embed: Callable[[list[str]], Any]) -> NDArray[np.float32]:
-    """Unit vectors [texts, dimensions], in chunks because lists of floats take eight times the memory."""
-    pieces = []
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        piece = np.asarray(embed(texts[start : start + _TEXTS_AT_ONCE]), dtype=np.float32)
-        if not np.isfinite(piece).all():
-            raise NonFiniteLossError(
-                "embeddings with NaN or infinity from the embed_model of the round trip",
-                "finite numbers",
-                "Pass another embed_model, or round_trip_k=None.",
-            )
-        pieces.append(unit_norm(piece))
-    return np.concatenate(pieces)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,11 @@ _STYLES = {
     "keywords": r"keywords?(?: search)?|stichwörter|schlüsselwörter|suchwörter|mots[- ]clés|palabras clave|关键词",
     "paraphrase": r"paraphrased?|umschreibung|paráfrasis|改写|改寫",
     "conversational": r"conversational|umgangssprachlich|conversationnelle?|conversacional|对话|口语",
+    "claim": r"claim|behauptung|affirmation|afirmación|论断",
+    "title": r"title|titel|titre|título|标题",
 }
+_ON_REQUEST = {"claim", "title"}
+"""Styles that are recognised only where they were asked for: "Title: ..." also stands above a list of queries."""
 _STYLE = "|".join(f"(?P<{name}>{words})" for name, words in _STYLES.items())
 _REASONING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^\s*```\w*\s*$", re.MULTILINE)
@@ -77,24 +81,26 @@ class ParsedQuery:
     """Whether it was numbered, tagged, or in JSON."""
 
 
-def parse_queries(answer: Any, limit: int | None = None) -> list[ParsedQuery]:
+def parse_queries(answer: Any, limit: int | None = None, styles: Collection[str] = ()) -> list[ParsedQuery]:
     """The queries in an answer, one per line or as JSON; preambles, refusals and remarks are dropped.
 
-    If some lines are numbered, bulleted or tagged with a style, only those count. Queries come in their order, each
-    wording once, and no more than `limit`. An answer that is no text holds none.
+    If some lines are numbered, bulleted or tagged with a style, only those count; claims and titles only if `styles`
+    has them. Queries come in their order, each wording once, and no more than `limit`. An answer that is no text holds
+    none.
     """
     if not isinstance(answer, str):
         return []
     text = strip_reasoning(_FENCE.sub("", answer))
     lines = [_clean(line) for line in text.splitlines()]
-    if (in_json := _json_lines(text)) is not None:
-        lines = in_json
-    elif marked := [line for line in lines if line.marked and _is_query(line)]:
-        lines = marked
+    in_json = _json_lines(text)
+    not_requested = _ON_REQUEST.difference(styles)
+    lines = [line for line in (lines if in_json is None else in_json) if line.style not in not_requested]
+    lines = [line for line in lines if _is_query(line)]
+    if in_json is None and any(line.marked for line in lines):
+        lines = [line for line in lines if line.marked]
     found: dict[str, ParsedQuery] = {}
     for line in lines:
-        if _is_query(line):
-            found.setdefault(normalise(line.text), line)
+        found.setdefault(normalise(line.text), line)
     return list(found.values())[:limit]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from llama_index.core.prompts import PromptTemplate
 
-Style = Literal["question", "keywords", "paraphrase", "conversational"]
-STYLES: tuple[Style, ...] = get_args(Style)
+Style = Literal["question", "keywords", "paraphrase", "conversational", "claim", "title"]
+STYLES: tuple[Style, ...] = ("question", "keywords", "paraphrase", "conversational")
+"""The default styles. Claims and titles suit collections that are searched with them: facts to check, literature."""
 
 _STYLES: dict[str, dict[Style, str]] = {
     "en": {
@@ -16,30 +17,40 @@ _STYLES: dict[str, dict[Style, str]] = {
         "keywords": "two to five search words, no sentence",
         "paraphrase": "a question that avoids the text's own words wherever other words exist",
         "conversational": "what somebody would casually ask a colleague in a chat",
+        "claim": "a short statement that the text confirms, as typed in to check a fact, no question",
+        "title": "a short title, as typed in to find a text on this subject, no sentence",
     },
     "de": {
         "question": "eine schlichte Frage, wie man sie in ein Suchfeld tippt",
         "keywords": "zwei bis fünf Suchwörter, kein Satz",
         "paraphrase": "eine Frage, die die Wörter des Textes meidet, wo es andere gibt",
         "conversational": "was jemand eine Kollegin beiläufig im Chat fragen würde",
+        "claim": "eine kurze Behauptung, die der Text bestätigt, wie man sie zum Nachprüfen eingibt, keine Frage",
+        "title": "ein kurzer Titel, wie man ihn eingibt, um einen Text zu diesem Thema zu finden, kein Satz",
     },
     "fr": {
         "question": "une question simple, comme on la tape dans une barre de recherche",
         "keywords": "de deux à cinq mots de recherche, sans phrase",
         "paraphrase": "une question qui évite les mots du texte chaque fois qu'il en existe d'autres",
         "conversational": "ce qu'on demanderait en passant à un collègue dans une messagerie",
+        "claim": "une courte affirmation que le texte confirme, comme on la tape pour la vérifier, pas de question",
+        "title": "un titre court, comme on le tape pour trouver un texte sur ce sujet, sans phrase",
     },
     "es": {
         "question": "una pregunta sencilla, como se escribe en un buscador",
         "keywords": "de dos a cinco palabras de búsqueda, sin frase",
         "paraphrase": "una pregunta que evita las palabras del texto siempre que existan otras",
         "conversational": "lo que alguien preguntaría de pasada a un compañero en un chat",
+        "claim": "una afirmación breve que el texto confirma, como se escribe para comprobarla, sin pregunta",
+        "title": "un título corto, como se escribe para encontrar un texto sobre este tema, sin frase",
     },
     "zh": {
         "question": "像在搜索框里输入的简单问题",
         "keywords": "两到五个搜索词，不成句",
         "paraphrase": "尽量不用原文词语、换一种说法的问题",
         "conversational": "同事之间聊天时随口会问的话",
+        "claim": "一句能由这段文字证实的简短论断，像是输入来核实的，不是问句",
+        "title": "一个简短的标题，像是输入来查找这一主题的文章的，不成句",
     },
 }
 

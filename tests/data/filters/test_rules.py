@@ -32,6 +32,13 @@ class HashedWords(BaseEmbedding):
         return self._vector(query)
 
 
+class AlwaysShipping(HashedWords):
+    """Finds one passage, whatever is asked."""
+
+    def _get_query_embedding(self, query):
+        return self._vector(SHIPPING)
+
+
 class Broken(HashedWords):
     def _get_text_embedding(self, text):
         return [float("nan")] * 256
@@ -308,6 +315,37 @@ def test_a_query_that_does_not_find_its_passage_goes():
     assert len(run(dataset, QueryFilterSettings(round_trip_k=60), embed_model=HashedWords())[0]) == 23
 
 
+def test_a_query_that_only_its_words_find_is_hard_and_stays():
+    dataset = make(
+        [
+            ("How long is the battery covered?", "warranty"),
+            ("Who can reset the password of a member?", "password"),
+            ("When do parcels arrive in Norway?", "warranty"),  # the words of another passage
+            ("Unheard", "password"),  # the words of none
+            ("Who pays the customs duty?", "shipping"),
+        ]
+    )
+    settings = QueryFilterSettings(round_trip_k=1, round_trip_max_dropped=1.0)
+    kept, report = run(dataset, settings, embed_model=AlwaysShipping())
+    assert kept == ["q0", "q1", "q4"]
+    assert report.kept_hard == 2
+    assert "2 of them hard: found by BM25, not by the embedding model" in str(report)
+    only_easy = QueryFilterSettings(round_trip_k=1, round_trip_max_dropped=1.0, round_trip_keep_hard=False)
+    kept, report = run(dataset, only_easy, embed_model=AlwaysShipping())
+    assert kept == ["q4"]
+    assert report.kept_hard == 0
+    _, report = run(dataset, QueryFilterSettings(round_trip_k=3), embed_model=AlwaysShipping())
+    assert (report.kept, report.kept_hard) == (5, 0), "what the model finds is not hard"
+
+
+def test_hard_queries_do_not_count_as_dropped_where_that_would_be_most():
+    right = [(f"What about {word}?", "warranty") for word in ("batteries and battery", "water", "falls", "repairs")]
+    wrong = [("How fast are parcels to Norway?", "password")]
+    kept, report = run(make([*right, *wrong]), QueryFilterSettings(round_trip_k=1), embed_model=AlwaysShipping())
+    assert kept == ["q0", "q1", "q2", "q3"]
+    assert (report.kept_hard, report.notes) == (4, [])
+
+
 def test_any_relevant_passage_found_is_enough_and_equal_passages_do_not_push_it_down():
     corpus, queries = many_passages()
     corpus |= {f"same{i}": corpus["p0"] for i in range(5)}
@@ -334,8 +372,8 @@ def test_pieces_of_the_round_trip_give_what_the_whole_gives(monkeypatch):
     dataset = make([*queries[:20], (queries[40][0], "p1"), (queries[41][0], "p2")], corpus)
     settings = QueryFilterSettings(round_trip_k=3)
     whole = filter_queries(dataset, settings, embed_model=HashedWords())
-    monkeypatch.setattr("llama_index_lora_embed.data.filters.rules._TEXTS_AT_ONCE", 7)
-    monkeypatch.setattr("llama_index_lora_embed.data.filters.rules._QUERIES_AT_ONCE", 11)
+    monkeypatch.setattr("llama_index_lora_embed.data.filters.round_trip._TEXTS_AT_ONCE", 7)
+    monkeypatch.setattr("llama_index_lora_embed.data.filters.round_trip._QUERIES_AT_ONCE", 11)
     assert filter_queries(dataset, settings, embed_model=HashedWords()) == whole
     assert whole[1].kept == 20
 

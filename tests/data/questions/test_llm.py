@@ -2,6 +2,7 @@ import asyncio
 import json
 import os
 import pickle
+from typing import get_args
 
 import pytest
 from llama_index.core.ingestion import IngestionPipeline
@@ -16,8 +17,9 @@ from llama_index_lora_embed.data import (
     dataset_from_nodes,
     judge_queries,
 )
+from llama_index_lora_embed.data.llm.identity import digest
 from llama_index_lora_embed.data.questions.llm import _verdict
-from llama_index_lora_embed.data.questions.prompts import EXAM_PROMPT
+from llama_index_lora_embed.data.questions.prompts import EXAM_PROMPT, STYLES, Style, search_prompt
 from tests.helpers.llms import FAST, FakeLLM, Structured, calm_answer, generator, journalled, some_nodes
 
 
@@ -120,6 +122,32 @@ def test_all_styles_are_used_in_turn(journal):
     list(generator(llm, journal, num_queries=2).generate(some_nodes(40)))
     for style in ("question", "keywords", "paraphrase", "conversational"):
         assert 5 < sum(f"- {style}:" in prompt for prompt in llm.prompts) < 35
+
+
+def test_claims_and_titles_are_written_where_asked_for(journal):
+    llm = FakeLLM(answers=["claim: Machines are cleaned every evening.\n**Title:** Cleaning of machines"])
+    queries = list(generator(llm, journal, styles=("claim", "title")).generate(some_nodes(1)))
+    assert {(q.text, q.generator) for q in queries} == {
+        ("Machines are cleaned every evening.", "llm/claim"),
+        ("Cleaning of machines", "llm/title"),
+    }
+    assert all(f"- {style}: " in llm.prompts[0] for style in ("claim", "title"))
+
+
+@pytest.mark.parametrize("language", ["en", "de", "fr", "es", "zh"])
+def test_every_style_is_described_in_every_language(language):
+    styles = get_args(Style)
+    prompt = search_prompt(styles, len(styles), language).format(context_str="", num_questions_per_chunk=6)
+    assert all(prompt.count(f"{style}: ") == 2 for style in styles), "described, and shown in the example"
+
+
+def test_the_default_prompts_are_those_of_existing_journals():
+    """A prompt of other words would send every node of every journal again."""
+    prompts = [
+        search_prompt(STYLES, 2, language).format(context_str="text", num_questions_per_chunk=2)
+        for language in ("en", "de", "fr", "es", "zh", None, "ru")
+    ]
+    assert digest("\n".join(prompts)) == "0e962d668e632fd6804e76e7cea5da89"
 
 
 def test_a_custom_prompt_is_used_as_it_is(journal):

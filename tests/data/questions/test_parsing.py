@@ -126,6 +126,21 @@ def test_styles_are_read_from_tags_and_json():
     assert [(q.style, q.text) for q in parse_queries(structured)] == [("keywords", "lora rank")]
 
 
+def test_claims_and_titles_count_only_where_asked_for():
+    answer = "Title: Search queries\nwhat is LoRA\nlora rank"
+    assert texts(answer) == ["what is LoRA", "lora rank"]
+    assert texts('{"title": "Search queries", "queries": ["what is LoRA"]}') == ["what is LoRA"]
+    lines = "claim: LoRA adds few weights.\nTitel: LoRA im Überblick\nwhat is LoRA"
+    assert [(q.style, q.text) for q in parse_queries(lines, styles=("claim", "title"))] == [
+        ("claim", "LoRA adds few weights."),
+        ("title", "LoRA im Überblick"),
+    ]
+    structured = json.dumps({"queries": [{"style": "claim", "query": "LoRA adds few weights."}]})
+    assert [(q.style, q.text) for q in parse_queries(structured, styles=("claim",))] == [
+        ("claim", "LoRA adds few weights.")
+    ]
+
+
 @pytest.mark.parametrize(
     "query", ["I can't access my account, what do I do?", "note 7 battery recall", "Sorry! board game rules"]
 )
