@@ -12,7 +12,7 @@ from llama_index_lora_embed.data.questions.heuristic import (
     NeighbourQueryGenerator,
     TitleQueryGenerator,
 )
-from llama_index_lora_embed.data.questions.llm import LLMQueryGenerator, judge_queries
+from llama_index_lora_embed.data.questions.llm import LLMQueryGenerator, drop_unanswered_queries
 from llama_index_lora_embed.data.questions.query_log import QueryLogGenerator, dataset_from_pairs
 from llama_index_lora_embed.data.split import SplitReport, split_by_source, split_report
 
@@ -35,9 +35,9 @@ __all__ = [
     "agenerate_qa_embedding_pairs",
     "dataset_from_nodes",
     "dataset_from_pairs",
+    "drop_unanswered_queries",
     "filter_queries",
     "generate_qa_embedding_pairs",
-    "judge_queries",
     "split_by_source",
     "split_report",
 ]

@@ -90,7 +90,7 @@ def dataset_from_nodes(
     generators = default_query_generators() if generators is None else list(generators)
     check_arguments(nodes, generators, filters)
     skipped: Counter[str] = Counter()
-    corpus, sources, usable = _passages(nodes, skipped)
+    corpus, sources, usable = passages_of(nodes, skipped)
     queries = _queries(corpus, usable, generators, seed, skipped)
     if not queries:
         names = ", ".join(generator.name for generator in generators)
@@ -126,10 +126,14 @@ def dataset_from_nodes(
     return dataset, BuildReport(len(nodes), len(corpus), dataset.origins(), dict(skipped), llm_reports, filtered)
 
 
-def _passages(
+def passages_of(
     nodes: Sequence[BaseNode], skipped: Counter[str]
 ) -> tuple[dict[str, str], dict[str, str], list[BaseNode]]:
-    """(passages by node id, their source documents, the first node of each text)."""
+    """(passages by node id, their source documents, the first node of each text); counts what it leaves out.
+
+    Raises:
+        DatasetError: Two different nodes share an id, or no node has text.
+    """
     corpus: dict[str, str] = {}
     sources: dict[str, str] = {}
     first_nodes: dict[str, BaseNode] = {}

@@ -21,6 +21,12 @@ from llama_index_lora_embed.data.text import normalise
 HUMAN = "human"
 """`query_origins` of a human-written query."""
 
+TITLE = "title"
+"""`query_origins` of a query that is the title or heading of a passage, or the question that opens it."""
+
+LLM_JUDGED = "llm_judged"
+"""`query_origins` of a query that users typed and whose passages an LLM graded."""
+
 
 def origin_name(recorded: str) -> str:
     """The name of an origin read from a file; earlier versions wrote "people" for `HUMAN`."""
@@ -45,6 +51,8 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         hard_negatives: Query id to the ids of passages that look relevant and are not.
         relevance_scores: Query id to passage id to a grade above 0 and at most 1; 1 where there is none. Training
             weights the query's loss by it.
+        judged_irrelevant: Query id to the ids of passages that were judged and do not answer it. Where the dataset has
+            this field, all other passages outside `relevant_docs` are unjudged, and evaluations report them.
 
     Raises:
         DatasetError: A field has the wrong type; every place is named.
@@ -60,6 +68,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
     training_passages: dict[str, str] | None = None
     hard_negatives: dict[str, list[str]] | None = None
     relevance_scores: dict[str, dict[str, float]] | None = None
+    judged_irrelevant: dict[str, list[str]] | None = None
 
     _sketches: Sketches = PrivateAttr(default_factory=Sketches)
 
@@ -163,6 +172,11 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         """How a query came about; "unknown" where that is not recorded."""
         return (self.query_origins or {}).get(query_id, "unknown")
 
+    def with_origin(self, origin: str) -> EmbeddingQAFinetuneDataset:
+        """This dataset with an origin for those queries that have none recorded, such as "human"."""
+        origins = {**dict.fromkeys(self.queries, origin), **(self.query_origins or {})}
+        return self.model_copy(update={"query_origins": origins})
+
     def source_of(self, passage_id: str) -> str:
         """Id of the document that a passage comes from; its own id where none is recorded."""
         return (self.source_documents or {}).get(passage_id, passage_id)
@@ -179,16 +193,17 @@ class EmbeddingQAFinetuneDataset(BaseModel):
                 elif not text.strip():
                     found.append(f"{what} {i!r} is empty")
         found += [f"query {i!r} has no relevant passage" for i in self.queries if not self.relevant_docs.get(i)]
-        for field in ("relevant_docs", "hard_negatives", "training_passages"):
+        for field in ("relevant_docs", "hard_negatives", "judged_irrelevant", "training_passages"):
             unknown = [i for i in getattr(self, field) or {} if i not in self.queries]
             found += [f"{field} names query {i!r}, which is not in queries" for i in unknown]
-        for field in ("relevant_docs", "hard_negatives"):
+        for field in ("relevant_docs", "hard_negatives", "judged_irrelevant"):
             for query_id, passage_ids in (getattr(self, field) or {}).items():
                 lost = [i for i in passage_ids if i not in self.corpus]
                 found += [f"{field}[{query_id!r}] names passage {i!r}, which is not in corpus" for i in lost]
-        for query_id, negatives in (self.hard_negatives or {}).items():
-            both = set(negatives) & set(self.relevant_docs.get(query_id, []))
-            found += [f"passage {i!r} is both relevant and a hard negative of query {query_id!r}" for i in sorted(both)]
+        for what, field in (("a hard negative of", "hard_negatives"), ("judged irrelevant to", "judged_irrelevant")):
+            for query_id, negatives in (getattr(self, field) or {}).items():
+                both = sorted(set(negatives) & set(self.relevant_docs.get(query_id, [])))
+                found += [f"passage {i!r} is both relevant and {what} query {query_id!r}" for i in both]
         for query_id, scores in (self.relevance_scores or {}).items():
             for passage_id, score in scores.items():
                 where = f"relevance_scores[{query_id!r}][{passage_id!r}]"
@@ -262,7 +277,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         """The dataset of these queries, in this order; `passage_ids=None` keeps the passages that they refer to."""
         kept = [i for i in query_ids if i in self.queries]
         if passage_ids is None:
-            referring = (self.relevant_docs, self.hard_negatives or {})
+            referring = (self.relevant_docs, self.hard_negatives or {}, self.judged_irrelevant or {})
             passage_ids = (passage_id for field in referring for i in kept for passage_id in field.get(i, []))
         wanted = self.corpus.keys() & passage_ids
         passages = [i for i in self.corpus if i in wanted]
@@ -270,9 +285,10 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         def pick(field: dict[str, Any] | None, ids: list[str]) -> dict[str, Any] | None:
             return None if field is None else {i: field[i] for i in ids if i in field}
 
-        negatives = pick(self.hard_negatives, kept)
-        if negatives is not None:
-            negatives = {q: [i for i in ids if i in wanted] for q, ids in negatives.items()}
+        def pick_passages(field: dict[str, list[str]] | None) -> dict[str, list[str]] | None:
+            lists = pick(field, kept)
+            return lists and {q: [i for i in ids if i in wanted] for q, ids in lists.items()}
+
         part = EmbeddingQAFinetuneDataset(
             queries={i: self.queries[i] for i in kept},
             corpus={i: self.corpus[i] for i in passages},
@@ -280,8 +296,9 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             source_documents=pick(self.source_documents, passages),
             query_origins=pick(self.query_origins, kept),
             training_passages=pick(self.training_passages, kept),
-            hard_negatives=negatives,
+            hard_negatives=pick_passages(self.hard_negatives),
             relevance_scores=pick(self.relevance_scores, kept),
+            judged_irrelevant=pick_passages(self.judged_irrelevant),
         )
         part._sketches = self._sketches
         return part

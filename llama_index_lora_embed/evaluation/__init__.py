@@ -3,6 +3,11 @@
 from llama_index_lora_embed.evaluation.adapter_scale import ScaleSweep as ScaleSweep
 from llama_index_lora_embed.evaluation.adapter_scale import tune_scale as tune_scale
 from llama_index_lora_embed.evaluation.compare import compare as compare
+from llama_index_lora_embed.evaluation.judging.grades import Agreement as Agreement
+from llama_index_lora_embed.evaluation.judging.judge import judge_queries as judge_queries
+from llama_index_lora_embed.evaluation.judging.label import label_queries as label_queries
+from llama_index_lora_embed.evaluation.judging.result import JudgedQueries as JudgedQueries
+from llama_index_lora_embed.evaluation.judging.result import JudgingReport as JudgingReport
 from llama_index_lora_embed.evaluation.metrics import compute_metrics as compute_metrics
 from llama_index_lora_embed.evaluation.pair_comparison import compare_pairs as compare_pairs
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation as PairEvaluation

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_index_lora_embed.core.concurrency import run_async
-from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.text import normalise
 from llama_index_lora_embed.evaluation.embeddings import Embedder, examples, unit_vectors
@@ -49,7 +48,8 @@ class RetrievalEvaluation:
     """Metrics of one model, or of one retriever, on one dataset.
 
     Attributes:
-        metrics: Mean over the queries of each of `metrics.NAMES`, from 0 to 1; see `compute_metrics`.
+        metrics: Mean over the queries of each of `metrics.NAMES`, and of `metrics.JUDGED_NAMES` where the dataset has
+            passages that were judged irrelevant, from 0 to 1; see `compute_metrics`.
         per_query: Query id to its metrics.
         rankings: Query id to the ids of the 100 best passages, best first.
         origins: Number of queries by origin.
@@ -159,8 +159,12 @@ def evaluation_of(
 ) -> RetrievalEvaluation:
     """A `RetrievalEvaluation` with its means, and with what it records of the dataset."""
     names = next(iter(per_query.values()))
+    metrics = {name: float(np.mean([values[name] for values in per_query.values()])) for name in names}
+    if metrics.get("judged@10", 1) < 1:
+        unjudged = f"{1 - metrics['judged@10']:.1%} of the first 10 passages of all rankings are unjudged"
+        notes = [*notes, f"{unjudged}: they count as wrong, except in bpref and condensed nDCG@10."]
     return RetrievalEvaluation(
-        {name: float(np.mean([values[name] for values in per_query.values()])) for name in names},
+        metrics,
         per_query,
         rankings,
         dataset.origins(),
@@ -179,8 +183,12 @@ def evaluation_digest(dataset: EmbeddingQAFinetuneDataset) -> str:
 
 
 def relevance(dataset: EmbeddingQAFinetuneDataset) -> dict[str, dict[str, float]]:
-    """Query id to the grades of its relevant passages, above 0 and at most 1."""
-    return {q: {i: dataset.score(q, i) for i in dataset.relevant_docs[q]} for q in dataset.queries}
+    """Query id to the grades of its judged passages: 0 if irrelevant, above 0 and at most 1 if relevant."""
+    irrelevant = dataset.judged_irrelevant or {}
+    return {
+        q: {i: dataset.score(q, i) for i in dataset.relevant_docs[q]} | dict.fromkeys(irrelevant.get(q, ()), 0.0)
+        for q in dataset.queries
+    }
 
 
 def _texts(dataset: EmbeddingQAFinetuneDataset) -> tuple[list[str], list[str]]:
@@ -197,12 +205,6 @@ def _evaluate(queries: FloatArray, passages: FloatArray, dataset: EmbeddingQAFin
     query_ids = list(dataset.queries)
     passage_ids = sorted(dataset.corpus)  # ties are ranked by id, as sentence-transformers does
     queries, passages = unit_vectors(queries, query_ids, "query"), unit_vectors(passages, passage_ids, "passage")
-    if queries.shape[1] != passages.shape[1]:
-        raise ConfigError(
-            f"query vectors of {queries.shape[1]} and passage vectors of {passages.shape[1]} dimensions",
-            "the same number of dimensions for both",
-            "Embed queries and passages with one model.",
-        )
     rows, scores = nearest(queries, passages, DEPTH)
     rankings = {q: [passage_ids[row] for row in ranked] for q, ranked in zip(query_ids, rows, strict=True)}
     row_of = {passage_id: row for row, passage_id in enumerate(passage_ids)}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_index_lora_embed.core.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,9 +29,18 @@ def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDAr
 
     Returns:
         Rows of `passages` and their scores, each [queries, min(depth, passages)].
+
+    Raises:
+        ConfigError: The vectors of queries and passages differ in length.
     """
     import torch
 
+    if queries.shape[1] != passages.shape[1]:
+        raise ConfigError(
+            f"query vectors of {queries.shape[1]} and passage vectors of {passages.shape[1]} dimensions",
+            "the same number of dimensions for both",
+            "Embed queries and passages with one model.",
+        )
     found = []
     for part in torch.split(torch.from_numpy(queries), _QUERIES):
         scores, rows = torch.empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64)

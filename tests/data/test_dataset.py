@@ -75,6 +75,7 @@ def test_check_names_every_problem():
         corpus={"p1": "", "p2": "two"},
         relevant_docs={"q1": ["p1"], "q2": ["gone"], "q3": [], "ghost": ["p2"], "q4": ["p2"]},
         hard_negatives={"q4": ["p2", "lost"]},
+        judged_irrelevant={"q4": ["p2"], "nobody": ["p1"]},
         training_passages={"q2": " ", "other": "x"},
     )
     with pytest.raises(DatasetError) as caught:
@@ -88,11 +89,13 @@ def test_check_names_every_problem():
         "relevant_docs['q2'] names passage 'gone'",
         "hard_negatives['q4'] names passage 'lost'",
         "passage 'p2' is both relevant and a hard negative of query 'q4'",
+        "passage 'p2' is both relevant and judged irrelevant to query 'q4'",
+        "judged_irrelevant names query 'nobody'",
         "training passage of query 'q2' is empty",
         "training_passages names query 'other'",
     ):
         assert expected in text
-    assert len(caught.value.problems) == 9
+    assert len(caught.value.problems) == 11
 
 
 def test_an_empty_dataset_is_refused():
@@ -171,3 +174,11 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     assert again.query_origins == {"q1": HUMAN} == {"q1": "human"}
     again.save_json(path)
     assert json.loads(path.read_text())["query_origins"] == {"q1": "human"}
+
+
+def test_a_subset_keeps_the_judgments_of_its_queries_and_passages():
+    dataset = small(judged_irrelevant={"q1": ["p2"], "q2": ["p1"]}).check()
+    assert dataset.subset(["q1"]).judged_irrelevant == {"q1": ["p2"]}
+    assert dataset.subset(["q1"]).corpus.keys() == {"p1", "p2"}
+    assert dataset.subset(["q1"], ["p1"]).judged_irrelevant == {"q1": []}
+    assert dataset.digest() != small().digest()

@@ -20,7 +20,9 @@ from llama_index_lora_embed.data import LLMQueryGenerator
 
 
 def calm_answer(prompt: str) -> str:
-    """Two queries that depend on the prompt alone."""
+    """Two queries that depend on the prompt alone, or the grade 2 where one is asked for."""
+    if "Reply with the grade alone" in prompt:
+        return "2"
     mark = hashlib.sha256(prompt.encode()).hexdigest()[:8]
     return f"question: what is thing {mark} about?\nkeywords: thing {mark} size"
 

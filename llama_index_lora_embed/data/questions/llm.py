@@ -22,12 +22,10 @@ from llama_index_lora_embed.data.filters.language import detect
 from llama_index_lora_embed.data.llm.client import LLMClient, LLMReport, Request
 from llama_index_lora_embed.data.llm.identity import digest
 from llama_index_lora_embed.data.llm.journal import Journal
+from llama_index_lora_embed.data.llm.passages import printable, truncate
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, attach_queries, embed_text
 from llama_index_lora_embed.data.questions.parsing import ParsedQuery, parse_queries, strip_reasoning
 from llama_index_lora_embed.data.questions.prompts import JUDGE_PROMPT, STYLES, Style, search_prompt
-
-# Providers refuse requests with control characters, and with the lone surrogates that broken readers leave.
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 class SearchQuery(BaseModel):
@@ -154,20 +152,20 @@ class LLMQueryGenerator(NodeQueryGenerator):
         return parse_queries(answer, self.num_queries, self.styles)
 
     def _request(self, node: BaseNode, structured: bool) -> Request:
-        text = _CONTROL.sub(" ", embed_text(node))
+        text = printable(embed_text(node))
         text_hash = digest(text)
         start = int(text_hash[:8], 16) % len(self.styles)
         styles = (*self.styles[start:], *self.styles[:start])[: self.num_queries]
         return Request(
             template=self.prompt or search_prompt(styles, self.num_queries, detect(text)),
-            variables={"context_str": _truncate(text, self.llm), "num_questions_per_chunk": self.num_queries},
+            variables={"context_str": truncate(text, self.llm), "num_questions_per_chunk": self.num_queries},
             text_hash=text_hash,
             settings="structured" if structured else "text",
             output_cls=SearchQueries if structured else None,
         )
 
 
-def judge_queries(
+def drop_unanswered_queries(
     dataset: EmbeddingQAFinetuneDataset,
     llm: LLM,
     *,
@@ -175,7 +173,7 @@ def judge_queries(
     journal: str | os.PathLike[str] = JOURNAL_NAME,
     settings: LLMSettings | None = None,
 ) -> tuple[EmbeddingQAFinetuneDataset, LLMReport, list[str]]:
-    """Let an LLM judge whether passages answer their queries; drop the queries whose passage does not.
+    """Ask an LLM whether passages answer their queries; drop the queries whose passage does not.
 
     Args:
         dataset: Checked dataset.
@@ -196,14 +194,14 @@ def judge_queries(
     if not isinstance(llm, LLM):
         raise ConfigError(f"llm={llm!r:.60}", "a LlamaIndex LLM", "Pass for example llm=Settings.llm.")
     if origins is None:
-        origins = [origin for origin in dataset.origins() if origin.startswith("llm")]
+        origins = [origin for origin in dataset.origins() if origin.partition("/")[0] == "llm"]
     wanted = {origins} if isinstance(origins, str) else set(origins)
     origin_of = dataset.query_origins or {}
     judged = [query_id for query_id in dataset.queries if origin_of.get(query_id, "") in wanted]
 
     def request(query_id: str) -> Request:
-        passage = _CONTROL.sub(" ", dataset.corpus[dataset.relevant_docs[query_id][0]])
-        variables = {"context_str": _truncate(passage, llm), "query_str": dataset.queries[query_id]}
+        passage = printable(dataset.corpus[dataset.relevant_docs[query_id][0]])
+        variables = {"context_str": truncate(passage, llm), "query_str": dataset.queries[query_id]}
         return Request(PromptTemplate(JUDGE_PROMPT), variables, digest(passage), "judge")
 
     with Journal(journal) as opened:
@@ -232,19 +230,3 @@ async def _open_journal(path: str, wait: bool) -> Journal:
             if not wait:
                 raise
         await asyncio.sleep(0.1)
-
-
-def _truncate(text: str, llm: LLM) -> str:
-    """The start of a text that fits the LLM's context window beside the prompt and the answer.
-
-    Without the LLM's tokenizer, three ASCII characters or one other character count as a token; English averages four.
-    """
-    room = max(256, llm.metadata.context_window - max(llm.metadata.num_output, 0) - 512)
-    if len(text) <= room:
-        return text
-    tokens = 0.0
-    for position, character in enumerate(text):
-        tokens += 1 / 3 if character.isascii() else 1
-        if tokens > room:
-            return text[:position]
-    return text

@@ -116,6 +116,67 @@ def read_pairs(
     return pairs(), report
 
 
+def read_queries(source: Any, column: str | None = None) -> tuple[list[tuple[str | None, str]], PairsReport]:
+    """Read the queries of a log, which needs no passages.
+
+    Args:
+        source: A list of texts; a mapping of ids to texts; the path of a .txt file with a query in each line; or a
+            source of `read_pairs`, of which only the queries are read.
+        column: Name of the queries' column if it is not recognised.
+
+    Returns:
+        (id or None, text) of each query in the order of the source, and the report with the rows that were skipped.
+
+    Raises:
+        ConfigError: The source is of another type, or no column of queries was recognised.
+        DatasetError: The file does not exist.
+    """
+    report = PairsReport()
+    entries: Iterator[tuple[str | None, str, Any]]  # (id, place, row or text)
+    if isinstance(source, Mapping) and all(isinstance(text, str) for text in source.values()):
+        entries = ((str(key), f"query {key!r}", text) for key, text in source.items())
+    elif isinstance(source, (str, os.PathLike)) and str(source).lower().endswith(".txt"):
+        entries = ((None, where, text) for where, text in _lines(Path(source)))
+    else:
+        entries = ((None, where, entry) for where, entry in _entries(source, "train", report))
+    found = []
+    for query_id, where, entry in entries:
+        report.rows += 1
+        if isinstance(entry, Mapping):
+            column = column or _query_column(entry)
+            entry = entry.get(column)
+        elif isinstance(entry, (tuple, list)):
+            entry = next(iter(entry), None)
+        try:
+            if text := _text(entry):
+                found.append((query_id, text))
+            else:
+                report.skip("row without query", where)
+        except ValueError as error:
+            report.skip(str(error), where)
+    return found, report
+
+
+def _lines(path: Path) -> Iterator[Entry]:
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise DatasetError(f"{str(path)!r}, which cannot be read: {error}", "a text file", "Check the path.") from error
+    return ((f"{path.name}, line {number}", line) for number, line in enumerate(text.splitlines(), 1))
+
+
+def _query_column(row: Mapping[str, Any]) -> str:
+    columns = {squeezed(str(column)): str(column) for column in list(row)[::-1]}
+    for name in map(squeezed, _NAMES["query"].split()):
+        if name in columns:
+            return columns[name]
+    raise ConfigError(
+        f"the columns {', '.join(map(repr, [*row][:PLACES]))}",
+        f"one for the query, such as {_NAMES['query']}",
+        'Name it, as in column="my_column".',
+    )
+
+
 def _pairs_of(row: Mapping[str, Any], columns: dict[str, str], negatives: list[str], largest: float) -> list[Pair]:
     cell = {name: row.get(column) for name, column in columns.items()}
     query = _text(cell["query"])

@@ -15,7 +15,7 @@ from llama_index_lora_embed.data import (
     MetadataQueryGenerator,
     QueryGenerator,
     dataset_from_nodes,
-    judge_queries,
+    drop_unanswered_queries,
 )
 from llama_index_lora_embed.data.llm.identity import digest
 from llama_index_lora_embed.data.questions.llm import _verdict
@@ -250,16 +250,16 @@ def test_a_judge_drops_queries_that_their_passage_does_not_answer(journal):
     llm = Judge()
     dataset, _ = dataset_from_nodes(some_nodes(4), [generator(llm, journal)])
     for _ in range(2):
-        judged, report, dropped = judge_queries(dataset, llm, journal=journal, settings=FAST)
+        judged, report, dropped = drop_unanswered_queries(dataset, llm, journal=journal, settings=FAST)
         assert len(dropped) == 2
         assert {judged.relevant_docs[i][0] for i in judged.queries} == {"n0", "n1", "n3"}
         assert judged.corpus == dataset.corpus
     assert llm.calls == 8
     assert report.from_journal == 8
-    _, report, dropped = judge_queries(dataset, llm, origins="llm/question", journal=journal, settings=FAST)
+    _, report, dropped = drop_unanswered_queries(dataset, llm, origins="llm/question", journal=journal, settings=FAST)
     assert (report.from_journal, len(dropped)) == (4, 1)
     with pytest.raises(ConfigError, match="expected a LlamaIndex LLM"):
-        judge_queries(dataset, "gpt-4", journal=journal)
+        drop_unanswered_queries(dataset, "gpt-4", journal=journal)
 
 
 @pytest.mark.parametrize(

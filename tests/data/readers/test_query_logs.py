@@ -9,7 +9,7 @@ import pytest
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.questions.query_log import dataset_from_pairs
-from llama_index_lora_embed.data.readers.query_logs import Pair, read_pairs
+from llama_index_lora_embed.data.readers.query_logs import Pair, read_pairs, read_queries
 
 MIXED = "Wie geht's? 你好吗 مرحبا שלום здравствуйте 👩‍👩‍👧 नमस्ते"
 
@@ -357,3 +357,35 @@ def test_missing_files_and_sources_of_another_kind_are_named(tmp_path):
     for source in (5, None, b"log.csv"):
         with pytest.raises(ConfigError, match=type(source).__name__):
             read_pairs(source)
+
+
+def test_queries_are_read_from_lists_mappings_tables_and_lines_of_text(tmp_path):
+    texts = ["how to pay", MIXED]
+    rows = [{"user_query": text, "clicks": 3} for text in texts]
+    expected = [(None, text) for text in texts]
+    sources = [
+        texts,
+        iter(texts),
+        rows,
+        datasets.Dataset.from_list(rows),
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}),
+        [(text, "a passage") for text in texts],
+        written(tmp_path / "log.jsonl", as_lines(rows)),
+        written(tmp_path / "log.csv", "id,query\n" + "".join(f'1,"{text}"\n' for text in texts)),
+        str(written(tmp_path / "log.txt", codecs.BOM_UTF8 + "\r\n".join(texts).encode())),
+    ]
+    for source in sources:
+        assert read_queries(source)[0] == expected
+    assert read_queries({"a": texts[0], 7: texts[1]})[0] == [("a", texts[0]), ("7", texts[1])]
+    assert read_queries([{"x": "typed", "query": "no"}], column="x")[0] == [(None, "typed")]
+
+
+def test_rows_without_a_query_are_counted_with_their_place(tmp_path):
+    log = written(tmp_path / "log.txt", b"first\n\n \xff\nlast\n")
+    found, report = read_queries(log)
+    assert [text for _, text in found] == ["first", "last"]
+    assert report.rows == 4
+    assert report.places == ["log.txt, line 2: row without query", "log.txt, line 3: text that is not UTF-8"]
+    assert read_queries(["a", None, 3.0, ["b"], []])[0] == [(None, text) for text in ("a", "3", "b")]
+    with pytest.raises(ConfigError, match="the columns 'clicks'"):
+        read_queries([{"clicks": 1}])
