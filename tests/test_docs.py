@@ -125,6 +125,12 @@ def check_configuration(names: dict[str, Any], printed: str) -> None:
     assert Path("runs/from-nodes/finetune.json").exists()
 
 
+def check_data(names: dict[str, Any], printed: str) -> None:
+    assert names["pairs_report"].pairs == 2
+    assert str(names["mining_report"]) in printed
+    assert len(names["train_pairs"]) + len(names["val_pairs"]) == 40
+
+
 def check_training(names: dict[str, Any], printed: str) -> None:
     manifest = json.loads(Path("runs/handbook-2/finetune.json").read_text())
     assert manifest["parent"]["path"].endswith("runs/handbook")
@@ -163,8 +169,15 @@ def check_troubleshooting(names: dict[str, Any], printed: str) -> None:
     assert printed.startswith("ModelNotFoundError\n")
 
 
+def check_index(names: dict[str, Any], printed: str) -> None:
+    assert printed.splitlines()[-1] == names["result"].verdict.value
+    assert names["index"].as_retriever(similarity_top_k=2).retrieve("w1 w2")
+
+
 CHECKS = {
     "README.md": check_readme,
+    "docs/index.md": check_index,
+    "docs/data.md": check_data,
     "docs/configuration.md": check_configuration,
     "docs/training.md": check_training,
     "docs/embedding.md": check_embedding,
@@ -180,11 +193,11 @@ CHECKS = {
 )
 def test_the_python_of_a_page_runs_as_it_stands(page, namespace, base, capsys):
     execute(page, namespace, base)
-    CHECKS.get(page, lambda names, printed: None)(namespace, capsys.readouterr().out)
+    CHECKS[page](namespace, capsys.readouterr().out)
 
 
-def test_the_checks_belong_to_pages_that_are_executed():
-    assert set(CHECKS) <= set(PYTHON_PAGES)
+def test_every_page_that_is_executed_has_a_check():
+    assert set(CHECKS) == set(PYTHON_PAGES)
 
 
 def test_every_block_is_executed_checked_or_marked_with_a_reason():

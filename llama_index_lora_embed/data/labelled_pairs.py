@@ -12,6 +12,7 @@ import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -313,12 +314,9 @@ class LabelledPairs:
 
 def _saved(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The fields that `save_json` wrote; None for other content."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            if file.read(1) == "{":  # tables are not read twice
-                return _own_fields(json.loads("{" + file.read()))
-    except (OSError, ValueError, RecursionError):
-        pass
+    with suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        if file.read(1) == "{":  # tables are not read twice
+            return _own_fields(json.loads("{" + file.read()))
     return None
 
 

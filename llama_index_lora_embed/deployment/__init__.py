@@ -2,7 +2,7 @@
 
 from llama_index_lora_embed.deployment.hub import push_to_hub
 from llama_index_lora_embed.deployment.index_stamp import IndexStamp, read_index_stamp, stamp_index, verify_index
-from llama_index_lora_embed.deployment.registry import Gate, RunRegistry, Version, VersionComparison
+from llama_index_lora_embed.deployment.registry import Gate, RunRegistry
 from llama_index_lora_embed.deployment.reindex import (
     ChromaIndexStore,
     FolderIndexStore,
@@ -12,6 +12,7 @@ from llama_index_lora_embed.deployment.reindex import (
     reindex,
     roll_back,
 )
+from llama_index_lora_embed.deployment.versions import Version, VersionComparison
 from llama_index_lora_embed.embedding.export import Certificate, export_model
 
 __all__ = [

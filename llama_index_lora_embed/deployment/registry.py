@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_index_lora_embed.config.base import is_share
-from llama_index_lora_embed.core.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, OutputDirectoryError
 from llama_index_lora_embed.core.files import append_json_line, read_json_lines, write_json
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, origin_name
+from llama_index_lora_embed.deployment.versions import Version, VersionComparison, check_not_replaced, training_of
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 from llama_index_lora_embed.evaluation.compare import Difference, metric_differences
 from llama_index_lora_embed.evaluation.report.run_facts import RunFacts
 from llama_index_lora_embed.evaluation.report.tables import Table
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, evaluation_digest
 from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals
-from llama_index_lora_embed.models.adapter_directory import Manifest
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -36,73 +36,6 @@ _METRIC = "ndcg@10"
 _OLD_NAMES = {"judged_on": "evaluated_on"}  # keys of registries from before version 0.1
 TOLERANCE = 0.01
 """Accepted loss of nDCG@10: with 0, the width of the interval would let only a clear gain pass."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered version.
-
-    Attributes:
-        name: Unique in the registry.
-        path: Adapter directory when it was registered.
-        fingerprint: Fingerprint of the model.
-        created: When it was trained; UTC, ISO 8601.
-        added: When it was registered; UTC, ISO 8601.
-        base: Hub id or folder of the base model.
-        trained_on: Digest of the training set.
-        verdict: The verdict of its run, in one sentence.
-        metrics: Means on `evaluated_on`; empty if it was not evaluated.
-        evaluated_on: Digest of the evaluation dataset; None if it was not evaluated.
-    """
-
-    name: str
-    path: str
-    fingerprint: str
-    created: str
-    added: str
-    base: str
-    trained_on: str
-    verdict: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    evaluated_on: str | None = None
-
-    @property
-    def status(self) -> str:
-        """What its directory holds now: "there", "replaced" (another model) or "gone"."""
-        try:
-            manifest = Manifest.read(Path(self.path))
-        except AdapterError:
-            return "replaced"
-        if manifest is None:
-            return "gone"
-        return "there" if manifest.fingerprint == self.fingerprint else "replaced"
-
-
-@dataclass(frozen=True)
-class VersionComparison:
-    """Two versions side by side.
-
-    Attributes:
-        before: The first version.
-        after: The second version.
-        changed: How their training differs: setting to (before, after).
-        metrics: Differences on the same queries, after minus before; None if they were evaluated on different datasets.
-    """
-
-    before: Version
-    after: Version
-    changed: dict[str, tuple[Any, Any]]
-    metrics: dict[str, Difference] | None
-
-    def __str__(self) -> str:
-        lines = [f"{self.before.name} ({self.before.created}) against {self.after.name} ({self.after.created})"]
-        lines += [f"  {name}: {old!r} -> {new!r}" for name, (old, new) in self.changed.items()]
-        if self.metrics is None:
-            return "\n".join([*lines, "  evaluated on different datasets, so that their metrics cannot be compared"])
-        for name, m in self.metrics.items():
-            low, high = m.interval
-            lines.append(f"  {name}: {m.base:.3f} -> {m.tuned:.3f}, {m.difference:+.3f} ({low:+.3f} to {high:+.3f})")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -260,7 +193,7 @@ class RunRegistry:
             DatasetError: An evaluation cannot be read.
         """
         versions = self._find(before), self._find(after)
-        old, new = map(_training, versions)
+        old, new = map(training_of, versions)
         changed = {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
         metrics = None
         if versions[0].evaluated_on is not None and versions[0].evaluated_on == versions[1].evaluated_on:
@@ -304,7 +237,7 @@ class RunRegistry:
             ConfigError: The name is unknown.
             OutputDirectoryError: The registry cannot be written.
         """
-        _check_not_replaced(self._find(name))
+        check_not_replaced(self._find(name))
         with self._locked():
             append_json_line(self._index, {"event": "promote", "name": name, "time": _now()})
 
@@ -327,7 +260,7 @@ class RunRegistry:
         if not is_share(tolerance):
             raise ConfigError(f"tolerance={tolerance!r}", "a number from 0 to 1", f"tolerance={TOLERANCE}")
         candidate, promoted = self._find(name), self.promoted()
-        _check_not_replaced(candidate)
+        check_not_replaced(candidate)
         if promoted is None:
             return Gate(True, "no version is promoted yet")
         if candidate.evaluated_on is None or candidate.evaluated_on != promoted.evaluated_on:
@@ -407,32 +340,6 @@ class RunRegistry:
             "a writable folder",
             "Change its permissions, or choose another folder.",
         )
-
-
-def _check_not_replaced(version: Version) -> None:
-    if version.status == "replaced":
-        raise AdapterError(
-            f"{version.path!r}, which holds another model than {version.name} by now",
-            f"the model with the fingerprint {version.fingerprint[:12]}...",
-            "Train each version into its own directory; the model that is there now can be added as a new version.",
-        )
-
-
-def _training(version: Version) -> dict[str, Any]:
-    """How a version was trained, setting by setting, as far as its directory still tells."""
-    found: dict[str, Any] = {"base": version.base, "trained on": version.trained_on[:8]}
-    manifest = Manifest.read(Path(version.path)) if version.status == "there" else None
-    if manifest is not None:
-        found["max_seq_length"] = manifest.max_seq_length
-        for part in ("settings", "lora", "versions"):
-            found |= _flatten(part, getattr(manifest, part))
-    return found
-
-
-def _flatten(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {key: leaf for child in value for key, leaf in _flatten(f"{name}.{child}", value[child]).items()}
 
 
 def _now() -> str:

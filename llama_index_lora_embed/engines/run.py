@@ -322,13 +322,19 @@ def _generators(config: FinetuneConfig, llm: LLM | None) -> list[QueryGenerator]
         "llm": LLMQueryGenerator,
     }
     made: list[QueryGenerator] = []
-    for settings in config.data.query_generators or ():
-        options = dict(settings.options)
+    problems: list[str] = []
+    for number, settings in enumerate(config.data.query_generators or ()):
+        path, options = f"data.query_generators[{number}]", settings.options
         if settings.kind == "llm":
             if llm is None:
-                raise ConfigError(
-                    "a query generator 'llm' without an LLM", "an LLM", "Pass run_finetune(..., llm=llm)."
-                )
+                problems.append(f"{path}: 'llm' without an LLM: expected one, as in run_finetune(..., llm=llm)")
+                continue
             options = {"llm": llm, "journal": _journal(config), **options}
-        made.append(classes[settings.kind](**options))
+        try:
+            made.append(classes[settings.kind](**options))
+        except (ConfigError, TypeError) as error:  # Python's own where an option without a default is missing
+            found = getattr(error, "problems", None) or [str(error)]
+            problems += [f"{path}.options: {problem}" for problem in found]
+    if problems:
+        raise ConfigError(f"{len(problems)} problem(s)", "query generators without any", "Correct them:", problems)
     return made

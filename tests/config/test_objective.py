@@ -1,12 +1,13 @@
 import pytest
 
-from llama_index_lora_embed.config import OBJECTIVES, ObjectiveSettings
+from llama_index_lora_embed.config import FOR_PAIRS, OBJECTIVES, ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_needs_no_more_than_its_name_and_distillation_a_teacher(name):
-    ObjectiveSettings(name=name, teacher="x" if name == "distillation" else None)
+    made = ObjectiveSettings(name=name, teacher="x" if name == "distillation" else None)
+    assert made.misfits(pairs=name in FOR_PAIRS, own_loss=False) == []
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ def test_few_documents_are_warned_of():
         split_by_source(make_dataset(passages=18), 0.2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        split_by_source(make_dataset(passages=20), 0.2)
+        train, val = split_by_source(make_dataset(passages=20), 0.2)
+    assert (len(train.queries), len(val.queries)) == (32, 8)
 
 
 def test_the_report_counts_both_sides_and_what_they_share():

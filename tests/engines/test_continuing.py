@@ -91,7 +91,8 @@ def test_an_adapter_that_writing_would_destroy_cannot_be_continued(adapter, tmp_
 @pytest.mark.parametrize("place", ["own2", "own.running", "own.run.20260101-000000-1", "own-previous"])
 def test_an_adapter_beside_the_output_can_be_continued(adapter, tmp_path, place):
     shutil.copytree(adapter, tmp_path / place)
-    engine(tmp_path / place, tmp_path / "own")
+    continued = engine(tmp_path / place, tmp_path / "own")
+    assert continued.config.base.continue_from == str(tmp_path / place)
 
 
 def test_a_base_cannot_be_continued(tiny_model, tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import warnings
 
 import pytest
 from sentence_transformers.sentence_transformer import losses
@@ -14,25 +13,7 @@ from llama_index_lora_embed.core.errors import (
     OutputDirectoryError,
     UnsafeCheckpointError,
 )
-
-QUIET = {"show_progress_bar": False, "device": "cpu"}
-
-
-@pytest.fixture
-def out(tmp_path):
-    return str(tmp_path / "runs" / "adapter")
-
-
-@pytest.fixture(autouse=True)
-def no_warnings_but_expected_ones():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*texts are longer")
-        yield
-
-
-def finetune(dataset, model, out, **kwargs):
-    engine = LoraFinetuneEngine(dataset, model, out, **{"batch_size": 8, "epochs": 2, **QUIET, **kwargs})
-    return engine, engine.finetune()
+from tests.engines.conftest import QUIET, finetune
 
 
 def test_a_nan_loss_stops_the_run_and_leaves_its_log_alone(tiny_model, dataset, val_dataset, out):

@@ -32,27 +32,8 @@ from llama_index_lora_embed.data.questions.base import embed_text
 from llama_index_lora_embed.evaluation import Verdict
 from llama_index_lora_embed.models.adapter_directory import Manifest
 from tests.conftest import make_dataset, shown
+from tests.engines.conftest import QUIET, finetune
 from tests.helpers.llms import FakeLLM
-
-QUIET = {"show_progress_bar": False, "device": "cpu"}
-
-
-@pytest.fixture
-def out(tmp_path):
-    return str(tmp_path / "runs" / "adapter")
-
-
-@pytest.fixture(autouse=True)
-def no_warnings_but_expected_ones():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*texts are longer")
-        yield
-
-
-def finetune(dataset, model, out, **kwargs):
-    engine = LoraFinetuneEngine(dataset, model, out, **{"batch_size": 8, "epochs": 2, **QUIET, **kwargs})
-    return engine, engine.finetune()
-
 
 # -- the main line ------------------------------------------------------------------------------------
 

@@ -111,12 +111,21 @@ def test_with_an_llm_the_queries_are_its_own_and_its_answers_are_kept_beside_the
     assert llm.calls == calls, "no answer is paid for twice"
 
 
-def test_a_generator_by_reference_needs_its_llm_and_its_arguments(tiny_model, tmp_path, nodes):
-    unknown = {"kind": "title", "options": {"n": 1}}
-    for generator, said in (({"kind": "llm"}, "without an LLM"), (unknown, "n: unknown")):
-        config = configuration(tmp_path, tiny_model, {"query_generators": [generator]})
-        with pytest.raises(ConfigError, match=said):
-            run_finetune(config, nodes=nodes)
+def test_generators_by_reference_that_cannot_be_made_are_all_named_by_their_path(tiny_model, tmp_path, nodes):
+    wrong = [
+        ({"kind": "llm"}, "data.query_generators[0]: 'llm' without an LLM"),
+        ({"kind": "title", "options": {"n": 1, "max_words": 0}}, "data.query_generators[1].options: n: unknown"),
+        ({"kind": "query_log"}, "data.query_generators[2].options: "),
+        ({"kind": "query_log", "options": {"source": "log.csv", "colums": {}}}, "did you mean 'columns'"),
+    ]
+    generators = [generator for generator, _ in wrong]
+    config = configuration(tmp_path, tiny_model, {"query_generators": [*generators, {"kind": "title"}]})
+    with pytest.raises(ConfigError) as caught:
+        run_finetune(config, nodes=nodes)
+    assert len(caught.value.problems) == 5
+    for _, said in wrong:
+        assert said in str(caught.value)
+    assert "missing 1 required positional argument: 'source'" in caught.value.problems[3]
 
 
 def test_nodes_of_one_document_cannot_be_held_out(tiny_model, tmp_path, nodes):

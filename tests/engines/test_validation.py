@@ -84,7 +84,7 @@ def test_a_wrong_argument_is_named_when_the_engine_is_made(tmp_path, wrong, said
         {"seed": 2**32 - 1},
         {"device": "cuda:3"},
         {"device": torch.device("cpu")},
-        {"cache_folder": Path("cache")},
+        {"cache_folder": Path("/cache")},
         {"best_metric": "hit@1"},
         {"best_metric": "roc_auc", "val_dataset": VAL_PAIRS},
         {**OF_PAIRS, "best_metric": "pearson"},
@@ -99,7 +99,11 @@ def test_a_wrong_argument_is_named_when_the_engine_is_made(tmp_path, wrong, said
     ids=shown,
 )
 def test_valid_arguments_are_accepted(tmp_path, right):
-    engine(tmp_path / "run", **right)
+    made = engine(tmp_path / "run", **right)
+    taken = {**dict(made.config.base), **dict(made.config.training), **dict(made.config.output)}
+    taken |= {"objective": made.config.objective.name, "loss": made._run.loss}
+    for name in right.keys() - {"dataset", "val_dataset"}:
+        assert str(taken[name]) == str(right[name]), name
 
 
 def test_problems_of_all_kinds_come_together(tmp_path):

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,8 @@ class HiddenStateCache:
 
         handle = self.layers[self.first].register_forward_pre_hook(capture, with_kwargs=True)
         try:
-            with torch.no_grad():
+            with suppress(_CapturedError), torch.no_grad():
                 model(dict(features))
-        except _CapturedError:
-            pass
         finally:
             handle.remove()
         (states,) = captured
