@@ -137,7 +137,7 @@ def pair_metrics(similarities: Numbers, labels: Numbers) -> dict[str, float]:
     correlations of ranks and of values; 0 if all similarities are equal. The first three are for labels of 0 and 1.
     """
     from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
-    from sklearn.metrics import average_precision_score, roc_auc_score  # type: ignore[import-untyped]
+    from sklearn.metrics import average_precision_score, roc_auc_score
 
     metrics: dict[str, float] = {}
     if np.isin(labels, (0, 1)).all():

@@ -121,7 +121,7 @@ def embedding_map(samples: Mapping[str, EmbeddingSample]) -> Figure:
     t-SNE by cosine distance (van der Maaten and Hinton 2008, scikit-learn): near points are similar, distances between
     groups mean nothing. A line connects each query to its passages: the shorter, the better.
     """
-    from sklearn.manifold import TSNE  # type: ignore[import-untyped]
+    from sklearn.manifold import TSNE
 
     figure, panels = _panels(len(samples), height=4.2)
     for axes, (label, sample) in zip(panels, samples.items(), strict=True):
