@@ -1,4 +1,4 @@
-"""After training: export, the Hub, registered versions, stamped indexes and their replacement."""
+"""After training: merging, export, the Hub, registered versions, stamped indexes and their replacement."""
 
 from llama_index_lora_embed.deployment.hub import push_to_hub
 from llama_index_lora_embed.deployment.index_stamp import IndexStamp, read_index_stamp, stamp_index, verify_index
@@ -14,6 +14,7 @@ from llama_index_lora_embed.deployment.reindex import (
 )
 from llama_index_lora_embed.deployment.versions import Version, VersionComparison
 from llama_index_lora_embed.embedding.export import Certificate, export_model
+from llama_index_lora_embed.models.merge import MergedAdapter, merge_adapters
 
 __all__ = [
     "Certificate",
@@ -22,11 +23,13 @@ __all__ = [
     "Gate",
     "IndexStamp",
     "IndexStore",
+    "MergedAdapter",
     "ReindexResult",
     "RunRegistry",
     "Version",
     "VersionComparison",
     "export_model",
+    "merge_adapters",
     "open_index",
     "push_to_hub",
     "read_index_stamp",

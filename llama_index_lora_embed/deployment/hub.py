@@ -127,6 +127,8 @@ def _remove_local_paths(
     config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     if manifest.parent is not None:
         manifest = replace(manifest, parent={**manifest.parent, "path": ""})
+    local = [parent for parent in manifest.parents if Path(parent["path"]).is_absolute()]
+    manifest = replace(manifest, parents=[{**p, "path": ""} if p in local else p for p in manifest.parents])
     if not edited:
         card.write_text(model_card(manifest, repo_id, base_on_hub=True), encoding="utf-8")
     manifest = replace(manifest, files=adapter_directory.digests(directory))

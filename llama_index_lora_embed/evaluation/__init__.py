@@ -1,6 +1,5 @@
 """Is the tuned model better? Metrics of embedding models and retrievers, and comparisons with a verdict."""
 
-from llama_index_lora_embed.evaluation.adapter_scale import ScaleSweep as ScaleSweep
 from llama_index_lora_embed.evaluation.adapter_scale import tune_scale as tune_scale
 from llama_index_lora_embed.evaluation.compare import compare as compare
 from llama_index_lora_embed.evaluation.judging.grades import Agreement as Agreement
@@ -8,6 +7,7 @@ from llama_index_lora_embed.evaluation.judging.judge import judge_queries as jud
 from llama_index_lora_embed.evaluation.judging.label import label_queries as label_queries
 from llama_index_lora_embed.evaluation.judging.result import JudgedQueries as JudgedQueries
 from llama_index_lora_embed.evaluation.judging.result import JudgingReport as JudgingReport
+from llama_index_lora_embed.evaluation.merge_sweep import tune_merge as tune_merge
 from llama_index_lora_embed.evaluation.metrics import compute_metrics as compute_metrics
 from llama_index_lora_embed.evaluation.pair_comparison import compare_pairs as compare_pairs
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation as PairEvaluation
@@ -24,5 +24,7 @@ from llama_index_lora_embed.evaluation.retrieval import evaluate_retrieval as ev
 from llama_index_lora_embed.evaluation.retrieval_comparison import RetrievalComparison as RetrievalComparison
 from llama_index_lora_embed.evaluation.retrieval_comparison import compare_retrieval as compare_retrieval
 from llama_index_lora_embed.evaluation.retriever import evaluate_index as evaluate_index
+from llama_index_lora_embed.evaluation.sweep import Sweep as Sweep
 from llama_index_lora_embed.evaluation.verdict import Comparison as Comparison
+from llama_index_lora_embed.evaluation.verdict import Evidence as Evidence
 from llama_index_lora_embed.evaluation.verdict import Verdict as Verdict

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
-from llama_index_lora_embed.evaluation.metrics import NAMES
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval
+from llama_index_lora_embed.evaluation.sweep import Sweep, check_metric
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(frozen=True)
-class ScaleSweep:
-    """Evaluations of an adapter at several scales.
-
-    Attributes:
-        best: The scale with the highest metric; among ties the smallest, which is closest to the base.
-        metric: The metric that decided.
-        evaluations: Scale to evaluation; 0 is the base.
-    """
-
-    best: float
-    metric: str
-    evaluations: dict[float, RetrievalEvaluation] = field(repr=False)
-
-    def scores(self) -> dict[float, float]:
-        """Scale to its value of the metric."""
-        return {scale: found.metrics[self.metric] for scale, found in self.evaluations.items()}
 
 
 def tune_scale(
@@ -43,7 +23,7 @@ def tune_scale(
     scales: Sequence[float] = SCALES,
     metric: str = "ndcg@10",
     **embedding: Any,
-) -> ScaleSweep:
+) -> Sweep[float]:
     """Evaluate an adapter at several scales. Interpolating between base and adapter reduces forgetting.
 
     WiSE-FT calls it weight-space ensembling (Wortsman et al. 2022, arXiv 2109.01903, section 3). The metrics of the
@@ -56,6 +36,9 @@ def tune_scale(
         metric: One of `metrics.NAMES`.
         **embedding: Further arguments of `LoraEmbedding`: device, prompts, ...
 
+    Returns:
+        Scale to evaluation; 0 is the base.
+
     Raises:
         ConfigError: A scale is out of range, the metric is unknown, or the adapter is not a plain LoRA.
         DatasetError: The dataset is empty or inconsistent.
@@ -66,8 +49,7 @@ def tune_scale(
     """
     if not scales or not all(map(is_share, scales)):
         raise ConfigError(f"scales={scales!r}", "at least one number from 0 to 1", f"scales={SCALES}")
-    if metric not in NAMES:
-        raise ConfigError(f"metric={metric!r}", f"one of {', '.join(NAMES)}", "metric='ndcg@10'")
+    check_metric(metric)
     dataset = EmbeddingQAFinetuneDataset.coerce(dataset, "dataset")
     evaluations: dict[float, RetrievalEvaluation] = {}
     for scale in sorted({float(scale) for scale in scales}):
@@ -76,5 +58,4 @@ def tune_scale(
             adapters={"tuned": adapter_path}, adapter="tuned", adapter_scale=scale, max_adapters=1, **embedding
         )
         evaluations[scale] = evaluate_retrieval(embed_model, dataset)
-    best = max(evaluations, key=lambda scale: (evaluations[scale].metrics[metric], -scale))
-    return ScaleSweep(best, metric, evaluations)
+    return Sweep.of(evaluations, metric, 0.0, lambda scale: scale)

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ SCHEMA_VERSION = 1
 _UNHASHED = {MANIFEST_NAME, "README.md"}  # users may edit the README
 _RESTORE = "Restore the directory from a copy, or train again."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LIBRARIES = ("sentence-transformers", "transformers", "peft", "torch", "llama-index-core")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Manifest:
         normalise: Whether vectors have length 1.
         lora: Rank, alpha and target modules.
         parent: Path and fingerprint of the adapter that was continued; None if training started from the base model.
+        parents: Path, fingerprint and weight of each adapter that was merged.
         dataset: Digest and size of the training set, and the origins of its queries.
         settings: `TrainingSettings` of the run.
         metrics: Metrics of "base" and "tuned" on the validation set, if there was one.
@@ -59,6 +63,7 @@ class Manifest:
     similarity: str
     lora: dict[str, Any] = field(default_factory=dict)
     parent: dict[str, Any] | None = None
+    parents: list[dict[str, Any]] = field(default_factory=list)
     dataset: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -69,6 +74,40 @@ class Manifest:
     created: str = ""
     files: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def of(cls, model: SentenceTransformer, base: dict[str, Any], **origin: Any) -> Manifest:
+        """The manifest of a model with an adapter named "default"; `write_adapter` adds fingerprint and files.
+
+        Args:
+            model: With the adapter's weights.
+            base: `BaseInfo.to_dict` of its base model.
+            **origin: The fields that say where the adapter comes from: parent, dataset, metrics, ...
+        """
+        from llama_index_lora_embed import __version__
+
+        lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
+        targets = lora.target_modules
+        return cls(
+            fingerprint="",
+            base=base,
+            prompts={name: model.prompts.get(name) or "" for name in ("query", "document")},
+            pooling=describe_modules(model),
+            max_seq_length=int(model.max_seq_length or 0),
+            normalise=normalises(model),
+            similarity=str(model.similarity_fn_name),
+            lora={
+                "r": lora.r,
+                "lora_alpha": lora.lora_alpha,
+                "target_modules": targets if isinstance(targets, str) else sorted(targets),
+            },
+            versions={
+                "llama-index-lora-embed": __version__,
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **origin,
+        )
 
     @classmethod
     def read(cls, directory: Path) -> Manifest | None:

@@ -20,9 +20,13 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
         base_on_hub: Whether the base model's name is a Hub id even though its revision is unknown.
     """
     base, dataset = manifest.base["model_id"], manifest.dataset
-    trained_on = f"{dataset.get('queries', 0)} queries for {dataset.get('passages', 0)} passages"
+    origin = f"Trained on {dataset.get('queries', 0)} queries for {dataset.get('passages', 0)} passages"
     if "pairs" in dataset:
-        trained_on = f"{dataset['pairs']} labelled pairs"
+        origin = f"Trained on {dataset['pairs']} labelled pairs"
+    if manifest.parents:
+        names = (Path(parent["path"]).name or str(parent["fingerprint"])[:12] for parent in manifest.parents)
+        shares = (f"{parent['weight']:g} x {name}" for parent, name in zip(manifest.parents, names, strict=True))
+        origin = f"Merged from {', '.join(shares)}"
     metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
     lines = ["---", *(f"{key}: {value}" for key, value in metadata.items())]
     if base_on_hub or manifest.base["revision"] is not None:
@@ -30,7 +34,7 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
     lines += [
         *("tags: [sentence-transformers, lora, peft, llama-index]", "---"),
         *(f"# LoRA adapter for {Path(base).name}", ""),
-        f"Trained on {trained_on}. {manifest.verdict}".strip(),
+        f"{origin}. {manifest.verdict}".strip(),
     ]
     if manifest.metrics:
         names = list(manifest.metrics["base"])[:_COLUMNS]

@@ -1,0 +1,41 @@
+"""Adapters with random weights, and what they change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from llama_index_lora_embed import LoraEmbedding
+from llama_index_lora_embed.models.adapter_directory import Manifest, write_adapter
+from llama_index_lora_embed.models.base_model import describe_base, load_base
+
+
+def random_adapter(base: str, path: Path, seed: int, *, max_seq_length: int | None = None, **settings: Any) -> Path:
+    """Write an adapter directory with a random LoRA; `settings` are those of `LoraConfig` and of `load_base`."""
+    found = describe_base(base)
+    loading = {name: settings.pop(name) for name in ("query_prompt", "pooling", "window") if name in settings}
+    model = load_base(found, device="cpu", **loading)
+    torch.manual_seed(seed)
+    model.add_adapter(LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], **settings}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    if max_seq_length is not None:
+        model.max_seq_length = max_seq_length
+    write_adapter(model, path, Manifest.of(model, found.to_dict()), found.weights_sha256)
+    return path
+
+
+def weight_changes(path: str | Path) -> dict[str, torch.Tensor]:
+    """Module to the weight change of an adapter, as peft computes it."""
+    model = LoraEmbedding(path, merge=False, device="cpu").sentence_transformer
+    layers = model.transformers_model.named_modules()
+    return {
+        name: layer.get_delta_weight("default").detach()
+        for name, layer in layers
+        if isinstance(layer, LoraLayer) and "default" in layer.scaling
+    }
