@@ -12,6 +12,7 @@ import pytest
 
 from llama_index_lora_embed import LoraEmbedding
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, HubError, ModelNotFoundError
+from llama_index_lora_embed.deployment import merge_adapters
 from llama_index_lora_embed.deployment.hub import push_to_hub
 from tests.helpers.hub import TOKEN, local_hub
 
@@ -125,6 +126,18 @@ def test_the_model_card_names_base_data_metrics_and_how_to_load_it(hub, pushed, 
     everything = b"".join(files.values()).decode(errors="replace")
     assert str(adapter.parent) not in everything, "no local paths"
     assert "/tmp/" not in everything
+
+
+def test_a_merged_adapter_is_pushed_without_the_paths_of_its_parents(hub, adapter, base, tmp_path):
+    merge_adapters([adapter], tmp_path / "merged", weights=[0.5])
+    done = push(tmp_path / "merged", "me/merged", hub, tmp_path / "cache", base_model=base)
+    assert done.returncode == 0, done.stderr
+    files = hub.commits["me/merged", done.stdout.split()[-1]]
+    fingerprint = json.loads((adapter / "finetune.json").read_text())["fingerprint"]
+    parent = {"path": "", "fingerprint": fingerprint, "weight": 0.5}
+    assert json.loads(files["finetune.json"])["parents"] == [parent]
+    assert f"Merged from 0.5 x {fingerprint[:12]}" in files["README.md"].decode()
+    assert str(adapter.parent) not in b"".join(files.values()).decode(errors="replace")
 
 
 def test_an_edited_model_card_and_other_files_of_the_user_stay(hub, adapter, base, tmp_path):
