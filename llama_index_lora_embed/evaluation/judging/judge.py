@@ -60,8 +60,8 @@ def judge_queries(
         nodes: The nodes that are searched. They become the corpus.
         models: Embedding models by name, or a list of them.
         llm: Any LlamaIndex LLM.
-        top_k: Passages of each model and of BM25. 10 is the depth of the metrics here. With two models, expect up to 30
-            requests for each query, and usually about half of that.
+        top_k: Passages of each model and of BM25. 10 is the depth of the metrics here. With two models there are at
+            most 30 requests for each query, and fewer where they find the same passages.
         threshold: Lowest grade of a relevant passage, 1 to 3. Passages below are `judged_irrelevant`.
         journal: Where the answers are kept.
         settings: Concurrency, retries, and limits. Answers other than a grade are requested again up to `attempts`
@@ -69,7 +69,7 @@ def judge_queries(
         human: Labels by people for some of the queries and passages, to report the agreement with. Unlabelled passages
             count as irrelevant, unless it has `judged_irrelevant` ones.
         max_queries: Queries to judge; of more, a random sample is judged, and reported. None judges all. 500 queries
-            give a 95 % interval of about ±0.02 around a difference in nDCG@10.
+            give a 95 % interval of about ±0.03 around a difference in nDCG@10.
         seed: Random seed of the sample.
         column: Column of the queries in a log.
         num_workers: See `evaluate_retrieval`.

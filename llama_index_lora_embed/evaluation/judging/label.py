@@ -53,8 +53,9 @@ def label_queries(
     and q to quit, each followed by Enter. Each answer is appended to the file at once; the next call with the same file
     continues where this one stopped, and with other models asks only for passages that have no grade yet.
 
-    With the defaults and two models there are at most 15 passages for each query, usually about 8: twenty queries take
-    about ten minutes. The dataset can be the `human` of `judge_queries`, which shows how far to trust an LLM's grades.
+    With the defaults and two models there are at most 15 passages for each query, and fewer where they find the same
+    ones: twenty queries take about ten minutes. The dataset can be the `human` of `judge_queries`, which shows how far
+    to trust an LLM's grades.
 
     Args:
         queries: See `judge_queries`.
