@@ -185,6 +185,9 @@ def test_linear_is_pefts_cat_and_not_pefts_linear(a, b, tmp_path):
     for name, change in found.items():
         assert torch.allclose(cat[name], change, atol=1e-6)
         assert float((linear[name] - change).norm() / change.norm()) > 0.5, "cross terms of the two adapters"
+    twice = in_peft([a, a], weights=[0.5, 0.5], combination_type="linear")
+    for name, change in weight_changes(a).items():
+        assert torch.allclose(twice[name], 2 * change, atol=1e-5)
 
 
 @pytest.mark.parametrize("combination", ["ties", "dare_linear", "dare_ties"])
