@@ -15,7 +15,7 @@ from llama_index_lora_embed.config.base import (
     ShareAbove0,
 )
 
-GeneratorKind = Literal["title", "inverse_cloze", "neighbour", "metadata", "query_log", "llm"]
+GeneratorKind = Literal["title", "lead", "definition", "inverse_cloze", "neighbour", "metadata", "query_log", "llm"]
 
 NEAR_DUPLICATE = 0.9
 """Jaccard similarity of word 3-shingles from which passages count as the same: in 120 words two changed words that

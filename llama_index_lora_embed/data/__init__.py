@@ -7,7 +7,9 @@ from llama_index_lora_embed.data.generate import agenerate_qa_embedding_pairs, g
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.data.questions.base import FirstOf, GeneratedQuery, NodeQueryGenerator, QueryGenerator
 from llama_index_lora_embed.data.questions.heuristic import (
+    DefinitionQueryGenerator,
     InverseClozeQueryGenerator,
+    LeadQueryGenerator,
     MetadataQueryGenerator,
     NeighbourQueryGenerator,
     TitleQueryGenerator,
@@ -18,12 +20,14 @@ from llama_index_lora_embed.data.split import SplitReport, split_by_source, spli
 
 __all__ = [
     "BuildReport",
+    "DefinitionQueryGenerator",
     "EmbeddingQAFinetuneDataset",
     "FirstOf",
     "GeneratedQuery",
     "InverseClozeQueryGenerator",
     "LLMQueryGenerator",
     "LabelledPairs",
+    "LeadQueryGenerator",
     "MetadataQueryGenerator",
     "NeighbourQueryGenerator",
     "NodeQueryGenerator",

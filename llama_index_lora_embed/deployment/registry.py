@@ -20,11 +20,12 @@ from llama_index_lora_embed.core.files import append_json_line, read_json_lines,
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, origin_name
 from llama_index_lora_embed.deployment.versions import Version, VersionComparison, check_not_replaced, training_of
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
-from llama_index_lora_embed.evaluation.compare import Difference, metric_differences
+from llama_index_lora_embed.evaluation.compare import compare, metric_differences
 from llama_index_lora_embed.evaluation.report.run_facts import RunFacts
 from llama_index_lora_embed.evaluation.report.tables import Table
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, evaluation_digest
-from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals
+from llama_index_lora_embed.evaluation.significance import paired_intervals
+from llama_index_lora_embed.evaluation.verdict import Comparison
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -43,15 +44,14 @@ class Gate:
     """Whether a version is no worse than the promoted one; true if so.
 
     Attributes:
-        passed: The lower end of the 95 % interval of the difference is at least -tolerance, and there are enough
-            queries; or no version is promoted yet.
-        reason: In one sentence.
-        ndcg: nDCG@10 of the promoted version and the candidate; None if no version is promoted.
+        passed: `Comparison.accepts`, or no version is promoted yet.
+        reason: In words.
+        comparison: Of the promoted version and the candidate; None if no version is promoted.
     """
 
     passed: bool
     reason: str
-    ndcg: Difference | None = None
+    comparison: Comparison | None = None
 
     def __bool__(self) -> bool:
         return self.passed
@@ -244,9 +244,9 @@ class RunRegistry:
     def gate(self, name: str, *, tolerance: float = TOLERANCE) -> Gate:
         """Whether a version is no worse than the promoted one on the same queries.
 
-        A test of non-inferiority: the lower end of the 95 % interval of the difference of nDCG@10 must be at least
-        -tolerance. With few queries the interval is wide, so that only a clear gain passes; with fewer than ten nothing
-        does.
+        A test of non-inferiority (`Comparison.accepts`): the lower end of the 95 % interval of the difference of
+        nDCG@10 must be at least -tolerance. With few queries the interval is wide, so that only a clear gain passes;
+        with fewer than ten nothing does, and on synthetic queries only LIKELY BETTER.
 
         Args:
             name: The candidate.
@@ -271,16 +271,12 @@ class RunRegistry:
                 "Add both with the same dataset=.",
             )
         old, new = self._load_evaluation(promoted), self._load_evaluation(candidate)
-        ndcg = metric_differences(old, new, metrics=[_METRIC])[_METRIC]
-        low, high = ndcg.interval
-        if len(new.per_query) < MIN_QUERIES:
-            reason = f"{len(new.per_query)} queries are too few; at least {MIN_QUERIES} are needed"
-            return Gate(False, reason, ndcg)
+        trained_on = RunFacts.read(candidate.path).manifest.dataset.get("origins")
+        comparison = compare(old, new, trained_on=trained_on)
         return Gate(
-            low >= -tolerance,
-            f"nDCG@10 of {name} is {ndcg.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) against the "
-            f"promoted version {promoted.name}; the accepted loss is {tolerance:.3f}",
-            ndcg,
+            comparison.accepts(tolerance),
+            f"{name} against the promoted version {promoted.name}: {comparison} The accepted loss is {tolerance:.3f}.",
+            comparison,
         )
 
     def _check_new(self, name: str | None) -> None:
@@ -296,7 +292,12 @@ class RunRegistry:
         raise ConfigError(f"version {name!r}", f"one of: {known}", "registry.list() returns all versions.")
 
     def _save_evaluation(self, version: Version, evaluation: RetrievalEvaluation) -> None:
-        saved = {"per_query": evaluation.per_query, "origins": evaluation.origins, "passages": evaluation.passages}
+        saved = {
+            "per_query": evaluation.per_query,
+            "origins": evaluation.origins,
+            "passages": evaluation.passages,
+            "query_origins": evaluation.query_origins,
+        }
         try:
             write_json(self.path / _EVALUATIONS / f"{version.name}.json", saved)
         except OSError as error:
@@ -307,7 +308,14 @@ class RunRegistry:
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             origins = {origin_name(origin): count for origin, count in saved["origins"].items()}
-            return RetrievalEvaluation(version.metrics, saved["per_query"], {}, origins, saved["passages"])
+            return RetrievalEvaluation(
+                version.metrics,
+                saved["per_query"],
+                {},
+                origins,
+                saved["passages"],
+                query_origins=saved.get("query_origins", {}),
+            )
         except (OSError, ValueError, KeyError) as error:
             raise DatasetError(
                 f"an evaluation of {version.name} that cannot be read ({error})",

@@ -247,7 +247,7 @@ def reindex(
         dataset: Queries whose relevant passages are ids of these nodes; None switches without a comparison.
         before: The model of the index in use; required with `dataset` if there is such an index.
         tolerance: Accepted loss of nDCG@10: the new index is refused if the lower end of the 95 % interval of the
-            difference is below -tolerance, as in `RunRegistry.gate`.
+            difference is below -tolerance, and on synthetic queries unless it is LIKELY BETTER (`Comparison.accepts`).
         keep: Number of versions to keep, at least the one in use and the one before it.
 
     Returns:
@@ -287,13 +287,16 @@ def reindex(
     if current is None:
         reason = "there was no index in use"
     elif old is not None and dataset is not None:
-        comparison = compare_retrieval(old, _evaluate(index, dataset), dataset, names=("in use", "new"))
-        low, high = comparison.comparison.interval
-        switch = low >= -tolerance
-        reason = (
-            f"nDCG@10 {comparison.comparison.difference:+.3f} (95 % interval {low:+.3f} to {high:+.3f}) against "
-            f"{current}; the accepted loss is {tolerance:.3f}"
+        manifest = getattr(embed_model, "manifest", None)
+        comparison = compare_retrieval(
+            old,
+            _evaluate(index, dataset),
+            dataset,
+            trained_on=None if manifest is None else manifest.dataset.get("origins"),
+            names=("in use", "new"),
         )
+        switch = comparison.comparison.accepts(tolerance)
+        reason = f"{comparison.comparison} Compared with {current}; the accepted loss is {tolerance:.3f}"
     if switch:
         if store.read_pointer().get("current") != current or version not in store.versions():
             raise WrongIndexError(

@@ -18,7 +18,6 @@ from llama_index_lora_embed.config import (
     MiningSettings,
     ObjectiveSettings,
     QueryFilterSettings,
-    TrainingSettings,
 )
 from llama_index_lora_embed.core.errors import MissingExtraError, OutputDirectoryError
 from llama_index_lora_embed.core.optional import require
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _C = FinetuneConfig()
 _T = _C.training
-_SYNTHETIC = TrainingSettings.for_synthetic_queries()
 
 
 class LoraFinetuneEngine:
@@ -100,6 +98,7 @@ class LoraFinetuneEngine:
         precision: Literal["auto", "bf16", "fp32"] = _T.precision,
         temperature: float = _T.temperature,
         lora_layers: float = _T.lora_layers,
+        adapter_scale: float = _T.adapter_scale,
         base_dropout: bool = _T.base_dropout,
         fused_lora: bool = _T.fused_lora,
         fused_attention: bool = _T.fused_attention,
@@ -154,8 +153,6 @@ class LoraFinetuneEngine:
         val_fraction: float = _C.data.val_fraction,
         query_generators: Iterable[QueryGenerator] | None = None,
         filters: QueryFilterSettings | None = _C.data.filters,
-        epochs: int = _SYNTHETIC.epochs,
-        learning_rate: float = _SYNTHETIC.learning_rate,
         **kwargs: Any,
     ) -> LoraFinetuneEngine:
         """An engine on queries generated from nodes, validation held out by source document.
@@ -169,13 +166,12 @@ class LoraFinetuneEngine:
             val_dataset: Human-written queries to evaluate with, about the same nodes or others; generated queries
                 that it also holds are not trained on. None holds out `val_fraction` of the generated ones.
             val_fraction: 0 trains without a verdict.
-            query_generators: Generators to run; None takes `llm`, or else `TitleQueryGenerator`, and
-                `InverseClozeQueryGenerator` on nodes without a title, which need no LLM.
+            query_generators: Generators to run; None takes `llm`, or else titles, first sentences and definitions
+                (`default_query_generators`), which need no LLM.
             filters: Which queries are dropped, see `QueryFilterSettings`; None keeps all. Where an LLM wrote some, the
                 base is loaded to see whether it finds their passages.
-            epochs: See `TrainingSettings.for_synthetic_queries`.
-            learning_rate: See `TrainingSettings.for_synthetic_queries`.
-            **kwargs: Everything else that the engine takes.
+            **kwargs: Everything else that the engine takes. Where they say nothing, training has the defaults of
+                `TrainingSettings.for_llm_written_queries` or `for_heuristic_queries`.
 
         Raises:
             SplitError: The nodes come from one document, so that none can be held out; pass `val_dataset`, or
@@ -184,7 +180,7 @@ class LoraFinetuneEngine:
             ConfigError: Wrong arguments.
         """
         kwargs |= {"model_id": model_id, "model_output_path": model_output_path, "filters": filters}
-        kwargs |= {"val_fraction": val_fraction, "epochs": epochs, "learning_rate": learning_rate}
+        kwargs["val_fraction"] = val_fraction
         engine = cls.__new__(cls)
         engine._run = run_from_nodes(_arguments(kwargs), nodes, val_dataset, query_generators, llm, **_objects(kwargs))
         return engine

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.training.negatives.mining import MiningReport
     from llama_index_lora_embed.training.train import TrainingOutcome
 
-_LIBRARIES = ("sentence-transformers", "transformers", "peft", "torch", "llama-index-core")
-
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -34,7 +31,7 @@ class FinetuneResult:
     Attributes:
         adapter_path: The adapter directory.
         fingerprint: Fingerprint of the model in it.
-        verdict: BETTER, NO CLEAR DIFFERENCE, WORSE or NOT EVALUATED.
+        verdict: BETTER, LIKELY BETTER, NO CLEAR DIFFERENCE, WORSE or NOT EVALUATED.
         summary: The verdict in one sentence, with the queries that it is based on.
         base_metrics: Metrics of the base on the validation data, from 0 to 1; empty if not evaluated.
         tuned_metrics: Metrics of the model in the directory.
@@ -50,6 +47,7 @@ class FinetuneResult:
         mined: What each round of mining found.
         evaluations: Of the base and of the tuned model, query by query or pair by pair; None if not evaluated.
         val_dataset: The validation data.
+        trained_on: Origins of the training queries; None for labelled pairs.
     """
 
     adapter_path: str
@@ -69,6 +67,7 @@ class FinetuneResult:
     mined: tuple[MiningReport, ...] = ()
     evaluations: tuple[Any, Any] | None = field(default=None, repr=False)
     val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None = field(default=None, repr=False)
+    trained_on: tuple[str, ...] | None = None
 
     @classmethod
     def of(
@@ -81,6 +80,7 @@ class FinetuneResult:
         mined: tuple[MiningReport, ...],
         data_report: BuildReport | None,
         val_dataset: TrainingData | None,
+        trained_on: Collection[str] | None,
     ) -> FinetuneResult:
         """The result of a run from its parts."""
         from llama_index_lora_embed.evaluation import Verdict
@@ -104,6 +104,7 @@ class FinetuneResult:
             mined=mined,
             evaluations=None if comparison is None else (best.base, best.best),
             val_dataset=val_dataset,
+            trained_on=None if trained_on is None else tuple(trained_on),
         )
 
     def compare(self) -> RetrievalComparison:
@@ -118,7 +119,7 @@ class FinetuneResult:
             raise ConfigError(
                 "a run that was not evaluated on queries", "one with a val_dataset of queries", "Train with one."
             )
-        return compare_retrieval(*self.evaluations, self.val_dataset)  # type: ignore[arg-type]
+        return compare_retrieval(*self.evaluations, self.val_dataset, trained_on=self.trained_on)  # type: ignore[arg-type]
 
     def write_report(
         self, path: str | os.PathLike[str] | None = None, *, figures: str | os.PathLike[str] | None = None
@@ -184,7 +185,8 @@ def summarise(
         return "NOT EVALUATED: there was no validation set, so it is not known whether this model is better."
     if best_step == 0:
         gained_nothing = f"training gained nothing; the adapter gives the vectors of {start}."
-        return f"{comparison.verdict.value}: {gained_nothing} {comparison.basis} {note}".strip()
+        on = f"{comparison.queries} {comparison.evidence.value}"
+        return f"{comparison.verdict.value} on {on}: {gained_nothing} {comparison.basis} {note}".strip()
     if continued:
         note = f"Compared with the adapter that it continues, not with the base. {note}".strip()
     if evaluations > 2:
@@ -225,28 +227,15 @@ def write_run(
     Raises:
         OutputDirectoryError: It could not be written; the trained weights are in the checkpoints.
     """
-    from llama_index_lora_embed import __version__
     from llama_index_lora_embed.models import adapter_directory
     from llama_index_lora_embed.training.checkpointing import checkpoints
 
     best = outcome.selection
-    lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
-    targets = lora.target_modules
     mining = {"mined_negatives": [report.mean_negatives for report in mined]} if dataset.kind == "queries" else {}
     metrics = {} if best.base is None or best.best is None else {"base": best.base.metrics, "tuned": best.best.metrics}
-    manifest = adapter_directory.Manifest(
-        fingerprint="",
-        base=base.to_dict(),
-        prompts={name: model.prompts.get(name) or "" for name in ("query", "document")},
-        pooling=adapter_directory.describe_modules(model),
-        max_seq_length=int(model.max_seq_length or 0),
-        normalise=adapter_directory.normalises(model),
-        similarity=str(model.similarity_fn_name),
-        lora={
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        },
+    manifest = adapter_directory.Manifest.of(
+        model,
+        base.to_dict(),
         parent=parent,
         dataset={**dataset.summary(), **mining},
         settings={**config.result_affecting(), "precision": outcome.precision},
@@ -254,11 +243,6 @@ def write_run(
         verdict=summary,
         best_step=None if best.base is None else best.best_step,
         truncation=asdict(outcome.truncation),
-        versions={
-            "llama-index-lora-embed": __version__,
-            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-        },
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     try:
         written = adapter_directory.write_adapter(model, target, manifest, base.weights_sha256)

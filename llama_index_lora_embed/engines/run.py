@@ -22,6 +22,7 @@ from llama_index_lora_embed.data import (
     split_by_source,
     split_report,
 )
+from llama_index_lora_embed.data.headings import validate_on_headings
 from llama_index_lora_embed.data.readers.nodes import read_nodes
 from llama_index_lora_embed.data.text import normalise
 from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data
@@ -91,17 +92,10 @@ def run_finetune(
     if nodes is None:
         run = prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config)
     else:
-        config = with_synthetic_defaults(config)
         if query_generators is None and data.query_generators is not None:
             query_generators = _generators(config, llm)
         run = run_from_nodes(config, nodes, val_dataset, query_generators, llm, loss=loss, lora_config=lora_config)
     return run.execute(callbacks, train_kwargs)
-
-
-def with_synthetic_defaults(config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration with the training defaults for synthetic queries where it says nothing itself."""
-    given = {name: getattr(config.training, name) for name in config.training.model_fields_set}
-    return config.replace(training=TrainingSettings.for_synthetic_queries(**given))
 
 
 def run_from_nodes(
@@ -116,14 +110,15 @@ def run_from_nodes(
 ) -> FinetuneRun:
     """A run on queries generated from nodes, validation held out by source document.
 
-    Everything that can be wrong about the run is found before an LLM is paid. With a `val_dataset`, its passages may be
-    trained on, because they are searched; generated queries that it also holds are not.
+    Everything that can be wrong about the run is found before an LLM is paid. Passages of the validation set may be
+    trained on, because they are searched; generated queries that a `val_dataset` also holds are not. Where the
+    validation queries are held out, headings stand for them as far as there are some (`validate_on_headings`).
 
     Args:
         config: A configuration, or flat arguments of one.
         nodes: As they will be indexed.
         val_dataset: Validation data; None holds out `val_fraction` of the generated queries.
-        query_generators: Generators to run; None takes the LLM, or titles and inverse cloze.
+        query_generators: Generators to run; None takes the LLM, or `default_query_generators()`.
         llm: Writes the queries.
         loss: A loss of the user's own.
         lora_config: peft's configuration.
@@ -135,14 +130,16 @@ def run_from_nodes(
     """
     if val_dataset is not None:
         val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
-        if not isinstance(config, FinetuneConfig):
-            config = {"on_overlap": "allow", **config}
-        elif "on_overlap" not in config.data.model_fields_set:
-            config = config.replace(data=config.data.replace(on_overlap="allow"))
+    if not isinstance(config, FinetuneConfig):
+        config = {"on_overlap": "allow", **config}
+    elif "on_overlap" not in config.data.model_fields_set:
+        config = config.replace(data=config.data.replace(on_overlap="allow"))
+    generators = None if query_generators is None else list(query_generators)
     config = check_run(config, None, val_dataset, loss=loss, lora_config=lora_config).config
+    written = llm is not None if generators is None else any(g.name.startswith("llm") for g in generators)
+    config = _with_defaults(config, written, plain_lora=lora_config is None)
     if config.base.quantized:
         check_device(config)
-    generators = None if query_generators is None else list(query_generators)
     if generators is None and llm is not None:
         generators = [LLMQueryGenerator(llm=llm, journal=_journal(config))]
     seed, fraction = config.training.seed, config.data.val_fraction
@@ -156,7 +153,22 @@ def run_from_nodes(
     elif fraction:
         dataset, val_dataset = split_by_source(dataset, fraction, seed=seed, max_passages=config.data.max_eval_passages)
         report = replace(report, split=split_report(dataset, val_dataset))
+        val_dataset = validate_on_headings(val_dataset, dataset.origins(), nodes, seed=seed)
     return replace(prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config), data_report=report)
+
+
+def _with_defaults(config: FinetuneConfig, written: bool, *, plain_lora: bool) -> FinetuneConfig:
+    """The configuration with the training defaults for synthetic queries where it says nothing itself.
+
+    An adapter that is trained further, or in several rounds of mining, keeps its whole change (`check_scalable`).
+    """
+    given = {name: getattr(config.training, name) for name in config.training.model_fields_set}
+    if written:
+        return config.replace(training=TrainingSettings.for_llm_written_queries(**given))
+    further = config.base.continue_from is not None or (config.mining is not None and config.mining.rounds > 1)
+    if further or config.lora_config is not None or not plain_lora:
+        given = {"adapter_scale": 1.0, **given}
+    return config.replace(training=TrainingSettings.for_heuristic_queries(**given))
 
 
 def _journal(config: FinetuneConfig) -> str:
@@ -235,7 +247,9 @@ class FinetuneRun:
             self.dataset,
             config,
             run_dir,
-            selection=CheckpointSelection(evaluate, settings.best_metric or default_metric(val)),
+            selection=CheckpointSelection(
+                evaluate, settings.best_metric or default_metric(val), settings.adapter_scale
+            ),
             lora_config=lora_config,
             loss=self.loss,
             run_record=record(
@@ -248,12 +262,15 @@ class FinetuneRun:
         best = outcome.selection
         if config.base.quantized:
             model = onto_full_precision(model, best, lambda: start.load_base(base, quantized=False))
-        comparison = None if val is None else compare(best.base, best.best)  # type: ignore[arg-type]
+        trained_on = self.dataset.origins() if self.dataset.kind == "queries" else None
+        comparison = None if val is None else compare(best.base, best.best, trained_on=trained_on)  # type: ignore[arg-type]
         summary = summarise(comparison, best.best_step, len(best.history), self.hold_out_note, parent is not None)
         fingerprint = distributed.on_main(
             lambda: write_run(target, run_dir, config, self.dataset, model, base, parent, outcome, mined, summary)
         )
-        return FinetuneResult.of(outcome, str(target), fingerprint, summary, comparison, mined, self.data_report, val)
+        return FinetuneResult.of(
+            outcome, str(target), fingerprint, summary, comparison, mined, self.data_report, val, trained_on
+        )
 
     def _lora_config(self) -> LoraConfig | None:
         if self.lora_config is not None or self.config.lora_config is None:
@@ -315,6 +332,8 @@ def _generators(config: FinetuneConfig, llm: LLM | None) -> list[QueryGenerator]
 
     classes: dict[str, Any] = {
         "title": data.TitleQueryGenerator,
+        "lead": data.LeadQueryGenerator,
+        "definition": data.DefinitionQueryGenerator,
         "inverse_cloze": data.InverseClozeQueryGenerator,
         "neighbour": data.NeighbourQueryGenerator,
         "metadata": data.MetadataQueryGenerator,

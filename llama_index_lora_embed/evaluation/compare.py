@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,8 @@ from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.evaluation.pair_comparison import compare_pairs
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation
-from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals, sign_test
-from llama_index_lora_embed.evaluation.verdict import Comparison, decide, describe_disagreement, describe_queries
+from llama_index_lora_embed.evaluation.significance import paired_intervals, sign_test
+from llama_index_lora_embed.evaluation.verdict import Comparison, weigh
 
 _METRIC = "ndcg@10"
 
@@ -37,12 +37,22 @@ class Difference:
 
 
 def compare(
-    base: RetrievalEvaluation | PairEvaluation, tuned: RetrievalEvaluation | PairEvaluation, *, seed: int = 0
+    base: RetrievalEvaluation | PairEvaluation,
+    tuned: RetrievalEvaluation | PairEvaluation,
+    *,
+    trained_on: Collection[str] | None = None,
+    seed: int = 0,
 ) -> Comparison:
     """Compare two models on the same queries, or on the same labelled pairs (see `compare_pairs`).
 
-    With fewer than ten queries the verdict is NO CLEAR DIFFERENCE, whatever the interval
-    (`significance.paired_intervals`) says. `seed` is that of the bootstrap.
+    The verdict rests on the strongest evidence among the queries (`verdict.weigh`). With fewer than ten queries it is
+    NO CLEAR DIFFERENCE, whatever the interval (`significance.paired_intervals`) says.
+
+    Args:
+        base: Evaluation of the base.
+        tuned: Evaluation of the tuned model.
+        trained_on: Origins of the queries that the tuned model was trained on; None if they are not known.
+        seed: Random seed of the bootstrap.
 
     Raises:
         DatasetError: The two evaluations are of different queries, passages or pairs, or one is of queries and the
@@ -56,22 +66,19 @@ def compare(
             "two evaluations of one kind",
             "Evaluate both models on one dataset, with the same function.",
         )
-    found = metric_differences(base, tuned, metrics=[_METRIC], seed=seed)[_METRIC]
+    _check_same_dataset(base, tuned)
     changes = {i: tuned.per_query[i][_METRIC] - base.per_query[i][_METRIC] for i in base.per_query}
-    enough = len(changes) >= MIN_QUERIES
-    sentences = [
-        describe_queries(base.origins),
-        describe_disagreement(base.query_origins, changes),
-        "" if enough else f"A verdict needs at least {MIN_QUERIES} queries.",
-    ]
+    found = weigh(changes, base.query_origins, trained_on, seed=seed)
+    values = [changes[i] for i in found.query_ids]
     return Comparison(
-        decide(found.interval, enough),
-        found.difference,
-        found.interval,
-        len(changes),
-        found.improved,
-        found.degraded,
-        " ".join(filter(None, sentences)),
+        verdict=found.verdict,
+        difference=float(np.mean(values)),
+        interval=found.interval,
+        queries=len(values),
+        improved=sum(value > 0 for value in values),
+        degraded=sum(value < 0 for value in values),
+        evidence=found.evidence,
+        basis=found.basis,
     )
 
 
@@ -95,16 +102,7 @@ def metric_differences(
     Raises:
         DatasetError: The two evaluations are of different queries, passages or judgments.
     """
-    if base.per_query.keys() != tuned.per_query.keys():
-        raise DatasetError(
-            "two evaluations of different queries", "the same dataset for both", "Evaluate both models on one dataset."
-        )
-    if base.passages != tuned.passages or (base.digest and tuned.digest and base.digest != tuned.digest):
-        raise DatasetError(
-            f"two evaluations of different datasets ({base.passages} and {tuned.passages} passages)",
-            "the same queries, passages and judgments for both, because a smaller corpus is easier to search",
-            "Evaluate both models on one dataset.",
-        )
+    _check_same_dataset(base, tuned)
     ids = list(base.per_query if query_ids is None else query_ids)
     names = [name for name in (metrics or base.metrics) if name in base.metrics and name in tuned.metrics]
     before, after = (
@@ -117,3 +115,16 @@ def metric_differences(
         improved, degraded = int((changes[:, column] > 0).sum()), int((changes[:, column] < 0).sum())
         differences[name] = Difference(old, new, change, interval, improved, degraded, sign_test(improved, degraded))
     return differences
+
+
+def _check_same_dataset(base: RetrievalEvaluation, tuned: RetrievalEvaluation) -> None:
+    if base.per_query.keys() != tuned.per_query.keys():
+        raise DatasetError(
+            "two evaluations of different queries", "the same dataset for both", "Evaluate both models on one dataset."
+        )
+    if base.passages != tuned.passages or (base.digest and tuned.digest and base.digest != tuned.digest):
+        raise DatasetError(
+            f"two evaluations of different datasets ({base.passages} and {tuned.passages} passages)",
+            "the same queries, passages and judgments for both, because a smaller corpus is easier to search",
+            "Evaluate both models on one dataset.",
+        )

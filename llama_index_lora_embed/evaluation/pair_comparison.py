@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation
 from llama_index_lora_embed.evaluation.significance import Numbers, percentile_interval
-from llama_index_lora_embed.evaluation.verdict import Comparison, decide
+from llama_index_lora_embed.evaluation.verdict import Comparison, Evidence, decide
 
 _RESAMPLES = 1000
 _MIN_PAIRS = 5  # of each label, or twice as many graded ones; resamples of fewer hardly differ
@@ -46,7 +46,7 @@ def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0)
     scores = [_pair_scores(evaluation.similarities, base.labels, base.binary) for evaluation in (base, tuned)]
     gains = scores[1] - scores[0]
     counts = ", ".join(f"{count} {kind}" for kind, count in base.origins.items())
-    basis = f"Based on {len(base.labels)} labelled pairs ({counts})."
+    basis = f"They are {counts}."
     enough = min(base.origins.values()) >= _MIN_PAIRS * (1 if base.binary else 2)
     if not enough:
         basis += f" A verdict needs at least {_MIN_PAIRS} pairs of each label, or {2 * _MIN_PAIRS} graded pairs."
@@ -57,6 +57,7 @@ def compare_pairs(base: PairEvaluation, tuned: PairEvaluation, *, seed: int = 0)
         len(base.labels),
         int((gains > _ROUNDING).sum()),
         int((gains < -_ROUNDING).sum()),
+        Evidence.PAIRS,
         basis,
         base.metric,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -214,6 +216,46 @@ def restore_weights(model: SentenceTransformer, weights: dict[str, Tensor]) -> N
             "Start without resume_from_checkpoint, or restore lora_config.",
         )
     set_peft_model_state_dict(model.transformers_model, dict(weights), adapter_name="default")
+
+
+@contextmanager
+def scaled_adapter(model: SentenceTransformer, scale: float) -> Iterator[None]:
+    """Within it, the adapter's change of each weight is multiplied by `scale`; afterwards the weights are as before."""
+    if scale == 1:
+        yield
+        return
+    parameters = [p for name, p in model.transformers_model.named_parameters() if "lora_B" in name]  # type: ignore[union-attr]
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, weights in zip(parameters, before, strict=True):
+                parameter.copy_(weights)
+
+
+def check_scalable(weights: dict[str, Tensor], scale: float) -> None:
+    """Refuse to scale an adapter whose change is not the product of two matrices alone.
+
+    Args:
+        weights: `adapter_weights` before training.
+        scale: `TrainingSettings.adapter_scale`.
+
+    Raises:
+        ConfigError: It trains more than LoRA's matrices (biases, whole modules, DoRA's magnitudes), or it is trained
+            further, so that the product would also scale what was learnt before.
+    """
+    other = sorted(name for name in weights if "lora_A" not in name and "lora_B" not in name)
+    further = any(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)
+    if scale != 1 and (other or further):
+        raise ConfigError(
+            f"adapter_scale={scale} with " + (f"{other[0]} trained, too" if other else "an adapter to train further"),
+            "a new LoRA without biases, DoRA and modules_to_save",
+            "Set adapter_scale=1.0, and use LoraEmbedding(path, adapter_scale=...) or merge_adapters afterwards.",
+        )
 
 
 def check_finite(model: SentenceTransformer, when: str) -> None:

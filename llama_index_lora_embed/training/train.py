@@ -31,7 +31,13 @@ from llama_index_lora_embed.training.checkpointing.signals import StopRequest
 from llama_index_lora_embed.training.efficiency.frozen_layers import HiddenStateCache
 from llama_index_lora_embed.training.examples import TrainingGroup
 from llama_index_lora_embed.training.lengths import Truncation, choose_length
-from llama_index_lora_embed.training.lora import adapter_weights, add_lora, check_finite, train_further
+from llama_index_lora_embed.training.lora import (
+    adapter_weights,
+    add_lora,
+    check_finite,
+    check_scalable,
+    train_further,
+)
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.plan import TrainingPlan, training_plan
 from llama_index_lora_embed.training.trainer import LoraTrainer
@@ -108,6 +114,7 @@ def train(
     else:
         add_lora(model, lora_config, settings)
     start = adapter_weights(model)
+    check_scalable(start, settings.adapter_scale)
     precision = resolve_precision(settings.precision, model.device)
     checkpointing = bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing"))
     plan = training_plan(model, dataset, groups, loss, settings, config.objective, gradient_checkpointing=checkpointing)

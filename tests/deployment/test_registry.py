@@ -55,11 +55,11 @@ def test_a_version_is_evaluated_when_it_is_added(adapter, tmp_path):
 
 def test_the_gate_refuses_a_worse_version(registry):
     assert registry.gate("v2")
-    assert registry.gate("v2").ndcg.difference > 0
+    assert registry.gate("v2").comparison.difference > 0
     assert registry.gate("v1").passed, "the promoted version is no worse than itself"
     refused = registry.gate("v3")
     assert not refused
-    assert str(refused).startswith("NOT PASSED: nDCG@10 of v3 is -0.")
+    assert str(refused).startswith("NOT PASSED: v3 against the promoted version v1: WORSE on ")
     assert registry.gate("v3", tolerance=1.0)
     registry.promote("v3")
     assert registry.promoted().name == "v3"
@@ -77,14 +77,16 @@ def test_the_gate_refuses_a_version_with_too_little_evidence(adapter, tmp_path):
         registry.add(adapter, dataset=few, evaluation=evaluation)
     registry.promote("v1")
     gate = registry.gate("v2")
-    assert gate.ndcg.interval[0] < -0.01
+    assert gate.comparison.interval[0] < -0.01
     assert not gate
     assert RunRegistry(tmp_path / "empty").promoted() is None
     fewer = make_dataset(passages=4)
     for _ in range(2):
         registry.add(adapter, dataset=fewer, evaluation=noisy_evaluation(1.0, fewer))
     registry.promote("v3")
-    assert str(registry.gate("v4", tolerance=1)) == "NOT PASSED: 8 queries are too few; at least 10 are needed"
+    gate = registry.gate("v4", tolerance=1)
+    assert not gate
+    assert "A verdict needs at least 10 queries" in gate.reason
 
 
 def test_the_first_version_passes_and_one_evaluated_on_other_data_cannot_be_compared(registry, adapter, tmp_path):

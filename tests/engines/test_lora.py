@@ -67,14 +67,15 @@ def test_the_reported_metrics_are_those_of_the_written_adapter(tiny_model, datas
 
 def test_from_nodes(tiny_model, nodes, out):
     engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, val_fraction=0.2, batch_size=4, **QUIET)
-    assert (engine.config.training.epochs, engine.config.training.learning_rate) == (2, 5e-4)
+    training = engine.config.training
+    assert (training.epochs, training.learning_rate, training.adapter_scale) == (1, 5e-4, 0.5)
     assert not engine.dataset.overlap(engine.val_dataset)
-    assert set(engine.dataset.query_origins.values()) == {"title", "inverse_cloze"}
+    assert set(engine.dataset.query_origins.values()) == {"title", "lead"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = engine.finetune()
-    assert "Synthetic queries overstate the gain" in result.summary
-    assert result.data_report.queries == {"title": 8, "inverse_cloze": 4}
+    assert "Only real queries show whether users are served better" in result.summary
+    assert result.data_report.queries == {"lead": 4, "title": 8}
     assert len(engine.get_finetuned_model().get_query_embedding("w1")) == 32
 
 
@@ -99,7 +100,7 @@ def test_warnings_point_at_the_users_own_line(tiny_model, nodes, out):
     with pytest.warns(UserWarning, match="6 documents") as caught:
         engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, batch_size=4, epochs=1, **QUIET)
     assert {warning.filename for warning in caught} == {__file__}
-    with pytest.warns(UserWarning, match="Synthetic queries") as caught:
+    with pytest.warns(UserWarning, match="heuristic queries") as caught:
         engine.finetune()
     assert {warning.filename for warning in caught} == {__file__}
 
@@ -308,11 +309,14 @@ def test_from_nodes_filters_llm_written_queries_by_the_retrieval_of_the_base(tin
     assert report.llm_reports["llm"].answered == 12
     assert report.filtered.given == 24
     assert report.filtered.dropped["refers to the passage"] == 12
-    assert report.split.val_queries == len(engine.val_dataset.queries)
+    origins = engine.val_dataset.origins()
+    assert origins["llm/question"] == report.split.val_queries
+    assert origins["title"] == 8, "headings, which were not trained on, show whether a gain transfers"
     assert set(report.queries) == {"llm/question"}
     assert "12 answered with 12 calls" in str(report)
     unfiltered = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=[generator], filters=None)
-    assert len(unfiltered.dataset.queries) + len(unfiltered.val_dataset.queries) == 24
+    held_out = [i for i in unfiltered.val_dataset.queries if not i.startswith("heading:")]
+    assert len(unfiltered.dataset.queries) + len(held_out) == 24
     assert unfiltered.data_report.filtered is None
 
 

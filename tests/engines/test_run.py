@@ -77,7 +77,8 @@ output: {{model_output_path: {tmp_path / "from_file"}}}
     with pytest.warns(UserWarning, match="fewer than 10"):
         result = run_finetune(FinetuneConfig.from_file(tmp_path / "run.yaml"))
     settings = json.loads((tmp_path / "from_file" / "finetune.json").read_text())["settings"]
-    assert (settings["epochs"], settings["learning_rate"], settings["seed"]) == (2, 5e-4, 5)
+    assert (settings["epochs"], settings["learning_rate"], settings["seed"]) == (1, 5e-4, 5)
+    assert (settings["adapter_scale"], settings["length_coverage"]) == (0.5, 0.5)
     assert result.data_report is not None
 
 

@@ -65,10 +65,17 @@ def noisy_evaluation(noise, dataset, seed=0):
 
 
 def evaluation_with(scores, origins=None):
-    """An evaluation with a given nDCG@10 of each query."""
+    """An evaluation with a given nDCG@10 of each query; the queries have the origins in order."""
     per_query = {f"q{i}": {"ndcg@10": float(score)} for i, score in enumerate(scores)}
+    origins = origins or {"human": len(scores)}
+    kinds = [origin for origin, count in origins.items() for _ in range(count)]
     return RetrievalEvaluation(
-        {"ndcg@10": float(np.mean(scores))}, per_query, {}, origins or {"human": len(scores)}, passages=10
+        {"ndcg@10": float(np.mean(scores))},
+        per_query,
+        {},
+        origins,
+        passages=10,
+        query_origins=dict(zip(per_query, kinds, strict=True)),
     )
 
 

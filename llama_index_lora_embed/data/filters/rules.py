@@ -12,16 +12,16 @@ from functools import cache
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
 from llama_index_lora_embed.config import QueryFilterSettings
-from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.dataset import HUMAN, LLM_JUDGED, TITLE, EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect, may_be_same
 from llama_index_lora_embed.data.filters.round_trip import RoundTrip, round_trip
 from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate_groups
 from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 
 _NEIGHBOUR = "neighbour"
-# Origins of queries that are human-written or taken from the documents. All others count as written for the dataset,
+# Origins of queries that people wrote or typed, or that are taken from the documents. All others count as written for the dataset,
 # mostly by an LLM, and so do those without an origin.
-_NOT_WRITTEN = frozenset({HUMAN, "title", "lead", "definition", "inverse_cloze", _NEIGHBOUR})
+_NOT_WRITTEN = frozenset({HUMAN, LLM_JUDGED, "query_log", TITLE, "lead", "definition", "inverse_cloze", _NEIGHBOUR})
 
 _RUN = 4  # words; runs of four are rarely shared by chance
 

@@ -106,7 +106,7 @@ def write_report(
         title=title or (facts.path.name if facts else "Base against tuned"),
         verdict=result.verdict.value,
         style=_STYLES.get(result.verdict, "unclear"),
-        line=line.partition(": ")[2],
+        line=line.removeprefix(f"{result.verdict.value} "),
         plots=[(plot.name, plot.caption, base64.b64encode(files[plot.name]).decode()) for plot in shown],
         facts=[] if facts is None else _run_tables(facts),
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -110,7 +110,8 @@ def comparison_tables(
 
 def to_markdown(comparison: RetrievalComparison, *, queries: int = _QUERIES) -> str:
     """Verdict, notes and tables as Markdown for a pull request; at most `queries` improved and degraded queries."""
-    parts = [f"**{comparison.verdict.value}**: {str(comparison).partition(': ')[2]}"]
+    verdict = comparison.verdict.value
+    parts = [f"**{verdict}**{str(comparison).removeprefix(verdict)}"]
     if comparison.notes:
         parts.append("\n".join(f"- {note}" for note in comparison.notes))
     parts += [table.to_markdown() for table in comparison_tables(comparison, queries=queries)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training import distributed
-from llama_index_lora_embed.training.lora import adapter_weights, restore_weights
+from llama_index_lora_embed.training.lora import adapter_weights, restore_weights, scaled_adapter
 
 BEST_WEIGHTS = "best_adapter.safetensors"
 EVALUATIONS = "evaluations.json"
@@ -51,6 +51,7 @@ class CheckpointSelection:
     Attributes:
         evaluator: Evaluates a model; None if there is no validation data.
         metric: Name of the metric to select by.
+        adapter_scale: Share of the trained change that is evaluated and kept.
         history: Step and metrics of each evaluation.
         best_step: Step that is kept.
         base: Evaluation of step 0.
@@ -63,6 +64,7 @@ class CheckpointSelection:
 
     evaluator: Callable[[SentenceTransformer], Evaluation] | None
     metric: str = "ndcg@10"
+    adapter_scale: float = 1.0
     history: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = 0
     base: Evaluation | None = None
@@ -83,20 +85,21 @@ class CheckpointSelection:
         for entry in self.history:
             if entry["step"] == step:
                 return dict(entry["metrics"])
-        with self.interruptible():
-            evaluation = self.evaluate(model)
-        metrics = dict(evaluation.metrics)
-        if self.metric not in metrics:
-            raise ConfigError(
-                f"best_metric={self.metric!r}",
-                f"one of {', '.join(metrics)}, which the evaluation reports",
-                "Choose one of these, or leave it at None.",
-            )
-        self.history.append({"step": step, "metrics": metrics})
-        if step == 0:
-            self.base = evaluation
-        if self._keep(evaluation.scores(self.metric)):
-            self.best_step, self.best, self.weights = step, evaluation, adapter_weights(model)
+        with scaled_adapter(model, self.adapter_scale):
+            with self.interruptible():
+                evaluation = self.evaluate(model)
+            metrics = dict(evaluation.metrics)
+            if self.metric not in metrics:
+                raise ConfigError(
+                    f"best_metric={self.metric!r}",
+                    f"one of {', '.join(metrics)}, which the evaluation reports",
+                    "Choose one of these, or leave it at None.",
+                )
+            self.history.append({"step": step, "metrics": metrics})
+            if step == 0:
+                self.base = evaluation
+            if self._keep(evaluation.scores(self.metric)):
+                self.best_step, self.best, self.weights = step, evaluation, adapter_weights(model)
         return metrics
 
     def evaluate(self, model: SentenceTransformer) -> Evaluation:
@@ -134,6 +137,9 @@ class CheckpointSelection:
         Evaluations from before a resume are made again, because checkpoints hold no results per query.
         """
         if self.evaluator is None:
+            with scaled_adapter(model, self.adapter_scale):
+                weights = adapter_weights(model)
+            restore_weights(model, weights)
             return
         if self.base is None:
             restore_weights(model, start)

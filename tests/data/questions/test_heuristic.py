@@ -5,9 +5,11 @@ from llama_index.core.schema import Document, ImageNode, NodeRelationship, Relat
 from llama_index_lora_embed.config import QueryFilterSettings
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data import (
+    DefinitionQueryGenerator,
     FirstOf,
     GeneratedQuery,
     InverseClozeQueryGenerator,
+    LeadQueryGenerator,
     MetadataQueryGenerator,
     NeighbourQueryGenerator,
     QueryGenerator,
@@ -51,6 +53,77 @@ def test_a_question_that_opens_the_text_is_a_title():
 @pytest.mark.parametrize("text", [TEXT, "# Only a heading", "# Heading\n\nno", "What? ", ""])
 def test_without_a_title_there_is_no_query(text):
     assert list(TitleQueryGenerator().generate([TextNode(text=text)])) == []
+
+
+ABSTRACT = "Small adapters were compared with full training on nine collections of questions. " * 2
+
+
+def test_a_line_that_is_set_apart_is_a_title():
+    (query,) = TitleQueryGenerator().generate([TextNode(text=f"Adapters for Retrieval\n{ABSTRACT}")])
+    assert query.text == "Adapters for Retrieval"
+    assert query.passage == ABSTRACT.strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Adapters were compared.\n{ABSTRACT}",  # a sentence
+        f"Adapters were compared with\nfull training on nine collections. {ABSTRACT}",  # goes on in small letters
+        "Adapters were compared with other\nAdapters on nine collections and\nNone of them was any better than\n" * 3,
+        f"{'word ' * 25}\n{ABSTRACT}",  # too long
+        "Adapters for Retrieval\nFew words.",
+        f"2021\n{ABSTRACT}",
+        f"\n\n{ABSTRACT}",
+    ],
+)
+def test_other_first_lines_are_no_titles(text):
+    assert list(TitleQueryGenerator().generate([TextNode(text=text)])) == []
+
+
+def test_the_first_sentence_becomes_the_query_for_the_rest():
+    node = TextNode(text=f"Menkes disease affects copper levels.\n{ABSTRACT}", metadata={"file": "a.md"})
+    (query,) = LeadQueryGenerator().generate([node])
+    assert query.text == "Menkes disease affects copper levels."
+    assert query.passage.split() == f"file: a.md {ABSTRACT}".split()
+    assert query.generator == "lead"
+
+
+def test_the_lead_comes_after_the_title_and_is_cut_where_it_is_long():
+    (query,) = LeadQueryGenerator().generate([TextNode(text=f"# Heading\n\nIt starts right here, after that. {ABSTRACT}")])
+    assert query.text == "It starts right here, after that."
+    assert "Heading" in query.passage, "only the sentence is taken out of the passage"
+    words = " ".join(f"w{i}" for i in range(80))
+    (query,) = LeadQueryGenerator(max_words=12).generate([TextNode(text=words)])
+    assert query.text.split() == [f"w{i}" for i in range(12)]
+    assert query.passage.split() == [f"w{i}" for i in range(12, 80)]
+
+
+@pytest.mark.parametrize("text", ["", "Too short.", "One two three four five. Then only four more.", "Why? " + ABSTRACT[:20]])
+def test_without_enough_text_there_is_no_lead(text):
+    assert list(LeadQueryGenerator().generate([TextNode(text=text)])) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "term"),
+    [
+        ("Noonan syndrome is a genetic disorder.", "Noonan syndrome"),
+        ("The LoRA method (Hu et al.) is one of many. Others exist.", "LoRA method"),
+        ("A vocabulary is the set of words. It is large.", "vocabulary"),
+        ("# Terms\n\nRecall refers to the share that is found.", "Recall"),
+        ("See above. Precision means the share that is right.", "Precision"),
+    ],
+)
+def test_a_definition_becomes_two_queries(text, term):
+    queries = list(DefinitionQueryGenerator().generate([TextNode(text=text)]))
+    assert [query.text for query in queries] == [term, f"what is {term}"]
+    assert {query.generator for query in queries} == {"definition"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "It is a disorder.", "There are two kinds.", "We define nothing here.", "Was ist ein Begriff?", "one is a number"]
+)
+def test_other_sentences_define_nothing(text):
+    assert list(DefinitionQueryGenerator().generate([TextNode(text=text)])) == []
 
 
 def test_a_title_that_all_nodes_share_is_used_for_the_first_ones_only():
@@ -107,7 +180,7 @@ def test_the_corpus_is_what_indexing_embeds(nodes):
     assert dataset.corpus == {node.node_id: embed_text(node) for node in nodes}
     assert sum("title: " in text for text in dataset.corpus.values()) == 8
     assert dataset.source_documents["n5"] == "d2"
-    assert report.queries == {"title": 8, "inverse_cloze": 4}
+    assert report.queries == {"lead": 4, "title": 8}
     dataset.check()
 
 
@@ -163,7 +236,7 @@ def test_nodes_without_text_are_refused(nodes):
 
 
 def test_nodes_without_any_query_are_refused():
-    with pytest.raises(DatasetError, match="title or inverse_cloze"):
+    with pytest.raises(DatasetError, match="title or lead or inverse_cloze, definition"):
         dataset_from_nodes([TextNode(text="short")])
 
 
