@@ -58,4 +58,6 @@ def tune_scale(
             adapters={"tuned": adapter_path}, adapter="tuned", adapter_scale=scale, max_adapters=1, **embedding
         )
         evaluations[scale] = evaluate_retrieval(embed_model, dataset)
-    return Sweep.of(evaluations, metric, 0.0, lambda scale: scale)
+    manifest = embed_model.manifest
+    trained_on = None if manifest is None else manifest.dataset.get("origins")
+    return Sweep.of(evaluations, metric, 0.0, lambda scale: scale, trained_on)

@@ -103,10 +103,13 @@ def tune_merge(
         found = open_adapter(places[0], base_model=base_model, cache_folder=cache_folder).base
         untuned = LoraEmbedding(base_model=found.model_id, revision=found.revision, **embedding)
         evaluations[base] = evaluate_retrieval(untuned, dataset)
+        origins: list[Any] = []
         for setting, adapter in merged.items():
             model = LoraEmbedding(adapter.path, base_model=base_model, **embedding)
             evaluations[setting] = evaluate_retrieval(model, dataset)
-    return Sweep.of(evaluations, metric, base, lambda setting: round(sum(map(abs, setting)), 9))
+            origins.append(None if model.manifest is None else model.manifest.dataset.get("origins"))
+    trained_on = None if None in origins else {origin for found in origins for origin in found}
+    return Sweep.of(evaluations, metric, base, lambda setting: round(sum(map(abs, setting)), 9), trained_on)
 
 
 def _default_weights(count: int) -> Iterator[Weights]:

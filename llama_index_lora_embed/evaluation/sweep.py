@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -38,11 +38,21 @@ class Sweep(Generic[Setting]):
         metric: str,
         base: Setting,
         distance: Callable[[Setting], Any],
+        trained_on: Collection[str] | None,
     ) -> Sweep[Setting]:
-        """The sweep of some evaluations, with the setting that is the base and every setting's distance from it."""
+        """The sweep of some evaluations.
+
+        Args:
+            evaluations: Setting to evaluation.
+            metric: The metric that decides.
+            base: The setting that is the base.
+            distance: Of a setting from the base.
+            trained_on: Origins of the queries that the adapters were trained on; see `compare`.
+        """
         best = max(evaluations, key=lambda setting: (evaluations[setting].metrics[metric], -distance(setting)))
         before = evaluations.get(base)
-        return cls(best, metric, dict(evaluations), None if before is None else compare(before, evaluations[best]))
+        comparison = None if before is None else compare(before, evaluations[best], trained_on=trained_on)
+        return cls(best, metric, dict(evaluations), comparison)
 
     def scores(self) -> dict[Setting, float]:
         """Setting to its value of the metric."""

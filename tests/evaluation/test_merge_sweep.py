@@ -4,8 +4,9 @@ import pytest
 
 from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
+from llama_index_lora_embed.data.dataset import TITLE
 from llama_index_lora_embed.deployment import merge_adapters
-from llama_index_lora_embed.evaluation import compare, tune_merge
+from llama_index_lora_embed.evaluation import compare, tune_merge, tune_scale
 from tests.conftest import make_dataset
 from tests.helpers.adapters import random_adapter
 
@@ -48,6 +49,16 @@ def test_the_best_is_compared_with_the_base(sweep):
     assert sweep.comparison == compare(sweep.evaluations[0.0, 0.0], sweep.evaluations[sweep.best])
     assert sweep.comparison.verdict.value in str(sweep)
     assert "The best of 4 was chosen on these same queries" in str(sweep)
+
+
+def test_the_verdict_knows_what_the_adapters_were_trained_on(adapter, dataset):
+    """Headings that no adapter was trained on tell more than synthetic queries of the kinds trained on."""
+    headings = dataset.model_copy(update={"query_origins": dict.fromkeys(dataset.queries, TITLE)})
+    sweep = tune_merge([adapter, adapter], headings, weights=[], device="cpu")
+    base, best = sweep.evaluations[0.0, 0.0], sweep.evaluations[sweep.best]
+    assert sweep.comparison == compare(base, best, trained_on={"human"})
+    assert sweep.comparison != compare(base, best)
+    assert tune_scale(adapter, headings, scales=[0, 1], device="cpu").comparison == sweep.comparison
 
 
 def test_among_ties_the_weights_closest_to_the_base_are_chosen(adapters):
