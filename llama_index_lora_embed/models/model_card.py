@@ -24,8 +24,9 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
     if "pairs" in dataset:
         origin = f"Trained on {dataset['pairs']} labelled pairs"
     if manifest.parents:
-        names = (Path(parent["path"]).name or str(parent["fingerprint"])[:12] for parent in manifest.parents)
-        shares = (f"{parent['weight']:g} x {name}" for parent, name in zip(manifest.parents, names, strict=True))
+        # no path on the Hub, no fingerprint of an adapter without a manifest
+        parents = [Path(p["path"]).name or (p["fingerprint"] or "an adapter")[:12] for p in manifest.parents]
+        shares = [f"{p['weight']:g} x {name}" for p, name in zip(manifest.parents, parents, strict=True)]
         origin = f"Merged from {', '.join(shares)}"
     metadata = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
     lines = ["---", *(f"{key}: {value}" for key, value in metadata.items())]
