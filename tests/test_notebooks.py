@@ -11,8 +11,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 # parts of the output that each notebook has to show
 SHOWN = {
-    "1_finetune_and_index": ["nodes in the collection", "WrongIndexError", "Based on"],
-    "2_is_it_better": ["hit@5", "human-written queries", "image/png", "nDCG@10 of v2 is"],
+    "1_finetune_and_index": ["nodes in the collection", "WrongIndexError", "heuristic queries"],
+    "2_is_it_better": ["hit@5", "LLM-written queries", "image/png", "v2 against the promoted version v1"],
     "3_coming_from_llama_index_finetuning": ["hit rate", "base", "tuned"],
     "4_several_domains_one_base": ["largest difference: ", "library", "base"],
     "5_qwen3_on_a_gpu": ["lasttoken", "Instruct: Given a web search query", "tuned"],

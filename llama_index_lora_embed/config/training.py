@@ -110,8 +110,8 @@ class TrainingSettings(Settings):
 
     @classmethod
     def for_llm_written_queries(cls, **values: Any) -> TrainingSettings:
-        """Defaults for queries that an LLM wrote: two epochs at half the rate of labelled data.
+        """Defaults for queries that an LLM wrote for nodes: those of labelled data, which were chosen on such queries.
 
         As for heuristic queries, `max_seq_length` is raised only where half of the texts need it.
         """
-        return cls(**{"epochs": 2, "learning_rate": 5e-4, "length_coverage": 0.5, **values})
+        return cls(**{"length_coverage": 0.5, **values})

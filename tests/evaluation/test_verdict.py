@@ -65,7 +65,8 @@ def test_a_gain_on_queries_of_unknown_origin_is_likely_and_says_how_to_record_on
 
 
 @pytest.mark.parametrize(
-    "origins", [{"title": 200}, {"inverse_cloze": 200}, {"title": 100, "lead": 100}, {"llm": 200}, {"llm": 100, "title": 100}]
+    "origins",
+    [{"title": 200}, {"inverse_cloze": 200}, {"title": 100, "lead": 100}, {"llm": 200}, {"llm": 100, "title": 100}],
 )
 def test_a_gain_on_kinds_that_were_trained_on_is_no_clear_difference_whatever_its_interval(base, origins):
     for trained_on in (None, list(origins)):

@@ -19,8 +19,8 @@ from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate
 from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 
 _NEIGHBOUR = "neighbour"
-# Origins of queries that people wrote or typed, or that are taken from the documents. All others count as written for the dataset,
-# mostly by an LLM, and so do those without an origin.
+# Origins of queries that people wrote or typed, or that come from the documents. All others count as written for the
+# dataset, mostly by an LLM, and so do those without an origin.
 _NOT_WRITTEN = frozenset({HUMAN, LLM_JUDGED, "query_log", TITLE, "lead", "definition", "inverse_cloze", _NEIGHBOUR})
 
 _RUN = 4  # words; runs of four are rarely shared by chance

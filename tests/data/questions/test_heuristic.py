@@ -89,7 +89,9 @@ def test_the_first_sentence_becomes_the_query_for_the_rest():
 
 
 def test_the_lead_comes_after_the_title_and_is_cut_where_it_is_long():
-    (query,) = LeadQueryGenerator().generate([TextNode(text=f"# Heading\n\nIt starts right here, after that. {ABSTRACT}")])
+    (query,) = LeadQueryGenerator().generate(
+        [TextNode(text=f"# Heading\n\nIt starts right here, after that. {ABSTRACT}")]
+    )
     assert query.text == "It starts right here, after that."
     assert "Heading" in query.passage, "only the sentence is taken out of the passage"
     words = " ".join(f"w{i}" for i in range(80))
@@ -98,7 +100,9 @@ def test_the_lead_comes_after_the_title_and_is_cut_where_it_is_long():
     assert query.passage.split() == [f"w{i}" for i in range(12, 80)]
 
 
-@pytest.mark.parametrize("text", ["", "Too short.", "One two three four five. Then only four more.", "Why? " + ABSTRACT[:20]])
+@pytest.mark.parametrize(
+    "text", ["", "Too short.", "One two three four five. Then only four more.", "Why? " + ABSTRACT[:20]]
+)
 def test_without_enough_text_there_is_no_lead(text):
     assert list(LeadQueryGenerator().generate([TextNode(text=text)])) == []
 
@@ -120,7 +124,15 @@ def test_a_definition_becomes_two_queries(text, term):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "It is a disorder.", "There are two kinds.", "We define nothing here.", "Was ist ein Begriff?", "one is a number"]
+    "text",
+    [
+        "",
+        "It is a disorder.",
+        "There are two kinds.",
+        "We define nothing here.",
+        "Was ist ein Begriff?",
+        "one is a number",
+    ],
 )
 def test_other_sentences_define_nothing(text):
     assert list(DefinitionQueryGenerator().generate([TextNode(text=text)])) == []
