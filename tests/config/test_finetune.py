@@ -82,8 +82,8 @@ outputs: {}
     assert sorted(caught.value.problems) == [
         "base.pooling='CLS': expected one of 'cls', 'lasttoken', 'max', 'mean', 'mean_sqrt_len_tokens', 'weightedmean' "
         "or None",
-        "data.query_generators[0].kind='titel': expected one of 'title', 'inverse_cloze', 'neighbour', 'metadata', "
-        "'query_log', 'llm'",
+        "data.query_generators[0].kind='titel': expected one of 'title', 'lead', 'definition', "
+        "'inverse_cloze', 'neighbour', 'metadata', 'query_log', 'llm'",
         "mining.num_negatives=0: expected a whole number of at least 1",
         "objective: teacher=None: expected a cross-encoder, which name='distillation' learns from",
         "output=5: expected OutputSettings or a mapping of its fields",
