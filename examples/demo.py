@@ -101,7 +101,8 @@ def train_python(nodes: Sequence[BaseNode], base: str, out: Path) -> LoraFinetun
     """An engine on the recorded queries, validated on one half of the test questions.
 
     Nodes without recorded queries are found by their title or first sentence, so that training does not push them away.
-    Two epochs on the upper half of the layers, instead of four on all, save three quarters of the time.
+    Three epochs on the upper half of the layers, instead of four on all, and float32, which is faster than bfloat16 on
+    some processors that have instructions for it, keep the run under four minutes.
     """
     validation, _ = test_questions(nodes)
     generator = FirstOf(recorded_query_generator(out), TitleQueryGenerator(max_nodes_per_title=1), LeadQueryGenerator())

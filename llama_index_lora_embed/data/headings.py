@@ -25,11 +25,11 @@ def validate_on_headings(
     *,
     seed: int = 0,
 ) -> EmbeddingQAFinetuneDataset:
-    """Synthetic validation queries as headings, as far as the passages have some.
+    """Synthetic validation queries as headings, if the passages have at least `MIN_HEADINGS` of them.
 
     Where headings were not trained on, those of all passages of the validation corpus are added, at most 300: they
-    show whether a gain transfers to queries that somebody else wrote. With at least `MIN_HEADINGS` of them, queries
-    that are parts of passages are left out, which nearly every training improves.
+    show whether a gain transfers to queries that somebody else wrote. Queries that are parts of passages, which nearly
+    every training improves, are left out.
 
     Args:
         val: Held-out synthetic queries.
@@ -41,9 +41,10 @@ def validate_on_headings(
         if nodes is None:
             nodes = [TextNode(id_=i, text=text) for i, text in val.corpus.items()]
         found = list(TitleQueryGenerator().generate([node for node in nodes if node.node_id in val.corpus]))
-        headings = {
-            f"heading:{query.node_id}": query for query in random.Random(seed).sample(found, min(_MOST, len(found)))
-        }
+        if len(found) < MIN_HEADINGS:
+            return val
+        sample = random.Random(seed).sample(found, min(_MOST, len(found)))
+        headings = {f"heading:{query.node_id}": query for query in sample}
         val = val.model_copy(
             update={
                 "queries": {**val.queries, **{i: query.text for i, query in headings.items()}},

@@ -29,6 +29,7 @@ from llama_index_lora_embed.data.training_data import TrainingData, hold_out, re
 from llama_index_lora_embed.engines.result import FinetuneResult, summarise, write_run
 from llama_index_lora_embed.engines.starting_model import StartingModel
 from llama_index_lora_embed.engines.validation import check_device, check_run
+from llama_index_lora_embed.evaluation.verdict import is_synthetic
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
@@ -136,7 +137,10 @@ def run_from_nodes(
         config = config.replace(data=config.data.replace(on_overlap="allow"))
     generators = None if query_generators is None else list(query_generators)
     config = check_run(config, None, val_dataset, loss=loss, lora_config=lora_config).config
-    written = llm is not None if generators is None else any(g.name.startswith("llm") for g in generators)
+    names = (
+        [] if generators is None else [part for g in generators for part in str(getattr(g, "name", "")).split(" or ")]
+    )
+    written = llm is not None if generators is None else any(name.startswith("llm") for name in names)
     config = _with_defaults(config, written, plain_lora=lora_config is None)
     if config.base.quantized:
         check_device(config)
@@ -155,6 +159,14 @@ def run_from_nodes(
         report = replace(report, split=split_report(dataset, val_dataset))
         val_dataset = validate_on_headings(val_dataset, dataset.origins(), nodes, seed=seed)
     return replace(prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config), data_report=report)
+
+
+def _written(generators: Sequence[QueryGenerator] | None, llm: LLM | None) -> bool:
+    """Whether an LLM writes queries: the default with one, or a generator that is or holds an `LLMQueryGenerator`."""
+    if generators is None:
+        return llm is not None
+    names = (str(getattr(generator, "name", "")) for generator in generators)
+    return any(part.startswith("llm") for name in names for part in name.split(" or "))
 
 
 def _with_defaults(config: FinetuneConfig, written: bool, *, plain_lora: bool) -> FinetuneConfig:
@@ -319,6 +331,8 @@ def prepare(
             train, val, note = hold_out(
                 train, data.val_fraction, seed=training.seed, max_passages=data.max_eval_passages
             )
+            if isinstance(val, EmbeddingQAFinetuneDataset) and all(map(is_synthetic, val.origins())):
+                val = validate_on_headings(val, train.summary()["origins"], seed=training.seed)
         except SplitError as error:
             wanted = {"best_metric": training.best_metric, "early_stopping_patience": training.early_stopping_patience}
             idle = ", ".join(name for name, value in wanted.items() if value)

@@ -66,6 +66,11 @@ def evidence_of(origin: str) -> Evidence:
     return Evidence.LLM if origin.partition("/")[0] in _WRITTEN_BY_LLM else Evidence.HEURISTIC
 
 
+def is_synthetic(origin: str) -> bool:
+    """Whether queries of an origin were made for the dataset, by an LLM or a rule."""
+    return evidence_of(origin).rank > Evidence.UNKNOWN.rank
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two evaluations on the same queries, or on the same labelled pairs, compared.

@@ -38,7 +38,8 @@ def test_parts_of_passages_are_left_out_where_there_are_enough_headings(nodes):
     val = held_out(nodes, ["inverse_cloze"] * 10 + ["lead"] * 10 + ["llm"] * 10 + ["file_name"] * 5)
     assert validate_on_headings(val, {"llm": 1}, nodes).origins() == {"file_name": 5, "llm": 10, "title": 50}
     few = nodes[: MIN_HEADINGS - 1]
-    assert validate_on_headings(held_out(few, ["lead"] * 10), {"lead": 1}, few).origins() == {"lead": 10, "title": 29}
+    val = held_out(few, ["lead"] * 10)
+    assert validate_on_headings(val, {"lead": 1}, few) == val, "29 headings are too few for a verdict"
 
 
 def test_headings_that_were_trained_on_are_those_of_held_out_documents_alone(nodes):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.schema import TextNode
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
@@ -309,15 +310,27 @@ def test_from_nodes_filters_llm_written_queries_by_the_retrieval_of_the_base(tin
     assert report.llm_reports["llm"].answered == 12
     assert report.filtered.given == 24
     assert report.filtered.dropped["refers to the passage"] == 12
-    origins = engine.val_dataset.origins()
-    assert origins["llm/question"] == report.split.val_queries
-    assert origins["title"] == 8, "headings, which were not trained on, show whether a gain transfers"
+    assert report.split.val_queries == len(engine.val_dataset.queries)
     assert set(report.queries) == {"llm/question"}
     assert "12 answered with 12 calls" in str(report)
     unfiltered = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=[generator], filters=None)
-    held_out = [i for i in unfiltered.val_dataset.queries if not i.startswith("heading:")]
-    assert len(unfiltered.dataset.queries) + len(held_out) == 24
+    assert len(unfiltered.dataset.queries) + len(unfiltered.val_dataset.queries) == 24
     assert unfiltered.data_report.filtered is None
+
+
+def test_llm_written_queries_are_validated_on_headings_that_were_not_trained_on(tiny_model, out, tmp_path):
+    class Llm(FakeLLM):
+        def answer(self, prompt):
+            return f"question: {' '.join(re.findall(r'w[0-9]+', prompt)[:5])}"
+
+    nodes = [TextNode(text=f"# w{i} w{i + 50}\n\n" + " ".join(f"w{i + n}" for n in range(12))) for i in range(40)]
+    engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, llm=Llm(), filters=None, val_fraction=0.2, **QUIET)
+    origins = engine.val_dataset.origins()
+    assert origins["title"] == 40
+    assert engine.dataset.origins().keys() == {"llm/question"}
+    written = engine.dataset.subset([*engine.dataset.queries], engine.dataset.corpus)
+    held_out = LoraFinetuneEngine(written, tiny_model, out, val_fraction=0.2, **QUIET).val_dataset
+    assert held_out.origins().get("title", 0) >= 30, "the same for a dataset whose queries an LLM wrote"
 
 
 @pytest.mark.parametrize(
