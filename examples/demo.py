@@ -120,7 +120,7 @@ def train_python(nodes: Sequence[BaseNode], base: str, out: Path) -> LoraFinetun
     )
 
 
-def print_test_half(nodes: Sequence[BaseNode], base: str, index: VectorStoreIndex) -> None:
+def print_test_half(nodes: Sequence[BaseNode], base: str, index: VectorStoreIndex, trained_on: Sequence[str]) -> None:
     """The base against the index of the tuned model, on the half of the test questions that decided nothing."""
     _, test = test_questions(nodes)
     topic_of = {node.node_id: node.metadata["topic"] for node in nodes}
@@ -137,7 +137,7 @@ def print_test_half(nodes: Sequence[BaseNode], base: str, index: VectorStoreInde
         for name, evaluation in found.items():
             means = [sum(evaluation.per_query[i][metric] for i in ids) / len(ids) for metric in METRICS]
             print(f"{f'{group} ({len(ids)})':34}{name:6}" + "".join(f"{mean:9.3f}" for mean in means))
-    print(compare_retrieval(found["base"], found["tuned"], test, trained_on=["llm"]))
+    print(compare_retrieval(found["base"], found["tuned"], test, trained_on=trained_on))
 
 
 def main() -> None:
@@ -181,7 +181,7 @@ def main() -> None:
         print(f"  {hit.score:.3f}  {where}: {' '.join(hit.get_content().split())[:90]}")
 
     if not args.docs:
-        print_test_half(nodes, base, index)
+        print_test_half(nodes, base, index, list(engine.dataset.origins()))
     print(f"\nVerdict of the run: {result}")
     print(f"report: {result.write_report()} (open it in a browser)")
     print(

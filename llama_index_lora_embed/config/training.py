@@ -100,17 +100,17 @@ class TrainingSettings(Settings):
     def for_heuristic_queries(cls, **values: Any) -> TrainingSettings:
         """Defaults for queries that no LLM wrote, whose wording is soon learnt at the cost of human-written ones.
 
-        Chosen on the documents of six collections, evaluated on human-written queries (benchmarks/README.md, "Training
-        without labels"): one epoch at 5e-4, because a second one lost on two of them; half of the change, at which no
-        collection lost; and a longer `max_seq_length` only where it is needed for half of the texts, because the
+        Chosen on the documents of six sets, evaluated on the sets' queries (benchmarks/README.md, "Training without
+        labels"): one epoch at 5e-4, because a second one lost on two of them; half of the change, at which none of four
+        lost; and a longer `max_seq_length` only where it is needed for half of the texts, because the
         base lost 0.027 nDCG@10 on medquad when it read 512 tokens instead of its own 256.
         """
         defaults = {"epochs": 1, "learning_rate": 5e-4, "adapter_scale": 0.5, "length_coverage": 0.5}
         return cls(**{**defaults, **values})
 
     @classmethod
-    def for_llm_written_queries(cls, **values: Any) -> TrainingSettings:
-        """Defaults for queries that an LLM wrote for nodes: those of labelled data, which were chosen on such queries.
+    def for_written_queries(cls, **values: Any) -> TrainingSettings:
+        """Defaults for queries that an LLM or people wrote: those of labelled data, which were chosen on such queries.
 
         As for heuristic queries, `max_seq_length` is raised only where half of the texts need it.
         """

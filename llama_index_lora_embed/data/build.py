@@ -64,7 +64,7 @@ def _counts(counts: dict[str, int]) -> str:
 def default_query_generators() -> list[QueryGenerator]:
     """Generators that need neither labels nor an LLM: a node's title, else its first sentence, and what it defines.
 
-    Chosen on the documents of six collections (benchmarks/README.md, "Training without labels").
+    Chosen on the documents of six sets (benchmarks/README.md, "Training without labels").
     """
     return [
         FirstOf(TitleQueryGenerator(), LeadQueryGenerator(), InverseClozeQueryGenerator()),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_index_lora_embed.config.base import is_share
-from llama_index_lora_embed.core.errors import ConfigError, DatasetError, OutputDirectoryError
+from llama_index_lora_embed.core.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
 from llama_index_lora_embed.core.files import append_json_line, read_json_lines, write_json
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, origin_name
 from llama_index_lora_embed.deployment.versions import Version, VersionComparison, check_not_replaced, training_of
@@ -271,7 +271,10 @@ class RunRegistry:
                 "Add both with the same dataset=.",
             )
         old, new = self._load_evaluation(promoted), self._load_evaluation(candidate)
-        trained_on = RunFacts.read(candidate.path).manifest.dataset.get("origins")
+        try:
+            trained_on = RunFacts.read(candidate.path).manifest.dataset.get("origins")
+        except AdapterError:  # its directory is gone, but its evaluation is here
+            trained_on = None
         comparison = compare(old, new, trained_on=trained_on)
         return Gate(
             comparison.accepts(tolerance),
@@ -314,7 +317,9 @@ class RunRegistry:
                 {},
                 origins,
                 saved["passages"],
-                query_origins=saved.get("query_origins", {}),
+                # where every query has the same origin, a registry without the single ones knows it, too
+                query_origins=saved.get("query_origins")
+                or (dict.fromkeys(saved["per_query"], *origins) if len(origins) == 1 else {}),
             )
         except (OSError, ValueError, KeyError) as error:
             raise DatasetError(

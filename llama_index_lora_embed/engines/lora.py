@@ -171,7 +171,7 @@ class LoraFinetuneEngine:
             filters: Which queries are dropped, see `QueryFilterSettings`; None keeps all. Where an LLM wrote some, the
                 base is loaded to see whether it finds their passages.
             **kwargs: Everything else that the engine takes. Where they say nothing, training has the defaults of
-                `TrainingSettings.for_llm_written_queries` or `for_heuristic_queries`.
+                `TrainingSettings.for_written_queries` or `for_heuristic_queries`.
 
         Raises:
             SplitError: The nodes come from one document, so that none can be held out; pass `val_dataset`, or

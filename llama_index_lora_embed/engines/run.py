@@ -22,6 +22,7 @@ from llama_index_lora_embed.data import (
     split_by_source,
     split_report,
 )
+from llama_index_lora_embed.data.dataset import HUMAN
 from llama_index_lora_embed.data.headings import validate_on_headings
 from llama_index_lora_embed.data.readers.nodes import read_nodes
 from llama_index_lora_embed.data.text import normalise
@@ -29,7 +30,6 @@ from llama_index_lora_embed.data.training_data import TrainingData, hold_out, re
 from llama_index_lora_embed.engines.result import FinetuneResult, summarise, write_run
 from llama_index_lora_embed.engines.starting_model import StartingModel
 from llama_index_lora_embed.engines.validation import check_device, check_run
-from llama_index_lora_embed.evaluation.verdict import is_synthetic
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
@@ -162,11 +162,12 @@ def run_from_nodes(
 
 
 def _written(generators: Sequence[QueryGenerator] | None, llm: LLM | None) -> bool:
-    """Whether an LLM writes queries: the default with one, or a generator that is or holds an `LLMQueryGenerator`."""
+    """Whether an LLM or people wrote some of the queries; those of other generators are trained more gently."""
     if generators is None:
         return llm is not None
     names = (str(getattr(generator, "name", "")) for generator in generators)
-    return any(part.startswith("llm") for name in names for part in name.split(" or "))
+    parts = [part for name in names for part in name.split(" or ")]
+    return any(part.startswith("llm") or part in (HUMAN, "metadata") for part in parts)
 
 
 def _with_defaults(config: FinetuneConfig, written: bool, *, plain_lora: bool) -> FinetuneConfig:
@@ -176,7 +177,7 @@ def _with_defaults(config: FinetuneConfig, written: bool, *, plain_lora: bool) -
     """
     given = {name: getattr(config.training, name) for name in config.training.model_fields_set}
     if written:
-        return config.replace(training=TrainingSettings.for_llm_written_queries(**given))
+        return config.replace(training=TrainingSettings.for_written_queries(**given))
     further = config.base.continue_from is not None or (config.mining is not None and config.mining.rounds > 1)
     if further or config.lora_config is not None or not plain_lora:
         given = {"adapter_scale": 1.0, **given}
@@ -331,7 +332,7 @@ def prepare(
             train, val, note = hold_out(
                 train, data.val_fraction, seed=training.seed, max_passages=data.max_eval_passages
             )
-            if isinstance(val, EmbeddingQAFinetuneDataset) and all(map(is_synthetic, val.origins())):
+            if isinstance(val, EmbeddingQAFinetuneDataset):
                 val = validate_on_headings(val, train.summary()["origins"], seed=training.seed)
         except SplitError as error:
             wanted = {"best_metric": training.best_metric, "early_stopping_patience": training.early_stopping_patience}

@@ -79,6 +79,7 @@ def check_run(
     problems += _loss_problems(loss) + _lora_problems(lora_config)
     problems += quantization_problems(config) if config.base.quantized else []
     problems += _continue_problems(config, lora_config)
+    problems += _scale_problems(config, lora_config)
     problems += _allow_changes_problems(config)
     problems += _data_problems(config, kind == "pairs", loss)
     if val_dataset is not None or not config.data.val_fraction:
@@ -133,6 +134,22 @@ def _check_output(path: str) -> None:
             "a free path, or a directory, for checkpoints and the log",
             f"Move the file, or choose another model_output_path than {target.name!r}.",
         )
+
+
+def _scale_problems(config: FinetuneConfig, lora_config: Any) -> list[str]:
+    """Why the trained change cannot be scaled; `training.lora.check_scalable` looks at the weights themselves."""
+    scale, lora = config.training.adapter_scale, config.lora_config or {}
+    fields = {name: getattr(lora_config, name, lora.get(name)) for name in ("use_dora", "modules_to_save", "bias")}
+    conflicts = [f"{name}={value!r}" for name, value in fields.items() if value and value != "none"]
+    if config.base.continue_from is not None:
+        conflicts.append("continue_from")
+    if config.mining is not None and config.mining.rounds > 1:
+        conflicts.append(f"mining rounds={config.mining.rounds}")
+    if scale == 1 or not conflicts:
+        return []
+    return [
+        f"adapter_scale={scale} with {', '.join(conflicts)}: expected 1.0; LoraEmbedding(adapter_scale=) scales later"
+    ]
 
 
 def _allow_changes_problems(config: FinetuneConfig) -> list[str]:

@@ -79,6 +79,7 @@ def compare(
         degraded=sum(value < 0 for value in values),
         evidence=found.evidence,
         basis=found.basis,
+        unchanged=not any(changes.values()),
     )
 
 

@@ -82,7 +82,7 @@ def _next_selection(previous: CheckpointSelection) -> CheckpointSelection:
     """The selection of the next round, whose step 0 is the best step of the rounds before."""
     best = previous.best
     if previous.evaluator is None or best is None:
-        return CheckpointSelection(previous.evaluator, previous.metric)
+        return CheckpointSelection(previous.evaluator, previous.metric, previous.adapter_scale)
     return replace(
         previous,
         history=[{"step": 0, "metrics": dict(best.metrics)}],

@@ -57,3 +57,24 @@ def test_there_are_at_most_three_hundred_headings_and_only_of_passages_that_are_
     assert found.queries == validate_on_headings(val, {"llm": 1}, many).queries
     assert found.queries != validate_on_headings(val, {"llm": 1}, many, seed=1).queries
     assert {i for ids in found.relevant_docs.values() for i in ids} <= set(val.corpus)
+
+
+def test_a_heading_that_nodes_share_is_not_used(nodes):
+    shared = [TextNode(id_=f"s{i}", text=f"# Overview\n\nIt {BODY} {i}") for i in range(3)]
+    found = validate_on_headings(held_out([*nodes, *shared], ["llm"] * 5), {"llm": 1}, [*nodes, *shared])
+    assert found.origins() == {"llm": 5, "title": 50}
+    assert "Overview" not in found.queries.values()
+
+
+@pytest.mark.parametrize("origin", ["human", "llm_judged", "unknown"])
+def test_queries_that_people_wrote_or_typed_stay_alone(nodes, origin):
+    val = held_out(nodes, [origin] * 5 + ["llm"] * 20)
+    assert validate_on_headings(val, {"llm": 1}, nodes) == val
+
+
+def test_lines_of_metadata_are_no_headings():
+    nodes = [TextNode(id_=f"n{i}", text=f"It {BODY} {i}", metadata={"file_path": f"docs/{i}.md"}) for i in range(40)]
+    texts = [TextNode(id_=node.node_id, text=node.get_content(metadata_mode="embed")) for node in nodes]
+    val = held_out(texts, ["llm"] * 5)
+    assert val.corpus["n0"].startswith("file_path: docs/0.md")
+    assert validate_on_headings(val, {"llm": 1}) == val

@@ -20,7 +20,6 @@ def compared(base, gain, origins, trained_on=None):
     [
         ("human", Evidence.HUMAN),
         ("llm_judged", Evidence.LOGGED),
-        ("query_log", Evidence.LOGGED),
         ("unknown", Evidence.UNKNOWN),
         ("llm", Evidence.LLM),
         ("llm/keywords", Evidence.LLM),
@@ -41,7 +40,7 @@ def test_evidence_is_ranked():
     assert [evidence for evidence in Evidence if evidence.real] == [Evidence.HUMAN, Evidence.LOGGED, Evidence.PAIRS]
 
 
-@pytest.mark.parametrize("origin", ["human", "llm_judged", "query_log"])
+@pytest.mark.parametrize("origin", ["human", "llm_judged"])
 def test_better_without_further_words_rests_on_real_queries(base, origin):
     found = compared(base, 0.1, {origin: 200})
     assert found.verdict is Verdict.BETTER
@@ -117,6 +116,45 @@ def test_human_written_queries_decide_over_any_number_of_synthetic_ones(base):
     assert found.verdict is Verdict.WORSE
     assert (found.queries, found.evidence) == (20, Evidence.HUMAN)
     assert "180 queries of other kinds have no part in it" in found.basis
+
+
+def test_a_loss_on_everything_is_worse_whatever_the_headings_say(base):
+    origins = {"title": 40, "llm": 160}
+    loss = np.concatenate([np.zeros(40), np.full(160, -0.2)])
+    found = compared(base, loss, origins, ["llm"])
+    assert found.verdict is Verdict.WORSE
+    assert not found.accepts(1.0)
+    both = compared(
+        base,
+        np.concatenate([np.full(40, -0.1), np.full(160, 0.2)]),
+        {"title": 40, "llm/claim": 160},
+        ["llm/question", "title"],
+    )
+    assert both.verdict is Verdict.WORSE, "a loss on headings that were trained on outweighs a gain on another style"
+
+
+def test_unchanged_headings_do_not_make_everything_unchanged(base):
+    few_lose = np.concatenate([np.zeros(40), np.tile([0.1, -0.1], 80)])
+    found = compared(base, few_lose, {"title": 40, "llm": 160}, ["llm"])
+    assert (found.improved, found.degraded, found.unchanged) == (0, 0, False)
+    assert not found.accepts(0.5)
+
+
+def test_an_unnamed_style_is_no_style_that_was_kept_back(base):
+    for trained_on in (["llm"], ["metadata"], ["llm", "llm/question"]):
+        assert compared(base, 0.1, {"llm/claim": 200}, trained_on).verdict is Verdict.NO_CLEAR_DIFFERENCE
+    assert compared(base, 0.1, {"metadata": 200}, ["llm/question"]).verdict is Verdict.NO_CLEAR_DIFFERENCE
+
+
+def test_too_few_human_written_queries_are_joined_by_the_next_best(base):
+    joined = compare(
+        evaluation_with(base[:18], {"human": 9, "llm_judged": 9}),
+        evaluation_with(base[:18] + 0.1, {"human": 9, "llm_judged": 9}),
+    )
+    assert (joined.verdict, joined.queries, joined.evidence) == (Verdict.BETTER, 18, Evidence.LOGGED)
+    alone = compared(base[:50], 0.1, {"human": 9, "lead": 41}, ["lead"])
+    assert (alone.verdict, alone.queries, alone.evidence) == (Verdict.NO_CLEAR_DIFFERENCE, 41, Evidence.HEURISTIC)
+    assert "human" not in alone.basis.partition(").")[0]
 
 
 def test_fewer_than_ten_queries_allow_no_verdict(base):

@@ -3,7 +3,7 @@ import pytest
 from peft import LoraConfig
 
 from llama_index_lora_embed import LoraEmbedding
-from llama_index_lora_embed.config import DEFAULT_BASE
+from llama_index_lora_embed.config import DEFAULT_BASE, MiningSettings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.evaluation import evaluate_retrieval
 from tests.conftest import make_engine
@@ -49,15 +49,20 @@ def test_a_scaled_run_resumes_where_it_stopped(tiny_model, tmp_path, monkeypatch
     assert all(bool((once[name] == twice[name]).all()) for name in once)
 
 
-@pytest.mark.parametrize("lora", [{"bias": "lora_only"}, {"use_dora": True}])
-def test_an_adapter_that_is_more_than_two_matrices_cannot_be_scaled(tiny_model, tmp_path, lora):
-    config = LoraConfig(target_modules=["query"], **lora)
-    with pytest.raises(ConfigError, match=r"adapter_scale=0\.5.*trained, too"):
-        make_engine(tiny_model, tmp_path / "a", adapter_scale=0.5, lora_config=config).finetune()
-    assert not (tmp_path / "a").exists()
-
-
-def test_an_adapter_that_is_trained_further_cannot_be_scaled(tmp_path, whole):
-    engine = make_engine(DEFAULT_BASE, tmp_path / "a", continue_from=str(whole), adapter_scale=0.5)
-    with pytest.raises(ConfigError, match="train further"):
-        engine.finetune()
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"lora_config": LoraConfig(target_modules=["query"], bias="lora_only")}, "bias='lora_only'"),
+        ({"lora_config": LoraConfig(target_modules=["query"], use_dora=True)}, "use_dora=True"),
+        ({"continue_from": "adapter"}, "continue_from"),
+        ({"mining": MiningSettings(rounds=2)}, "mining rounds=2"),
+    ],
+)
+def test_what_is_more_than_a_new_lora_cannot_be_scaled_which_is_said_before_anything_is_loaded(
+    tiny_model, tmp_path, monkeypatch, whole, more, named
+):
+    monkeypatch.chdir(whole.parent)
+    model = DEFAULT_BASE if "continue_from" in more else tiny_model
+    with pytest.raises(ConfigError, match=f"adapter_scale=0.5 with .*{named}") as error:
+        make_engine(model, tmp_path / "a", adapter_scale=0.5, **more)
+    assert "expected 1.0" in str(error.value) or "expected 1.0" in str(error.value.problems)

@@ -21,7 +21,7 @@ from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 _NEIGHBOUR = "neighbour"
 # Origins of queries that people wrote or typed, or that come from the documents. All others count as written for the
 # dataset, mostly by an LLM, and so do those without an origin.
-_NOT_WRITTEN = frozenset({HUMAN, LLM_JUDGED, "query_log", TITLE, "lead", "definition", "inverse_cloze", _NEIGHBOUR})
+_NOT_WRITTEN = frozenset({HUMAN, LLM_JUDGED, TITLE, "lead", "definition", "inverse_cloze", _NEIGHBOUR})
 
 _RUN = 4  # words; runs of four are rarely shared by chance
 

@@ -74,6 +74,9 @@ def test_a_line_that_is_set_apart_is_a_title():
         "Adapters for Retrieval\nFew words.",
         f"2021\n{ABSTRACT}",
         f"\n\n{ABSTRACT}",
+        "Contact\n",
+        "\n\nOpening hours\r\n",
+        f"file_path: docs/a.md\n\n{ABSTRACT}",
     ],
 )
 def test_other_first_lines_are_no_titles(text):
