@@ -54,8 +54,8 @@ def label_queries(
     continues where this one stopped, and with other models asks only for passages that have no grade yet.
 
     With the defaults and two models there are at most 15 passages for each query, and fewer where they find the same
-    ones: twenty queries take about ten minutes. The dataset can be the `human` of `judge_queries`, which shows how far
-    to trust an LLM's grades.
+    ones; queries for which nothing was relevant are missing in the dataset. It can be the `human` of `judge_queries`,
+    which shows how far to trust an LLM's grades on the others.
 
     Args:
         queries: See `judge_queries`.
