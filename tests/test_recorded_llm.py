@@ -29,6 +29,7 @@ def example(monkeypatch):
     return load
 
 
+@pytest.mark.slow
 def test_the_journal_gives_queries_for_its_topics_without_a_call(example, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(EXAMPLES))  # the demo may import its neighbours
     recorded, demo = example("recorded_llm"), example("demo")
