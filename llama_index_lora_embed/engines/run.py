@@ -137,11 +137,7 @@ def run_from_nodes(
         config = config.replace(data=config.data.replace(on_overlap="allow"))
     generators = None if query_generators is None else list(query_generators)
     config = check_run(config, None, val_dataset, loss=loss, lora_config=lora_config).config
-    names = (
-        [] if generators is None else [part for g in generators for part in str(getattr(g, "name", "")).split(" or ")]
-    )
-    written = llm is not None if generators is None else any(name.startswith("llm") for name in names)
-    config = _with_defaults(config, written, plain_lora=lora_config is None)
+    config = _with_defaults(config, _written(generators, llm), plain_lora=lora_config is None)
     if config.base.quantized:
         check_device(config)
     if generators is None and llm is not None:

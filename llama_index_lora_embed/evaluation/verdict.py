@@ -187,7 +187,7 @@ def weigh(
         if evidence is Evidence.UNKNOWN:
             basis.append(_SAY_SO)
         return Weighed(verdict, ids, interval, evidence, " ".join(basis))
-    synthetic = {i: change for i, change in changes.items() if i not in set(ids)}
+    synthetic = {i: change for i, change in changes.items() if i not in ids}  # fewer than ten
     return _weigh_synthetic(synthetic, {i: origins[i] for i in synthetic}, trained_on, seed)
 
 
@@ -197,15 +197,11 @@ def _weigh_synthetic(
     everything = list(changes)
     headings = [i for i in everything if kinds[i] == TITLE]
     kept_back = [i for i in everything if trained_on is not None and _transfers(kinds[i], trained_on)]
-    transfer, enough_headings = len(kept_back) >= MIN_HEADINGS, len(headings) >= MIN_HEADINGS
-    looked_at = [
-        *([kept_back] if transfer else []),
-        *([headings] if enough_headings else []),
-        *([everything] if len(everything) >= MIN_QUERIES else []),
-    ]
-    lost = [ids for ids in looked_at if _interval(changes, ids, seed)[1] < 0]
-    ids = lost[0] if lost else (looked_at or [everything])[0]
-    interval = _interval(changes, ids, seed)
+    transfer = len(kept_back) >= MIN_HEADINGS
+    looked_at = [(ids, _interval(changes, ids, seed)) for ids in (kept_back, headings) if len(ids) >= MIN_HEADINGS]
+    looked_at.append((everything, _interval(changes, everything, seed)))
+    lost = [found for found in looked_at if found[1][1] < 0 and len(found[0]) >= MIN_QUERIES]
+    ids, interval = (lost or looked_at)[0]
     verdict = Verdict.WORSE if lost else Verdict.NO_CLEAR_DIFFERENCE
     if transfer and not lost and interval[0] > TRANSFER_MARGIN:
         verdict = Verdict.LIKELY_BETTER

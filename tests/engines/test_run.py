@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 from llama_index_lora_embed import FinetuneConfig, LoraEmbedding, LoraFinetuneEngine, run_finetune
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError
+from llama_index_lora_embed.data import GeneratedQuery
 from llama_index_lora_embed.data.readers.nodes import read_nodes
 from tests.conftest import make_dataset, make_engine
 from tests.helpers.llms import FakeLLM
@@ -139,3 +140,22 @@ def test_lora_fields_that_peft_refuses_are_named(tiny_model, tmp_path):
     with pytest.raises(ConfigError, match="rank"):
         run_finetune(config, dataset=make_dataset())
     assert not (tmp_path / "from_file").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("llm", True), ("llm or title or lead", True), ("human", True), ("metadata", True), ("title or lead", False)],
+)
+def test_queries_that_somebody_wrote_are_trained_with_the_defaults_of_labelled_data(
+    tiny_model, tmp_path, nodes, name, written
+):
+    class Named:
+        def generate(self, nodes, *, seed=0):
+            return [GeneratedQuery(f"w{n} w{n + 3}", node.node_id, "title") for n, node in enumerate(nodes)]
+
+    Named.name = name
+    engine = LoraFinetuneEngine.from_nodes(
+        nodes, tiny_model, str(tmp_path / "run"), query_generators=[Named()], filters=None, val_fraction=0
+    )
+    training = engine.config.training
+    assert (training.epochs, training.adapter_scale) == ((4, 1.0) if written else (1, 0.5))
