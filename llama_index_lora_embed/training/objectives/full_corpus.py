@@ -61,9 +61,8 @@ def full_corpus_loss(queries: Tensor, passages: Tensor, targets: Targets, temper
         A scalar, the average over the queries.
     """
     with torch.autocast(queries.device.type, enabled=False):  # bfloat16 would round the scores to two digits
-        loss: Tensor = _FullCorpusSoftmax.apply(
-            nn.functional.normalize(queries.float(), dim=-1), passages, targets, temperature
-        )
+        unit = nn.functional.normalize(queries.float(), dim=-1)
+        loss: Tensor = _FullCorpusSoftmax.apply(unit, passages, targets, temperature)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -40,9 +40,10 @@ def test_loss_and_gradient_are_those_of_the_formula_whatever_the_chunks(
     expected = dense(expected_queries, passages, 0.05)
     loss = full_corpus_loss(queries, passages, Targets.of(RELEVANT, GRADES, IGNORED), 0.05)
     torch.testing.assert_close(loss, expected)
-    (2 * expected).backward()
-    (2 * loss).backward()
-    assert queries.grad is not None and expected_queries.grad is not None
+    (2 * expected).backward()  # type: ignore[no-untyped-call]
+    (2 * loss).backward()  # type: ignore[no-untyped-call]
+    assert queries.grad is not None
+    assert expected_queries.grad is not None
     torch.testing.assert_close(queries.grad, expected_queries.grad)
 
 
@@ -50,9 +51,10 @@ def test_a_query_whose_other_passages_are_all_false_negatives_has_no_loss_and_no
     passages = torch.nn.functional.normalize(vectors(3, 4), dim=-1)
     queries = vectors(1, 4, seed=2).requires_grad_()
     loss = full_corpus_loss(queries, passages, Targets.of([[1]], None, [[0, 2]]), 0.05)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert queries.grad is not None
-    assert abs(loss.item()) < 1e-6 and queries.grad.abs().max() < 1e-6
+    assert abs(loss.item()) < 1e-6
+    assert queries.grad.abs().max() < 1e-6
 
 
 def test_under_autocast_the_scores_stay_float32() -> None:
