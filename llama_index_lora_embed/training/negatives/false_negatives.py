@@ -11,6 +11,7 @@ from llama_index_lora_embed.config import MiningSettings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.text import normalise
+from llama_index_lora_embed.training.negatives.document_texts import DocumentTexts
 
 DUPLICATE = "same text as a positive"
 WORDING = "answers a query of the same wording"
@@ -221,6 +222,39 @@ class FalseNegatives:
     def excludes(self, query_id: str, passage_id: str) -> bool:
         """Whether a passage is no negative of the query."""
         return bool(self.among(query_id, self.index([passage_id])))
+
+    def excluded_columns(self, query_ids: Iterable[str], passage_ids: Sequence[str]) -> list[frozenset[int]]:
+        """For each query the positions of the passages that `excludes` holds for, its own positives included.
+
+        For a whole corpus: what `among` finds, without comparing each query with each passage of a document.
+        """
+        positions = self.index(passage_ids)
+        documents: dict[str, DocumentTexts] = {}
+        found: dict[str, frozenset[int]] = {}
+        columns = []
+        for query_id in query_ids:
+            guard = self.guard(query_id)
+            if guard.wording not in found:
+                found[guard.wording] = frozenset(self._excluded(guard, positions, documents))
+            columns.append(found[guard.wording])
+        return columns
+
+    def _excluded(self, guard: Guard, positions: Positions, documents: dict[str, DocumentTexts]) -> set[int]:
+        texts = self.corpus.dataset.corpus
+        found = {at for key in guard.near for at in positions.near.get(key, ())}
+        found.update(at for key in guard.siblings for at in positions.alike.get(key, ()))
+        for document, positives in guard.by_document.items():
+            columns = positions.documents.get(document, [])
+            if self.window is None:
+                found.update(columns)
+            elif not found.issuperset(columns):
+                if document not in documents:
+                    passages = (texts[positions.passage_ids[at]] for at in columns)
+                    documents[document] = DocumentTexts([*map(normalise, passages)], _OVERLAP_CHARACTERS)
+                others = documents[document].containing(guard.wording)
+                others.update(*(documents[document].overlapping(_normalised(texts[i])) for i in positives))
+                found.update(columns[number] for number in others)
+        return found
 
     def blocked(self, query_id: str) -> Iterable[tuple[str, str]]:
         """Traits, as from `traits`, of passages that are no negatives of the query.

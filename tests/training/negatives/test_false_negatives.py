@@ -1,10 +1,12 @@
+import random
+
 import pytest
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.config import MiningSettings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.negatives import false_negatives
-from llama_index_lora_embed.training.negatives.false_negatives import Corpus, Guard, too_close
+from llama_index_lora_embed.training.negatives.false_negatives import Corpus, FalseNegatives, Guard, too_close
 
 QUERY = "who keeps the keys"
 POSITIVE = "The porter has had them ever since the gate was built."
@@ -83,3 +85,43 @@ def test_the_relative_margin_is_a_share_of_the_magnitude():
     assert too_close(0.44, 0.5, settings) is None
     assert too_close(-0.54, -0.5, settings) == false_negatives.MARGIN
     assert too_close(-0.56, -0.5, settings) is None
+
+
+def tangled_dataset(seed):
+    """Documents of overlapping chunks that share texts, nearly share texts and quote queries."""
+    rng = random.Random(seed)
+    words = [f"word{i}" for i in range(60)]
+    corpus, sources = {}, {}
+    for document in range(4):
+        text = rng.choices(words, k=90)
+        for chunk in range(6):
+            chunk_id = f"d{document}c{chunk}"
+            corpus[chunk_id] = " ".join(text[chunk * 14 : chunk * 14 + rng.choice([6, 14, 22, 30])])
+            sources[chunk_id] = f"d{document}"
+    ids = list(corpus)
+    for number, chunk_id in enumerate(rng.sample(ids, 6)):
+        corpus[f"copy{number}"] = corpus[chunk_id].upper().replace(" ", "  ")
+        sources[f"copy{number}"] = rng.choice(["d0", "d1", "elsewhere"])
+    queries = {f"q{i}": " ".join(rng.choices(words, k=3)) for i in range(8)}
+    queries |= {f"r{i}": " ".join(corpus[rng.choice(ids)].split()[2:5]).upper() for i in range(8)}
+    queries["s"] = queries["q0"].upper()
+    relevant = {q: rng.sample(list(corpus), rng.choice([1, 1, 3])) for q in queries}
+    near = {ids[1]: ids[8], ids[15]: ids[8], "copy0": "copy1"}
+    return EmbeddingQAFinetuneDataset(
+        queries=queries, corpus=corpus, relevant_docs=relevant, source_documents=sources
+    ), near
+
+
+@pytest.mark.parametrize("window", [0, 2, None])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_excluded_columns_of_a_corpus_are_those_that_are_excluded_pair_by_pair(window, seed):
+    dataset, near = tangled_dataset(seed)
+    known = FalseNegatives(dataset, window, near)
+    passage_ids = [*reversed(dataset.corpus), "d0c0"]  # a column twice, as a node that was cut in two ways has it
+    found = known.excluded_columns(dataset.queries, passage_ids)
+    pairs = [
+        {at for at, passage_id in enumerate(passage_ids) if known.excludes(query_id, passage_id)}
+        for query_id in dataset.queries
+    ]
+    assert found == pairs
+    assert any(pairs)
