@@ -181,8 +181,12 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         """Id of the document that a passage comes from; its own id where none is recorded."""
         return (self.source_documents or {}).get(passage_id, passage_id)
 
-    def problems(self) -> list[str]:
-        """One line for each problem that would crash or spoil training, with its id."""
+    def problems(self, *, unanswered: bool = False) -> list[str]:
+        """One line for each problem that would crash or spoil training, with its id.
+
+        Args:
+            unanswered: Whether queries may be without a relevant passage if passages were judged irrelevant to them.
+        """
         found: list[str] = []
         text: Any  # fields can be changed after construction, which pydantic does not check
         trained = {"training passage of query": self.training_passages or {}}
@@ -192,7 +196,9 @@ class EmbeddingQAFinetuneDataset(BaseModel):
                     found.append(f"{what} {i!r} is not text: {text!r:.80}")
                 elif not text.strip():
                     found.append(f"{what} {i!r} is empty")
-        found += [f"query {i!r} has no relevant passage" for i in self.queries if not self.relevant_docs.get(i)]
+        judged = (self.judged_irrelevant or {}) if unanswered else {}
+        without = (i for i in self.queries if not self.relevant_docs.get(i) and not judged.get(i))
+        found += [f"query {i!r} has no relevant passage" for i in without]
         for field in ("relevant_docs", "hard_negatives", "judged_irrelevant", "training_passages"):
             unknown = [i for i in getattr(self, field) or {} if i not in self.queries]
             found += [f"{field} names query {i!r}, which is not in queries" for i in unknown]
@@ -217,8 +223,8 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         """Grade of a relevant passage, above 0 and at most 1; 1 where the dataset has none."""
         return (self.relevance_scores or {}).get(query_id, {}).get(passage_id, 1.0)
 
-    def check(self, name: str = "dataset") -> EmbeddingQAFinetuneDataset:
-        """This dataset, if it is not empty and has no `problems()`.
+    def check(self, name: str = "dataset", *, unanswered: bool = False) -> EmbeddingQAFinetuneDataset:
+        """This dataset, if it is not empty and has no `problems(unanswered=unanswered)`.
 
         Raises:
             DatasetError: It is empty or has problems; `.problems` lists all of them.
@@ -229,7 +235,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
                 "at least one of each",
                 "Check that the nodes have text and that the query generators yielded queries.",
             )
-        if problems := self.problems():
+        if problems := self.problems(unanswered=unanswered):
             raise DatasetError(
                 f"a {name} with {len(problems)} problem(s)",
                 "non-empty texts, and ids that exist",

@@ -272,7 +272,7 @@ class RunRegistry:
             )
         old, new = self._load_evaluation(promoted), self._load_evaluation(candidate)
         try:
-            trained_on = RunFacts.read(candidate.path).manifest.dataset.get("origins")
+            trained_on = RunFacts.read(candidate.path).manifest.trained_on
         except AdapterError:  # its directory is gone, but its evaluation is here
             trained_on = None
         comparison = compare(old, new, trained_on=trained_on)

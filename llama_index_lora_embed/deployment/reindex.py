@@ -293,7 +293,7 @@ def reindex(
             _evaluate(index, dataset),
             dataset,
             # the base was trained on none of them
-            trained_on=() if manifest is None else manifest.dataset.get("origins"),
+            trained_on=() if manifest is None else manifest.trained_on,
             names=("in use", "new"),
         )
         same_model = getattr(before, "fingerprint", None) == getattr(embed_model, "fingerprint", "")

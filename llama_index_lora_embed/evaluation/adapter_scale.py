@@ -59,5 +59,5 @@ def tune_scale(
         )
         evaluations[scale] = evaluate_retrieval(embed_model, dataset)
     manifest = embed_model.manifest
-    trained_on = None if manifest is None else manifest.dataset.get("origins")
+    trained_on = None if manifest is None else manifest.trained_on
     return Sweep.of(evaluations, metric, 0.0, lambda scale: scale, trained_on)

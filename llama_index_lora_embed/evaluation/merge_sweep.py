@@ -107,7 +107,7 @@ def tune_merge(
         for setting, adapter in merged.items():
             model = LoraEmbedding(adapter.path, base_model=base_model, **embedding)
             evaluations[setting] = evaluate_retrieval(model, dataset)
-            origins.append(None if model.manifest is None else model.manifest.dataset.get("origins"))
+            origins.append(None if model.manifest is None else model.manifest.trained_on)
     trained_on = None if None in origins else {origin for found in origins for origin in found}
     return Sweep.of(evaluations, metric, base, lambda setting: round(sum(map(abs, setting)), 9), trained_on)
 

@@ -201,7 +201,7 @@ def compare_retrieval(
         slice_outcomes.append(SliceOutcome(by, name, len(ids), ndcg))
     if trained_on is None:
         manifest = getattr(tuned, "manifest", None)
-        trained_on = None if manifest is None else manifest.dataset.get("origins")
+        trained_on = None if manifest is None else manifest.trained_on
     return RetrievalComparison(
         compare(before, after, trained_on=trained_on, seed=seed),
         metric_differences(before, after, seed=seed),

@@ -109,6 +109,11 @@ class Manifest:
             **origin,
         )
 
+    @property
+    def trained_on(self) -> dict[str, int] | None:
+        """Number of training queries by origin, which a verdict asks for; None where that is not recorded."""
+        return self.dataset.get("origins")
+
     @classmethod
     def read(cls, directory: Path) -> Manifest | None:
         """The directory's manifest; None for a plain sentence-transformers adapter, which has none.

@@ -153,7 +153,7 @@ def merge_adapters(
 
 def _trained_on(adapters: list[OpenedAdapter]) -> dict[str, Any]:
     """Origins of the training queries of all adapters, which a verdict asks for; empty unless all are known."""
-    recorded = [{} if a.manifest is None else a.manifest.dataset.get("origins") or {} for a in adapters]
+    recorded = [{} if a.manifest is None else a.manifest.trained_on or {} for a in adapters]
     return {"origins": dict(sum(map(Counter, recorded), Counter()))} if all(recorded) else {}
 
 

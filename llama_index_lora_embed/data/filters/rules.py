@@ -151,7 +151,9 @@ def filter_queries(
     if embed_model is not None and settings.round_trip_k is not None:
         checked = [i for i in _written(dataset, left) if _answers(dataset, i)]
         trip = round_trip(dataset, checked, settings.round_trip_k, settings, embed_model)
-        reasons.update(dict.fromkeys(trip.lost, f"its passage is not among the {settings.round_trip_k} nearest"))
+        searched = "the embedding model or of BM25" if settings.round_trip_keep_hard else "the embedding model"
+        reason = f"none of its passages is among the first {settings.round_trip_k} of {searched}"
+        reasons.update(dict.fromkeys(trip.lost, reason))
         left = [i for i in left if i not in reasons]
     texts: defaultdict[str, list[str]] = defaultdict(list)
     for query_id, reason in reasons.items():

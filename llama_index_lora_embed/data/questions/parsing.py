@@ -28,11 +28,11 @@ _REASONING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL 
 _FENCE = re.compile(r"^\s*```\w*\s*$", re.MULTILINE)
 _MARK = re.compile(
     r"(?:[-*•–—·‣▪]+\s+"  # bullets
-    r"|[(\[]?\d{1,3}[.):\]]+(?:\s+|(?=\D))"  # 1.  1)  (1)
+    r"|[*_]*[(\[]?\d{1,3}[.):\]]+(?:[*_]*\s+|(?=\D))"  # 1.  1)  (1)  **1.**
     r"|\(?[a-h][.)]\s+"  # a)
     r"|\d{1,3}\s*[、．]\s*"
-    r"|(?:q|question|query|frage|pregunta|问题|問題|質問)\s*#?\s*\d{1,3}\s*[:.)：-]\s*"  # Question 1:
-    r"|(?:q|query|search query)\s*[:：]\s*)",
+    r"|[*_]*(?:q|question|query|frage|pregunta|问题|問題|質問)\s*#?\s*\d{1,3}[*_]*\s*[:.)：-][*_]*\s*"  # Question 1:
+    r"|[*_]*(?:q|query|search query)[*_]*\s*[:：][*_]*\s*)",
     re.IGNORECASE,
 )
 # "question: ...", or "[question] ..." where the bracket closes it
@@ -41,7 +41,8 @@ _TAG = re.compile(
     rf"(?:[*_]*(?:{_STYLE})[*_]*\s*[:：–]\s*[*_]*|[\[(<](?:{_IN_BRACKETS})[\])>]\s*[:：-]?)\s*", re.IGNORECASE
 )
 _CLOSING_TAG = re.compile(r"\s*</\w+>$")
-_QUOTES = "\"'`*_“”„«»‘’「」『』"
+_RUN = re.compile(r"([*_`\"'])\1*")  # of emphasis or quotes that open and close alike
+_PAIRS = ("“”", "„“", "„”", "«»", "»«", "‘’", "「」", "『』")
 _NO_QUERY = re.compile(
     # preambles
     r"(?:(?:here (?:are|is)|sure|certainly|of course|okay|ok|below|the following|these are|based on the|hier sind"
@@ -157,14 +158,13 @@ def _from_json(value: Any, style: str | None = None) -> Iterator[ParsedQuery]:
 
 
 def _clean(line: str, style: str | None = None, marked: bool = False) -> ParsedQuery:
-    """A line without control characters, bullets, numbers, quotes and tags."""
+    """A line without control characters, bullets, numbers, tags, and emphasis or quotes around the whole."""
     line = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in line)
     line = " ".join(line.split())
     for _ in range(3):  # "1. **Question:** ..." has several layers
-        bare = line.lstrip("#> ")  # Markdown headings and quotations
+        bare = _unwrap(line.lstrip("#> "))  # Markdown headings and quotations
         if mark := _MARK.match(bare):
-            bare, marked = bare[mark.end() :], True
-        bare = bare.strip(_QUOTES + " ")
+            bare, marked = _unwrap(bare[mark.end() :]), True
         if tag := _TAG.match(bare):
             style, marked = (tag.lastgroup or "").removeprefix("in_"), True
             bare = _CLOSING_TAG.sub("", bare[tag.end() :])
@@ -172,6 +172,26 @@ def _clean(line: str, style: str | None = None, marked: bool = False) -> ParsedQ
             break
         line = bare
     return ParsedQuery(line, style, marked)
+
+
+def _unwrap(text: str) -> str:
+    """A text without the emphasis and quotes around the whole of it; "`a` or `b`", "*args" and "__init__" stay."""
+    text = text.strip()
+    run = _RUN.match(text)
+    for opening, closing in [(run[0], run[0])] if run else map(tuple, _PAIRS):
+        inner = text[len(opening) : -len(closing)]
+        between = re.sub(r"\w['’]\w", "", inner)  # apostrophes
+        if (
+            text.startswith(opening)
+            and text.endswith(closing)
+            and len(text) > len(opening) + len(closing)
+            and opening not in between
+            and closing not in between
+            and (opening[0] != "_" or " " in inner)
+        ):
+            return _unwrap(inner)
+    # a quote that is never closed, at the end of a truncated answer
+    return text[1:] if re.fullmatch(r'["“„«「『][^"“”„«»「」『』]*', text) else text
 
 
 def _is_query(line: ParsedQuery) -> bool:

@@ -36,7 +36,7 @@ def judge_queries(
     threshold: int = THRESHOLD,
     journal: str | os.PathLike[str] = JOURNAL_NAME,
     settings: LLMSettings | None = None,
-    human: EmbeddingQAFinetuneDataset | None = None,
+    human: EmbeddingQAFinetuneDataset | JudgedQueries | None = None,
     max_queries: int | None = 500,
     seed: int = 0,
     column: str | None = None,
@@ -66,8 +66,10 @@ def judge_queries(
         journal: Where the answers are kept.
         settings: Concurrency, retries, and limits. Answers other than a grade are requested again up to `attempts`
             times in all; passages without a grade after that are counted and stay unjudged.
-        human: Labels by people for some of the queries and passages, to report the agreement with. Unlabelled passages
-            count as irrelevant, unless it has `judged_irrelevant` ones.
+        human: Labels by people for some of the queries and passages, to report the agreement with: what
+            `label_queries` returned, of which all grades count with the threshold here, or a dataset. Of a dataset
+            with `judged_irrelevant` the passages without a label are left out, and its queries may be without a
+            relevant passage; otherwise passages without a label count as irrelevant.
         max_queries: Queries to judge; of more, a random sample is judged, and reported. None judges all. 500 queries
             give a 95 % interval of about ±0.03 around a difference in nDCG@10.
         seed: Random seed of the sample.
@@ -81,8 +83,8 @@ def judge_queries(
 
     Raises:
         ConfigError: An argument has the wrong type or value, or there is no column of queries.
-        DatasetError: There are no queries or no nodes with text, none of the queries has a relevant passage, or no
-            pooled passage has a human label.
+        DatasetError: There are no queries or no nodes with text, two queries share an id, none of the queries has a
+            relevant passage, or no pooled passage has a human label.
         LLMError: The LLM fails or refuses altogether.
         JournalError: The journal cannot be used.
 
@@ -93,8 +95,8 @@ def judge_queries(
     """
     if not isinstance(llm, LLM):
         raise ConfigError(f"llm={llm!r:.60}", "a LlamaIndex LLM", "Pass for example llm=Settings.llm.")
-    if human is not None:
-        human = EmbeddingQAFinetuneDataset.coerce(human, "human").check("human dataset")
+    if human is not None and not isinstance(human, JudgedQueries):
+        human = EmbeddingQAFinetuneDataset.coerce(human, "human").check("human dataset", unanswered=True)
     settings = settings or LLMSettings()
     pool = make_pool(
         queries,
@@ -109,7 +111,7 @@ def judge_queries(
         cache_folder=cache_folder,
         show_progress=settings.show_progress,
     )
-    labels = None if human is None else human_labels(human, pool)
+    labels = None if human is None else human_labels(human, pool, threshold)
     pairs = [(query_id, passage_id) for query_id, ids in pool.passages.items() for passage_id in ids]
     with Journal(journal) as opened:
         client = LLMClient(llm, opened, settings, lambda answer: parse_grade(answer) is not None)

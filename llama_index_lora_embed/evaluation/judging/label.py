@@ -54,8 +54,9 @@ def label_queries(
     continues where this one stopped, and with other models asks only for passages that have no grade yet.
 
     With the defaults and two models there are at most 15 passages for each query, and fewer where they find the same
-    ones; queries for which nothing was relevant are missing in the dataset. It can be the `human` of `judge_queries`,
-    which shows how far to trust an LLM's grades on the others.
+    ones; queries for which nothing was relevant are missing in the dataset. The result can be the `human` of
+    `judge_queries`, which shows how far to trust an LLM's grades on the others, also on queries without a relevant
+    passage.
 
     Args:
         queries: See `judge_queries`.
@@ -78,7 +79,8 @@ def label_queries(
 
     Raises:
         ConfigError: See `judge_queries`.
-        DatasetError: There are no queries or no nodes with text, or the file holds something else.
+        DatasetError: There are no queries or no nodes with text, two queries share an id, or the file holds something
+            else.
         OSError: The file cannot be written.
     """
     answers = _read(Path(path))

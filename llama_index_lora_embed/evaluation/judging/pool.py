@@ -139,6 +139,14 @@ def _choose(
             'Pass a list of texts, or a log and the name of its column, as in column="query".',
             report.places,
         )
+    uses = Counter(query_id for query_id, _ in distinct.values())
+    if repeated := [f"{i!r}: {text!r:.60}" for i, text in distinct.values() if uses[i] > 1]:
+        raise DatasetError(
+            f"{len(repeated)} queries that share their ids",
+            "an id of its own for each query; 1 and '1' are the same id",
+            "Rename them, or pass a list of texts:",
+            repeated,
+        )
     order = list(distinct)
     random.Random(seed).shuffle(order)  # fewer queries of the same log and seed are some of these
     kept = set(order[:max_queries])

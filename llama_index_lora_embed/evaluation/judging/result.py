@@ -72,11 +72,13 @@ class JudgedQueries:
         dataset: The queries with a relevant passage, all nodes as the corpus, grades divided by 3 as
             `relevance_scores`, and passages below the threshold as `judged_irrelevant`.
         report: Counts.
-        grades: Query id to passage id to grade, 0 to 3, of all judged queries, answered or not.
+        queries: Query id to text of all judged queries, answered or not.
+        grades: Query id to passage id to grade, 0 to 3, of the same queries.
     """
 
     dataset: EmbeddingQAFinetuneDataset = field(repr=False)
     report: JudgingReport
+    queries: dict[str, str] = field(repr=False)
     grades: dict[str, dict[str, int]] = field(repr=False)
 
 
@@ -142,37 +144,51 @@ def judged(
         agreement=compared,
         llm=llm,
     )
-    return JudgedQueries(dataset, report, by_query)
+    return JudgedQueries(dataset, report, {q: pool.queries[q] for q in finished}, by_query)
 
 
-def human_labels(human: EmbeddingQAFinetuneDataset, pool: Pool) -> Labels:
+def human_labels(human: EmbeddingQAFinetuneDataset | JudgedQueries, pool: Pool, threshold: int) -> Labels:
     """The human labels of the pooled passages; queries and passages are matched by their wording.
 
     Where `human` names irrelevant passages, others without a label are unjudged and are left out. Where it names none,
     they are labelled None.
 
+    Args:
+        human: A checked dataset, or what `label_queries` returned.
+        pool: What is to be graded.
+        threshold: Lowest grade of a relevant passage in what `label_queries` returned.
+
     Raises:
         DatasetError: No pooled passage has a label.
     """
-    queries = {normalise(text): query_id for query_id, text in human.queries.items()}
-    passages = {normalise(text): passage_id for passage_id, text in human.corpus.items()}
-    irrelevant = human.judged_irrelevant or {}
+    if isinstance(human, JudgedQueries):
+        queries, corpus, judged_all = human.queries, human.dataset.corpus, True
+        grades = {q: {i: g / HIGHEST * (g >= threshold) for i, g in found.items()} for q, found in human.grades.items()}
+    else:
+        queries, corpus, judged_all = human.queries, human.corpus, bool(human.judged_irrelevant)
+        irrelevant = human.judged_irrelevant or {}
+        grades = {q: dict.fromkeys(irrelevant.get(q, ()), 0.0) for q in queries}
+        for query_id, found in grades.items():
+            found.update({i: human.score(query_id, i) for i in human.relevant_docs.get(query_id, ())})
+    asked = {normalise(text) for text in queries.values()}
+    known = {normalise(text) for text in corpus.values()}
+    given = {
+        (normalise(queries[q]), normalise(corpus[i])): grade
+        for q, found in grades.items()
+        for i, grade in found.items()
+    }
     labels: dict[tuple[str, str], float | None] = {}
     for query_id, passage_ids in pool.passages.items():
-        human_query = queries.get(normalise(pool.queries[query_id]))
-        for passage_id in passage_ids if human_query is not None else ():
-            human_passage = passages.get(normalise(pool.corpus[passage_id]))
-            if human_query is None or human_passage is None:
-                continue
-            if human_passage in human.relevant_docs[human_query]:
-                labels[query_id, passage_id] = human.score(human_query, human_passage)
-            elif human_passage in irrelevant.get(human_query, ()):
-                labels[query_id, passage_id] = 0.0
-            elif not irrelevant:
+        query = normalise(pool.queries[query_id])
+        for passage_id in passage_ids:
+            passage = normalise(pool.corpus[passage_id])
+            if (query, passage) in given:
+                labels[query_id, passage_id] = given[query, passage]
+            elif query in asked and passage in known and not judged_all:
                 labels[query_id, passage_id] = None
     if not labels:
         raise DatasetError(
-            f"human labels for {len(human.queries)} queries, none of which is about a pooled passage",
+            f"human labels for {len(queries)} queries, none of which is about a pooled passage",
             "labels for the same queries and the same passages",
             "Make the human dataset from the same nodes: its texts are compared, ignoring case and spaces.",
         )

@@ -308,7 +308,7 @@ def test_a_query_that_does_not_find_its_passage_goes():
     settings = QueryFilterSettings(round_trip_k=3)
     kept, report = run(dataset, settings, embed_model=HashedWords())
     assert kept == [*(f"q{i}" for i in range(20)), "q21", "q22"]
-    assert report.dropped == {"its passage is not among the 3 nearest": 1}
+    assert report.dropped == {"none of its passages is among the first 3 of the embedding model or of BM25": 1}
     assert report.notes == []
     assert len(run(dataset, settings)[0]) == 23, "without a model there is no round trip"
     assert len(run(dataset, QueryFilterSettings(round_trip_k=None), embed_model=HashedWords())[0]) == 23

@@ -43,6 +43,13 @@ def texts(answer, **kwargs):
         "Frage: What is LoRA?\nStichwörter: How big is an adapter?",
         "问题：What is LoRA?\n关键词：How big is an adapter?",
         '["What is LoRA? \\ud83d", "How big is an adapter?"]',
+        "**1.** What is LoRA?\n**2.** **How big is an adapter?**",
+        "**Q1:** What is LoRA?\n**Question 2**: How big is an adapter?",
+        "**1. What is LoRA?**\n__2. How big is an adapter?__",
+        '1. ***"What is LoRA?"***\n2. „How big is an adapter?“',
+        "«What is LoRA?»\n「How big is an adapter?」",
+        "**question:** **What is LoRA?**\n- *keywords*: `How big is an adapter?`",
+        '- "What is LoRA?"\n- "How big is an adapter?',
     ],
 )
 def test_the_same_two_queries_are_found_in_every_format(answer):
@@ -107,6 +114,14 @@ def test_answers_without_a_query_give_none(answer):
         "What does error 404 mean?",
         "Error handling in Python",
         "Keywords for SEO",
+        "`__init__` method",
+        "__init__ vs __new__",
+        "difference between *args and **kwargs",
+        "**kwargs in a `lambda`",
+        "_private attributes of a class_name_",
+        '"foo" or "bar"',
+        "what does 'self' or 'cls'",
+        "'90s music on a 27\"",
     ],
 )
 def test_a_query_that_looks_like_a_list_or_a_refusal_is_kept(query):
@@ -150,3 +165,8 @@ def test_a_line_with_a_style_tag_is_a_query(query):
 
 def test_there_are_no_more_queries_than_the_limit():
     assert texts("one thing\nanother thing\nthird thing", limit=2) == ["one thing", "another thing"]
+
+
+def test_an_identifier_in_a_list_or_in_quotes_keeps_its_underscores():
+    answer = "1. `__init__` method\n2. **what is `__call__`**\n3. `__slots__`\n4. '__setattr__'"
+    assert texts(answer) == ["`__init__` method", "what is `__call__`", "__slots__", "__setattr__"]

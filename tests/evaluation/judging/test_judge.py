@@ -245,6 +245,23 @@ def test_agreement_with_human_labels_is_reported(journal):
     assert "human labels agree" in str(again.report)
 
 
+def test_human_labels_may_be_of_a_query_that_nothing_answers(journal):
+    irrelevant = {"q": list(DATASET.corpus), "q0-0": [i for i in DATASET.corpus if i != "p0"]}
+    human = EmbeddingQAFinetuneDataset(
+        queries={"q": "the price of tea", "q0-0": DATASET.queries["q0-0"]},
+        corpus=DATASET.corpus,
+        relevant_docs={"q0-0": ["p0"]},
+        judged_irrelevant=irrelevant,
+    )
+    result = judged(Judge(), journal, queries=list(human.queries.values()), human=human)
+    assert result.report.unanswered == 1
+    assert (result.report.agreement.pairs, result.report.agreement.assumed) == (result.report.pooled, 0)
+    assert human.problems() == ["query 'q' has no relevant passage"], "neither to train nor to evaluate on"
+    unjudged = human.model_copy(update={"judged_irrelevant": {"q0-0": irrelevant["q0-0"]}})
+    with pytest.raises(DatasetError, match="human dataset"):
+        judged(Judge(), journal, human=unjudged)
+
+
 def test_human_labels_for_other_texts_are_refused_before_anything_is_paid(journal):
     llm = Judge()
     other = EmbeddingQAFinetuneDataset(queries={"q": "x"}, corpus={"p": "y"}, relevant_docs={"q": ["p"]})
@@ -262,6 +279,7 @@ def test_human_labels_for_other_texts_are_refused_before_anything_is_paid(journa
         ({"queries": "no/such/log.txt"}, DatasetError, "cannot be read"),
         ({"queries": [{"clicked": "a"}]}, ConfigError, "one for the query"),
         ({"queries": 7}, ConfigError, "a source of type int"),
+        ({"queries": {1: "a query", "1": "another"}}, DatasetError, "2 queries that share their ids"),
         ({"nodes": []}, DatasetError, "0 node"),
         ({"nodes": [TextNode(text=" ")]}, DatasetError, "none of them with text"),
         ({"nodes": ["text"]}, ConfigError, "expected a LlamaIndex node"),

@@ -51,8 +51,32 @@ def test_a_person_grades_what_an_llm_would_grade(path, tmp_path):
     assert result.report.llm is None
     assert person.asked == result.report.pooled == len(path.read_text().splitlines())
     assert "4 queries: 4 with a relevant passage" in person.shown[-1]
-    again = judged(Judge(), tmp_path / "journal", queries=QUERIES[:4], human=result.dataset)
+    again = judged(Judge(), tmp_path / "journal", queries=QUERIES[:4], human=result)
     assert again.report.agreement.kappa == pytest.approx(1)
+
+
+def test_queries_for_which_the_person_found_nothing_count_in_the_agreement(path, tmp_path):
+    queries = [*QUERIES[:2], "the price of tea"]
+    mine = labelled(Person(), path, queries=queries, top_k=10)
+    assert (mine.report.answered, mine.report.unanswered) == (2, 1)
+    assert sorted(mine.queries.values()) == sorted(queries)
+    found = judged(Judge(), tmp_path / "journal", queries=queries, human=mine).report.agreement
+    assert (found.pairs, found.same, found.assumed) == (mine.report.pooled, 1, 0)
+
+    class Lenient(Judge):
+        def grade(self, query, passage):
+            return "3" if query == queries[2] else super().grade(query, passage)
+
+    wrong = len(mine.grades[next(i for i, text in mine.queries.items() if text == queries[2])])
+    found = judged(Lenient(), tmp_path / "lenient", queries=queries, human=mine).report.agreement
+    assert found.same == pytest.approx(1 - wrong / mine.report.pooled)
+
+
+def test_grades_of_a_person_count_from_the_threshold_of_the_judge_on(path, tmp_path):
+    mine = labelled(Person(), path, top_k=10)
+    for threshold in (1, 3):
+        again = judged(Judge(), tmp_path / "journal", queries=QUERIES[:4], human=mine, threshold=threshold)
+        assert again.report.agreement.same == 1
 
 
 def test_it_continues_where_it_stopped(path):
