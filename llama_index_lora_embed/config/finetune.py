@@ -57,9 +57,11 @@ class DataSettings(Settings):
     max_eval_passages: AtLeast1 = 500
     """Passages searched when the validation set is held out: those with queries, and others up to this number.
     Limits the time of an evaluation."""
-    on_overlap: Annotated[Literal["error", "drop", "allow"], NOT_IN_RESULT] = "error"
-    """What to do if passages of `val_dataset` are also trained on: "error", "drop" their queries from training, or
-    "allow"."""
+    on_overlap: Annotated[Literal["drop", "raise"], NOT_IN_RESULT] = "drop"
+    """What to do about a `val_dataset` that shares something with training. "drop" drops its queries (pairs) that are
+    training queries (pairs) too, and holds out `val_fraction` instead if none is left; passages that are trained on
+    with other queries stay, and the verdict names their share. "raise" refuses shared queries, passages and source
+    documents, and shared texts of pairs."""
     use_all_docs: bool = False
     """Train a query with all its relevant passages instead of the first."""
 

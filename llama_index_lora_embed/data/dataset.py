@@ -244,17 +244,24 @@ class EmbeddingQAFinetuneDataset(BaseModel):
             )
         return self
 
-    def overlap(self, other: EmbeddingQAFinetuneDataset) -> list[str]:
-        """Ids of the queries with a passage that is an answer in `other`, too, or comes from one of its documents.
+    def shared_queries(self, other: EmbeddingQAFinetuneDataset) -> list[str]:
+        """Ids of the queries that `other` has, too, whatever their passages.
 
-        Texts are compared ignoring case and spaces, because ids often differ between datasets. A model that was
-        trained on `other` knows these answers.
+        Texts are compared ignoring case and spaces; ids are not, because they often differ between datasets.
         """
-        answers = other.answer_ids()
-        texts = {normalise(other.corpus[i]) for i in answers}
+        known = {normalise(text) for text in other.queries.values()}
+        return [i for i, text in self.queries.items() if normalise(text) in known]
+
+    def shared_passages(self, other: EmbeddingQAFinetuneDataset) -> set[str]:
+        """Ids of the passages that answer a query here and, with the same text (see above), one in `other`."""
+        known = {normalise(other.corpus[i]) for i in other.answer_ids()}
+        return {i for i in self.answer_ids() if normalise(self.corpus[i]) in known}
+
+    def overlap(self, other: EmbeddingQAFinetuneDataset) -> list[str]:
+        """Ids of the queries with a passage that is an answer in `other`, too, or comes from one of its documents."""
         sources, other_sources = self.source_documents or {}, other.source_documents or {}
-        documents = {other_sources[i] for i in answers if i in other_sources}
-        known = {i for i in self.answer_ids() if normalise(self.corpus[i]) in texts or sources.get(i) in documents}
+        documents = {other_sources[i] for i in other.answer_ids() if i in other_sources}
+        known = self.shared_passages(other) | {i for i in self.answer_ids() if sources.get(i) in documents}
         return [i for i in self.queries if not known.isdisjoint(self.relevant_docs.get(i, ()))]
 
     def summary(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 from collections import Counter, defaultdict
@@ -31,6 +32,8 @@ from llama_index_lora_embed.data.readers.labelled import (
     scale_hint,
 )
 from llama_index_lora_embed.data.text import normalise
+
+logger = logging.getLogger(__name__)
 
 _STRATA = 5  # of graded labels in a split
 _CONTRADICTION = 0.5  # half of the scale; annotators differ by less
@@ -261,6 +264,12 @@ class LabelledPairs:
         pairs = zip(self.texts1, self.texts2, strict=True)
         return [index for index, pair in enumerate(pairs) if frozenset(map(normalise, pair)) in known]
 
+    def shared_texts(self, other: LabelledPairs) -> list[int]:
+        """Indices of the pairs with a text that `other` has in any pair, ignoring case and spaces."""
+        known = {normalise(text) for text in (*other.texts1, *other.texts2)}
+        pairs = zip(self.texts1, self.texts2, strict=True)
+        return [index for index, pair in enumerate(pairs) if not known.isdisjoint(map(normalise, pair))]
+
     def subset(self, indices: Iterable[int]) -> LabelledPairs:
         """The pairs at these indices, in this order."""
         kept = list(indices)
@@ -268,12 +277,17 @@ class LabelledPairs:
         return LabelledPairs(texts1, texts2, [self.scores[i] for i in kept], self.source, self.symmetric)
 
     def split(self, fraction: float = 0.1, seed: int = 0) -> tuple[LabelledPairs, LabelledPairs]:
-        """Split into training and validation so that no text is on both sides (ignoring case and spaces).
+        """Split into training and validation so that texts which belong together are on one side.
 
-        Pairs that share a text, directly or through others, stay together. Groups are drawn in a random order, and
-        one is held out if that brings the number of held-out pairs of each label (of each fifth of them, if they
-        are graded) nearer to its share, so that labels keep their proportions as far as the groups allow. Warns
-        (UserWarning) where the share held out is less than half or more than twice of `fraction`.
+        Pairs labelled above 0 that share a text (ignoring case and spaces), directly or through others, stay together.
+        A pair labelled 0 goes with its first text. Its second text, such as a passage that was drawn as a random
+        negative, may be on both sides, because it would tie all pairs together otherwise: `val.shared_texts(train)`
+        finds these pairs, their number is logged, and the verdict of a run names it.
+
+        Groups are drawn in a random order, and one is held out if that brings the number of held-out pairs of each
+        label (of each fifth of them, if they are graded) nearer to its share, so that labels keep their proportions as
+        far as the groups allow. Warns (UserWarning) where the share held out is less than half or more than twice of
+        `fraction`.
 
         Args:
             fraction: Share of the pairs to hold out, above 0 and below 1.
@@ -286,7 +300,10 @@ class LabelledPairs:
         """
         check_fraction(fraction, "fraction")
         self.check("pairs to split")
-        groups = groups_sharing(map(normalise, pair) for pair in zip(self.texts1, self.texts2, strict=True))
+        texts = [(normalise(a), normalise(b)) for a, b in zip(self.texts1, self.texts2, strict=True)]
+        ties = [pair if score > 0 else pair[:1] for pair, score in zip(texts, self.scores, strict=True)]
+        # equal pairs stay together in either order; normalised texts hold no line break
+        groups = groups_sharing((*tied, "\n".join(sorted(pair))) for tied, pair in zip(ties, texts, strict=True))
         random.Random(seed).shuffle(groups)
         strata = [int(score) for score in self.scores]
         if not self.binary:
@@ -296,18 +313,22 @@ class LabelledPairs:
         held = draw_groups(groups, strata, fraction) if len(groups) > 1 else set()
         train, val = (self.subset(i for i in range(len(self)) if (i in held) is side) for side in (False, True))
         if min(len(set(train.scores)), len(set(val.scores))) < 2:
-            pairs = zip(self.texts1, self.texts2, strict=True)
-            text, count = Counter(text for pair in pairs for text in {*map(normalise, pair)}).most_common(1)[0]
+            text, count = Counter(text for tied in ties for text in {*tied}).most_common(1)[0]
             raise SplitError(
                 f"{len(self)} pairs in {len(groups)} group(s) without a common text, too few for every label twice",
-                "groups of pairs without a common text, with different labels for training and for validation",
+                "groups of pairs without a common text (second texts of pairs labelled 0 aside), with different labels "
+                "for training and for validation",
                 "Add pairs of other texts, pass validation pairs of your own, or leave out pairs that tie others "
-                f"together: {text!r:.60} is in {count} of them.",
+                f"together: {text!r:.60} ties {count} of them.",
             )
         if not 0.5 <= len(val) / max(2, fraction * len(self)) <= 2:
             warn_user(
                 f"{len(val)} of {len(self)} pairs are held out for a fraction of {fraction:g}, because pairs that "
                 f"share a text stay together, up to {max(map(len, groups))}. You can pass validation pairs of your own."
+            )
+        if shared := len(val.shared_texts(train)):
+            logger.info(
+                "%d of %d held-out pairs have a text in a training pair; one of both is labelled 0", shared, len(val)
             )
         return train, val
 

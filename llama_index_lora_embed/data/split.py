@@ -57,7 +57,6 @@ def split_report(train: EmbeddingQAFinetuneDataset, val: EmbeddingQAFinetuneData
     groups = train.near_duplicates(texts)
     # training passages come first, so that a group that has any begins with one
     pairs = [(first, i) for i, first in groups.items() if i.startswith("val:") and first.startswith("train:")]
-    wordings = {normalise(text) for text in train.queries.values()}
     return SplitReport(
         train_documents=len({train.source_of(i) for i in train_answers}),
         val_documents=len({val.source_of(i) for i in val_answers}),
@@ -65,7 +64,7 @@ def split_report(train: EmbeddingQAFinetuneDataset, val: EmbeddingQAFinetuneData
         val_queries=len(val.queries),
         near_duplicates=len(pairs),
         near_duplicate_examples=[(a.removeprefix("train:"), b.removeprefix("val:")) for a, b in pairs[:_EXAMPLES]],
-        shared_wordings=sum(normalise(text) in wordings for text in val.queries.values()),
+        shared_wordings=len(val.shared_queries(train)),
     )
 
 

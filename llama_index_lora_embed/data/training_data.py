@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -10,8 +9,6 @@ from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.data.split import split_by_source
-
-logger = logging.getLogger(__name__)
 
 TrainingData: TypeAlias = EmbeddingQAFinetuneDataset | LabelledPairs
 """Queries with their passages, or labelled pairs; both have `kind`, `check(name)`, `digest()`, `order_digest()` and
@@ -48,8 +45,9 @@ def hold_out(
         SplitError: Everything is tied together, or a side would have one label only.
     """
     if isinstance(data, LabelledPairs):
-        note = "The pairs were held out of the training set; none of their texts was trained on."
-        return *data.split(fraction, seed), note
+        train, val = data.split(fraction, seed)
+        clean = "" if val.shared_texts(train) else "; none of their texts was trained on"
+        return train, val, f"The pairs were held out of the training set{clean}."
     note = "The queries were held out of the training set by source document."
     if not data.source_documents:
         note = (
@@ -59,34 +57,73 @@ def hold_out(
     return *split_by_source(data, fraction, seed=seed, max_passages=max_passages), note
 
 
-def without_overlap(train: TrainingData, val: TrainingData, *, drop: bool) -> TrainingData:
-    """The training set without its queries or pairs that are in `train.overlap(val)`; queries and pairs share nothing.
+def without_trained(train: TrainingData, val: TrainingData) -> tuple[TrainingData | None, str]:
+    """The validation set without the queries or pairs that the training set holds, and a sentence that counts them.
 
-    Raises:
-        DatasetError: They overlap, and `drop` is off or would leave nothing.
+    Passages with other queries stay, as do texts in other pairs (`trained_note`): users ask new questions about the
+    passages that were trained on.
+
+    Args:
+        train: Training set.
+        val: Validation set; queries and pairs share nothing.
+
+    Returns:
+        None instead of the validation set if nothing is left that a model can be evaluated on (no query; pairs of one
+        label); an empty sentence if nothing is shared.
     """
     rest: TrainingData
     if isinstance(train, LabelledPairs) and isinstance(val, LabelledPairs):
-        pairs = set(train.overlap(val))
-        what = f"{len(pairs)} of {len(train)} training pairs that are in val_dataset too"
-        shared = [f"pair {i}: {train.texts1[i]!r:.60} and {train.texts2[i]!r:.60}" for i in sorted(pairs)]
-        rest = train.subset(i for i in range(len(train)) if i not in pairs)
+        pairs = set(val.overlap(train))
+        rest = val.subset(i for i in range(len(val)) if i not in pairs)
+        usable, shared, all_of_them, what = len(set(rest.scores)) > 1, len(pairs), len(val), "pairs"
     elif isinstance(train, EmbeddingQAFinetuneDataset) and isinstance(val, EmbeddingQAFinetuneDataset):
-        queries = dict.fromkeys(train.overlap(val))
-        what = f"{len(queries)} of {len(train.queries)} training queries whose answers are answers in val_dataset too"
-        shared = [f"query {i!r}: {train.queries[i]!r:.80}" for i in queries]
-        rest = train.subset((i for i in train.queries if i not in queries), train.corpus)
+        queries = set(val.shared_queries(train))
+        rest = val.subset((i for i in val.queries if i not in queries), val.corpus)
+        usable, shared, all_of_them, what = bool(rest.queries), len(queries), len(val.queries), "queries"
     else:
-        return train
+        return val, ""
     if not shared:
-        return train
-    if not drop or not (rest.scores if isinstance(rest, LabelledPairs) else rest.queries):
+        return val, ""
+    note = f"{shared} of {all_of_them} validation {what} are training {what}, too, and"
+    if usable:
+        return rest, f"{note} were dropped."
+    return None, f"{note} {'were not' if shared == all_of_them else 'the others have one label: none was'} used."
+
+
+def refuse_overlap(train: TrainingData, val: TrainingData) -> None:
+    """Check that validation shares neither queries nor passages nor source documents with training, nor texts of pairs.
+
+    Raises:
+        DatasetError: It does; `.problems` names the queries or pairs.
+    """
+    if isinstance(train, LabelledPairs) and isinstance(val, LabelledPairs):
+        what = f"of {len(val)} validation pairs with texts that are in training pairs, too"
+        shared = [f"pair {i}: {val.texts1[i]!r:.60} and {val.texts2[i]!r:.60}" for i in val.shared_texts(train)]
+    elif isinstance(train, EmbeddingQAFinetuneDataset) and isinstance(val, EmbeddingQAFinetuneDataset):
+        what = f"of {len(val.queries)} validation queries that are in training, too, or whose passages or documents are"
+        found = {*val.shared_queries(train), *val.overlap(train)}
+        shared = [f"query {i!r}: {text!r:.80}" for i, text in val.queries.items() if i in found]
+    else:
+        return
+    if shared:
         raise DatasetError(
-            what,
-            "validation data that is not trained on: scores on known answers and pairs mean nothing",
-            "Split with split_by_source(dataset) or pairs.split(), drop them from training with on_overlap='drop', or "
-            "accept it with on_overlap='allow'. These overlap:",
+            f"{len(shared)} {what}",
+            "no overlap, because of on_overlap='raise'",
+            "Split with split_by_source(dataset), or leave these out of one side; on_overlap='drop' only drops queries "
+            "and pairs that are trained on, and names the share of passages that are. These overlap:",
             shared,
         )
-    logger.warning("%s were dropped", what)
-    return rest.check("dataset")
+
+
+def trained_note(train: TrainingData, val: TrainingData) -> str:
+    """How many passages or texts of a validation set were trained on, in a sentence; "" for none."""
+    if isinstance(train, LabelledPairs) and isinstance(val, LabelledPairs):
+        count = len(val.shared_texts(train))
+        note = f"{count} of {len(val)} validation pairs have a text that was trained on in another pair."
+    elif isinstance(train, EmbeddingQAFinetuneDataset) and isinstance(val, EmbeddingQAFinetuneDataset):
+        count, relevant = len(val.shared_passages(train)), len(val.answer_ids())
+        share = f"{100 * count / relevant:.0f} % of the relevant validation passages ({count} of {relevant})"
+        note = f"{share} were trained on, with other queries."
+    else:
+        return ""
+    return note if count else ""

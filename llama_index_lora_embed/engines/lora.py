@@ -51,7 +51,8 @@ class LoraFinetuneEngine:
             fields, or a path to the JSON file; or `LabelledPairs`.
         model_id: See `config.BaseModelSettings`, as for all arguments about the base.
         model_output_path: See `config.OutputSettings`.
-        val_dataset: Validation data, best with human-written queries. None holds out `val_fraction`.
+        val_dataset: Validation data, best with human-written queries. Queries that are trained on are dropped from it
+            (see `on_overlap`). None holds out `val_fraction`.
         loss: None for the objective's; else a sentence-transformers loss, its class, or a callable that makes one from
             the model.
         lora_config: peft's own configuration; None adapts all linear layers.
@@ -66,7 +67,7 @@ class LoraFinetuneEngine:
 
     Raises:
         ConfigError: Arguments are wrong, all of them named at once; problems of several kinds come together in it.
-        DatasetError: A dataset is empty or inconsistent, or validation overlaps training.
+        DatasetError: A dataset is empty or inconsistent; with `on_overlap="raise"`, validation overlaps training.
         ModelNotFoundError: `model_id` is a folder that does not exist.
         OutputDirectoryError: The output path cannot be written or holds something else.
     """
@@ -104,7 +105,7 @@ class LoraFinetuneEngine:
         fused_attention: bool = _T.fused_attention,
         frozen_cache_mb: float = _T.frozen_cache_mb,
         val_fraction: float = _C.data.val_fraction,
-        on_overlap: Literal["error", "drop", "allow"] = _C.data.on_overlap,
+        on_overlap: Literal["drop", "raise"] = _C.data.on_overlap,
         query_prompt: str | None = None,
         passage_prompt: str | None = None,
         pooling: str | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,8 @@ class FinetuneResult:
             raise ConfigError(
                 "a run that was not evaluated on queries", "one with a val_dataset of queries", "Train with one."
             )
-        return compare_retrieval(*self.evaluations, self.val_dataset, trained_on=self.trained_on)  # type: ignore[arg-type]
+        found = compare_retrieval(*self.evaluations, self.val_dataset, trained_on=self.trained_on)  # type: ignore[arg-type]
+        return found if self.comparison is None else replace(found, comparison=self.comparison)
 
     def write_report(
         self, path: str | os.PathLike[str] | None = None, *, figures: str | os.PathLike[str] | None = None

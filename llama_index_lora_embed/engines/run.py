@@ -25,8 +25,7 @@ from llama_index_lora_embed.data import (
 from llama_index_lora_embed.data.dataset import HUMAN
 from llama_index_lora_embed.data.headings import validate_on_headings
 from llama_index_lora_embed.data.readers.nodes import read_nodes
-from llama_index_lora_embed.data.text import normalise
-from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data
+from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data, trained_note
 from llama_index_lora_embed.engines.result import FinetuneResult, summarise, write_run
 from llama_index_lora_embed.engines.starting_model import StartingModel
 from llama_index_lora_embed.engines.validation import check_device, check_run
@@ -111,9 +110,9 @@ def run_from_nodes(
 ) -> FinetuneRun:
     """A run on queries generated from nodes, validation held out by source document.
 
-    Everything that can be wrong about the run is found before an LLM is paid. Passages of the validation set may be
-    trained on, because they are searched; generated queries that a `val_dataset` also holds are not. Where the
-    validation queries are held out, headings stand for them as far as there are some (`validate_on_headings`).
+    Everything that can be wrong about the run is found before an LLM is paid. Generated queries that a `val_dataset`
+    also holds are not trained on. Where the validation queries are held out, headings stand for them as far as there
+    are some (`validate_on_headings`).
 
     Args:
         config: A configuration, or flat arguments of one.
@@ -131,10 +130,6 @@ def run_from_nodes(
     """
     if val_dataset is not None:
         val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
-    if not isinstance(config, FinetuneConfig):
-        config = {"on_overlap": "allow", **config}
-    elif "on_overlap" not in config.data.model_fields_set:
-        config = config.replace(data=config.data.replace(on_overlap="allow"))
     generators = None if query_generators is None else list(query_generators)
     config = check_run(config, None, val_dataset, loss=loss, lora_config=lora_config).config
     config = _with_defaults(config, _written(generators, llm), plain_lora=lora_config is None)
@@ -147,13 +142,14 @@ def run_from_nodes(
         nodes, generators, seed=seed, filters=config.data.filters, embed_model=StartingModel(config).embedding
     )
     if val_dataset is not None:
-        known = {normalise(text) for text in val_dataset.queries.values()}
-        unknown = [i for i, text in dataset.queries.items() if normalise(text) not in known]
-        dataset = dataset.subset(unknown, dataset.corpus)
+        known = set(dataset.shared_queries(val_dataset))
+        dataset = dataset.subset((i for i in dataset.queries if i not in known), dataset.corpus)
     elif fraction:
         dataset, val_dataset = split_by_source(dataset, fraction, seed=seed, max_passages=config.data.max_eval_passages)
         report = replace(report, split=split_report(dataset, val_dataset))
         val_dataset = validate_on_headings(val_dataset, dataset.origins(), nodes, seed=seed)
+        # headings of passages that are trained on may be among them
+        config = config.replace(data=config.data.replace(on_overlap="drop"))
     return replace(prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config), data_report=report)
 
 
@@ -195,7 +191,7 @@ class FinetuneRun:
         val_dataset: Validation data; None for a run that is not evaluated.
         loss: A loss of the user's own.
         lora_config: peft's configuration; None for the default LoRA.
-        hold_out_note: How the validation data was held out, in words.
+        hold_out_note: How the validation data was held out, and what was dropped from it, in words.
         data_report: What became of the nodes; None if a dataset was given.
     """
 
@@ -272,7 +268,9 @@ class FinetuneRun:
         if config.base.quantized:
             model = onto_full_precision(model, best, lambda: start.load_base(base, quantized=False))
         trained_on = self.dataset.origins() if self.dataset.kind == "queries" else None
-        comparison = None if val is None else compare(best.base, best.best, trained_on=trained_on)  # type: ignore[arg-type]
+        comparison = None if val is None else compare(
+            best.base, best.best, trained_on=trained_on, note=trained_note(self.dataset, val)  # type: ignore[arg-type]
+        )  # fmt: skip
         summary = summarise(comparison, best.best_step, len(best.history), self.hold_out_note, parent is not None)
         fingerprint = distributed.on_main(
             lambda: write_run(target, run_dir, config, self.dataset, model, base, parent, outcome, mined, summary)
@@ -306,7 +304,9 @@ def prepare(
     loss: Any | None = None,
     lora_config: LoraConfig | None = None,
 ) -> FinetuneRun:
-    """Check everything about a run and hold out validation data where there is none.
+    """Check everything about a run and hold out validation data where there is none that is not trained on.
+
+    Warns (UserWarning) of validation queries and pairs that are trained on: they are not evaluated on.
 
     Args:
         config: A configuration, or flat arguments of one.
@@ -321,19 +321,22 @@ def prepare(
     checked = check_run(config, {} if dataset is None else dataset, val_dataset, loss=loss, lora_config=lora_config)
     config, train, val = checked.config, checked.dataset, checked.val_dataset
     assert train is not None
-    note = ""
+    note = checked.overlap_note
     if val is None and config.data.val_fraction:
         training, data = config.training, config.data
         try:
-            train, val, note = hold_out(
+            train, val, how = hold_out(
                 train, data.val_fraction, seed=training.seed, max_passages=data.max_eval_passages
             )
+            note = f"{note} Others are evaluated on instead. {how}" if note else how
             if isinstance(val, EmbeddingQAFinetuneDataset):
                 val = validate_on_headings(val, train.summary()["origins"], seed=training.seed)
         except SplitError as error:
             wanted = {"best_metric": training.best_metric, "early_stopping_patience": training.early_stopping_patience}
             idle = ", ".join(name for name, value in wanted.items() if value)
             warn_user(f"Nothing is held out for evaluation: {error}" + (f" Without effect: {idle}." if idle else ""))
+    if checked.overlap_note:
+        warn_user(note)
     return FinetuneRun(config, train, val, loss, lora_config, note)
 
 

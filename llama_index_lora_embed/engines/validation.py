@@ -15,7 +15,12 @@ from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig
 from llama_index_lora_embed.core.errors import ConfigError, LoraEmbedError, OutputDirectoryError
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.core.optional import require
-from llama_index_lora_embed.data.training_data import TrainingData, coerce_training_data, without_overlap
+from llama_index_lora_embed.data.training_data import (
+    TrainingData,
+    coerce_training_data,
+    refuse_overlap,
+    without_trained,
+)
 from llama_index_lora_embed.evaluation import metrics
 from llama_index_lora_embed.models import adapter_directory, base_model
 from llama_index_lora_embed.training.checkpointing.resume import RECORDED
@@ -34,12 +39,14 @@ class CheckedRun:
     Attributes:
         config: With absolute paths.
         dataset: Checked training data; None where only the configuration was checked.
-        val_dataset: Checked validation data; None where there is none.
+        val_dataset: Checked validation data, without what is trained on; None where there is none.
+        overlap_note: How much of the validation data is trained on, in a sentence; "" for nothing.
     """
 
     config: FinetuneConfig
     dataset: TrainingData | None
     val_dataset: TrainingData | None
+    overlap_note: str = ""
 
 
 def check_run(
@@ -96,15 +103,21 @@ def check_run(
         errors.append(ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems))
     train = None if dataset is None else attempt(lambda: coerce_training_data(dataset, "dataset"))
     val = None if val_dataset is None else attempt(lambda: coerce_training_data(val_dataset, "val_dataset"))
-    if train is not None and val is not None and config.data.on_overlap != "allow":
-        both = (train, val)
-        train = attempt(lambda: without_overlap(*both, drop=config.data.on_overlap == "drop"))
+    note = ""
+    if train is not None and val is not None:
+        if config.data.on_overlap == "raise":
+            both = (train, val)
+            attempt(lambda: refuse_overlap(*both))
+        else:
+            val, note = without_trained(train, val)
+            if val is None and (misfits := _metric_problems(config, train, kind, held_out=True)):
+                errors.append(ConfigError(f"{len(misfits)} wrong argument(s)", "those named", note, misfits))
     if len(errors) == 1:
         raise errors[0]
     if errors:
         listed = [line for error in errors for line in (getattr(error, "problems", None) or [str(error)])]
         raise ConfigError(f"{len(listed)} problem(s)", "arguments without any", "Correct them all:", listed)
-    return CheckedRun(config.with_absolute_paths(), train, val)
+    return CheckedRun(config.with_absolute_paths(), train, val, note)
 
 
 def _valid_part(arguments: Mapping[str, Any]) -> tuple[FinetuneConfig, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,6 +41,7 @@ def compare(
     tuned: RetrievalEvaluation | PairEvaluation,
     *,
     trained_on: Collection[str] | None = None,
+    note: str = "",
     seed: int = 0,
 ) -> Comparison:
     """Compare two models on the same queries, or on the same labelled pairs (see `compare_pairs`).
@@ -52,6 +53,7 @@ def compare(
         base: Evaluation of the base.
         tuned: Evaluation of the tuned model.
         trained_on: Origins of the queries that the tuned model was trained on; None if they are not known.
+        note: A sentence for the basis of the verdict, such as how many of the passages were trained on.
         seed: Random seed of the bootstrap.
 
     Raises:
@@ -59,7 +61,8 @@ def compare(
             other of pairs.
     """
     if isinstance(base, PairEvaluation) and isinstance(tuned, PairEvaluation):
-        return compare_pairs(base, tuned, seed=seed)
+        pairs = compare_pairs(base, tuned, seed=seed)
+        return replace(pairs, basis=f"{pairs.basis} {note}".strip())
     if isinstance(base, PairEvaluation) or isinstance(tuned, PairEvaluation):
         raise DatasetError(
             "an evaluation of queries and one of labelled pairs",
@@ -78,7 +81,7 @@ def compare(
         improved=sum(value > 0 for value in values),
         degraded=sum(value < 0 for value in values),
         evidence=found.evidence,
-        basis=found.basis,
+        basis=f"{found.basis} {note}".strip(),
         unchanged=not any(changes.values()),
     )
 

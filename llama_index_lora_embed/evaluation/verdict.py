@@ -156,7 +156,9 @@ def weigh(
       was not measured). Other heuristic queries are parts of passages, which nearly every training improves. WORSE is
       a loss on headings, trained on or not, on the kinds that were not trained on, or on all queries.
 
-    Where there are fewer than ten queries of the strongest kind, the next one joins them.
+    Where there are fewer than ten queries of the strongest kind, the next one joins them. Passages that were trained on
+    with other queries do not weaken the evidence, because users ask new questions about the same passages; the basis
+    names their share (`compare(note=)`).
 
     The rules come from models that were evaluated on synthetic and on human-written queries (benchmarks/README.md,
     "Verdicts").

@@ -123,7 +123,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         (TrainingSettings, {"learning_rate": float("nan")}, "learning_rate=nan"),
         (TrainingSettings, {"warmup_ratio": 1}, "warmup_ratio=1"),
         (TrainingSettings, {"best_metric": " "}, "best_metric=' '"),
-        (DataSettings, {"on_overlap": "ignore"}, "one of 'error', 'drop', 'allow'"),
+        (DataSettings, {"on_overlap": "ignore"}, "one of 'drop', 'raise'"),
         (LLMSettings, {"timeout": 0}, "timeout=0: expected a number above 0 or None"),
         (QueryFilterSettings, {"copy_min_words": 3}, "copy_min_words=3"),
         (MiningSettings, {"range_min": 10, "range_max": 12}, "range_max=12: expected at least range_min"),

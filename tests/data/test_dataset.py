@@ -103,6 +103,18 @@ def test_an_empty_dataset_is_refused():
         EmbeddingQAFinetuneDataset(queries={}, corpus={}, relevant_docs={}).check()
 
 
+def test_shared_queries_and_passages_are_found_by_text_whatever_the_ids():
+    train = small(queries={"q1": "Who  calls?", "q2": "second"}, relevant_docs={"q1": ["p1"], "q2": ["p1"]})
+    val = EmbeddingQAFinetuneDataset(
+        queries={"q2": "another", "x": " who calls? "},
+        corpus={"p1": "uno", "y": "ONE", "z": "two"},
+        relevant_docs={"q2": ["p1", "y"], "x": ["z"]},
+    )
+    assert val.shared_queries(train) == ["x"]
+    assert val.shared_passages(train) == {"y"}, "z is only searched in training"
+    assert train.shared_queries(val) == ["q1"]
+
+
 def test_overlap_is_found_by_text_whatever_the_ids():
     train = small()
     val = EmbeddingQAFinetuneDataset(

@@ -63,19 +63,56 @@ def test_graded_pairs_are_selected_by_spearman(tiny_model, tmp_path):
 def test_pairs_are_held_out_where_none_are_given(tiny_model, tmp_path):
     made = engine(tiny_model, tmp_path / "run", val_dataset=None, val_fraction=0.25)
     assert len(made.val_dataset) + len(made.dataset) == len(TRAIN)
-    assert not made.dataset.overlap(made.val_dataset)
-    texts = {*made.dataset.texts1, *made.dataset.texts2}
-    assert not texts & {*made.val_dataset.texts1, *made.val_dataset.texts2}
+    assert not made.val_dataset.shared_texts(made.dataset)
     assert "none of their texts was trained on" in made.finetune().summary
 
 
-def test_validation_pairs_are_not_trained_on(tiny_model, tmp_path):
-    both = LabelledPairs(TRAIN.texts1 + VAL.texts1[:4], TRAIN.texts2 + VAL.texts2[:4], TRAIN.scores + VAL.scores[:4])
-    with pytest.raises(DatasetError, match="4 of 104 training pairs") as caught:
-        engine(tiny_model, tmp_path / "run", data=both)
+def with_random_negatives(questions=100):
+    """Each question with its own passage, and with the passage of another question."""
+    rng = random.Random(0)
+    rows = []
+    for i in range(questions):
+        other = rng.choice([j for j in range(questions) if j != i])
+        rows += [(f"question {i}", f"passage {i}", 1), (f"question {i}", f"passage {other}", 0)]
+    return LabelledPairs.from_rows(rows)
+
+
+def test_negatives_on_both_sides_are_counted_in_the_verdict(tiny_model, tmp_path):
+    made = engine(tiny_model, tmp_path / "run", data=with_random_negatives(), val_dataset=None, epochs=1)
+    shared = len(made.val_dataset.shared_texts(made.dataset))
+    assert shared
+    summary = made.finetune().summary
+    assert f"{shared} of 20 validation pairs have a text that was trained on in another pair." in summary
+    assert "The pairs were held out of the training set." in summary
+
+
+def test_pairs_that_are_trained_on_are_dropped_from_validation(tiny_model, tmp_path):
+    known = [text.upper() for text in TRAIN.texts2[:4]]
+    both = LabelledPairs(known + VAL.texts1, TRAIN.texts1[:4] + VAL.texts2, TRAIN.scores[:4] + VAL.scores)
+    with pytest.warns(UserWarning, match="4 of 64 validation pairs are training pairs, too, and were dropped"):
+        made = engine(tiny_model, tmp_path / "run", val_dataset=both)
+    assert (made.dataset, made.val_dataset) == (TRAIN, VAL)
+    with pytest.raises(DatasetError, match="4 of 64 validation pairs with texts") as caught:
+        engine(tiny_model, tmp_path / "run", val_dataset=both, on_overlap="raise")
     assert len(caught.value.problems) == 4
-    assert len(engine(tiny_model, tmp_path / "run", data=both, on_overlap="drop").dataset) == 100
-    assert len(engine(tiny_model, tmp_path / "run", data=both, on_overlap="allow").dataset) == 104
+    assert engine(tiny_model, tmp_path / "run", val_dataset=VAL, on_overlap="raise").val_dataset == VAL
+
+
+def test_validation_pairs_of_one_label_after_the_drop_are_replaced(tiny_model, tmp_path):
+    positives = VAL.subset(i for i in range(len(VAL)) if VAL.scores[i] == 1)
+    both = LabelledPairs(
+        TRAIN.texts1[:4] + positives.texts1, TRAIN.texts2[:4] + positives.texts2, [1, 0, 1, 0, *positives.scores]
+    )
+    for val, said in ((both, "4 of 34 .* the others have one label: none was used"), (TRAIN, "100 of 100 .* not used")):
+        with pytest.warns(UserWarning, match=f"{said}. Others are evaluated on instead. The pairs were held out"):
+            made = engine(tiny_model, tmp_path / "run", val_dataset=val)
+        assert len(made.dataset) + len(made.val_dataset) == len(TRAIN)
+
+
+def test_the_metric_has_to_fit_what_is_held_out_instead(tiny_model, tmp_path):
+    graded = LabelledPairs([*TRAIN.texts1, "w1"], [*TRAIN.texts2, "w2"], [*TRAIN.scores, 0.5])
+    with pytest.raises(ConfigError, match="best_metric='roc_auc': expected one of spearman"):
+        engine(tiny_model, tmp_path / "run", data=graded, val_dataset=TRAIN, best_metric="roc_auc")
 
 
 def test_pairs_can_be_validated_on_queries_and_queries_on_pairs(tiny_model, tmp_path):
@@ -129,10 +166,10 @@ def test_pairs_resume_bit_by_bit(tiny_model, tmp_path, monkeypatch):
     assert resumed.history == calm.history
 
 
-def test_the_example_of_two_sentences_runs_on_a_qwen3(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("data", [make_pairs(topics=40), with_random_negatives(40)], ids=["plain", "random negatives"])
+def test_the_example_of_two_sentences_runs_on_a_qwen3(tmp_path, monkeypatch, capsys, data):
     model = qwen3(tmp_path / "qwen3")
     pairs = tmp_path / "pairs.jsonl"
-    data = make_pairs(topics=40)
     pairs.write_text(
         "\n".join(
             json.dumps({"sentence1": a, "sentence2": b, "label": int(s)})

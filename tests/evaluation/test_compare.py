@@ -19,6 +19,13 @@ def test_a_clear_gain_is_better(base):
     assert (comparison.improved, comparison.degraded) == (200, 0)
 
 
+def test_a_note_is_part_of_the_basis(base):
+    comparison = compare(evaluation_with(base), evaluation_with(base + 0.1), note="Half of it was trained on.")
+    assert comparison.verdict is Verdict.BETTER
+    assert comparison.basis == "Half of it was trained on."
+    assert str(comparison).endswith(". Half of it was trained on.")
+
+
 def test_a_clear_loss_is_worse(base):
     assert compare(evaluation_with(base), evaluation_with(base - 0.1)).verdict is Verdict.WORSE
 

@@ -28,6 +28,7 @@ from llama_index_lora_embed.models.windows import (
 from llama_index_lora_embed.training.efficiency.frozen_layers import TEXT_IDS, HiddenStateCache
 from tests.architectures import ARCHITECTURES
 from tests.conftest import WORDS, make_dataset, make_engine
+from tests.helpers.datasets import asked_differently
 from tests.helpers.gradients import assert_same, chunks, gradients, prepared
 
 LONG = " ".join(WORDS[:100])
@@ -139,9 +140,9 @@ def test_a_saved_model_gives_the_same_vectors_and_needs_trust_outside_of_this_pa
 def trained(tiny_model, tmp_path_factory):
     """An engine that trained with windows, its result, and its validation set."""
     path = tmp_path_factory.mktemp("windows") / "adapter"
-    val = long_dataset(8)
+    val = asked_differently(long_dataset(8))
     engine = LoraFinetuneEngine(
-        long_dataset(), tiny_model, str(path), batch_size=8, epochs=3, val_dataset=val, on_overlap="allow",
+        long_dataset(), tiny_model, str(path), batch_size=8, epochs=3, val_dataset=val,
         show_progress_bar=False, learning_rate=5e-3, device="cpu", precision="fp32", window=16,
     )  # fmt: skip
     return engine, engine.finetune(), val
@@ -181,7 +182,7 @@ def test_an_adapter_is_continued_in_its_windows(trained, tiny_model, tmp_path):
     _, result, val = trained
     more = LoraFinetuneEngine(
         long_dataset(), tiny_model, str(tmp_path / "more"), continue_from=result.adapter_path, batch_size=8,
-        epochs=1, val_dataset=val, on_overlap="allow", show_progress_bar=False, device="cpu",
+        epochs=1, val_dataset=val, show_progress_bar=False, device="cpu",
     )  # fmt: skip
     more.finetune()
     assert {"type": "JoinWindows", "window": 16} in Manifest.read(tmp_path / "more").pooling
@@ -201,7 +202,7 @@ def test_a_directory_with_earlier_names_of_the_modules_loads_and_is_continued(tr
     assert embed_model.get_text_embedding(LONG) == new.get_text_embedding(LONG)
     LoraFinetuneEngine(
         long_dataset(), tiny_model, str(tmp_path / "more"), continue_from=str(old), batch_size=8, epochs=1,
-        val_dataset=val, on_overlap="allow", show_progress_bar=False, device="cpu",
+        val_dataset=val, show_progress_bar=False, device="cpu",
     ).finetune()  # fmt: skip
     assert "llama_index_lora_embed.models.windows.JoinWindows" in (tmp_path / "more" / "modules.json").read_text()
 
@@ -259,9 +260,9 @@ def test_every_form_of_step_has_the_same_gradient(tiny_model, form, monkeypatch)
 
 def test_a_loss_of_the_users_own_sees_windows_too(tiny_model, tmp_path):
     result = LoraFinetuneEngine(
-        long_dataset(), tiny_model, str(tmp_path / "x"), batch_size=8, epochs=2, val_dataset=long_dataset(8),
-        on_overlap="allow", loss=losses.MultipleNegativesRankingLoss, window=16, show_progress_bar=False,
-        learning_rate=5e-3, device="cpu",
+        long_dataset(), tiny_model, str(tmp_path / "x"), batch_size=8, epochs=2,
+        val_dataset=asked_differently(long_dataset(8)), loss=losses.MultipleNegativesRankingLoss, window=16,
+        show_progress_bar=False, learning_rate=5e-3, device="cpu",
     ).finetune()  # fmt: skip
     assert result.max_seq_length >= 62
     assert len(result.history) >= 2

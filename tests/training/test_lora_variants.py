@@ -20,7 +20,9 @@ from llama_index_lora_embed.training.lora import add_lora, train_further
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.architectures import ARCHITECTURES
 from tests.conftest import WORDS, make_dataset, make_engine
+from tests.helpers.datasets import asked_differently
 
+VAL = asked_differently(make_dataset())
 TEXTS = [" ".join(WORDS[start : start + count]) for start, count in ((0, 1), (7, 12), (30, 3), (50, 60))]
 VARIANTS = {
     "dora": {"use_dora": True},
@@ -62,8 +64,7 @@ def engine(base, path, lora_config, **kwargs):
         "epochs": 3,
         "learning_rate": 1e-2,
         "precision": "fp32",  # evaluations too, so that they can be compared digit by digit
-        "val_dataset": make_dataset(),
-        "on_overlap": "allow",
+        "val_dataset": VAL,
         **kwargs,
     }
     return make_engine(base, path, lora_config=lora_config, **settings)
@@ -80,9 +81,7 @@ def check_written(base, path, result):
         embed_model = LoraEmbedding(path, base_model=base, device="cpu", merge=merge)
         assert np.abs(np.array(embed_model.get_text_embedding_batch(TEXTS)) - plain).max() < 1e-5
         if result is not None:
-            assert evaluate_retrieval(embed_model, make_dataset()).metrics == pytest.approx(
-                result.tuned_metrics, abs=1e-9
-            )
+            assert evaluate_retrieval(embed_model, VAL).metrics == pytest.approx(result.tuned_metrics, abs=1e-9)
     assert not any(
         "lora" in name for name, _ in LoraEmbedding(path, device="cpu").backend.own_model().named_parameters()
     )
@@ -114,7 +113,7 @@ def test_a_variant_is_written_as_it_was_evaluated(bases, trained, name):
     tuned = LoraEmbedding(path, device="cpu")
     difference = np.array(untrained.get_text_embedding_batch(TEXTS)) - tuned.get_text_embedding_batch(TEXTS)
     assert np.abs(difference).max() > 1e-3
-    assert result.base_metrics == pytest.approx(evaluate_retrieval(untrained, make_dataset()).metrics, abs=1e-9)
+    assert result.base_metrics == pytest.approx(evaluate_retrieval(untrained, VAL).metrics, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

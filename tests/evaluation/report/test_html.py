@@ -95,7 +95,7 @@ def test_the_page_of_a_run_on_pairs(tiny_model, tmp_path):
     texts = list(make_dataset(passages=80).corpus.values())
     pairs = LabelledPairs(texts[:40], texts[40:], rng.integers(0, 2, 40).astype(float).tolist())
     val = LabelledPairs(texts[:30], texts[30:60], [0.0, 1.0] * 15)
-    engine = make_engine(tiny_model, tmp_path / "a", pairs, val_dataset=val, epochs=1, on_overlap="allow")
+    engine = make_engine(tiny_model, tmp_path / "a", pairs, val_dataset=val, epochs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = engine.finetune()
