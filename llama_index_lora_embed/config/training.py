@@ -28,11 +28,15 @@ Device = Annotated[
 class TrainingSettings(Settings):
     """How an adapter is trained."""
 
+    tune: Literal["both", "query"] = "both"
+    """"both" adapts the vectors of queries and passages. "query" adapts those of queries alone: an index of the base's
+    vectors stays as it is, and every passage of the corpus is a negative in every step."""
     batch_size: AtLeast1 | Literal["auto"] = 32
     """Passages per step, each with all its queries; every other passage of the batch is a negative. 32: on folds of
     tenk_train 64 gained 0.004 of nDCG@10 (standard error 0.004), and a short run has half as many steps then. "auto"
     takes 32, and where the device's memory does not hold such a step, computes it in chunks (GradCache) as large as
-    fit; with a loss of your own, halves it until it fits. Labelled pairs: pairs per step."""
+    fit; with a loss of your own, halves it until it fits. Labelled pairs: pairs per step. `tune="query"`: queries
+    per step."""
     epochs: AtLeast1 = 4
     """Passes over the training passages. 4 (llama-index-finetuning: 2): on queries held out of tenk_train, nDCG@10
     rose from 0.829 after two epochs to 0.837 after four; the best evaluation is kept."""

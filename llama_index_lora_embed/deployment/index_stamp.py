@@ -39,7 +39,7 @@ class IndexStamp:
     """The embedding model that an index was built with.
 
     Attributes:
-        fingerprint: `LoraEmbedding.fingerprint`; for other embedding models a digest of their class and settings.
+        fingerprint: `LoraEmbedding.passage_fingerprint`; for other models a digest of their class and settings.
         model_name: Path, Hub id or name of the model.
         dimensions: Length of its vectors.
         created: When the index was stamped; UTC, ISO 8601.
@@ -57,7 +57,7 @@ class IndexStamp:
         """The stamp for an index that is built with this model now; embeds one short text."""
         trained = ""
         if isinstance(embed_model, LoraEmbedding):
-            digest = str(embed_model.fingerprint)
+            digest = embed_model.passage_fingerprint
             trained = embed_model.manifest.created if embed_model.manifest is not None else ""
         else:
             settings = {name: getattr(embed_model, name, None) for name in _SETTINGS}

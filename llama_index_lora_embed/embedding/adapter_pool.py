@@ -44,7 +44,8 @@ class PooledAdapter:
     """An adapter that a pool can load.
 
     Its `name` is peft's, made of its weights, settings and scale, so that users of one base model share it; its
-    `fingerprint` is that of `LoraEmbedding(path)`; `prompts` has "query" and "document".
+    `fingerprint` is that of `LoraEmbedding(path)`; `prompts` has "query" and "document". With `query_only`, passages
+    are embedded by the base alone, under the adapter's prompt.
     """
 
     name: str
@@ -54,6 +55,7 @@ class PooledAdapter:
     fingerprint: str
     manifest: Manifest | None
     scale: float
+    query_only: bool = False
 
 
 class AdapterPool:
@@ -96,12 +98,18 @@ class AdapterPool:
             return list(self._loaded)
 
     def fingerprint_of(
-        self, prompts: Mapping[str, str], max_seq_length: int, directory: Path | None = None, scale: float = 1.0
+        self,
+        prompts: Mapping[str, str],
+        max_seq_length: int,
+        directory: Path | None = None,
+        scale: float = 1.0,
+        tune: str = "both",
     ) -> str:
         """`fingerprint` of the base model, or of an adapter directory, with these prompts and this length."""
         with self.lock, self._length(max_seq_length):
             check_prompts(self.model, prompts)
-            return fingerprint(self.model, self.base.weights_sha256, directory, scale=scale, prompts=prompts)
+            weights = self.base.weights_sha256
+            return fingerprint(self.model, weights, directory, scale=scale, prompts=prompts, tune=tune)
 
     def register(self, adapter: OpenedAdapter, *, prompts: Mapping[str, str], scale: float) -> PooledAdapter:
         """Check that an adapter can be used here; its weights are loaded when a text first names it.
@@ -116,9 +124,10 @@ class AdapterPool:
         check_effect(adapter)
         prompts = {**adapter.prompts(), **prompts}
         limit = min(adapter.max_seq_length() or self.max_seq_length, longest_text(self.model))
-        digest = self.fingerprint_of(prompts, limit, adapter.directory, scale)
-        name = _peft_name(adapter.directory, scale)
-        return PooledAdapter(name, adapter.directory, prompts, limit, digest, adapter.manifest, scale)
+        tune, folder = adapter.tune(), adapter.directory
+        digest = self.fingerprint_of(prompts, limit, folder, scale, tune)
+        name = _peft_name(folder, scale)
+        return PooledAdapter(name, folder, prompts, limit, digest, adapter.manifest, scale, tune == "query")
 
     def encode(
         self,
@@ -137,14 +146,15 @@ class AdapterPool:
         Raises:
             AdapterError: An adapter's files have changed since `register`, or do not fit the base model.
         """
+        loras = [None if a is None or (a.query_only and task == "document") else a for a in adapters]
         by_name: dict[str, list[int]] = defaultdict(list)
-        for index, adapter in enumerate(adapters):
+        for index, adapter in enumerate(loras):
             by_name[NO_ADAPTER if adapter is None else adapter.name].append(index)
         out: Vectors | None = None
         with self.lock:
-            for names in self._rounds(by_name, adapters):
+            for names in self._rounds(by_name, loras):
                 indices = [i for name in names for i in by_name[name]]
-                self._load_all({a.name: a for i in indices if (a := adapters[i]) is not None})
+                self._load_all({a.name: a for i in indices if (a := loras[i]) is not None})
                 groups = self._group(texts, adapters, indices, task, base_prompts)
                 for (prompt, limit), members in groups.items():
                     with self._length(limit):
@@ -153,7 +163,7 @@ class AdapterPool:
                             [texts[i] for i in members],
                             task,
                             prompt=prompt,
-                            adapters=[NO_ADAPTER if (a := adapters[i]) is None else a.name for i in members],
+                            adapters=[NO_ADAPTER if (a := loras[i]) is None else a.name for i in members],
                             **limits,
                         )
                     if out is None:

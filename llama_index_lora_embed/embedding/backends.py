@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.core.errors import AdapterError, ConfigError
 from llama_index_lora_embed.embedding.adapter_pool import AdapterPool, PooledAdapter
 from llama_index_lora_embed.embedding.encode import Task, Vectors, encode
 from llama_index_lora_embed.embedding.exported import EXPORT_NAME, Export, ExportedModel
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 
+_SIDES = {"query": "query", "passage": "document"}  # in this package's words, and in sentence-transformers'
 _PROMPTS = ("query_prompt", "passage_prompt")
 _BASE_ARGUMENTS = ("device", "trust_remote_code", "pooling", "window", "truncate_dim")
 
@@ -35,6 +36,8 @@ class EmbeddingBackend:
     Attributes:
         model: What `encode` computes with.
         fingerprint: Digest of everything that determines the vectors.
+        passage_fingerprint: The same for the vectors of passages alone, where queries have an adapter of their own;
+            otherwise the fingerprint.
         manifest: The adapter's manifest; None if there is none.
         lock: Held while the model or its tokenizer is in use; fast tokenizers change their truncation in each call.
         fused: Whether `encode` may use oneDNN's products.
@@ -49,6 +52,11 @@ class EmbeddingBackend:
         self.lock: AbstractContextManager[Any] = threading.RLock()
         # sentence-transformers truncates after the model's own normalisation
         self._unit_length = truncate_dim is not None and normalises(model)
+
+    @property
+    def passage_fingerprint(self) -> str:
+        """Digest of everything that determines the vectors of passages."""
+        return self.fingerprint
 
     @property
     def max_seq_length(self) -> int:
@@ -89,13 +97,15 @@ def load_backend(settings: LoraEmbedding) -> EmbeddingBackend:
         return PooledBackend(settings)
     if settings.adapter_path is not None and (Path(settings.adapter_path) / EXPORT_NAME).exists():
         return ExportedBackend(settings)
+    if settings.adapter_path is not None and (adapter := _open(settings)).tune() == "query":
+        return QuerySideBackend(settings, adapter)
     return MergedBackend(settings)
 
 
 class MergedBackend(EmbeddingBackend):
     """A model of its own: a base model with an adapter, merged or not, or a base model alone."""
 
-    def __init__(self, settings: LoraEmbedding) -> None:
+    def __init__(self, settings: LoraEmbedding, adapter: OpenedAdapter | None = None) -> None:
         if settings.adapter_path is None:
             assert settings.base_model is not None
             base = describe_base(settings.base_model, settings.revision, settings.cache_folder)
@@ -103,7 +113,7 @@ class MergedBackend(EmbeddingBackend):
             super().__init__(model, settings.truncate_dim)
             self.fingerprint = fingerprint(model, base.weights_sha256, None)
         else:
-            adapter = open_adapter(settings.adapter_path, **_fields(settings, "base_model", "revision", "cache_folder"))
+            adapter = adapter or _open(settings)
             arguments = _fields(settings, "device", "trust_remote_code", *_PROMPTS, "truncate_dim", "merge")
             model, self.fingerprint = load_adapter(adapter, scale=settings.adapter_scale, **arguments)
             super().__init__(model, settings.truncate_dim)
@@ -116,6 +126,42 @@ class MergedBackend(EmbeddingBackend):
                         f"the {name} that the adapter was trained with",
                         f"Leave {name}=None, or train an adapter with {name}={wanted!r}.",
                     )
+
+
+class QuerySideBackend(MergedBackend):
+    """An adapter for queries alone, and its base for passages, which is loaded when the first passage is embedded."""
+
+    def __init__(self, settings: LoraEmbedding, adapter: OpenedAdapter) -> None:
+        super().__init__(settings, adapter)
+        self._passage_fingerprint = fingerprint(self.model, adapter.base.weights_sha256, None)
+        self._base, self._loading = adapter.base, _fields(settings, "device", "trust_remote_code", "truncate_dim")
+        self._passages: EmbeddingBackend | None = None
+
+    @property
+    def passage_fingerprint(self) -> str:
+        """That of `LoraEmbedding` with the base alone."""
+        return self._passage_fingerprint
+
+    def encode(self, texts: Sequence[str], task: Task, **limits: Any) -> Vectors:
+        """Vectors of queries with the adapter, of passages without it."""
+        if task == "query":
+            return super().encode(texts, task, **limits)
+        with self.lock:
+            if self._passages is None:
+                self._passages = self._load_passages()
+            return self._passages.encode(texts, task, **limits)
+
+    def _load_passages(self) -> EmbeddingBackend:
+        prompts = {f"{side}_prompt": self.model.prompts.get(task) for side, task in _SIDES.items()}
+        model = load_base(self._base, pooling=pooling_of(self.model), **prompts, **self._loading)
+        model.max_seq_length = self.model.max_seq_length
+        if fingerprint(model, self._base.weights_sha256, None) != self._passage_fingerprint:
+            raise AdapterError(
+                f"the base {self._base.model_id!r}, whose modules or tokenizer are not those of the adapter",
+                "the base that the adapter was trained on, whose vectors of passages the index holds",
+                "Pass that base as base_model=.",
+            )
+        return EmbeddingBackend(model, self._loading["truncate_dim"])
 
 
 class ExportedBackend(EmbeddingBackend):
@@ -177,6 +223,14 @@ class PooledBackend(EmbeddingBackend):
         else:
             self.manifest = None
             self.fingerprint = self.pool.fingerprint_of(self._base_prompts(), self.pool.max_seq_length)
+
+    @property
+    def passage_fingerprint(self) -> str:
+        """That of the base alone where the selected adapter is for queries."""
+        selected = self.selected
+        if selected is None or not selected.query_only:
+            return self.fingerprint
+        return self.pool.fingerprint_of(selected.prompts, selected.max_seq_length)
 
     def with_adapter(self, name: str | None) -> PooledBackend:
         """The same pool with another adapter, or the base model alone."""
@@ -247,6 +301,11 @@ class PooledBackend(EmbeddingBackend):
             "one with its own model; shared models are read-only",
             "LoraEmbedding(path, merge=False).sentence_transformer",
         )
+
+
+def _open(settings: LoraEmbedding) -> OpenedAdapter:
+    assert settings.adapter_path is not None
+    return open_adapter(settings.adapter_path, **_fields(settings, "base_model", "revision", "cache_folder"))
 
 
 def _fields(settings: LoraEmbedding, *names: str) -> dict[str, Any]:

@@ -180,6 +180,12 @@ def _check_arguments(
 
 def _check_exportable(embed_model: LoraEmbedding) -> SentenceTransformer:
     model = embed_model.backend.own_model()
+    if embed_model.passage_fingerprint != embed_model.fingerprint:
+        raise ConfigError(
+            'a model that was trained with tune="query", whose queries and passages have different weights',
+            "a model with the same weights for both",
+            "Export the base for passages, and merge the adapter for queries with LoraEmbedding(path).",
+        )
     if window_of(model) is not None:
         raise ConfigError("a model with windows", "a model without windows", "Train one without window=.")
     if model.truncate_dim is not None:

@@ -173,6 +173,15 @@ class LoraEmbedding(BaseEmbedding):
         return self.backend.manifest
 
     @property
+    def passage_fingerprint(self) -> str:
+        """Digest of everything that determines the vectors of passages.
+
+        For an adapter that was trained with `tune="query"` it is the fingerprint of its base, whose index it searches;
+        for any other model it is `fingerprint`.
+        """
+        return self.backend.passage_fingerprint
+
+    @property
     def max_seq_length(self) -> int:
         """Tokens, special tokens included, beyond which a text is truncated."""
         return self.backend.max_seq_length

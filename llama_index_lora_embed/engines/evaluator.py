@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation, evaluate_pair_encoders
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_encoders
+from llama_index_lora_embed.evaluation.search import FloatArray
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.precision import autocast, resolve_precision
 
@@ -24,6 +26,7 @@ def evaluate_model(
     precision: str = "fp32",
     fused_attention: bool = True,
     show_progress: bool = False,
+    frozen: Callable[[list[str]], FloatArray] | None = None,
 ) -> RetrievalEvaluation | PairEvaluation:
     """Evaluate a model with the prompts that it is used with.
 
@@ -33,6 +36,7 @@ def evaluate_model(
         precision: "bf16", "fp32" or "auto" (`precision.resolve_precision`).
         fused_attention: See `TrainingSettings`; no effect in float32.
         show_progress: Show a progress bar for the passages.
+        frozen: Vectors of passages, instead of the model's.
 
     Raises:
         DatasetError: The dataset is empty or inconsistent.
@@ -51,7 +55,7 @@ def evaluate_model(
             stack.enter_context(blocked_attention(model))
         if dataset.kind == "pairs":
             return evaluate_pair_encoders(queries, passages, dataset)
-        return evaluate_encoders(queries, passages, dataset)
+        return evaluate_encoders(queries, frozen or passages, dataset)
 
 
 def default_metric(dataset: TrainingData | None) -> str:

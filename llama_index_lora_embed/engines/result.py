@@ -237,6 +237,7 @@ def write_run(
     manifest = adapter_directory.Manifest.of(
         model,
         base.to_dict(),
+        tune=config.training.tune,
         parent=parent,
         dataset={**dataset.summary(), **mining},
         settings={**config.result_affecting(), "precision": outcome.precision},

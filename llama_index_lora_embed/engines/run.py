@@ -240,9 +240,11 @@ class FinetuneRun:
         lora_config = self._lora_config()
         if lora_config is not None:  # with peft's defaults left out, whoever wrote them
             config = config.replace(lora_config=lora_fields(lora_config))
+        passages = start.frozen_passages(model) if settings.tune == "query" else None
         evaluate = None if val is None else partial(
             evaluate_model,
             dataset=val,
+            frozen=passages,
             precision=settings.precision,
             fused_attention=settings.fused_attention,
             show_progress=settings.show_progress_bar,
@@ -263,6 +265,7 @@ class FinetuneRun:
             ),
             callbacks=arguments.callbacks,
             train_kwargs=arguments.train_kwargs,
+            passages=passages,
         )  # fmt: skip
         best = outcome.selection
         if config.base.quantized:

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llama_index_lora_embed.config import DEFAULT_BASE, FinetuneConfig
+from llama_index_lora_embed.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from llama_index_lora_embed.embedding import LoraEmbedding
+    from llama_index_lora_embed.embedding.encode import Vectors
     from llama_index_lora_embed.models.base_model import BaseInfo
+    from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class StartingModel:
         """The model, its base, and path and fingerprint of the adapter that is continued, if any.
 
         Raises:
+            ConfigError: The continued adapter was trained for other sides than `tune` says.
             LoraEmbedError: As `describe_base` and `load_base`, or `load_adapter`.
         """
         from llama_index_lora_embed.models.base_model import describe_base
@@ -45,8 +49,28 @@ class StartingModel:
             revision=settings.revision,
             cache_folder=settings.cache_folder,
         )
+        tuned = adapter.tune()
+        if tuned != self.config.training.tune:
+            raise ConfigError(
+                f"tune={self.config.training.tune!r} with continue_from={settings.continue_from!r}, which was trained "
+                f"with tune={tuned!r}",
+                f"tune={tuned!r}, so that base and tuned model differ on the same sides",
+                "Change tune, or train a new adapter from the base.",
+            )
         model, fingerprint = load_adapter(adapter, merge=False, **self._loading())
         return model, adapter.base, {"path": settings.continue_from, "fingerprint": fingerprint}
+
+    def frozen_passages(self, model: SentenceTransformer) -> FrozenPassages:
+        """The base's vectors of passages, by a model that `load` has returned, whatever its adapter becomes."""
+        from llama_index_lora_embed.embedding.encode import encode
+        from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
+        from llama_index_lora_embed.training.objectives.info_nce import adapter_disabled
+
+        def passages(texts: list[str]) -> Vectors:
+            with adapter_disabled(model):
+                return encode(model, texts, "document", fused=False)
+
+        return FrozenPassages(passages)
 
     def load_base(self, base: BaseInfo, *, quantized: bool | None = None) -> SentenceTransformer:
         """The base alone, in 4 bit or in full precision; None is what the configuration says."""

@@ -87,6 +87,7 @@ def check_run(
     problems += quantization_problems(config) if config.base.quantized else []
     problems += _continue_problems(config, lora_config)
     problems += _scale_problems(config, lora_config)
+    problems += _tune_problems(config, kind == "pairs", loss) if config.training.tune == "query" else []
     problems += _allow_changes_problems(config)
     problems += _data_problems(config, kind == "pairs", loss)
     if val_dataset is not None or not config.data.val_fraction:
@@ -163,6 +164,25 @@ def _scale_problems(config: FinetuneConfig, lora_config: Any) -> list[str]:
     return [
         f"adapter_scale={scale} with {', '.join(conflicts)}: expected 1.0; LoraEmbedding(adapter_scale=) scales later"
     ]
+
+
+def _tune_problems(config: FinetuneConfig, pairs: bool, loss: Any) -> list[str]:
+    """What does not go with `tune="query"`, where passages keep their vectors and every step sees all of them."""
+    base, training, objective = config.base, config.training, config.objective
+    passages = "expected {}, because the passages keep their vectors"
+    negatives = "expected {}, because every step compares its queries with the whole corpus"
+    found = [
+        ("labelled pairs", pairs, "expected queries and passages, one side of which keeps its vectors"),
+        ("a loss", loss is not None, negatives.format("None")),
+        ("mining", config.mining is not None, negatives.format("None")),
+        (f"objective {objective.name!r}", objective.name not in (None, *IN_BATCH), negatives.format("the default")),
+        ("guide=True", objective.guide, "expected False: masks of passages that are alike are in effect"),
+        ("matryoshka_dims", objective.matryoshka_dims is not None, passages.format("None")),
+        ("max_seq_length", training.max_seq_length is not None, passages.format("None")),
+        ("window", base.window is not None, passages.format("None")),
+        ("quantized=True", base.quantized, "expected False: the base must embed passages as the index does"),
+    ]  # fmt: skip
+    return [f'{name} with tune="query": {expected}' for name, wrong, expected in found if wrong]
 
 
 def _allow_changes_problems(config: FinetuneConfig) -> list[str]:

@@ -44,6 +44,7 @@ class Manifest:
         pooling: The modules after the transformer, each with its settings.
         normalise: Whether vectors have length 1.
         lora: Rank, alpha and target modules.
+        tune: "both", or "query" for an adapter that only queries are embedded with.
         parent: Path and fingerprint of the adapter that was continued; None if training started from the base model.
         parents: Path, fingerprint and weight of each adapter that was merged.
         dataset: Digest and size of the training set, and the origins of its queries.
@@ -62,6 +63,7 @@ class Manifest:
     normalise: bool
     similarity: str
     lora: dict[str, Any] = field(default_factory=dict)
+    tune: str = "both"
     parent: dict[str, Any] | None = None
     parents: list[dict[str, Any]] = field(default_factory=list)
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -143,12 +145,14 @@ def fingerprint(
     directory: Path | None,
     scale: float = 1.0,
     prompts: Mapping[str, str | None] | None = None,
+    tune: str = "both",
 ) -> str:
     """Digest of everything that determines a model's vectors.
 
     It covers the weights of the base model and of the adapter, the adapter's scale, the tokenizer, the prompts, the
     modules after the transformer, `max_seq_length` and `truncate_dim`, but no paths. `base_sha256` is the digest of the
-    base model's weight files, `directory` the adapter directory; `prompts` replace the model's own.
+    base model's weight files, `directory` the adapter directory; `prompts` replace the model's own; `tune` says which
+    sides the adapter is used for.
     """
     adapter: dict[str, Any] = {}
     if directory is not None:
@@ -171,6 +175,8 @@ def fingerprint(
     # left out at their defaults, so that the fingerprints of earlier versions stay valid
     if scale != 1:
         determining["scale"] = float(scale)
+    if tune != "both":
+        determining["tune"] = tune
     if model.truncate_dim is not None:
         determining["truncate_dim"] = model.truncate_dim
     if "message" in getattr(model[0], "modalities", ()):
@@ -263,7 +269,8 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
             _tidy_config(staging / CONFIG_NAME, manifest.base)
             rename_magnitudes(staging / WEIGHTS_NAME)
             (staging / "README.md").write_text(model_card(manifest), encoding="utf-8")
-            written = replace(manifest, fingerprint=fingerprint(model, base_sha256, staging), files=digests(staging))
+            digest = fingerprint(model, base_sha256, staging, tune=manifest.tune)
+            written = replace(manifest, fingerprint=digest, files=digests(staging))
             (staging / MANIFEST_NAME).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
             replace_directory(staging, target)
     except (OSError, SafetensorError) as error:

@@ -54,6 +54,10 @@ class OpenedAdapter:
     manifest: Manifest | None
     base: BaseInfo
 
+    def tune(self) -> str:
+        """ "both", or "query" for an adapter that only queries are embedded with."""
+        return "both" if self.manifest is None else self.manifest.tune
+
     def prompts(self) -> dict[str, str]:
         """Prompts "query" and "document" that the adapter was saved with."""
         recorded = _read_json(self.directory / "config_sentence_transformers.json").get("prompts") or {}
@@ -217,7 +221,7 @@ def load_adapter(
     model.prompts.update({name: prompt for name, prompt in overrides.items() if prompt is not None})
     check_prompts(model)
     set_truncation(model, truncate_dim)
-    digest = fingerprint(model, base.weights_sha256, directory, scale=scale)
+    digest = fingerprint(model, base.weights_sha256, directory, scale=scale, tune=adapter.tune())
     scale_lora(model, scale)
     if merge:
         merge_lora(model)

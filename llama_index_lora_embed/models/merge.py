@@ -138,6 +138,7 @@ def merge_adapters(
     manifest = Manifest.of(
         model,
         source.base.to_dict(),
+        tune=source.tune(),
         parents=[
             {"path": place, "fingerprint": a.manifest.fingerprint if a.manifest else None, "weight": weight}
             for place, a, weight in zip(places, opened, factors, strict=True)
@@ -250,6 +251,7 @@ def _settings_of(adapter: OpenedAdapter) -> dict[str, Any]:
         "query prompt": prompts["query"],
         "passage prompt": prompts["document"],
         "max_seq_length": adapter.max_seq_length(),
+        "tune": adapter.tune(),
         "modules": ", ".join(module["type"] for module in modules),
     }
     settings |= {f"{m['type']}.{name}": value for m in modules for name, value in m.items() if name != "type"}

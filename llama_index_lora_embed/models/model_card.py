@@ -54,6 +54,12 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
         *("```python", "from sentence_transformers import SentenceTransformer", ""),
         *(f'model = SentenceTransformer("{place}"{code})', "```", ""),
     ]
+    if manifest.tune == "query":
+        lines += [
+            "The adapter is for queries alone; passages are embedded by the base model, as in an index that exists "
+            "already. `LoraEmbedding` does so by itself. In sentence-transformers, embed passages with the base model.",
+            "",
+        ]
     if windows:
         lines += ["Modules of llama-index-lora-embed, which must be installed, split long texts into windows.", ""]
     return "\n".join(lines)

@@ -30,6 +30,7 @@ from llama_index_lora_embed.training.checkpointing.selection import CheckpointSe
 from llama_index_lora_embed.training.checkpointing.signals import StopRequest
 from llama_index_lora_embed.training.efficiency.frozen_layers import HiddenStateCache
 from llama_index_lora_embed.training.examples import TrainingGroup
+from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 from llama_index_lora_embed.training.lengths import Truncation, choose_length
 from llama_index_lora_embed.training.lora import (
     adapter_weights,
@@ -79,6 +80,7 @@ def train(
     loss: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
     train_kwargs: dict[str, Any] | None = None,
+    passages: FrozenPassages | None = None,
 ) -> TrainingOutcome:
     """Train a LoRA on a model and leave the best weights in it.
 
@@ -99,6 +101,7 @@ def train(
         loss: A sentence-transformers loss, or a callable that makes one from the model, instead of the objective's.
         callbacks: More transformers callbacks.
         train_kwargs: More `SentenceTransformerTrainingArguments`.
+        passages: Vectors of the passages, where only queries are trained.
 
     Raises:
         ConfigError: The loss or the LoRA does not fit the base; or a checkpoint belongs to another run.
@@ -117,7 +120,16 @@ def train(
     check_scalable(start, settings.adapter_scale)
     precision = resolve_precision(settings.precision, model.device)
     checkpointing = bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing"))
-    plan = training_plan(model, dataset, groups, loss, settings, config.objective, gradient_checkpointing=checkpointing)
+    plan = training_plan(
+        model,
+        dataset,
+        groups,
+        loss,
+        settings,
+        config.objective,
+        gradient_checkpointing=checkpointing,
+        passages=passages,
+    )
     training_arguments(settings, run_dir, 2, plan, extra)  # wrong ones raise before files are moved
     run_record = {**run_record, "precision": precision}
     checkpoint, changed = distributed.on_main(
@@ -195,13 +207,16 @@ def set_length(
     Raises:
         ConfigError: The settings ask for a length that the model's positions do not allow.
     """
-    if dataset.kind == "queries":
+    wanted = settings.max_seq_length
+    if settings.tune == "query":  # passages keep their vectors, and so their length
+        queries, passages, wanted = list(dataset.queries.values()), [], model.max_seq_length
+    elif dataset.kind == "queries":
         queries, passages = list(dataset.queries.values()), [group.passage for group in groups]
     elif dataset.symmetric:  # both texts get the passage prompt
         queries, passages = [], [*dataset.texts1, *dataset.texts2]
     else:
         queries, passages = dataset.texts1, dataset.texts2
-    truncation = choose_length(model, queries, passages, settings.length_coverage, settings.max_seq_length)
+    truncation = choose_length(model, queries, passages, settings.length_coverage, wanted)
     if truncation.cut_before or truncation.cut_after:
         warn_user(str(truncation))
     return truncation

@@ -28,6 +28,7 @@ from llama_index_lora_embed.training.examples import (
     require_any_negative,
     require_negatives,
 )
+from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages, frozen_passages_loss
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
 from llama_index_lora_embed.training.objectives.collator import GroupCollator
 from llama_index_lora_embed.training.objectives.distillation import scaled_cosine, teacher_scores
@@ -64,6 +65,7 @@ def training_plan(
     objective: ObjectiveSettings | None = None,
     *,
     gradient_checkpointing: bool = False,
+    passages: FrozenPassages | None = None,
 ) -> TrainingPlan:
     """Training data, collator, loss, prompts and batch sampler of an objective.
 
@@ -76,6 +78,7 @@ def training_plan(
         settings: Of the training.
         objective: Fits data and loss (`ObjectiveSettings.misfits`); None for the default.
         gradient_checkpointing: Whether the trainer will use it; then there is no GradCache.
+        passages: Vectors of the passages, where only queries are trained.
 
     Raises:
         ConfigError: The objective or the loss cannot be used with this model.
@@ -93,6 +96,13 @@ def training_plan(
         loss = _pair_loss(name, settings) if loss is None else loss
         return _columns_plan(model, rows, loss, queries=() if dataset.symmetric else ("text1",))
     false_negatives = find_false_negatives(dataset, groups, objective)
+    if passages is not None:
+        query_ids, frozen = frozen_passages_loss(
+            model, dataset, groups, false_negatives, passages, settings.temperature
+        )
+        return _columns_plan(
+            model, [{"anchor": dataset.queries[i], "label": at} for at, i in enumerate(query_ids)], frozen
+        )
     if loss is not None:
         examples = make_examples(dataset, groups, false_negatives)
         rows = negative_columns(dataset, examples)

@@ -1,0 +1,133 @@
+"""Training with `tune="query"`: the passages' vectors stay as an index holds them, and only queries are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from llama_index_lora_embed.core.errors import NonFiniteLossError
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.training.examples import TrainingGroup
+from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
+from llama_index_lora_embed.training.objectives.full_corpus import Targets, full_corpus_loss
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class FrozenPassages:
+    """Vectors of passages by text: those of an index, and for other texts those of the base, each computed once.
+
+    Args:
+        encode: The base's vectors of passages, [texts, dimension].
+        stored: Vectors that an index holds, by text.
+    """
+
+    def __init__(
+        self, encode: Callable[[list[str]], FloatArray], stored: Mapping[str, FloatArray] | None = None
+    ) -> None:
+        self._encode = encode
+        self._vectors = dict(stored or {})
+
+    def __call__(self, texts: Sequence[str]) -> FloatArray:
+        """Vectors of length 1, float32 [texts, dimension].
+
+        Raises:
+            NonFiniteLossError: A vector is NaN or infinite, or has length 0.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        if new:
+            self._vectors.update(zip(new, self._encode(new), strict=True))
+        vectors = np.stack([self._vectors[text] for text in texts]).astype(np.float32)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        wrong = [i for i, norm in enumerate(norms[:, 0]) if not np.isfinite(norm) or norm == 0]
+        if wrong:
+            raise NonFiniteLossError(
+                f"{len(wrong)} of {len(texts)} passages whose vectors are NaN, infinite or of length 0, the first of "
+                f"them {texts[wrong[0]][:80]!r}",
+                "finite vectors that are not zero",
+                "Check the base, or the index that the vectors come from.",
+            )
+        unit: FloatArray = vectors / norms
+        return unit
+
+
+class FrozenPassagesLoss(nn.Module):
+    """`full_corpus_loss` of a batch of queries, for sentence-transformers' trainer.
+
+    Args:
+        model: Embeds the queries.
+        vectors: float32 [columns, dimension], of length 1.
+        relevant: For each query of the training set the columns of its relevant passages.
+        relevance: Their grades.
+        ignored: For each query the columns of its false negatives.
+        temperature: τ.
+    """
+
+    vectors: Tensor
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        vectors: Tensor,
+        relevant: Sequence[Sequence[int]],
+        relevance: Sequence[Sequence[float]],
+        ignored: Sequence[Sequence[int]],
+        temperature: float,
+    ) -> None:
+        super().__init__()
+        self.model: nn.Module = model
+        self.register_buffer("vectors", vectors, persistent=False)
+        self.relevant, self.relevance, self.ignored = relevant, relevance, ignored
+        self.temperature = temperature
+
+    def forward(self, features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
+        """The loss, a scalar; `features` has the tokens of the queries, `labels` their numbers, int64 [queries]."""
+        (tokens,) = features
+        numbers = labels.tolist()
+        targets = Targets.of(*([of[i] for i in numbers] for of in (self.relevant, self.relevance, self.ignored)))
+        return full_corpus_loss(self.model(tokens)["sentence_embedding"], self.vectors, targets, self.temperature)
+
+
+def frozen_passages_loss(
+    model: SentenceTransformer,
+    dataset: EmbeddingQAFinetuneDataset,
+    groups: Sequence[TrainingGroup],
+    false_negatives: FalseNegatives,
+    passages: FrozenPassages,
+    temperature: float,
+) -> tuple[list[str], FrozenPassagesLoss]:
+    """The queries that are trained on, and their loss over the corpus.
+
+    A column is a passage of the corpus, or the shortened text that a query was cut out of (`training_passages`). All
+    of a query's relevant passages are targets, in proportion to their grades: the whole corpus is compared, and each
+    that were left out would have to be ignored.
+
+    Returns:
+        Query ids in the order of the loss's numbers, and the loss.
+    """
+    columns = {(passage_id, text): at for at, (passage_id, text) in enumerate(dataset.corpus.items())}
+    cuts: dict[str, int] = {}
+    for group in groups:
+        column = columns.setdefault((group.passage_id, group.passage), len(columns))
+        if group.passage != dataset.corpus[group.passage_id]:
+            cuts.update(dict.fromkeys(group.query_ids, column))
+    positions = false_negatives.index([passage_id for passage_id, _ in columns])
+    relevant, relevance, ignored = [], [], []
+    for query_id in dataset.queries:
+        first, *others = dict.fromkeys(dataset.relevant_docs[query_id])
+        own = {cuts.get(query_id, columns[first, dataset.corpus[first]]): dataset.score(query_id, first)}
+        own.update({columns[i, dataset.corpus[i]]: dataset.score(query_id, i) for i in others})
+        relevant.append(list(own))
+        relevance.append([float(score) for score in own.values()])
+        ignored.append(sorted(false_negatives.among(query_id, positions) - own.keys()))
+    vectors = torch.from_numpy(passages([text for _, text in columns])).to(model.device)
+    loss = FrozenPassagesLoss(model, vectors, relevant, relevance, ignored, temperature)
+    return list(dataset.queries), loss
