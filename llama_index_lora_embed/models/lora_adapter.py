@@ -55,7 +55,7 @@ class OpenedAdapter:
     base: BaseInfo
 
     def tune(self) -> str:
-        """ "both", or "query" for an adapter that only queries are embedded with."""
+        """Which sides it is for: "both", or "query" if passages are embedded by the base alone."""
         return "both" if self.manifest is None else self.manifest.tune
 
     def prompts(self) -> dict[str, str]:

@@ -30,7 +30,6 @@ from llama_index_lora_embed.training.checkpointing.selection import CheckpointSe
 from llama_index_lora_embed.training.checkpointing.signals import StopRequest
 from llama_index_lora_embed.training.efficiency.frozen_layers import HiddenStateCache
 from llama_index_lora_embed.training.examples import TrainingGroup
-from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 from llama_index_lora_embed.training.lengths import Truncation, choose_length
 from llama_index_lora_embed.training.lora import (
     adapter_weights,
@@ -39,6 +38,7 @@ from llama_index_lora_embed.training.lora import (
     check_scalable,
     train_further,
 )
+from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.plan import TrainingPlan, training_plan
 from llama_index_lora_embed.training.trainer import LoraTrainer
@@ -208,10 +208,10 @@ def set_length(
         ConfigError: The settings ask for a length that the model's positions do not allow.
     """
     wanted = settings.max_seq_length
-    if settings.tune == "query":  # passages keep their vectors, and so their length
-        queries, passages, wanted = list(dataset.queries.values()), [], model.max_seq_length
-    elif dataset.kind == "queries":
+    if dataset.kind == "queries":
         queries, passages = list(dataset.queries.values()), [group.passage for group in groups]
+        if settings.tune == "query":  # passages keep their vectors, and so their length
+            passages, wanted = [], model.max_seq_length
     elif dataset.symmetric:  # both texts get the passage prompt
         queries, passages = [], [*dataset.texts1, *dataset.texts2]
     else:

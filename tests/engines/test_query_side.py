@@ -60,9 +60,8 @@ def test_the_result_has_the_figures_of_the_written_model(tiny_model: str, tmp_pa
     data, val = make_dataset(), make_dataset(passages=10, seed=5, prefix="v")
     engine = make_engine(tiny_model, str(tmp_path / "a"), data, val_dataset=val, precision="fp32", **QUERY)
     result = engine.finetune()
-    assert result.metrics_after is not None
     found = evaluate_retrieval(engine.get_finetuned_model(), val).metrics
-    assert found["ndcg@10"] == pytest.approx(result.metrics_after["ndcg@10"], abs=1e-6)
+    assert found["ndcg@10"] == pytest.approx(result.tuned_metrics["ndcg@10"], abs=1e-6)
 
 
 def test_it_opens_the_index_of_its_base_and_no_other(

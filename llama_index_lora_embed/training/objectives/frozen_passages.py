@@ -119,15 +119,15 @@ def frozen_passages_loss(
         column = columns.setdefault((group.passage_id, group.passage), len(columns))
         if group.passage != dataset.corpus[group.passage_id]:
             cuts.update(dict.fromkeys(group.query_ids, column))
-    positions = false_negatives.index([passage_id for passage_id, _ in columns])
+    excluded = false_negatives.excluded_columns(dataset.queries, [passage_id for passage_id, _ in columns])
     relevant, relevance, ignored = [], [], []
-    for query_id in dataset.queries:
+    for query_id, hidden in zip(dataset.queries, excluded, strict=True):
         first, *others = dict.fromkeys(dataset.relevant_docs[query_id])
         own = {cuts.get(query_id, columns[first, dataset.corpus[first]]): dataset.score(query_id, first)}
         own.update({columns[i, dataset.corpus[i]]: dataset.score(query_id, i) for i in others})
         relevant.append(list(own))
         relevance.append([float(score) for score in own.values()])
-        ignored.append(sorted(false_negatives.among(query_id, positions) - own.keys()))
+        ignored.append(sorted(hidden - own.keys()))
     vectors = torch.from_numpy(passages([text for _, text in columns])).to(model.device)
     loss = FrozenPassagesLoss(model, vectors, relevant, relevance, ignored, temperature)
     return list(dataset.queries), loss

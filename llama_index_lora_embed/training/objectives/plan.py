@@ -28,10 +28,10 @@ from llama_index_lora_embed.training.examples import (
     require_any_negative,
     require_negatives,
 )
-from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages, frozen_passages_loss
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
 from llama_index_lora_embed.training.objectives.collator import GroupCollator
 from llama_index_lora_embed.training.objectives.distillation import scaled_cosine, teacher_scores
+from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages, frozen_passages_loss
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler, ExampleTraits, GroupBatchSampler
 
