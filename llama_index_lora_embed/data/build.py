@@ -38,6 +38,8 @@ class BuildReport:
         llm_reports: Requests to LLMs, by generator.
         filtered: What the filters dropped; None without filters.
         split: The validation split; None if nothing was held out.
+        validated_on: Validation queries by origin where they are not those of the split, because headings were added or
+            stand for some of them (`validate_on_headings`), or are trained on; empty elsewhere.
     """
 
     nodes: int
@@ -47,6 +49,7 @@ class BuildReport:
     llm_reports: dict[str, LLMReport] = field(default_factory=dict)
     filtered: QueryFilterReport | None = None
     split: SplitReport | None = None
+    validated_on: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.passages} passages of {self.nodes} nodes; queries: {_counts(self.queries)}"]
@@ -54,6 +57,8 @@ class BuildReport:
             lines.append(f"left out: {_counts(self.skipped)}")
         lines += [f"{name}: {report}" for name, report in self.llm_reports.items()]
         lines += [str(report) for report in (self.filtered, self.split) if report is not None]
+        if count := sum(self.validated_on.values()):
+            lines.append(f"evaluated on {count} queries, with headings: {_counts(self.validated_on)}")
         return "\n".join(lines)
 
 

@@ -128,6 +128,22 @@ def split_by_source(
     return dataset.subset((query_id for group in groups for query_id in group), passages), val
 
 
+def halves(dataset: EmbeddingQAFinetuneDataset) -> tuple[list[str], list[str]]:
+    """The ids of the queries in two parts, to choose something on the first one and to judge the choice on the second.
+
+    They are tied as in `split_by_source`; groups are dealt out, the largest first, to the smaller part. The first part
+    is the larger one. If all queries are tied together, it has all of them.
+
+    Args:
+        dataset: A checked dataset.
+    """
+    parts: tuple[list[str], list[str]] = ([], [])
+    for group in sorted(_tied_groups(dataset), key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    first, second = sorted(parts, key=len, reverse=True)
+    return first, second
+
+
 def _tied_groups(dataset: EmbeddingQAFinetuneDataset) -> list[list[str]]:
     """Ids of queries that have to be on one side; near-duplicates tie them, too, unless that ties too many."""
     answers = dataset.answer_ids()

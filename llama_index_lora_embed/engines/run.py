@@ -141,16 +141,22 @@ def run_from_nodes(
     dataset, report = dataset_from_nodes(
         nodes, generators, seed=seed, filters=config.data.filters, embed_model=StartingModel(config).embedding
     )
+    held_out = None
     if val_dataset is not None:
         known = set(dataset.shared_queries(val_dataset))
         dataset = dataset.subset((i for i in dataset.queries if i not in known), dataset.corpus)
     elif fraction:
         dataset, val_dataset = split_by_source(dataset, fraction, seed=seed, max_passages=config.data.max_eval_passages)
         report = replace(report, split=split_report(dataset, val_dataset))
+        held_out = val_dataset.origins()
         val_dataset = validate_on_headings(val_dataset, dataset.origins(), nodes, seed=seed)
         # headings of passages that are trained on may be among them
         config = config.replace(data=config.data.replace(on_overlap="drop"))
-    return replace(prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config), data_report=report)
+    run = prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config)
+    if held_out is not None and isinstance(run.val_dataset, EmbeddingQAFinetuneDataset):
+        origins = run.val_dataset.origins()
+        report = replace(report, validated_on=origins if origins != held_out else {})
+    return replace(run, data_report=report)
 
 
 def _written(generators: Sequence[QueryGenerator] | None, llm: LLM | None) -> bool:
@@ -333,7 +339,10 @@ def prepare(
             )
             note = f"{note} Others are evaluated on instead. {how}" if note else how
             if isinstance(val, EmbeddingQAFinetuneDataset):
+                held_out = val.origins()
                 val = validate_on_headings(val, train.summary()["origins"], seed=training.seed)
+                if val.origins() != held_out:
+                    note += " Headings of the passages were added, or stand for parts of passages."
         except SplitError as error:
             wanted = {"best_metric": training.best_metric, "early_stopping_patience": training.early_stopping_patience}
             idle = ", ".join(name for name, value in wanted.items() if value)

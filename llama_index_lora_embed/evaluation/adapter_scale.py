@@ -26,8 +26,9 @@ def tune_scale(
 ) -> Sweep[float]:
     """Evaluate an adapter at several scales. Interpolating between base and adapter reduces forgetting.
 
-    WiSE-FT calls it weight-space ensembling (Wortsman et al. 2022, arXiv 2109.01903, section 3). The metrics of the
-    chosen scale are too high on the dataset that it was chosen on: evaluate it on another one.
+    WiSE-FT calls it weight-space ensembling (Wortsman et al. 2022, arXiv 2109.01903, section 3). One half of the
+    queries chooses the scale, and the verdict on it rests on the other half, so that it needs at least twenty
+    (`Sweep`).
 
     Args:
         adapter_path: Folder or Hub id of a plain LoRA.
@@ -37,7 +38,7 @@ def tune_scale(
         **embedding: Further arguments of `LoraEmbedding`: device, prompts, ...
 
     Returns:
-        Scale to evaluation; 0 is the base.
+        Scale to evaluation; 0 is the base. Among ties, the lowest scale is the best.
 
     Raises:
         ConfigError: A scale is out of range, the metric is unknown, or the adapter is not a plain LoRA.
@@ -50,7 +51,7 @@ def tune_scale(
     if not scales or not all(map(is_share, scales)):
         raise ConfigError(f"scales={scales!r}", "at least one number from 0 to 1", f"scales={SCALES}")
     check_metric(metric)
-    dataset = EmbeddingQAFinetuneDataset.coerce(dataset, "dataset")
+    dataset = EmbeddingQAFinetuneDataset.coerce(dataset, "dataset").check("evaluation dataset")
     evaluations: dict[float, RetrievalEvaluation] = {}
     for scale in sorted({float(scale) for scale in scales}):
         # all of them share one base model in memory
@@ -60,4 +61,4 @@ def tune_scale(
         evaluations[scale] = evaluate_retrieval(embed_model, dataset)
     manifest = embed_model.manifest
     trained_on = None if manifest is None else manifest.trained_on
-    return Sweep.of(evaluations, metric, 0.0, lambda scale: scale, trained_on)
+    return Sweep.of(evaluations, dataset, metric, 0.0, lambda scale: scale, trained_on)

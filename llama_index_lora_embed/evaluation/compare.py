@@ -40,6 +40,7 @@ def compare(
     base: RetrievalEvaluation | PairEvaluation,
     tuned: RetrievalEvaluation | PairEvaluation,
     *,
+    query_ids: Collection[str] | None = None,
     trained_on: Collection[str] | None = None,
     note: str = "",
     seed: int = 0,
@@ -52,6 +53,7 @@ def compare(
     Args:
         base: Evaluation of the base.
         tuned: Evaluation of the tuned model.
+        query_ids: Queries to compare on; None for all, as always with pairs.
         trained_on: Origins of the queries that the tuned model was trained on; None if they are not known.
         note: A sentence for the basis of the verdict, such as how many of the passages were trained on.
         seed: Random seed of the bootstrap.
@@ -70,7 +72,8 @@ def compare(
             "Evaluate both models on one dataset, with the same function.",
         )
     _check_same_dataset(base, tuned)
-    changes = {i: tuned.per_query[i][_METRIC] - base.per_query[i][_METRIC] for i in base.per_query}
+    ids = base.per_query if query_ids is None else query_ids
+    changes = {i: tuned.per_query[i][_METRIC] - base.per_query[i][_METRIC] for i in ids}
     found = weigh(changes, base.query_origins, trained_on, seed=seed)
     values = [changes[i] for i in found.query_ids]
     return Comparison(

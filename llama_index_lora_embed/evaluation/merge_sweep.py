@@ -37,9 +37,9 @@ def tune_merge(
 ) -> Sweep[Weights]:
     """Evaluate merges of adapters with several weights, and compare the best one with the base.
 
-    The base as installed (all weights 0) and each adapter alone (weight 1) are always evaluated. The metric of the
-    best, and therefore its difference from the base, is too high on the dataset that it was chosen on: merge with these
-    weights, and evaluate on another dataset.
+    The base as installed (all weights 0) and each adapter alone (weight 1) are always evaluated. One half of the
+    queries chooses the weights, and the verdict on them rests on the other half, so that it needs at least twenty
+    (`Sweep`).
 
     Args:
         adapters: See `merge_adapters`.
@@ -109,7 +109,7 @@ def tune_merge(
             evaluations[setting] = evaluate_retrieval(model, dataset)
             origins.append(None if model.manifest is None else model.manifest.trained_on)
     trained_on = None if None in origins else {origin for found in origins for origin in found}
-    return Sweep.of(evaluations, metric, base, lambda setting: round(sum(map(abs, setting)), 9), trained_on)
+    return Sweep.of(evaluations, dataset, metric, base, lambda setting: round(sum(map(abs, setting)), 9), trained_on)
 
 
 def _default_weights(count: int) -> Iterator[Weights]:

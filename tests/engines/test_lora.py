@@ -327,6 +327,7 @@ def test_from_nodes_filters_llm_written_queries_by_the_retrieval_of_the_base(tin
     assert report.filtered.given == 24
     assert report.filtered.dropped["refers to the passage"] == 12
     assert report.split.val_queries == len(engine.val_dataset.queries)
+    assert report.validated_on == {}
     assert set(report.queries) == {"llm/question"}
     assert "12 answered with 12 calls" in str(report)
     unfiltered = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, query_generators=[generator], filters=None)
@@ -343,10 +344,16 @@ def test_llm_written_queries_are_validated_on_headings_that_were_not_trained_on(
     engine = LoraFinetuneEngine.from_nodes(nodes, tiny_model, out, llm=Llm(), filters=None, val_fraction=0.2, **QUIET)
     origins = engine.val_dataset.origins()
     assert origins["title"] == 40
+    report = engine.data_report
+    assert report.validated_on == origins
+    assert report.split.val_queries == origins["llm/question"] == len(engine.val_dataset.queries) - 40
+    assert f"evaluated on {len(engine.val_dataset.queries)} queries, with headings:" in str(report)
     assert engine.dataset.origins().keys() == {"llm/question"}
     written = engine.dataset.subset([*engine.dataset.queries], engine.dataset.corpus)
-    held_out = LoraFinetuneEngine(written, tiny_model, out, val_fraction=0.2, **QUIET).val_dataset
+    of_dataset = LoraFinetuneEngine(written, tiny_model, out, val_fraction=0.2, **QUIET)
+    held_out = of_dataset.val_dataset
     assert held_out.origins().get("title", 0) >= 30, "the same for a dataset whose queries an LLM wrote"
+    assert "Headings of the passages were added" in of_dataset._run.hold_out_note
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_sweep_evaluates_every_scale_and_chooses_the_best(adapter, tiny_mode
         own = evaluate_retrieval(LoraEmbedding(adapter, adapter_scale=scale, device="cpu"), dataset)
         assert found.metrics == pytest.approx(own.metrics, abs=1e-6)
     base = evaluate_retrieval(LoraEmbedding(base_model=tiny_model, device="cpu"), dataset)
-    assert sweep.scores()[0.0] == pytest.approx(base.metrics["ndcg@10"], abs=1e-6)
+    assert sweep.evaluations[0.0].metrics == pytest.approx(base.metrics, abs=1e-6)
     assert sweep.scores()[sweep.best] == max(sweep.scores().values())
 
 
