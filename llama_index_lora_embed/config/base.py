@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.core.files import model_place
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -35,7 +36,11 @@ ShareBelow1 = Annotated[float, Field(ge=0, lt=1)]
 ShareAbove0 = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
 PathText = Annotated[Text, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
-"""A path or a Hub id as text; an `os.PathLike` is taken, too."""
+"""A path as text; an `os.PathLike` is taken, too."""
+ModelText = Annotated[
+    Text, BeforeValidator(lambda value: model_place(value) if isinstance(value, (str, os.PathLike)) else value)
+]
+"""A model's folder or Hub id as text, without LlamaIndex's "local:"; an `os.PathLike` is taken, too."""
 
 
 class _SettingsMeta(ModelMetaclass):

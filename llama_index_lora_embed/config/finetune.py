@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from llama_index_lora_embed.config.base import (
     NOT_IN_RESULT,
     AtLeast1,
+    ModelText,
     PathText,
     Settings,
     ShareBelow1,
@@ -69,9 +70,9 @@ class DataSettings(Settings):
 class BaseModelSettings(Settings):
     """The model that training starts from."""
 
-    model_id: Annotated[PathText, NOT_IN_RESULT] = DEFAULT_BASE
+    model_id: Annotated[ModelText, NOT_IN_RESULT] = DEFAULT_BASE
     """Base model: Hub id or folder."""
-    continue_from: Annotated[PathText | None, NOT_IN_RESULT] = None
+    continue_from: Annotated[ModelText | None, NOT_IN_RESULT] = None
     """Adapter directory or Hub id to train further, on its own base. It stands in for the base: as step 0, and in
     the comparison; the manifest of the new directory names it as the parent."""
     revision: Annotated[str | None, NOT_IN_RESULT] = None
@@ -97,8 +98,9 @@ class OutputSettings(Settings):
     model_output_path: Annotated[PathText, NOT_IN_RESULT] = "exp_finetune"
     """Adapter directory to write. An adapter there is replaced at the end and kept as `<path>.previous`; any other
     content is refused."""
-    resume_from_checkpoint: Annotated[bool, NOT_IN_RESULT] = False
-    """Continue from the newest checkpoint, if there is one."""
+    resume_from_checkpoint: Annotated[bool | PathText, NOT_IN_RESULT] = False
+    """True continues from the newest checkpoint, if there is one; a path from that checkpoint of
+    `<model_output_path>.run`."""
     allow_changes: Annotated[
         tuple[str, ...],
         NOT_IN_RESULT,
@@ -186,7 +188,7 @@ class FinetuneConfig(Settings):
     def with_absolute_paths(self) -> FinetuneConfig:
         """The same run from any working directory; Hub ids stay as they are."""
         base, output, objective = self.base, self.output, self.objective
-        cache, teacher = base.cache_folder, objective.teacher
+        cache, teacher, resume = base.cache_folder, objective.teacher, output.resume_from_checkpoint
         return self.replace(
             base=base.replace(
                 model_id=absolute(base.model_id),
@@ -194,7 +196,10 @@ class FinetuneConfig(Settings):
                 cache_folder=None if cache is None else os.path.abspath(os.path.expanduser(cache)),
             ),
             objective=objective if teacher is None else objective.replace(teacher=absolute(teacher)),
-            output=output.replace(model_output_path=os.path.abspath(os.path.expanduser(output.model_output_path))),
+            output=output.replace(
+                model_output_path=os.path.abspath(os.path.expanduser(output.model_output_path)),
+                resume_from_checkpoint=resume if isinstance(resume, bool) else absolute(resume),
+            ),
         )
 
     def result_affecting(self) -> dict[str, Any]:

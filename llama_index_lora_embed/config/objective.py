@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from llama_index_lora_embed.config.base import AtLeast0, AtLeast1, Settings, Text
+from llama_index_lora_embed.config.base import AtLeast0, AtLeast1, ModelText, Settings
 
 Objective = Literal["in_batch", "soft_labels", "triplet", "cosent", "cosine", "distillation"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -55,7 +55,7 @@ class ObjectiveSettings(Settings):
     triplet_margin: Annotated[float, Field(gt=0, le=2)] = 0.1
     """In cosine distance. 0.1 is FaceNet's 0.2 (Schroff et al. 2015, arXiv 1503.03832), which is in squared
     Euclidean distance between unit vectors: twice the cosine distance."""
-    teacher: Text | None = None
+    teacher: ModelText | None = None
     """Cross-encoder with one score, as a folder or an id on the Hub; for "distillation"."""
 
     @field_validator("matryoshka_dims", mode="before")

@@ -74,9 +74,14 @@ def append_json_line(path: str | os.PathLike[str], value: dict[str, Any]) -> Non
         os.fsync(file.fileno())
 
 
+def model_place(place: str | os.PathLike[str]) -> str:
+    """A model's folder or Hub id as text, without the "local:" that LlamaIndex's `resolve_embed_model` takes."""
+    return os.fspath(place).removeprefix("local:")
+
+
 def absolute(path: str | os.PathLike[str]) -> str:
     """A folder's absolute path, so that a changed working directory changes nothing; a Hub id as it is."""
-    text = os.path.expanduser(os.fspath(path))
+    text = os.path.expanduser(model_place(path))
     return os.path.abspath(text) if os.path.exists(text) else text
 
 

@@ -120,7 +120,8 @@ class LabelledPairs:
 
         Args:
             rows: Iterable of (text, text, label), mappings or sentence-transformers' InputExamples.
-            columns: Keys that are not recognised: {"text1": ..., "text2": ..., "score": ...}, as far as needed.
+            columns: Keys that are not recognised: {"text1": ..., "text2": ..., "score": ...}, as far as needed; or all
+                three in a tuple: first text (the query), second text (the passage), label.
             scale: Lowest and highest possible label, such as (0, 5) for STS; None is (0, 1).
             symmetric: See the class. None means False where the columns are named as a query and a passage
                 (question and answer, ...), True otherwise.

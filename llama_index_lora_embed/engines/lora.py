@@ -8,7 +8,6 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import BaseNode
 
 from llama_index_lora_embed.config import (
@@ -29,7 +28,11 @@ from llama_index_lora_embed.engines.run import prepare, run_from_nodes
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
     from peft import LoraConfig
+    from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
+
+    from llama_index_lora_embed.embedding import LoraEmbedding
+    from llama_index_lora_embed.engines.starting_model import Loaded
 
 logger = logging.getLogger(__name__)
 _C = FinetuneConfig()
@@ -72,6 +75,10 @@ class LoraFinetuneEngine:
         OutputDirectoryError: The output path cannot be written or holds something else.
     """
 
+    _loaded: Loaded | None = None
+    _trained = False
+    _tuned: SentenceTransformer | None = None
+
     def __init__(
         self,
         dataset: TrainingData | Any,
@@ -87,7 +94,7 @@ class LoraFinetuneEngine:
         trust_remote_code: bool = _T.trust_remote_code,
         device: Any | None = None,
         save_checkpoints: bool = _T.save_checkpoints,
-        resume_from_checkpoint: bool = _C.output.resume_from_checkpoint,
+        resume_from_checkpoint: bool | str | os.PathLike[str] = _C.output.resume_from_checkpoint,
         checkpoint_save_steps: int = _T.checkpoint_save_steps,
         checkpoint_save_total_limit: int = _T.checkpoint_save_total_limit,
         *,
@@ -137,6 +144,36 @@ class LoraFinetuneEngine:
     def val_dataset(self) -> TrainingData | None:
         """Validation data, given or held out."""
         return self._run.val_dataset
+
+    @property
+    def model(self) -> SentenceTransformer:
+        """The model that `finetune()` will train, loaded at the first use; afterwards the tuned one, read back.
+
+        For a loss that needs a model to be built on: `engine.loss = SomeLoss(engine.model)`.
+
+        Raises:
+            LoraEmbedError: It cannot be loaded, see `finetune`.
+        """
+        if self._trained:
+            if self._tuned is None:
+                self._tuned = self.get_finetuned_model().sentence_transformer
+            return self._tuned
+        if self._loaded is None:
+            self._loaded = self._run.load()
+        return self._loaded[0]
+
+    @property
+    def loss(self) -> Any | None:
+        """The loss of your own, see the argument; it can be set before `finetune()`. None for the objective's.
+
+        Raises:
+            ConfigError: What it is set to is no loss.
+        """
+        return self._run.loss
+
+    @loss.setter
+    def loss(self, loss: Any | None) -> None:
+        self._run = self._run.with_loss(loss)
 
     @property
     def data_report(self) -> BuildReport | None:
@@ -194,14 +231,15 @@ class LoraFinetuneEngine:
         `best_step` is 0, and a warning says so. Of several steps that beat it and lie within a standard error of the
         best, the latest is kept.
 
-        Ctrl-C and SIGTERM finish the step, save a checkpoint, then stop; `resume_from_checkpoint=True` continues from
-        it. Under torchrun or accelerate launch all processes train together and the first one writes.
+        Ctrl-C and SIGTERM finish the step, save a checkpoint, then stop; `finetune(resume_from_checkpoint=True)`
+        continues from it. Under torchrun or accelerate launch all processes train together and the first one writes.
 
         Args:
             callbacks: transformers' callbacks, in a list.
             **train_kwargs: More of sentence-transformers' training arguments, by their own names: e.g.
                 `gradient_accumulation_steps`, `gradient_checkpointing`, `lr_scheduler_type="cosine"`,
-                `max_grad_norm`, `report_to="tensorboard"`. Those that the engine has an argument for are refused.
+                `max_grad_norm`, `report_to="tensorboard"`. Those that the engine has an argument for are refused, but
+                for `resume_from_checkpoint` and `save_checkpoints`, which take the place of the engine's in this call.
 
         Returns:
             Metrics of base and tuned, verdict, path.
@@ -215,9 +253,16 @@ class LoraFinetuneEngine:
             OutputDirectoryError: The adapter could not be written; what was there before is unchanged.
             KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
         """
-        return self._run.execute(callbacks, train_kwargs)
 
-    def get_finetuned_model(self, **model_kwargs: Any) -> BaseEmbedding:
+        def take() -> Loaded:  # training changes it, so that another run starts from a model of its own
+            loaded, self._loaded = self._loaded, None
+            return loaded or self._run.load()
+
+        result = self._run.execute(callbacks, train_kwargs, take)
+        self._trained, self._tuned = True, None
+        return result
+
+    def get_finetuned_model(self, **model_kwargs: Any) -> LoraEmbedding:
         """The tuned model, read back from the adapter directory.
 
         Args:

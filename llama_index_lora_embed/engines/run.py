@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from llama_index_lora_embed.data.headings import validate_on_headings
 from llama_index_lora_embed.data.readers.nodes import read_nodes
 from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data, trained_note
 from llama_index_lora_embed.engines.result import FinetuneResult, summarise, write_run
-from llama_index_lora_embed.engines.starting_model import StartingModel
-from llama_index_lora_embed.engines.validation import check_device, check_run
+from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel
+from llama_index_lora_embed.engines.validation import check_device, check_loss, check_run
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
@@ -209,8 +209,29 @@ class FinetuneRun:
     hold_out_note: str = ""
     data_report: BuildReport | None = None
 
-    def execute(self, callbacks: Sequence[TrainerCallback], train_kwargs: dict[str, Any]) -> FinetuneResult:
-        """Train, keep the step that evaluated best, write the adapter directory; see `LoraFinetuneEngine.finetune`."""
+    def with_loss(self, loss: Any | None) -> FinetuneRun:
+        """The same run with another loss of the user's own; raises a ConfigError if it is none."""
+        check_loss(self.config, loss, pairs=self.dataset.kind == "pairs")
+        return replace(self, loss=loss)
+
+    def load(self) -> Loaded:
+        """What training starts from; raises as `check_device` and `StartingModel.load`."""
+        from llama_index_lora_embed.training import distributed
+
+        check_device(self.config)
+        distributed.join(self.config.training.device)
+        return StartingModel(self.config).load()
+
+    def execute(
+        self,
+        callbacks: Sequence[TrainerCallback],
+        train_kwargs: dict[str, Any],
+        load: Callable[[], Loaded] | None = None,
+    ) -> FinetuneResult:
+        """Train, keep the step that evaluated best, write the adapter directory; see `LoraFinetuneEngine.finetune`.
+
+        `load` hands over what training starts from, if that may be loaded already.
+        """
         from llama_index_lora_embed.models.adapter_directory import check_output
         from llama_index_lora_embed.training import distributed
         from llama_index_lora_embed.training.arguments import check_user_arguments
@@ -224,13 +245,15 @@ class FinetuneRun:
         target = check_output(self.config.output.model_output_path)
         run_dir = target.with_name(target.name + ".run")
         with only_run(run_dir):
-            result = self._train_and_write(target, run_dir, arguments)
+            result = self._train_and_write(target, run_dir, arguments, load or self.load)
         # what a user must not overlook
         if distributed.is_main() and (result.verdict.value != "BETTER" or result.best_step == 0):
             warn_user(result.summary)
         return result
 
-    def _train_and_write(self, target: Path, run_dir: Path, arguments: UserArguments) -> FinetuneResult:
+    def _train_and_write(
+        self, target: Path, run_dir: Path, arguments: UserArguments, load: Callable[[], Loaded]
+    ) -> FinetuneResult:
         from llama_index_lora_embed.engines.evaluator import default_metric, evaluate_model
         from llama_index_lora_embed.evaluation import compare
         from llama_index_lora_embed.training import distributed
@@ -239,10 +262,10 @@ class FinetuneRun:
         from llama_index_lora_embed.training.efficiency.quantization import onto_full_precision
         from llama_index_lora_embed.training.iterative_mining import train_with_mining
 
-        config = self.config.replace(training=arguments.settings)
+        config = arguments.config
         settings, val = config.training, self.val_dataset
         start = StartingModel(config)
-        model, base, parent = start.load()
+        model, base, parent = load()
         lora_config = self._lora_config()
         if lora_config is not None:  # with peft's defaults left out, whoever wrote them
             config = config.replace(lora_config=lora_fields(lora_config))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llama_index_lora_embed.config import DEFAULT_BASE, FinetuneConfig
 from llama_index_lora_embed.core.errors import ConfigError
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.embedding.encode import Vectors
     from llama_index_lora_embed.models.base_model import BaseInfo
     from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
+
+Loaded: TypeAlias = "tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]"
+"""A model, its base, and path and fingerprint of the adapter that is continued, if any."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class StartingModel:
         base = self.config.base
         return None if base.continue_from is not None and base.model_id == DEFAULT_BASE else base.model_id
 
-    def load(self) -> tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]:
-        """The model, its base, and path and fingerprint of the adapter that is continued, if any.
+    def load(self) -> Loaded:
+        """The model, its base, and the adapter that is continued, if any.
 
         Raises:
             ConfigError: The continued adapter was trained for other sides than `tune` says.

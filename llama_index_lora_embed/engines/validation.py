@@ -23,7 +23,7 @@ from llama_index_lora_embed.data.training_data import (
 )
 from llama_index_lora_embed.evaluation import metrics
 from llama_index_lora_embed.models import adapter_directory, base_model
-from llama_index_lora_embed.training.checkpointing.resume import RECORDED
+from llama_index_lora_embed.training.checkpointing.resume import RECORDED, resume_problems
 
 _T = TypeVar("_T")
 # metrics of labelled pairs; those of labels 0 and 1 have both
@@ -88,7 +88,7 @@ def check_run(
     problems += _continue_problems(config, lora_config)
     problems += _scale_problems(config, lora_config)
     problems += _tune_problems(config, kind == "pairs", loss) if config.training.tune == "query" else []
-    problems += _allow_changes_problems(config)
+    problems += _allow_changes_problems(config) + resume_problems(config.output)
     problems += _data_problems(config, kind == "pairs", loss)
     if val_dataset is not None or not config.data.val_fraction:
         problems += _metric_problems(config, val_dataset, val_kind)
@@ -119,6 +119,18 @@ def check_run(
         listed = [line for error in errors for line in (getattr(error, "problems", None) or [str(error)])]
         raise ConfigError(f"{len(listed)} problem(s)", "arguments without any", "Correct them all:", listed)
     return CheckedRun(config.with_absolute_paths(), train, val, note)
+
+
+def check_loss(config: FinetuneConfig, loss: Any, *, pairs: bool) -> None:
+    """Check a loss of the user's own that comes after the run was checked.
+
+    Raises:
+        ConfigError: It is no loss, or does not go with the objective.
+    """
+    problems = _loss_problems(loss) + _data_problems(config, pairs, loss)
+    problems += _tune_problems(config, pairs, loss) if config.training.tune == "query" else []
+    if problems:
+        raise ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems)
 
 
 def _valid_part(arguments: Mapping[str, Any]) -> tuple[FinetuneConfig, list[str]]:

@@ -216,14 +216,14 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     target = Path(path).expanduser().resolve()
     previous = target.with_name(target.name + ".previous")
     taken = target.is_dir() and any(target.iterdir())
-    problem = None
+    problem, hint = None, "Choose another model_output_path."
     if target.exists() and not target.is_dir():
         problem = "which is a file", "a directory"
     elif taken and not (target / MANIFEST_NAME).exists():
-        problem = (
-            "which contains files that this package did not write",
-            "a new or empty directory, or one with an adapter to replace",
-        )
+        content, to_start_from = _foreign_content(target)
+        problem = f"which contains {content}", "a new or empty directory, or one with an adapter to replace"
+        if to_start_from:
+            hint += f" Training starts from what is there with {to_start_from}={str(path)!r}."
     elif os.path.ismount(target):
         inside = str(target / "adapter")
         problem = "which is a mount point and cannot be moved", f"a directory inside it, e.g. {inside!r}"
@@ -236,10 +236,19 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         problem = f"which is not writable ({reason})", "a writable folder"
     if problem is not None:
         got, expected = problem
-        raise OutputDirectoryError(
-            f"model_output_path {str(target)!r}, {got}", expected, "Choose another model_output_path."
-        )
+        raise OutputDirectoryError(f"model_output_path {str(target)!r}, {got}", expected, hint)
     return target
+
+
+def _foreign_content(folder: Path) -> tuple[str, str | None]:
+    """What a folder without a manifest contains, and the argument by which training starts from it, if any does."""
+    if (folder / CONFIG_NAME).exists():
+        return "an adapter that sentence-transformers or peft wrote", "continue_from"
+    if (folder / "modules.json").exists():
+        return "a full model, written by llama-index-finetuning's engine or by sentence-transformers", "model_id"
+    if (folder / "config.json").exists():
+        return "a full model, written by transformers", "model_id"
+    return "files that this package did not write", None
 
 
 def _not_writable(target: Path) -> str | None:

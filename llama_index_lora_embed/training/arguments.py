@@ -16,6 +16,7 @@ from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig, TrainingSett
 from llama_index_lora_embed.config.base import AtLeast0, AtLeast1, Settings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training import distributed
+from llama_index_lora_embed.training.checkpointing.resume import resume_problems
 from llama_index_lora_embed.training.objectives.plan import TrainingPlan
 
 # sentence-transformers' name to the engine's argument for it
@@ -41,8 +42,9 @@ _ENGINE_ARGUMENTS = {
     "save_strategy": "save_checkpoints",
     "save_steps": "checkpoint_save_steps",
     "save_total_limit": "checkpoint_save_total_limit",
-    "resume_from_checkpoint": "resume_from_checkpoint",
 }
+# the engine's own that one run may have otherwise, by their group in the configuration
+_OF_THIS_RUN = {"warmup_ratio": "training", "save_checkpoints": "training", "resume_from_checkpoint": "output"}
 _IN_BATCH = {"batch_sampler": "objective, whose batches hold no false negatives"}
 
 
@@ -60,9 +62,9 @@ class _CheckedArguments(Settings):
 
 @dataclass(frozen=True)
 class UserArguments:
-    """A user's callbacks and training arguments, without `warmup_ratio`, which is in the settings."""
+    """A user's callbacks and training arguments, without those of the engine, which are in the configuration."""
 
-    settings: TrainingSettings
+    config: FinetuneConfig
     callbacks: tuple[TrainerCallback, ...]
     train_kwargs: dict[str, Any]
 
@@ -77,21 +79,27 @@ def check_user_arguments(
     """
     in_batch = not own_loss and config.objective.name_for(pairs) in IN_BATCH
     problems = _callback_problems(callbacks)
-    kept, settings = dict(train_kwargs), config.training
-    if "warmup_ratio" in kept:
-        if kept.get("warmup_steps"):
-            problems.append(f"warmup_ratio together with warmup_steps={kept['warmup_steps']!r}: expected one of them")
-        try:
-            settings = settings.replace(warmup_ratio=kept.pop("warmup_ratio"))
-        except ConfigError as error:
-            problems += error.problems
+    kept = {
+        name: value for name, value in train_kwargs.items() if name != "resume_from_checkpoint" or value is not None
+    }
+    if "warmup_ratio" in kept and kept.get("warmup_steps"):
+        problems.append(f"warmup_ratio together with warmup_steps={kept['warmup_steps']!r}: expected one of them")
+    for name, group in _OF_THIS_RUN.items():
+        if name in kept:
+            try:
+                config = config.replace(**{group: getattr(config, group).replace(**{name: kept.pop(name)})})
+            except ConfigError as error:
+                problems += error.problems
+    problems += resume_problems(config.output)
     engine_arguments = _ENGINE_ARGUMENTS | (_IN_BATCH if in_batch else {})
     known = {field.name for field in fields(SentenceTransformerTrainingArguments) if field.init}
     for name, value in kept.items():
         if name in engine_arguments:
             problems.append(f"{name}={value!r}: expected the engine's own argument for it, {engine_arguments[name]}")
         elif name not in known:
-            problems.append(f"{name}={value!r}: expected a training argument of sentence-transformers")
+            own = any(name in type(group).model_fields for group in (config.training, config.data, config.base))
+            expected = "it among the arguments of the engine" if own else "a training argument of sentence-transformers"
+            problems.append(f"{name}={value!r}: expected {expected}")
     checked = {name: value for name, value in kept.items() if name in _CheckedArguments.model_fields}
     try:
         _CheckedArguments.validated(checked)
@@ -107,7 +115,7 @@ def check_user_arguments(
             "Correct them:",
             problems,
         )
-    return UserArguments(settings, tuple(callbacks or ()), kept)
+    return UserArguments(config, tuple(callbacks or ()), kept)
 
 
 def _callback_problems(callbacks: Any) -> list[str]:

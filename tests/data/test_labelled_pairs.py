@@ -85,6 +85,15 @@ def test_columns_are_taken_as_they_are_named():
     assert columns_of(pairs) == (["a"], ["b"], [1.0])
 
 
+def test_columns_are_taken_in_the_order_of_a_tuple(tmp_path):
+    (tmp_path / "pairs.csv").write_text("Frage,Note,Antwort\na,1,b\nc,0,d\n")
+    for columns in (("Frage", "Antwort", "Note"), ["Frage", "Antwort", "Note"]):
+        pairs = LabelledPairs.from_file(tmp_path / "pairs.csv", columns=columns)
+        assert columns_of(pairs) == (["a", "c"], ["b", "d"], [1.0, 0.0])
+    with pytest.raises(ConfigError, match=r"columns\['text2'\]='gone': no such column"):
+        LabelledPairs.from_file(tmp_path / "pairs.csv", columns=("Frage", "gone", "Note"))
+
+
 def test_every_wrong_column_is_named_at_once():
     with pytest.raises(ConfigError, match="'one', 'two'") as caught:
         LabelledPairs.from_rows([{"one": "a", "two": "b"}], columns={"texts1": "one", "text2": "gone"})
@@ -93,7 +102,9 @@ def test_every_wrong_column_is_named_at_once():
         assert expected in text
     assert 'columns={"text1"' in str(caught.value)
     with pytest.raises(ConfigError, match="a dict"):
-        LabelledPairs.from_rows(ROWS, columns=["a", "b", "c"])
+        LabelledPairs.from_rows(ROWS, columns=["a", "b"])
+    with pytest.raises(ConfigError, match="3 names in a tuple"):
+        LabelledPairs.from_rows(ROWS, columns="abc")
     with pytest.raises(ConfigError, match="'one' cannot be two columns"):
         LabelledPairs.from_rows([{"one": "a", "label": 1}], columns={"text1": "one", "text2": "one"})
 

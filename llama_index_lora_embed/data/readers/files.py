@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -78,10 +78,20 @@ def number(value: Any) -> Any:
         return value
 
 
-def given_columns(columns: Any) -> Mapping[str, Any]:
-    """The `columns` argument of readers, checked; empty for None."""
+def given_columns(columns: Any, in_order: Sequence[str] = ()) -> Mapping[str, Any]:
+    """The `columns` argument of readers, checked; empty for None.
+
+    Args:
+        columns: Names of columns by field, or in a tuple or list.
+        in_order: The fields that such a tuple names; none if a reader takes no tuple.
+    """
+    if in_order and isinstance(columns, (tuple, list)) and len(columns) == len(in_order):
+        return dict(zip(in_order, columns, strict=True))
     if columns is not None and not isinstance(columns, Mapping):
-        raise ConfigError(f"columns={columns!r:.80}", "a dict", 'Name columns by field: {"query": "my_column"}.')
+        fields = in_order or ("query",)
+        expected = f"a dict, or the {len(in_order)} names in a tuple" if in_order else "a dict"
+        named = ", ".join(f'"{field}": "my_{field}"' for field in fields)
+        raise ConfigError(f"columns={columns!r:.80}", expected, f"Name columns by field: {{{named}}}.")
     return columns or {}
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, TypeAlias
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.readers.files import Entry, given_columns, number, squeezed
 
-Columns: TypeAlias = "Mapping[str, str] | None"
+Columns: TypeAlias = "Mapping[str, str] | Sequence[str] | None"
 Scale: TypeAlias = "tuple[float, float] | None"
 
 # squeezed names; of those that a source has, the first pair of texts and the first label are taken
@@ -74,7 +74,7 @@ def read_rows(
 
 def choose_columns(found: list[str], given: Columns) -> tuple[str, str, str, bool]:
     """(column of the first text, of the second, of the label, whether they are named as a query and a passage)."""
-    given = given_columns(given)
+    given = given_columns(given, _FIELDS)
     problems = [f"columns[{key!r}]: expected one of {', '.join(_FIELDS)}" for key in given if key not in _FIELDS]
     problems += [f"columns[{key!r}]={name!r}: no such column" for key, name in given.items() if name not in found]
     free = {squeezed(name): name for name in reversed(found) if name not in given.values()}

@@ -134,17 +134,20 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def open_run(
-    run_dir: Path, run: dict[str, Any], resume: bool, allow_changes: Collection[str] = ()
+    run_dir: Path, run: dict[str, Any], resume: bool | str, allow_changes: Collection[str] = ()
 ) -> tuple[Path | None, set[str]]:
     """Prepare a run directory: choose the checkpoint to resume from, or move the files of an older run aside.
 
     `run` holds what decides the result of this run, by name; `allow_changes` names what may differ from the checkpoint.
+    `resume` is True for the newest checkpoint, or the path of one; in the run directories of other mining rounds than
+    that checkpoint's, the newest is taken.
 
     Returns:
         The checkpoint, or None to start at step 0; and the names that differ.
 
     Raises:
-        ConfigError: The checkpoint is of another run or format; or `allow_changes` has an unknown name.
+        ConfigError: The checkpoint is of another run or format, or it was named and is damaged; or `allow_changes` has
+            an unknown name.
     """
     if unknown := sorted(set(allow_changes) - run.keys()):
         raise ConfigError(
@@ -152,7 +155,7 @@ def open_run(
             f"names that a checkpoint records: {', '.join(sorted(run))}",
             "Correct them.",
         )
-    checkpoint = latest_checkpoint(run_dir) if resume else None
+    checkpoint = _checkpoint_to_resume(run_dir, resume)
     if checkpoint is not None:
         record = read_record(checkpoint)
         if record.get("format") != _FORMAT:
@@ -188,6 +191,19 @@ def open_run(
         os.replace(run_dir / LOG_NAME, run_dir / f"previous.{LOG_NAME}")
     (run_dir / LOG_NAME).write_text("", encoding="utf-8")
     return None, set()
+
+
+def _checkpoint_to_resume(run_dir: Path, resume: bool | str) -> Path | None:
+    named = None if isinstance(resume, bool) else Path(resume).resolve()
+    if named is None or named.parent != run_dir.resolve():
+        return latest_checkpoint(run_dir) if resume else None
+    if damage := find_damage(named):
+        raise ConfigError(
+            f"resume_from_checkpoint={resume!r}, which is damaged: {damage}",
+            "a complete checkpoint",
+            "resume_from_checkpoint=True takes the newest that is.",
+        )
+    return named
 
 
 @contextmanager

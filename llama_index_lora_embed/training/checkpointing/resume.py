@@ -7,9 +7,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_index_lora_embed.config import FinetuneConfig
+from llama_index_lora_embed.config.finetune import OutputSettings
 from llama_index_lora_embed.data.training_data import TrainingData
 
 if TYPE_CHECKING:
@@ -60,6 +62,21 @@ def record(
         "loss": described if len(text) < _LONGEST else hashlib.sha256(text.encode()).hexdigest(),
         "train_kwargs": describe(arguments),
     }
+
+
+def resume_problems(output: OutputSettings) -> list[str]:
+    """Why the named checkpoint cannot be resumed from, if one is named: it must be this run's."""
+    wanted = output.resume_from_checkpoint
+    if isinstance(wanted, bool):
+        return []
+    target, place = (Path(path).expanduser().resolve() for path in (output.model_output_path, wanted))
+    run_dir = target.with_name(target.name + ".run")
+    if place.is_dir() and run_dir in (place, *place.parents):
+        return []
+    return [
+        f"resume_from_checkpoint={wanted!r}: expected True, False or a folder {str(run_dir / 'checkpoint-<step>')!r}; "
+        "continue_from= starts from an adapter of another run"
+    ]
 
 
 def lora_fields(lora_config: LoraConfig) -> dict[str, Any]:

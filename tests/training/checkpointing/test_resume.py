@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,9 +15,11 @@ from sentence_transformers.sentence_transformer import losses
 
 from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.training.checkpointing.checkpoints import latest_checkpoint, read_record
+from llama_index_lora_embed.training.checkpointing.checkpoints import checkpoints, latest_checkpoint, read_record
 from llama_index_lora_embed.training.checkpointing.resume import RECORDED, describe
+from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.conftest import make_dataset, make_engine
+from tests.helpers.training import checkpointing_engine
 
 MNRL = losses.MultipleNegativesRankingLoss
 MINING = MiningSettings(num_negatives=1, relative_margin=None, show_progress_bar=False)
@@ -147,3 +150,57 @@ print(json.dumps(describe(partial(make, object(), names={"u", "v", "w"}))))
     }  # fmt: skip
     assert len(said) == 1
     assert "0x" not in said.pop()
+
+
+def test_finetune_takes_the_engines_own_resume_and_checkpoint_arguments_for_one_run(tiny_model, tmp_path):
+    path, run_dir = tmp_path / "run", tmp_path / "run.run"
+    whole = make_engine(tiny_model, path, checkpoint_save_steps=5).finetune(save_checkpoints=True)
+    assert [p.name for p in checkpoints(run_dir)] == ["checkpoint-5", "checkpoint-10", "checkpoint-12"]
+    shutil.rmtree(run_dir / "checkpoint-12")
+    other = checkpointing_engine(tiny_model, path)
+    assert other.finetune(resume_from_checkpoint=True).fingerprint == whole.fingerprint
+    assert not other.config.output.resume_from_checkpoint
+    kept = checkpointing_engine(tiny_model, path, resume_from_checkpoint=True).finetune(resume_from_checkpoint=None)
+    assert kept.fingerprint == whole.fingerprint
+    assert (run_dir / "checkpoint-5").exists(), "nothing was moved aside"
+    make_engine(tiny_model, path, resume_from_checkpoint=True).finetune(resume_from_checkpoint=False)
+    assert not (run_dir / "checkpoint-5").exists()
+
+
+def test_a_named_checkpoint_is_continued_instead_of_the_newest(tiny_model, tmp_path, monkeypatch):
+    path, run_dir = tmp_path / "run", tmp_path / "run.run"
+    whole = checkpointing_engine(tiny_model, path).finetune()
+    loaded = []
+    load = LoraTrainer.load_checkpoint
+    monkeypatch.setattr(LoraTrainer, "load_checkpoint", lambda self, p: (loaded.append(p.name), load(self, p)))
+    monkeypatch.chdir(tmp_path)
+    for place in (run_dir / "checkpoint-5", "run.run/checkpoint-5", run_dir):
+        assert (
+            checkpointing_engine(tiny_model, path).finetune(resume_from_checkpoint=place).fingerprint
+            == whole.fingerprint
+        )
+    assert loaded == ["checkpoint-5", "checkpoint-5", "checkpoint-12"]
+    assert checkpointing_engine(tiny_model, path, resume_from_checkpoint="run.run/checkpoint-5").finetune().steps == 12
+    assert loaded[-1] == "checkpoint-5"
+
+
+def test_a_checkpoint_that_is_not_of_this_run_or_damaged_is_refused(tiny_model, tmp_path):
+    path, named = tmp_path / "run", tmp_path / "run.run" / "checkpoint-5"
+    checkpointing_engine(tiny_model, path).finetune()
+    with pytest.raises(ConfigError, match=r"checkpoints/test_model'?: expected True, False or a folder"):
+        make_engine(tiny_model, path, resume_from_checkpoint=tmp_path / "checkpoints" / "test_model")
+    with pytest.raises(ConfigError, match="expected True, False or a folder") as caught:
+        make_engine(tiny_model, tmp_path / "other").finetune(resume_from_checkpoint=named, save_checkpoints=3)
+    assert len(caught.value.problems) == 2
+    (named / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"checkpoint-5', which is damaged: optimizer\.pt is changed"):
+        make_engine(tiny_model, path).finetune(resume_from_checkpoint=named)
+
+
+def test_arguments_of_the_engine_are_not_called_unknown_in_finetune(tiny_model, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        make_engine(tiny_model, tmp_path / "run").finetune(evaluation_steps=5, warmup=3)
+    assert caught.value.problems == [
+        "evaluation_steps=5: expected it among the arguments of the engine",
+        "warmup=3: expected a training argument of sentence-transformers",
+    ]
