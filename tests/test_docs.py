@@ -57,7 +57,7 @@ def blocks_of(page: str) -> list[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON_PAGES = list(dict.fromkeys(block.page for block in BLOCKS if block.language == "python" and block.executed))
-SLOW = ("docs/training.md", "docs/embedding.md", "docs/data.md")  # more than about three seconds
+SLOW = ("docs/training.md", "docs/query-side.md", "docs/embedding.md", "docs/data.md")  # more than about three seconds
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,12 @@ def check_training(names: dict[str, Any], printed: str) -> None:
     assert len(names["short"].get_text_embedding("w1 w2")) == 128
 
 
+def check_query_side(names: dict[str, Any], printed: str) -> None:
+    assert names["engine"].config.training.tune == "query"
+    assert len(names["engine"].dataset.corpus) == 12
+    assert names["index"].as_retriever(similarity_top_k=2).retrieve("w1 w2")
+
+
 def check_embedding(names: dict[str, Any], printed: str) -> None:
     assert len(names["vectors"]) == 3
     assert names["exported"].get_text_embedding("w1") == pytest.approx(
@@ -180,6 +186,7 @@ CHECKS = {
     "docs/data.md": check_data,
     "docs/configuration.md": check_configuration,
     "docs/training.md": check_training,
+    "docs/query-side.md": check_query_side,
     "docs/embedding.md": check_embedding,
     "docs/deployment.md": check_deployment,
     "docs/evaluation.md": check_evaluation,

@@ -33,6 +33,7 @@ __all__ = [
     "OBJECTIVES",
     "POOLING_MODES",
     "SHORTEST_WINDOW",
+    "STAMP_ID",
     "BaseModelSettings",
     "DataSettings",
     "FinetuneConfig",
@@ -51,3 +52,7 @@ MANIFEST_NAME = "finetune.json"
 
 JOURNAL_NAME = "finetune_questions.journal.jsonl"
 """File in the working directory that holds an LLM's answers where no other is named."""
+
+STAMP_ID = "94cc0c64-714d-51f6-8156-76aa79898940"
+"""Id of the entry with an index's stamp, in stores that have no other place for it; a UUID, because some stores accept
+no other ids."""

@@ -16,7 +16,9 @@ from llama_index_lora_embed.data.questions.heuristic import (
 )
 from llama_index_lora_embed.data.questions.llm import LLMQueryGenerator, drop_unanswered_queries
 from llama_index_lora_embed.data.questions.query_log import QueryLogGenerator, dataset_from_pairs
+from llama_index_lora_embed.data.readers.vector_stores import read_vectors
 from llama_index_lora_embed.data.split import SplitReport, split_by_source, split_report
+from llama_index_lora_embed.data.stored_vectors import StoredVectors
 
 __all__ = [
     "BuildReport",
@@ -35,6 +37,7 @@ __all__ = [
     "QueryGenerator",
     "QueryLogGenerator",
     "SplitReport",
+    "StoredVectors",
     "TitleQueryGenerator",
     "agenerate_qa_embedding_pairs",
     "dataset_from_nodes",
@@ -42,6 +45,7 @@ __all__ = [
     "drop_unanswered_queries",
     "filter_queries",
     "generate_qa_embedding_pairs",
+    "read_vectors",
     "split_by_source",
     "split_report",
 ]

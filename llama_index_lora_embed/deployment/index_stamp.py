@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import os
-import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from llama_index.core.vector_stores.simple import DEFAULT_VECTOR_STORE
 
+from llama_index_lora_embed.config import STAMP_ID
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, WrongIndexError, warn_user
 from llama_index_lora_embed.core.files import whole_file
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 STAMP_NAME = "lora_embed_stamp.json"
 """File beside a persisted `StorageContext` whose vector store is not a `SimpleVectorStore`."""
 _KEY = "lora_embed_stamp"
-# a UUID, because some stores accept no other ids
-_STAMP_ID = str(uuid.uuid5(uuid.NAMESPACE_URL, "llama-index-lora-embed/stamp"))
 # fields of LlamaIndex's embedding classes that change their vectors
 _SETTINGS = (
     *("model_name", "deployment_name", "dimensions"),
@@ -218,13 +216,13 @@ class _FolderSlot:
 
     def read(self) -> str | None:
         if (store := self._vector_store()) is not None:
-            return ((store.get("metadata_dict") or {}).get(_STAMP_ID) or {}).get(_KEY)
+            return ((store.get("metadata_dict") or {}).get(STAMP_ID) or {}).get(_KEY)
         return self.file.read_text(encoding="utf-8") if self.file.exists() else None
 
     def write(self, text: str, embed_model: BaseEmbedding) -> None:
         file, content = self.file, text
         if (store := self._vector_store()) is not None:
-            store["metadata_dict"] = {**(store.get("metadata_dict") or {}), _STAMP_ID: {_KEY: text}}
+            store["metadata_dict"] = {**(store.get("metadata_dict") or {}), STAMP_ID: {_KEY: text}}
             file, content = self.vectors, json.dumps(store)
         try:
             with whole_file(file) as stream:
@@ -265,10 +263,10 @@ class _SimpleSlot:
         self.metadata: dict[str, Any] = store.data.metadata_dict
 
     def read(self) -> str | None:
-        return (self.metadata.get(_STAMP_ID) or {}).get(_KEY)
+        return (self.metadata.get(STAMP_ID) or {}).get(_KEY)
 
     def write(self, text: str, embed_model: BaseEmbedding) -> None:
-        self.metadata[_STAMP_ID] = {_KEY: text}
+        self.metadata[STAMP_ID] = {_KEY: text}
 
 
 class _NodeSlot:
@@ -285,7 +283,7 @@ class _NodeSlot:
 
     def read(self) -> str | None:
         try:
-            found = self.store.get_nodes([_STAMP_ID])
+            found = self.store.get_nodes([STAMP_ID])
         except NotImplementedError as error:
             raise ConfigError(
                 f"a {type(self.store).__name__}, which does not return nodes by id",
@@ -303,8 +301,8 @@ class _NodeSlot:
 
         away = [-value for value in embed_model.get_text_embedding("This entry says which model made the vectors.")]
         with suppress(NotImplementedError):  # some stores would keep both nodes
-            self.store.delete_nodes([_STAMP_ID])
-        self.store.add([TextNode(id_=_STAMP_ID, text="", metadata={_KEY: text}, embedding=away)])
+            self.store.delete_nodes([STAMP_ID])
+        self.store.add([TextNode(id_=STAMP_ID, text="", metadata={_KEY: text}, embedding=away)])
 
 
 def _find_slot(target: Any) -> _Slot:

@@ -224,6 +224,57 @@ class LoraFinetuneEngine:
         engine._run = run_from_nodes(_arguments(kwargs), nodes, val_dataset, query_generators, llm, **_objects(kwargs))
         return engine
 
+    @classmethod
+    def from_vector_store(
+        cls,
+        store: Any,
+        dataset: TrainingData | Any | None = None,
+        model_id: str = DEFAULT_BASE,
+        model_output_path: str = _C.output.model_output_path,
+        *,
+        llm: LLM | None = None,
+        query_generators: Iterable[QueryGenerator] | None = None,
+        val_dataset: TrainingData | Any | None = None,
+        **kwargs: Any,
+    ) -> LoraFinetuneEngine:
+        """An engine with `tune="query"` on the passages of an existing index, whose vectors it reads and leaves alone.
+
+        Queries are trained against the stored vectors: nothing is embedded again but texts that the index does not
+        hold. All passages of the index are negatives, and all are searched in evaluations. The base is loaded to check
+        that it made the vectors: by the index's stamp (`stamp_index`), else by embedding up to 32 of the texts again.
+
+        Args:
+            store: A Chroma collection, LlamaIndex's vector store of Chroma, FAISS or Qdrant, a `SimpleVectorStore`; an
+                index or a `StorageContext` on one of them, or the folder of a persisted one; or
+                `data.StoredVectors`. A SimpleVectorStore and FAISS keep no texts, so pass the index.
+            dataset: Queries whose passages are nodes of the index. None generates queries from the index's nodes, as
+                `from_nodes` does.
+            model_id: The model that built the index.
+            model_output_path: As for the engine.
+            llm: Writes the queries where there is no dataset, see `from_nodes`.
+            query_generators: See `from_nodes`.
+            val_dataset: As for the engine; its passages are nodes of the index, too.
+            **kwargs: Everything else that the engine or `from_nodes` takes.
+
+        Raises:
+            ConfigError: The store cannot list its vectors, or arguments are wrong.
+            DatasetError: The store is empty, holds vectors that are zero or not finite, or lacks passages of a dataset;
+                all of them are named.
+            WrongIndexError: The index was built by another model.
+            LoraEmbedError: As the engine and `from_nodes`.
+
+        Example:
+            >>> LoraFinetuneEngine.from_vector_store(collection, dataset, model_id).finetune()  # doctest: +SKIP
+        """
+        from llama_index_lora_embed.engines.stored_passages import run_from_store
+
+        kwargs |= {"model_id": model_id, "model_output_path": model_output_path}
+        engine = cls.__new__(cls)
+        engine._run = run_from_store(
+            _arguments(kwargs), store, dataset, val_dataset, query_generators, llm, **_objects(kwargs)
+        )
+        return engine
+
     def finetune(self, *, callbacks: Sequence[TrainerCallback] = (), **train_kwargs: Any) -> FinetuneResult:
         """Train, keep the step that evaluated best, and write the adapter directory.
 

@@ -31,10 +31,12 @@ from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel
 from llama_index_lora_embed.engines.validation import check_device, check_loss, check_run
 
 if TYPE_CHECKING:
+    from llama_index.core.base.embeddings.base import BaseEmbedding
     from llama_index.core.llms import LLM
     from peft import LoraConfig
     from transformers import TrainerCallback
 
+    from llama_index_lora_embed.data.stored_vectors import FloatArray, StoredVectors
     from llama_index_lora_embed.training.arguments import UserArguments
 
 
@@ -107,6 +109,7 @@ def run_from_nodes(
     *,
     loss: Any | None = None,
     lora_config: LoraConfig | None = None,
+    embed_model: BaseEmbedding | None = None,
 ) -> FinetuneRun:
     """A run on queries generated from nodes, validation held out by source document.
 
@@ -122,6 +125,7 @@ def run_from_nodes(
         llm: Writes the queries.
         loss: A loss of the user's own.
         lora_config: peft's configuration.
+        embed_model: Looks for the passages of generated queries; None takes the base.
 
     Raises:
         SplitError: The nodes come from one document, so that none can be held out.
@@ -139,7 +143,11 @@ def run_from_nodes(
         generators = [LLMQueryGenerator(llm=llm, journal=_journal(config))]
     seed, fraction = config.training.seed, config.data.val_fraction
     dataset, report = dataset_from_nodes(
-        nodes, generators, seed=seed, filters=config.data.filters, embed_model=StartingModel(config).embedding
+        nodes,
+        generators,
+        seed=seed,
+        filters=config.data.filters,
+        embed_model=embed_model or StartingModel(config).embedding,
     )
     held_out = None
     if val_dataset is not None:
@@ -199,6 +207,7 @@ class FinetuneRun:
         lora_config: peft's configuration; None for the default LoRA.
         hold_out_note: How the validation data was held out, and what was dropped from it, in words.
         data_report: What became of the nodes; None if a dataset was given.
+        stored: Vectors of the passages, where an index holds them.
     """
 
     config: FinetuneConfig
@@ -208,6 +217,7 @@ class FinetuneRun:
     lora_config: LoraConfig | None = None
     hold_out_note: str = ""
     data_report: BuildReport | None = None
+    stored: StoredVectors | None = None
 
     def with_loss(self, loss: Any | None) -> FinetuneRun:
         """The same run with another loss of the user's own; raises a ConfigError if it is none."""
@@ -269,7 +279,7 @@ class FinetuneRun:
         lora_config = self._lora_config()
         if lora_config is not None:  # with peft's defaults left out, whoever wrote them
             config = config.replace(lora_config=lora_fields(lora_config))
-        passages = start.frozen_passages(model) if settings.tune == "query" else None
+        passages = start.frozen_passages(model, self._stored_vectors()) if settings.tune == "query" else None
         evaluate = None if val is None else partial(
             evaluate_model,
             dataset=val,
@@ -290,7 +300,7 @@ class FinetuneRun:
             loss=self.loss,
             run_record=record(
                 config, self.dataset, val, base=base, parent=parent, loss=self.loss,
-                train_kwargs=arguments.train_kwargs,
+                train_kwargs=arguments.train_kwargs, stored=self.stored,
             ),
             callbacks=arguments.callbacks,
             train_kwargs=arguments.train_kwargs,
@@ -310,6 +320,13 @@ class FinetuneRun:
         return FinetuneResult.of(
             outcome, str(target), fingerprint, summary, comparison, mined, self.data_report, val, trained_on
         )
+
+    def _stored_vectors(self) -> dict[str, FloatArray]:
+        """The vectors of an index by the texts of training and validation; none where there is no index."""
+        if self.stored is None:
+            return {}
+        datasets = (data for data in (self.dataset, self.val_dataset) if isinstance(data, EmbeddingQAFinetuneDataset))
+        return self.stored.by_text(*datasets)
 
     def _lora_config(self) -> LoraConfig | None:
         if self.lora_config is not None or self.config.lora_config is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -63,8 +64,13 @@ class StartingModel:
         model, fingerprint = load_adapter(adapter, merge=False, **self._loading())
         return model, adapter.base, {"path": settings.continue_from, "fingerprint": fingerprint}
 
-    def frozen_passages(self, model: SentenceTransformer) -> FrozenPassages:
-        """The base's vectors of passages, by a model that `load` has returned, whatever its adapter becomes."""
+    def frozen_passages(self, model: SentenceTransformer, stored: Mapping[str, Vectors]) -> FrozenPassages:
+        """Stored vectors of passages, and the base's by a model that `load` has returned, whatever its adapter becomes.
+
+        Args:
+            model: As from `load`.
+            stored: Vectors of an index, by text.
+        """
         from llama_index_lora_embed.embedding.encode import encode
         from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
         from llama_index_lora_embed.training.objectives.info_nce import adapter_disabled
@@ -73,7 +79,7 @@ class StartingModel:
             with adapter_disabled(model):
                 return encode(model, texts, "document", fused=False)
 
-        return FrozenPassages(passages)
+        return FrozenPassages(passages, stored)
 
     def load_base(self, base: BaseInfo, *, quantized: bool | None = None) -> SentenceTransformer:
         """The base alone, in 4 bit or in full precision; None is what the configuration says."""

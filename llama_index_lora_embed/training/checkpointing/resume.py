@@ -17,11 +17,12 @@ from llama_index_lora_embed.data.training_data import TrainingData
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from llama_index_lora_embed.data.stored_vectors import StoredVectors
     from llama_index_lora_embed.models.base_model import BaseInfo
 
 RECORDED = frozenset({
     *FinetuneConfig().result_affecting(),
-    *("base", "continue_from", "dataset", "val_dataset", "loss", "train_kwargs", "round", "start"),
+    *("base", "continue_from", "dataset", "val_dataset", "passages", "loss", "train_kwargs", "round", "start"),
 })  # fmt: skip
 """Names of everything that is compared; `round` and `start` are recorded where negatives are mined."""
 
@@ -41,10 +42,12 @@ def record(
     parent: Mapping[str, Any] | None,
     loss: Any,
     train_kwargs: Mapping[str, Any],
+    stored: StoredVectors | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the trained weights, by name, in values that JSON returns unchanged.
 
-    `parent` holds path and fingerprint of the adapter that is continued; `dataset` is the training data before mining.
+    `parent` holds path and fingerprint of the adapter that is continued; `dataset` is the training data before mining;
+    `stored` are the passages' vectors of an index.
     """
     affecting = config.result_affecting()
     described = describe(loss)
@@ -59,6 +62,7 @@ def record(
         "continue_from": None if parent is None else parent["fingerprint"],
         "dataset": dataset.order_digest(),
         "val_dataset": None if val_dataset is None else val_dataset.order_digest(),
+        "passages": None if stored is None else stored.digest(),
         "loss": described if len(text) < _LONGEST else hashlib.sha256(text.encode()).hexdigest(),
         "train_kwargs": describe(arguments),
     }
