@@ -16,21 +16,8 @@ from llama_index_lora_embed.config import NEAR_DUPLICATE
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.core.files import write_json
 from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate_groups
+from llama_index_lora_embed.data.origins import UNKNOWN, origin_name
 from llama_index_lora_embed.data.text import normalise
-
-HUMAN = "human"
-"""`query_origins` of a human-written query."""
-
-TITLE = "title"
-"""`query_origins` of a query that is the title or heading of a passage, or the question that opens it."""
-
-LLM_JUDGED = "llm_judged"
-"""`query_origins` of a query that users typed and whose passages an LLM graded."""
-
-
-def origin_name(recorded: str) -> str:
-    """The name of an origin read from a file; earlier versions wrote "people" for `HUMAN`."""
-    return HUMAN if recorded == "people" else recorded
 
 
 class EmbeddingQAFinetuneDataset(BaseModel):
@@ -45,7 +32,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
         relevant_docs: Query id to the ids of the passages that answer it.
         mode: Always "text"; kept for older readers.
         source_documents: Passage id to the id of the document that it is a chunk of; splits keep these together.
-        query_origins: Query id to how the query came about ("title", "inverse_cloze", "human", ...).
+        query_origins: Query id to how the query came about ("title", "inverse_cloze", "human", ...; `data.origins`).
         training_passages: Query id to the text that it is trained against where that differs from the corpus
             (inverse cloze leaves the sentence out). Retrieval is always evaluated on the corpus.
         hard_negatives: Query id to the ids of passages that look relevant and are not.
@@ -170,7 +157,7 @@ class EmbeddingQAFinetuneDataset(BaseModel):
 
     def origin_of(self, query_id: str) -> str:
         """How a query came about; "unknown" where that is not recorded."""
-        return (self.query_origins or {}).get(query_id, "unknown")
+        return (self.query_origins or {}).get(query_id, UNKNOWN)
 
     def with_origin(self, origin: str) -> EmbeddingQAFinetuneDataset:
         """This dataset with an origin for those queries that have none recorded, such as "human"."""

@@ -18,6 +18,7 @@ from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.build import check_arguments, dataset_from_nodes
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.origins import LLM_WRITTEN
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, embed_text
 from llama_index_lora_embed.data.questions.llm import LLMQueryGenerator
 from llama_index_lora_embed.data.questions.prompts import STYLES, search_prompt
@@ -35,7 +36,7 @@ class _Existing:
     """Existing queries as a generator."""
 
     queries: list[GeneratedQuery]
-    name: str = "llm"
+    name: str = LLM_WRITTEN
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> list[GeneratedQuery]:
         return self.queries
@@ -157,7 +158,7 @@ def _keep_existing_file(nodes: Sequence[BaseNode], output_path: str) -> list[Gen
         if old.corpus.get(node.node_id) in (embed_text(node), node.get_content(metadata_mode=MetadataMode.NONE))
     }
     return [
-        GeneratedQuery(text, passage_id, "llm")
+        GeneratedQuery(text, passage_id, LLM_WRITTEN)
         for query_id, text in old.queries.items()
         for passage_id in old.relevant_docs.get(query_id, [])[:1]
         if passage_id in unchanged

@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 
 from llama_index.core.schema import BaseNode, TextNode
 
-from llama_index_lora_embed.data.dataset import HUMAN, LLM_JUDGED, TITLE, EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.origins import NOT_SYNTHETIC, PARTS_OF_PASSAGES, TITLE
 from llama_index_lora_embed.data.questions.heuristic import TitleQueryGenerator
 from llama_index_lora_embed.data.text import normalise
 
@@ -17,8 +18,6 @@ MIN_HEADINGS = 30
 human-written queries, 16 lost on at least 30 headings, and none of 249 that gained did (benchmarks/README.md)."""
 
 _MOST = 300  # as many as the trials had on each side
-_NOT_SYNTHETIC = frozenset({HUMAN, LLM_JUDGED, "unknown"})
-_PARTS_OF_PASSAGES = frozenset({"lead", "definition", "inverse_cloze", "neighbour"})
 
 
 def validate_on_headings(
@@ -41,7 +40,7 @@ def validate_on_headings(
         nodes: The nodes of the corpus, whose metadata may hold titles; None takes the passages' texts.
         seed: Random seed of the sample.
     """
-    if not val.origins().keys().isdisjoint(_NOT_SYNTHETIC):
+    if not val.origins().keys().isdisjoint(NOT_SYNTHETIC):
         return val
     if TITLE not in trained_on:
         if nodes is None:
@@ -62,4 +61,4 @@ def validate_on_headings(
         )
     if val.origins().get(TITLE, 0) < MIN_HEADINGS:
         return val
-    return val.subset((i for i in val.queries if val.origin_of(i) not in _PARTS_OF_PASSAGES), val.corpus)
+    return val.subset((i for i in val.queries if val.origin_of(i) not in PARTS_OF_PASSAGES), val.corpus)

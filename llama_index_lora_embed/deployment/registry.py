@@ -17,7 +17,8 @@ import numpy as np
 from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
 from llama_index_lora_embed.core.files import append_json_line, read_json_lines, write_json
-from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset, origin_name
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.origins import origin_name
 from llama_index_lora_embed.deployment.versions import Version, VersionComparison, check_not_replaced, training_of
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 from llama_index_lora_embed.evaluation.compare import compare, metric_differences

@@ -22,8 +22,8 @@ from llama_index_lora_embed.data import (
     split_by_source,
     split_report,
 )
-from llama_index_lora_embed.data.dataset import HUMAN
 from llama_index_lora_embed.data.headings import validate_on_headings
+from llama_index_lora_embed.data.origins import HUMAN, LLM_WRITTEN, METADATA
 from llama_index_lora_embed.data.readers.nodes import read_nodes
 from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data, trained_note
 from llama_index_lora_embed.engines.result import FinetuneResult, summarise, write_run
@@ -173,7 +173,7 @@ def _written(generators: Sequence[QueryGenerator] | None, llm: LLM | None) -> bo
         return llm is not None
     names = (str(getattr(generator, "name", "")) for generator in generators)
     parts = [part for name in names for part in name.split(" or ")]
-    return any(part.startswith("llm") or part in (HUMAN, "metadata") for part in parts)
+    return any(part.startswith(LLM_WRITTEN) or part in (HUMAN, METADATA) for part in parts)
 
 
 def _with_defaults(config: FinetuneConfig, written: bool, *, plain_lora: bool) -> FinetuneConfig:

@@ -63,7 +63,7 @@ def _criteria(dataset: EmbeddingQAFinetuneDataset, model: Any) -> Iterator[tuple
         for i, text in dataset.queries.items()
     }
     yield "style", _grouped(styles, ("question", "keywords", "statement"))
-    origins = {i: (dataset.query_origins or {}).get(i, "unknown") for i in dataset.queries}
+    origins = {i: dataset.origin_of(i) for i in dataset.queries}
     yield "origin", _grouped(origins, sorted(set(origins.values())))
     if dataset.source_documents:
         yield "source", _by_source(dataset)

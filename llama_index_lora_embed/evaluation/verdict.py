@@ -9,8 +9,8 @@ from enum import Enum
 
 import numpy as np
 
-from llama_index_lora_embed.data.dataset import HUMAN, LLM_JUDGED, TITLE
 from llama_index_lora_embed.data.headings import MIN_HEADINGS
+from llama_index_lora_embed.data.origins import HUMAN, LLM_JUDGED, TITLE, UNKNOWN, WRITTEN_BY_LLM
 from llama_index_lora_embed.evaluation.metrics import metric_label
 from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals
 
@@ -51,18 +51,15 @@ class Evidence(str, Enum):
         return self.rank <= Evidence.PAIRS.rank
 
 
-_WRITTEN_BY_LLM = {"llm", "metadata"}  # metadata holds what LlamaIndex's QuestionsAnsweredExtractor wrote
-
-
 def evidence_of(origin: str) -> Evidence:
     """The evidence that queries of an origin are."""
     if origin == HUMAN:
         return Evidence.HUMAN
     if origin == LLM_JUDGED:
         return Evidence.LOGGED
-    if origin == "unknown":
+    if origin == UNKNOWN:
         return Evidence.UNKNOWN
-    return Evidence.LLM if origin.partition("/")[0] in _WRITTEN_BY_LLM else Evidence.HEURISTIC
+    return Evidence.LLM if origin.partition("/")[0] in WRITTEN_BY_LLM else Evidence.HEURISTIC
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ def weigh(
     """
     by_evidence: dict[Evidence, list[str]] = {}
     for query_id in changes:
-        by_evidence.setdefault(evidence_of(origins.get(query_id, "unknown")), []).append(query_id)
+        by_evidence.setdefault(evidence_of(origins.get(query_id, UNKNOWN)), []).append(query_id)
     ids: list[str] = []
     for evidence in (Evidence.HUMAN, Evidence.LOGGED, Evidence.UNKNOWN):
         if evidence not in by_evidence:
@@ -225,7 +222,7 @@ def _transfers(kind: str, trained_on: Collection[str]) -> bool:
     if evidence_of(kind) is not Evidence.LLM:
         return kind == TITLE
     # queries of an unnamed style may be of any style
-    return "/" in kind and _WRITTEN_BY_LLM.isdisjoint(trained_on)
+    return "/" in kind and WRITTEN_BY_LLM.isdisjoint(trained_on)
 
 
 _TOO_FEW = f"A verdict needs at least {MIN_QUERIES} queries."

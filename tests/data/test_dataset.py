@@ -4,7 +4,7 @@ import pytest
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedError
 from llama_index_lora_embed.core.errors import DatasetError
-from llama_index_lora_embed.data.dataset import HUMAN
+from llama_index_lora_embed.data.origins import HUMAN
 from tests.conftest import make_dataset
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
-from llama_index_lora_embed.data.dataset import TITLE
+from llama_index_lora_embed.data.origins import TITLE
 from llama_index_lora_embed.deployment import merge_adapters
 from llama_index_lora_embed.evaluation import compare, tune_merge, tune_scale
 from tests.conftest import make_dataset

@@ -12,16 +12,16 @@ from functools import cache
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
 from llama_index_lora_embed.config import QueryFilterSettings
-from llama_index_lora_embed.data.dataset import HUMAN, LLM_JUDGED, TITLE, EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect, may_be_same
 from llama_index_lora_embed.data.filters.round_trip import RoundTrip, round_trip
 from llama_index_lora_embed.data.near_duplicates import Sketches, near_duplicate_groups
+from llama_index_lora_embed.data.origins import HEURISTIC, HUMAN, LLM_JUDGED, NEIGHBOUR
 from llama_index_lora_embed.data.text import is_unspaced, normalise, tokens_of
 
-_NEIGHBOUR = "neighbour"
 # Origins of queries that people wrote or typed, or that come from the documents. All others count as written for the
 # dataset, mostly by an LLM, and so do those without an origin.
-_NOT_WRITTEN = frozenset({HUMAN, LLM_JUDGED, TITLE, "lead", "definition", "inverse_cloze", _NEIGHBOUR})
+_NOT_WRITTEN = HEURISTIC | {HUMAN, LLM_JUDGED}
 
 _RUN = 4  # words; runs of four are rarely shared by chance
 
@@ -185,7 +185,7 @@ def _unreadable(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], setti
             yield query_id, "no letter or digit"
         elif settings.unreadable and any(unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() for c in text):
             yield query_id, "control characters"
-        elif origin == _NEIGHBOUR:
+        elif origin == NEIGHBOUR:
             continue  # it is a whole chunk on purpose
         elif settings.max_words is not None and len(text.split()) > settings.max_words:
             yield query_id, f"more than {settings.max_words} words"
@@ -224,7 +224,7 @@ def _nearly_repeated(dataset: EmbeddingQAFinetuneDataset, query_ids: list[str], 
         return
     texts, within = {}, {}
     for query_id in _human_first(dataset, query_ids):
-        if dataset.origin_of(query_id) != _NEIGHBOUR:
+        if dataset.origin_of(query_id) != NEIGHBOUR:
             texts[query_id] = text = dataset.queries[query_id]
             about = set(_answers(dataset, query_id))
             if dataset.origin_of(query_id) in _NOT_WRITTEN - {HUMAN}:

@@ -14,7 +14,7 @@ from llama_index.core.bridge.pydantic import ConfigDict, ValidationError, field_
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 
 from llama_index_lora_embed.config.base import config_error
-from llama_index_lora_embed.data.dataset import origin_name
+from llama_index_lora_embed.data.origins import origin_name
 
 QUERIES_KEY = "finetune_queries"
 """Metadata key under which a pipeline's nodes carry queries: JSON text, because vector stores want flat values."""

@@ -12,7 +12,7 @@ from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from llama_index_lora_embed.config.base import AtLeast1, Share, ShareAbove0
-from llama_index_lora_embed.data.dataset import TITLE
+from llama_index_lora_embed.data.origins import DEFINITION, INVERSE_CLOZE, LEAD, METADATA, NEIGHBOUR, TITLE
 from llama_index_lora_embed.data.questions.base import (
     GeneratedQuery,
     NodeQueryGenerator,
@@ -138,7 +138,7 @@ class LeadQueryGenerator(NodeQueryGenerator):
     """Shorter sentences are not used."""
     max_words: AtLeast1 = 40
     """Of a longer sentence, or of text without sentences, this many words are the query."""
-    name: ClassVar[str] = "lead"
+    name: ClassVar[str] = LEAD
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield one query for each node with at least ten more words; the seed has no effect."""
@@ -161,7 +161,7 @@ class DefinitionQueryGenerator(NodeQueryGenerator):
 
     max_words: AtLeast1 = 8
     """Longer terms are not used."""
-    name: ClassVar[str] = "definition"
+    name: ClassVar[str] = DEFINITION
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield two queries for each node with a definition; the seed has no effect."""
@@ -191,7 +191,7 @@ class InverseClozeQueryGenerator(NodeQueryGenerator):
     """Shorter sentences are not used."""
     max_words: AtLeast1 = 40
     """Longer sentences are cut to this many words."""
-    name: ClassVar[str] = "inverse_cloze"
+    name: ClassVar[str] = INVERSE_CLOZE
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield up to `per_node` queries for each node with two sentences or more."""
@@ -219,7 +219,7 @@ class NeighbourQueryGenerator(NodeQueryGenerator):
 
     scores: Annotated[tuple[ShareAbove0, ...], Field(min_length=1)] = (0.9, 0.7)
     """Grade of the next chunk, of the next but one, and so on."""
-    name: ClassVar[str] = "neighbour"
+    name: ClassVar[str] = NEIGHBOUR
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield up to `len(scores)` queries from each node that another one follows; the seed has no effect."""
@@ -244,7 +244,7 @@ class MetadataQueryGenerator(NodeQueryGenerator):
 
     keys: tuple[str, ...] = ("questions_this_excerpt_can_answer",)
     """Metadata keys that hold queries as text, one per line."""
-    name: ClassVar[str] = "metadata"
+    name: ClassVar[str] = METADATA
 
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield the queries, those of a pipeline under the names of their generators; the seed has no effect."""

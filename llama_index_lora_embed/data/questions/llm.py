@@ -23,6 +23,7 @@ from llama_index_lora_embed.data.llm.client import LLMClient, LLMReport, Request
 from llama_index_lora_embed.data.llm.identity import digest
 from llama_index_lora_embed.data.llm.journal import Journal
 from llama_index_lora_embed.data.llm.passages import printable, truncate
+from llama_index_lora_embed.data.origins import LLM_WRITTEN
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, attach_queries, embed_text
 from llama_index_lora_embed.data.questions.parsing import ParsedQuery, parse_queries, strip_reasoning
 from llama_index_lora_embed.data.questions.prompts import JUDGE_PROMPT, STYLES, Style, search_prompt
@@ -78,7 +79,7 @@ class LLMQueryGenerator(NodeQueryGenerator):
     workers in another working directory find the same file."""
     settings: LLMSettings = Field(default_factory=LLMSettings)
     """Concurrency, retries, and limits."""
-    name: ClassVar[str] = "llm"
+    name: ClassVar[str] = LLM_WRITTEN
 
     _report: LLMReport = PrivateAttr(default_factory=LLMReport)
 
@@ -194,7 +195,7 @@ def drop_unanswered_queries(
     if not isinstance(llm, LLM):
         raise ConfigError(f"llm={llm!r:.60}", "a LlamaIndex LLM", "Pass for example llm=Settings.llm.")
     if origins is None:
-        origins = [origin for origin in dataset.origins() if origin.partition("/")[0] == "llm"]
+        origins = [origin for origin in dataset.origins() if origin.partition("/")[0] == LLM_WRITTEN]
     wanted = {origins} if isinstance(origins, str) else set(origins)
     origin_of = dataset.query_origins or {}
     judged = [query_id for query_id in dataset.queries if origin_of.get(query_id, "") in wanted]

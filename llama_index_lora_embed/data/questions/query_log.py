@@ -17,7 +17,8 @@ from pydantic import computed_field  # LlamaIndex's bridge lacks it
 
 from llama_index_lora_embed.core.errors import warn_user
 from llama_index_lora_embed.core.files import absolute
-from llama_index_lora_embed.data.dataset import HUMAN, EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.origins import HUMAN
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, embed_text
 from llama_index_lora_embed.data.readers.files import PairsReport
 from llama_index_lora_embed.data.readers.query_logs import Pair, nothing_usable, read_pairs

@@ -12,11 +12,12 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index_lora_embed.config import JOURNAL_NAME, LLMSettings
 from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
-from llama_index_lora_embed.data.dataset import LLM_JUDGED, EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.llm.client import LLMClient, Request
 from llama_index_lora_embed.data.llm.identity import digest
 from llama_index_lora_embed.data.llm.journal import Journal
 from llama_index_lora_embed.data.llm.passages import printable, truncate
+from llama_index_lora_embed.data.origins import LLM_JUDGED
 from llama_index_lora_embed.evaluation.judging.grades import GRADING_PROMPT, RUBRIC, THRESHOLD, parse_grade
 from llama_index_lora_embed.evaluation.judging.pool import Pool, make_pool
 from llama_index_lora_embed.evaluation.judging.result import JudgedQueries, human_labels, judged

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.core.files import append_json_line, read_json_lines
-from llama_index_lora_embed.data.dataset import HUMAN
 from llama_index_lora_embed.data.llm.identity import digest
 from llama_index_lora_embed.data.llm.passages import printable
+from llama_index_lora_embed.data.origins import HUMAN
 from llama_index_lora_embed.data.text import normalise
 from llama_index_lora_embed.evaluation.judging.grades import HIGHEST, RUBRIC, THRESHOLD
 from llama_index_lora_embed.evaluation.judging.pool import Pool, make_pool

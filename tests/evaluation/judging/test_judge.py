@@ -9,7 +9,7 @@ from llama_index.core.schema import ImageNode, TextNode
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, compare_retrieval, evaluate_retrieval
 from llama_index_lora_embed.config import LLMSettings
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, LLMError
-from llama_index_lora_embed.data.dataset import LLM_JUDGED
+from llama_index_lora_embed.data.origins import LLM_JUDGED
 from tests.helpers.evaluation import WordCountEmbedding
 from tests.helpers.judging import DATASET, NODES, QUERIES, Judge, judged, models, passage_of, query_of
 from tests.helpers.llms import FAST, journalled

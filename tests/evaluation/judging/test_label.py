@@ -4,7 +4,7 @@ import pytest
 from llama_index.core.schema import TextNode
 
 from llama_index_lora_embed.core.errors import DatasetError
-from llama_index_lora_embed.data.dataset import HUMAN
+from llama_index_lora_embed.data.origins import HUMAN
 from llama_index_lora_embed.evaluation import label_queries
 from tests.helpers.evaluation import WordCountEmbedding
 from tests.helpers.judging import NODES, QUERIES, Judge, judged, models
