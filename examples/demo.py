@@ -5,7 +5,7 @@
 
 The LLM's answers are replayed from a journal, so that neither an LLM nor a network is needed. The test questions were
 written without sight of the training queries. The verdict of the run rests on one half of them; the table shows the
-other half, by whether the journal has queries for their topics.
+other half, by whether the journal has queries for their topics, each model with a Chroma index of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_index.core import Document, SimpleDirectoryReader, StorageContext, VectorStoreIndex
+from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.node_parser import MarkdownNodeParser, SentenceSplitter
 from llama_index.core.schema import BaseNode, MetadataMode
 from recorded_llm import has_queries, recorded_query_generator
@@ -29,7 +30,6 @@ from llama_index_lora_embed import (
     LoraEmbedding,
     LoraFinetuneEngine,
     compare_retrieval,
-    evaluate_retrieval,
 )
 from llama_index_lora_embed.config import QueryFilterSettings
 from llama_index_lora_embed.core.optional import require
@@ -120,15 +120,26 @@ def train_python(nodes: Sequence[BaseNode], base: str, out: Path) -> LoraFinetun
     )
 
 
-def print_test_half(nodes: Sequence[BaseNode], base: str, index: VectorStoreIndex, trained_on: Sequence[str]) -> None:
-    """The base against the index of the tuned model, on the half of the test questions that decided nothing."""
+def build_index(nodes: Sequence[BaseNode], embed_model: BaseEmbedding, path: Path, name: str) -> VectorStoreIndex:
+    """Embed the nodes into a new collection of a Chroma database."""
+    collection = chromadb.PersistentClient(str(path)).create_collection(
+        name, configuration={"hnsw": {"space": "cosine"}}
+    )
+    storage = StorageContext.from_defaults(vector_store=ChromaVectorStore(chroma_collection=collection))
+    return VectorStoreIndex(nodes, storage_context=storage, embed_model=embed_model, show_progress=True)
+
+
+def print_test_half(
+    nodes: Sequence[BaseNode], base: VectorStoreIndex, tuned: VectorStoreIndex, trained_on: Sequence[str]
+) -> None:
+    """The base's index against that of the tuned model, on the half of the test questions that decided nothing."""
     _, test = test_questions(nodes)
     topic_of = {node.node_id: node.metadata["topic"] for node in nodes}
     with_queries = [q for q, ids in test.relevant_docs.items() if any(has_queries(topic_of[i]) for i in ids)]
     without = [q for q in test.queries if q not in set(with_queries)]
     found = {
-        "base": evaluate_retrieval(LoraEmbedding(base_model=base), test),
-        "tuned": evaluate_index(index.as_retriever(similarity_top_k=10), test),
+        name: evaluate_index(index.as_retriever(similarity_top_k=10), test)
+        for name, index in (("base", base), ("tuned", tuned))
     }
     print(f"\nThe other {len(test.queries)} test questions, which decided nothing:")
     print(f"{'':40}" + "".join(f"{name:>9}" for name in METRICS))
@@ -161,14 +172,9 @@ def main() -> None:
     print(engine.data_report)
     result = engine.finetune()
 
-    embed_model = engine.get_finetuned_model()
     index_path = args.out / "chroma"
     shutil.rmtree(index_path, ignore_errors=True)
-    collection = chromadb.PersistentClient(str(index_path)).create_collection(
-        "demo", configuration={"hnsw": {"space": "cosine"}}
-    )
-    storage = StorageContext.from_defaults(vector_store=ChromaVectorStore(chroma_collection=collection))
-    VectorStoreIndex(nodes, storage_context=storage, embed_model=embed_model, show_progress=True)
+    build_index(nodes, engine.get_finetuned_model(), index_path, "demo")
 
     reopened = chromadb.PersistentClient(str(index_path)).get_collection("demo")
     index = VectorStoreIndex.from_vector_store(
@@ -181,7 +187,8 @@ def main() -> None:
         print(f"  {hit.score:.3f}  {where}: {' '.join(hit.get_content().split())[:90]}")
 
     if not args.docs:
-        print_test_half(nodes, base, index, list(engine.dataset.origins()))
+        of_base = build_index(nodes, LoraEmbedding(base_model=base), index_path, "base")
+        print_test_half(nodes, of_base, index, list(engine.dataset.origins()))
     print(f"\nVerdict of the run: {result}")
     print(f"report: {result.write_report()} (open it in a browser)")
     print(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from llama_index.core.schema import TextNode
 
+from llama_index_lora_embed import LoraEmbedding
 from llama_index_lora_embed.config import QueryFilterSettings
 from llama_index_lora_embed.data import dataset_from_nodes
 
@@ -47,6 +48,19 @@ def test_the_journal_gives_queries_for_its_topics_without_a_call(example, monkey
     assert all(map(recorded.has_queries, answered))
     assert not all(map(recorded.has_queries, topics.values()))
     assert recorded.JOURNAL.read_bytes() == committed
+
+
+@pytest.mark.slow
+def test_the_demo_searches_with_base_and_tuned_in_the_same_way(example, monkeypatch, tmp_path, minilm, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    demo = example("demo")
+    nodes = demo.chunk(demo.python_reference())[:80]
+    index = demo.build_index(nodes, LoraEmbedding(base_model=minilm), tmp_path, "base")
+    demo.print_test_half(nodes, index, index, ["llm"])
+    printed = capsys.readouterr().out
+    figures = {name: re.findall(rf"\) +{name} +(0.*)", printed) for name in ("base", "tuned")}
+    assert len(figures["base"]) == 3
+    assert figures["base"] == figures["tuned"]
 
 
 def shingles(query):
