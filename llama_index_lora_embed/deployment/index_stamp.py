@@ -98,16 +98,17 @@ class IndexStamp:
 def stamp_index(target: Any, embed_model: BaseEmbedding, *, replace: bool = False) -> IndexStamp:
     """Record in an index which model its vectors come from. Call it after building, with the model that built it.
 
-    The stamp is stored in a Chroma collection's metadata; in the data of a `SimpleVectorStore`, which is persisted
-    with it; in the folder of a persisted `StorageContext`; and in other vector stores as a node with a reserved id. The
-    vector of that node is the negated vector of a text, so that searches rank it last: it is only returned by a
-    search for more passages than the index holds.
+    The stamp is stored in the metadata of a Chroma or Qdrant collection; in the data of a `SimpleVectorStore`, which is
+    persisted with it; in the folder of a persisted `StorageContext`; and in other vector stores, among them Qdrant
+    before 1.16, as a node with a reserved id. The vector of that node is the negated vector of a text, so that searches
+    rank it last: it is only returned by a search for more passages than the index holds, without text and with
+    "lora_embed_stamp" among its metadata. `replace=True` moves such a stamp into the metadata of a Qdrant collection.
 
     Args:
         target: A LlamaIndex index, a vector store, a Chroma collection, or the folder of a persisted
             `StorageContext`.
         embed_model: Any LlamaIndex embedding model.
-        replace: Overwrite the stamp of another model, after rebuilding the index.
+        replace: Overwrite the stamp, for example that of another model after rebuilding the index.
 
     Returns:
         The new stamp, or the existing one if it belongs to the same model.
@@ -305,6 +306,43 @@ class _NodeSlot:
         self.store.add([TextNode(id_=STAMP_ID, text="", metadata={_KEY: text}, embedding=away)])
 
 
+class _QdrantSlot:
+    """The metadata of a Qdrant collection; a node where client or server do not keep any (before 1.16)."""
+
+    def __init__(self, store: Any) -> None:
+        if store._client is None:
+            raise ConfigError(
+                "a QdrantVectorStore with an asynchronous client alone",
+                "one with a synchronous client",
+                "QdrantVectorStore(name, client=QdrantClient(...), aclient=...) opens the same collection.",
+            )
+        self.client, self.store, self.name = store._client, store, store.collection_name
+        self.node = _NodeSlot(store)
+
+    def _in_metadata(self) -> str | None:
+        if not self.client.collection_exists(self.name):
+            return None
+        metadata = getattr(self.client.get_collection(self.name).config, "metadata", None)
+        return (metadata or {}).get(_KEY)
+
+    def read(self) -> str | None:
+        return self._in_metadata() or self.node.read()
+
+    def write(self, text: str, embed_model: BaseEmbedding) -> None:
+        if not self.client.collection_exists(self.name):
+            raise ConfigError(
+                f"a Qdrant collection {self.name!r}, which does not exist",
+                "an index with nodes",
+                "Call stamp_index after VectorStoreIndex(nodes, ...) has built it.",
+            )
+        with suppress(Exception):  # each version of client and server that cannot has its own error, or none at all
+            self.client.update_collection(self.name, metadata={_KEY: text})
+        if self._in_metadata() == text:
+            self.store.delete_nodes([_STAMP_ID])
+        else:
+            self.node.write(text, embed_model)
+
+
 def _find_slot(target: Any) -> _Slot:
     from llama_index.core.vector_stores import SimpleVectorStore
     from llama_index.core.vector_stores.types import BasePydanticVectorStore
@@ -318,7 +356,7 @@ def _find_slot(target: Any) -> _Slot:
     if isinstance(store, SimpleVectorStore):
         return _SimpleSlot(store)
     if isinstance(store, BasePydanticVectorStore):
-        return _NodeSlot(store)
+        return _QdrantSlot(store) if store.class_name() == "QdrantVectorStore" else _NodeSlot(store)
     raise ConfigError(
         f"a {type(target).__name__} to be stamped",
         "an index, a vector store, a Chroma collection or the folder of a persisted StorageContext",

@@ -14,7 +14,7 @@ from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.qdrant import QdrantVectorStore
-from qdrant_client import QdrantClient
+from qdrant_client import AsyncQdrantClient, QdrantClient
 
 from llama_index_lora_embed import LoraEmbedding
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, WrongIndexError
@@ -137,7 +137,8 @@ def test_a_stamped_index_refuses_another_model_after_it_was_reopened(store, tune
         for node in nodes:
             best = again.as_retriever(similarity_top_k=3).retrieve(node.text)
             assert best[0].node.node_id == node.node_id
-            assert {hit.node.node_id for hit in best} <= {n.node_id for n in nodes}
+        everything = again.as_retriever(similarity_top_k=100).retrieve(nodes[0].text)
+        assert sorted(hit.node.node_id for hit in everything) == sorted(n.node_id for n in nodes)
 
 
 @pytest.mark.parametrize("store", ["chroma"], indirect=True)
@@ -147,6 +148,59 @@ def test_other_metadata_of_a_collection_is_kept(store, tuned):
     collection = opened().vector_store._collection
     assert collection.metadata["owner"] == "us"
     assert stamp_index(collection, tuned) == read_index_stamp(opened().vector_store)
+
+
+class QdrantBefore116(QdrantClient):
+    """A client that knows no metadata of collections; a server before 1.16 ignores them just so."""
+
+    def update_collection(self, collection_name, metadata=None, **kwargs):
+        return False
+
+
+def test_qdrant_before_collections_had_metadata_keeps_the_stamp_as_the_last_entry(tuned, base):
+    client = QdrantBefore116(":memory:")
+    storage = StorageContext.from_defaults(vector_store=QdrantVectorStore("nodes", client=client))
+    nodes = [TextNode(text=text) for text in make_dataset(seed=1).corpus.values()]
+    index = VectorStoreIndex(nodes, storage_context=storage, embed_model=tuned)
+    stamp = stamp_index(index, tuned)
+    assert read_index_stamp(index) == stamp
+    with pytest.raises(WrongIndexError):
+        verify_index(index, base)
+    for text in ("w1", nodes[5].text):
+        hits = index.as_retriever(similarity_top_k=len(nodes)).retrieve(text)
+        assert {hit.node.node_id for hit in hits} == {node.node_id for node in nodes}
+        *_, last = index.as_retriever(similarity_top_k=100).retrieve(text)
+        assert last.node.text == ""
+        assert "lora_embed_stamp" in last.node.metadata
+
+
+def test_a_stamp_among_the_entries_of_qdrant_moves_into_the_metadata_when_it_is_replaced(tuned):
+    client = QdrantClient(":memory:")
+    store = QdrantVectorStore("nodes", client=client)
+    store.add([TextNode(text="w1", embedding=tuned.get_text_embedding("w1"))])
+    client.update_collection("nodes", metadata={"owner": "us"})
+    update, client.update_collection = client.update_collection, lambda name, metadata: False
+    stamp = stamp_index(store, tuned)
+    client.update_collection = update
+    assert len(store.get_nodes()) == 2
+    assert stamp_index(store, tuned) == stamp
+    assert stamp_index(store, tuned, replace=True).fingerprint == stamp.fingerprint
+    assert [node.text for node in store.get_nodes()] == ["w1"]
+    assert verify_index(store, tuned) is not None
+    assert client.get_collection("nodes").config.metadata["owner"] == "us"
+
+
+def test_a_qdrant_collection_that_was_not_built_yet_has_no_stamp_and_gets_none(tuned):
+    store = QdrantVectorStore("nodes", client=QdrantClient(":memory:"))
+    assert read_index_stamp(store) is None
+    with pytest.raises(ConfigError, match="'nodes', which does not exist"):
+        stamp_index(store, tuned)
+
+
+def test_a_qdrant_store_with_an_asynchronous_client_alone_is_refused(tuned):
+    store = QdrantVectorStore("nodes", aclient=AsyncQdrantClient(":memory:"))
+    with pytest.raises(ConfigError, match="synchronous client"):
+        stamp_index(store, tuned)
 
 
 def test_an_index_without_a_stamp_warns_raises_or_passes_as_asked(tuned):

@@ -163,5 +163,15 @@ def _forget_pools() -> None:
     _POOLS.clear()
 
 
+def _after_fork() -> None:
+    """Drop the pools, and compute in the calling thread alone.
+
+    OpenMP (libgomp) would wait forever for the threads of the parent process, which do not exist in a forked one, in
+    the first operation that it divides. The workers of torch's DataLoader have one thread for the same reason.
+    """
+    _forget_pools()
+    torch.set_num_threads(1)
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pools)
+    os.register_at_fork(after_in_child=_after_fork)

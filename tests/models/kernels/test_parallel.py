@@ -231,12 +231,14 @@ def test_ctrl_c_while_threads_start_ends_the_threads(three_threads, monkeypatch)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_starts_its_own_threads(three_threads):
+def test_a_forked_process_computes_in_its_own_threads(three_threads):
     with parallel_passes(3) as passes:
         passes.add(lambda: torch.zeros(1))
     child = os.fork()
     if child == 0:
-        with parallel_passes(3) as passes:
+        if torch.get_num_threads() != 1:
+            os._exit(2)
+        with parallel_passes(1) as passes:
             passes.add(lambda: torch.ones(1))
             os._exit(int(passes.results()[0]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
