@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from llama_index.core.schema import MetadataMode
+from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, core
 from llama_index_lora_embed.core import LoraEmbedError
 from tests.conftest import make_dataset, make_engine, make_tiny_model
+from tests.helpers.adapters import peft_adapter
 from tests.helpers.llms import FakeLLM
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +94,7 @@ def namespace(base, trained, nodes, tmp_path, monkeypatch) -> dict[str, Any]:
     Path("query_log.csv").write_text("typed,clicked\nw1 w2,w1 w2 w3 w4\nw5 w6,w5 w6 w7 w8\n")
     for name in ("handbook", "legal", "hr"):
         shutil.copytree(trained, f"runs/{name}")
+    peft_adapter(base, Path("runs/peft"))
     return {"nodes": nodes, "llm": FakeLLM(), "__name__": "page"}
 
 
@@ -144,6 +147,8 @@ def check_query_side(names: dict[str, Any], printed: str) -> None:
 
 
 def check_embedding(names: dict[str, Any], printed: str) -> None:
+    complete = SentenceTransformer("runs/complete", device="cpu").encode("w1").tolist()
+    assert complete == pytest.approx(names["theirs"].get_text_embedding("w1"), abs=1e-5)
     assert len(names["vectors"]) == 3
     assert names["exported"].get_text_embedding("w1") == pytest.approx(
         names["embed_model"].get_text_embedding("w1"), abs=1e-4

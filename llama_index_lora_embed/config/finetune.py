@@ -84,7 +84,7 @@ class BaseModelSettings(Settings):
     passage_prompt: str | None = None
     """Overrides the base's passage prompt."""
     pooling: Pooling | None = None
-    """Overrides the base's pooling."""
+    """Overrides the base's pooling; for an adapter to continue, only if it is of peft alone and records none."""
     window: Annotated[int, Field(ge=SHORTEST_WINDOW)] | None = None
     """Read texts that are longer than this many tokens whole, in windows of this length whose vectors are averaged;
     None truncates them at `max_seq_length`. Worth it where most nodes are truncated."""

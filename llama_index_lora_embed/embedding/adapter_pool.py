@@ -21,13 +21,13 @@ from llama_index_lora_embed.embedding.encode import NO_ADAPTER, Task, Vectors, e
 from llama_index_lora_embed.models.adapter_directory import CONFIG_NAME, WEIGHTS_NAME, Manifest, fingerprint
 from llama_index_lora_embed.models.base_model import BaseInfo, load_base
 from llama_index_lora_embed.models.lora_adapter import (
-    OpenedAdapter,
     check_effect,
     check_keys,
     check_poolable,
     does_not_load,
     scale_lora,
 )
+from llama_index_lora_embed.models.opened_adapter import OpenedAdapter
 from llama_index_lora_embed.models.windows import check_prompts, longest_text
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ class AdapterPool:
     _pools: ClassVar[WeakValueDictionary[tuple[Any, ...], AdapterPool]] = WeakValueDictionary()
     _pools_lock: ClassVar[Any] = threading.Lock()
 
-    def __init__(self, base: BaseInfo, model: SentenceTransformer) -> None:
+    def __init__(self, base: BaseInfo, model: SentenceTransformer, pooling: str | None = None) -> None:
         self.base = base
         self.model = model
+        self.pooling = pooling
         self.prompts = {task: model.prompts.get(task) or "" for task in ("query", "document")}
         self.max_seq_length = int(model.max_seq_length or 0)
         self.max_adapters = 1
@@ -88,7 +89,7 @@ class AdapterPool:
         with cls._pools_lock:
             pool = cls._pools.get(key)
             if pool is None:
-                pool = cls._pools[key] = cls(base, load_base(base, **loading))
+                pool = cls._pools[key] = cls(base, load_base(base, **loading), loading.get("pooling"))
             pool.max_adapters = max(pool.max_adapters, max_adapters)
             return pool
 
@@ -118,11 +119,11 @@ class AdapterPool:
 
         Raises:
             AdapterError: The adapter has no effect.
-            ConfigError: The adapter is more than plain LoRA, or its modules are not those of the base model.
+            ConfigError: As `check_poolable`.
         """
-        check_poolable(adapter, self.model)
+        check_poolable(adapter, self.model, self.pooling)
         check_effect(adapter)
-        prompts = {**adapter.prompts(), **prompts}
+        prompts = {**self.prompts, **adapter.prompts(), **prompts}
         limit = min(adapter.max_seq_length() or self.max_seq_length, longest_text(self.model))
         tune, folder = adapter.tune(), adapter.directory
         digest = self.fingerprint_of(prompts, limit, folder, scale, tune)

@@ -15,10 +15,10 @@ from llama_index_lora_embed.embedding.encode import Task, Vectors, encode
 from llama_index_lora_embed.embedding.exported import EXPORT_NAME, Export, ExportedModel
 from llama_index_lora_embed.models.adapter_directory import Manifest, fingerprint, normalises
 from llama_index_lora_embed.models.base_model import describe_base, load_base
-from llama_index_lora_embed.models.lora_adapter import OpenedAdapter, load_adapter, open_adapter
+from llama_index_lora_embed.models.lora_adapter import load_adapter
+from llama_index_lora_embed.models.opened_adapter import OpenedAdapter, open_adapter
 from llama_index_lora_embed.models.pooling import pooling_of
 from llama_index_lora_embed.models.tokens import count_tokens
-from llama_index_lora_embed.models.windows import window_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -114,18 +114,10 @@ class MergedBackend(EmbeddingBackend):
             self.fingerprint = fingerprint(model, base.weights_sha256, None)
         else:
             adapter = adapter or _open(settings)
-            arguments = _fields(settings, "device", "trust_remote_code", *_PROMPTS, "truncate_dim", "merge")
+            arguments = _fields(settings, *_BASE_ARGUMENTS, *_PROMPTS, "merge")
             model, self.fingerprint = load_adapter(adapter, scale=settings.adapter_scale, **arguments)
             super().__init__(model, settings.truncate_dim)
             self.manifest = adapter.manifest
-            for name, trained in (("pooling", pooling_of(model)), ("window", window_of(model))):
-                wanted = getattr(settings, name)
-                if wanted is not None and wanted != trained:
-                    raise ConfigError(
-                        f"{name}={wanted!r} for an adapter that was trained with {trained!r}",
-                        f"the {name} that the adapter was trained with",
-                        f"Leave {name}=None, or train an adapter with {name}={wanted!r}.",
-                    )
 
 
 class QuerySideBackend(MergedBackend):

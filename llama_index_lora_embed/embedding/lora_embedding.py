@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 
 
 class LoraEmbedding(BaseEmbedding):
-    """A LlamaIndex embedding model from an adapter directory, written by this package or by sentence-transformers.
+    """A LlamaIndex embedding model from an adapter directory, written by this package, sentence-transformers or peft.
 
     Its vectors are those of `SentenceTransformer(adapter_path)`: queries with the query prompt, passages with the
-    document prompt, truncated at the recorded `max_seq_length`. The LoRA is merged into the base model in float32, so
+    document prompt, truncated at the recorded `max_seq_length`. An adapter of peft alone, without `modules.json`,
+    records none of these, and takes them and the pooling of its base, where `SentenceTransformer` would take the mean.
+    The LoRA is merged into the base model in float32, so
     that inference takes no longer than with the base model. The texts of a call are sorted by length and computed in
     batches of a limited number of tokens, which keeps padding low.
 
@@ -45,8 +47,9 @@ class LoraEmbedding(BaseEmbedding):
 
     Raises:
         ConfigError: Neither an adapter nor a base model is given, `truncate_dim` exceeds the model's dimensions,
-            `pooling` is unknown, `pooling` or `window` is not the adapter's, or `adapter` is not among `adapters`.
-            All methods raise it, too, for an input that is not a string.
+            `pooling` is unknown, `pooling` or `window` is not the adapter's, nothing says with which pooling an adapter
+            of peft was trained, or `adapter` is not among `adapters`. All methods raise it, too, for an input that is
+            not a string.
         ModelNotFoundError: The adapter or its base model does not exist.
         AdapterError: The adapter is damaged or does not fit its base model, or it has changed since the object was
             serialised.
@@ -85,11 +88,10 @@ class LoraEmbedding(BaseEmbedding):
     passage_prompt: str | None = None
     """Overrides the recorded passage prompt."""
     pooling: str | None = None
-    """Overrides the pooling of a base model alone (one of `config.POOLING_MODES`). An adapter keeps the pooling that it
-    was trained with."""
+    """Overrides the pooling of a base model alone (one of `config.POOLING_MODES`), or of an adapter of peft whose files
+    name none. All other adapters keep the pooling that they were trained with."""
     window: int | None = None
-    """Splits long texts into windows of this many tokens (`windows.add_windows`), for a base model alone. An adapter
-    keeps the windows that it was trained with."""
+    """Splits long texts into windows of this many tokens (`windows.add_windows`), where `pooling` can be given."""
     truncate_dim: int | None = None
     """Truncates vectors to their first dimensions, and scales them to length 1 again if the model does; for models that
     were trained with Matryoshka losses."""

@@ -41,7 +41,8 @@ class StartingModel:
             LoraEmbedError: As `describe_base` and `load_base`, or `load_adapter`.
         """
         from llama_index_lora_embed.models.base_model import describe_base
-        from llama_index_lora_embed.models.lora_adapter import load_adapter, open_adapter
+        from llama_index_lora_embed.models.lora_adapter import load_adapter
+        from llama_index_lora_embed.models.opened_adapter import open_adapter
 
         settings = self.config.base
         if settings.continue_from is None:
@@ -61,7 +62,9 @@ class StartingModel:
                 f"tune={tuned!r}, so that base and tuned model differ on the same sides",
                 "Change tune, or train a new adapter from the base.",
             )
-        model, fingerprint = load_adapter(adapter, merge=False, **self._loading())
+        model, fingerprint = load_adapter(
+            adapter, merge=False, pooling=settings.pooling, window=settings.window, **self._loading()
+        )
         return model, adapter.base, {"path": settings.continue_from, "fingerprint": fingerprint}
 
     def frozen_passages(self, model: SentenceTransformer, stored: Mapping[str, Vectors]) -> FrozenPassages:

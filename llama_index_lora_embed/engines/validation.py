@@ -222,8 +222,9 @@ def _continue_problems(config: FinetuneConfig, lora_config: Any) -> list[str]:
                 f"continue_from={base.continue_from!r}, a folder without {adapter_directory.CONFIG_NAME}: expected an "
                 "adapter; a base goes into model_id"
             )
-    given = {"lora_config": lora_config or config.lora_config, "pooling": base.pooling, "window": base.window}
-    given["quantized"] = base.quantized or None
+    given = {"lora_config": lora_config or config.lora_config, "quantized": base.quantized or None}
+    if (folder / "modules.json").exists():  # an adapter of peft alone records neither
+        given |= {"pooling": base.pooling, "window": base.window}
     return problems + [
         f"{name} with continue_from: expected None, because the adapter keeps what it was made with"
         for name, value in given.items()

@@ -13,8 +13,8 @@ from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval
 from llama_index_lora_embed.evaluation.sweep import Sweep, check_metric
-from llama_index_lora_embed.models.lora_adapter import open_adapter
 from llama_index_lora_embed.models.merge import Combination, check_adapters, check_weights, merge_adapters
+from llama_index_lora_embed.models.opened_adapter import open_adapter
 
 Weights = tuple[float, ...]
 
@@ -93,6 +93,7 @@ def tune_merge(
                 rank=rank,
                 seed=seed,
                 max_seq_length=max_seq_length,
+                pooling=embedding.get("pooling"),
                 base_model=base_model,
                 cache_folder=cache_folder,
                 trust_remote_code=trust_remote_code,

@@ -24,6 +24,8 @@ from llama_index_lora_embed.models.model_card import model_card
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+TASK_TYPE = "FEATURE_EXTRACTION"
+"""Task type in adapter_config.json unless a `lora_config` names another; peft's auto classes need one."""
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 SCHEMA_VERSION = 1
@@ -43,7 +45,7 @@ class Manifest:
         files: SHA-256 of every other file in the directory except the README.
         pooling: The modules after the transformer, each with its settings.
         normalise: Whether vectors have length 1.
-        lora: Rank, alpha and target modules.
+        lora: Rank, alpha, target modules and task type.
         tune: "both", or "query" for an adapter that only queries are embedded with.
         parent: Path and fingerprint of the adapter that was continued; None if training started from the base model.
         parents: Path, fingerprint and weight of each adapter that was merged.
@@ -102,6 +104,7 @@ class Manifest:
                 "r": lora.r,
                 "lora_alpha": lora.lora_alpha,
                 "target_modules": targets if isinstance(targets, str) else sorted(targets),
+                "task_type": lora.task_type or TASK_TYPE,
             },
             versions={
                 "llama-index-lora-embed": __version__,
@@ -169,7 +172,7 @@ def fingerprint(
         "prompts": {name: prompts.get(name, "") for name in ("query", "document")},
         "modules": describe_modules(model),
         "max_seq_length": model.max_seq_length,
-        "tokenizer": _tokenizer_digest(model.tokenizer),
+        "tokenizer": tokenizer_digest(model.tokenizer),
         "precision": "float32",
     }
     # left out at their defaults, so that the fingerprints of earlier versions stay valid
@@ -184,7 +187,7 @@ def fingerprint(
     return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of vocabulary, merges, normalisation and special tokens; truncation and padding change with each call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else dict(tokenizer.get_vocab())
@@ -373,8 +376,9 @@ def rename_magnitudes(weights: Path) -> None:
 
 
 def _tidy_config(path: Path, base: dict[str, Any]) -> None:
-    """Record the base model's id, and make the file the same in every run."""
+    """Record the base model's id and a task type, and make the file the same in every run."""
     config = json.loads(path.read_text(encoding="utf-8"))
+    config["task_type"] = config.get("task_type") or TASK_TYPE
     config.update(base_model_name_or_path=base["model_id"], revision=base["revision"], inference_mode=True)
     for name in ("target_modules", "exclude_modules"):  # sets, whose order varies
         if isinstance(config.get(name), list):

@@ -14,7 +14,7 @@ from llama_index_lora_embed.core.errors import ConfigError, ModelNotFoundError, 
 from llama_index_lora_embed.core.files import file_digest
 from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.models.adapter_directory import CONFIG_NAME, PICKLES
-from llama_index_lora_embed.models.pooling import append_end_token, set_pooling
+from llama_index_lora_embed.models.pooling import append_end_token, choose_pooling, load_tokenizer, pooling_of
 from llama_index_lora_embed.models.prompts import set_prompts
 
 if TYPE_CHECKING:
@@ -160,11 +160,13 @@ def load_base(
     window: int | None = None,
     truncate_dim: int | None = None,
     quantized: bool = False,
+    tokenizer_folder: Path | None = None,
 ) -> SentenceTransformer:
     """Load a base model in float32, with its prompts in `model.prompts["query"]` and `["document"]`.
 
     The arguments are those of `LoraEmbedding`. `quantized` stores the linear layers in 4 bits (NF4 with double
     quantisation; Dettmers et al., 2023, QLoRA, section 3) and computes in bfloat16, which needs a CUDA device.
+    `tokenizer_folder` holds another tokenizer than the model's own.
 
     Raises:
         ModelNotFoundError: transformers cannot load the folder.
@@ -184,8 +186,13 @@ def load_base(
             "a sentence-transformers or transformers model",
             "Check that SentenceTransformer(model_id) loads it.",
         ) from error
-    set_pooling(model, pooling)
-    append_end_token(model, base.path)
+    choose_pooling(model, base.path, base.model_id, pooling)
+    if tokenizer_folder is None:
+        append_end_token(model.tokenizer, base.path, pooling_of(model))
+    else:
+        length = model.max_seq_length
+        model[0].processor = load_tokenizer(tokenizer_folder, pooling_of(model))
+        model.max_seq_length = length
     set_truncation(model, truncate_dim)
     set_prompts(model, base.model_id, query_prompt, passage_prompt)
     if model.transformers_model is not None:

@@ -1,175 +1,36 @@
-"""LoRA adapters: opening an adapter directory, loading it onto its base model, checking, scaling and merging it."""
+"""LoRA adapters: loading one onto its base model, checking, scaling and merging it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError, ModelNotFoundError
+from llama_index_lora_embed.core.errors import AdapterError, ConfigError
 from llama_index_lora_embed.core.files import file_digest
 from llama_index_lora_embed.models.adapter_directory import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    Manifest,
-    check_files,
     describe_modules,
     fingerprint,
     rename_magnitudes,
+    tokenizer_digest,
 )
 from llama_index_lora_embed.models.base_model import (
     BaseInfo,
-    describe_base,
+    load_base,
     load_sentence_transformer,
-    locate,
     set_truncation,
 )
+from llama_index_lora_embed.models.opened_adapter import OpenedAdapter, check_pooling_known
+from llama_index_lora_embed.models.pooling import load_tokenizer, pooling_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _MERGE_TOLERANCE = 1e-5
-# settings that make an adapter more than a low-rank product added to a weight
-_MORE_THAN_LORA = (
-    *("use_dora", "use_qalora", "use_bdlora", "modules_to_save", "lora_bias", "layer_replication"),
-    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "megatron_config"),
-    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-)
-# all other initialisations (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base model's weights when they are loaded
-_INITIALISATIONS_OF_LORA = (None, True, False, "gaussian", "orthogonal")
-
-
-@dataclass(frozen=True)
-class OpenedAdapter:
-    """An adapter directory whose files have been checked; its weights are not loaded.
-
-    `config` is adapter_config.json, `manifest` None for an adapter that sentence-transformers saved.
-    """
-
-    directory: Path
-    config: dict[str, Any]
-    manifest: Manifest | None
-    base: BaseInfo
-
-    def tune(self) -> str:
-        """Which sides it is for: "both", or "query" if passages are embedded by the base alone."""
-        return "both" if self.manifest is None else self.manifest.tune
-
-    def prompts(self) -> dict[str, str]:
-        """Prompts "query" and "document" that the adapter was saved with."""
-        recorded = _read_json(self.directory / "config_sentence_transformers.json").get("prompts") or {}
-        return {task: recorded.get(task) or "" for task in ("query", "document")}
-
-    def max_seq_length(self) -> int | None:
-        """Tokens per text that the adapter was saved with; None if no file names them."""
-        if self.manifest is not None:
-            return self.manifest.max_seq_length
-        for name, key in (("sentence_bert_config", "max_seq_length"), ("tokenizer_config", "model_max_length")):
-            if isinstance(limit := _read_json(self.directory / f"{name}.json").get(key), int):
-                return limit
-        return None
-
-    def modules(self) -> list[dict[str, Any]] | None:
-        """Modules after the transformer, as by `describe_modules`; None for an adapter of peft, which names none."""
-        if self.manifest is not None:
-            return self.manifest.pooling
-        try:
-            listed = json.loads((self.directory / "modules.json").read_text(encoding="utf-8"))[1:]
-        except (OSError, ValueError):
-            return None
-        return [
-            {"type": module["type"].rpartition(".")[2], **_read_json(self.directory / module["path"] / "config.json")}
-            for module in listed
-        ]
-
-    def more_than_lora(self) -> list[str]:
-        """Settings that make the adapter more than plain LoRA; most adapters have none."""
-        more = [name for name in _MORE_THAN_LORA if self.config.get(name)]
-        more += ["bias"] if self.config.get("bias", "none") != "none" else []
-        initialisation = self.config.get("init_lora_weights", True)
-        more += [] if initialisation in _INITIALISATIONS_OF_LORA else [f"init_lora_weights={initialisation!r}"]
-        kind = self.config.get("peft_type")
-        return more if kind == "LORA" else [f"peft_type {kind!r}", *more]
-
-
-def open_adapter(
-    path: str,
-    *,
-    base_model: str | BaseInfo | None = None,
-    revision: str | None = None,
-    cache_folder: str | None = None,
-) -> OpenedAdapter:
-    """Find an adapter, check its files, and find the base model that it was trained on.
-
-    Args:
-        path: Folder or Hub id of the adapter.
-        base_model: Folder or Hub id of the base model, if it has moved; or the base model that is loaded already, which
-            must be the adapter's; None for the one that the adapter names.
-        revision: Commit of the adapter on the Hub.
-        cache_folder: Cache folder of huggingface_hub.
-
-    Raises:
-        ModelNotFoundError: The adapter or its base model does not exist.
-        AdapterError: The adapter is damaged, or names no base model.
-        BaseModelMismatchError: The base model's weights are not those that the adapter was trained on.
-        UnsafeCheckpointError: The adapter or its base model is stored as a pickle.
-    """
-    directory, _ = locate(path, revision, cache_folder)
-    manifest = check_files(directory)
-    config = _read_config(directory / CONFIG_NAME)
-    recorded = config.get("base_model_name_or_path")
-    loaded = base_model if isinstance(base_model, BaseInfo) else None
-    if loaded is not None and manifest is not None:
-        base = loaded
-    else:
-        # an adapter of sentence-transformers records where its base model is, but not which weights it has
-        place = base_model if isinstance(base_model, str) else recorded
-        if not place:
-            raise AdapterError(
-                f"{str(directory / CONFIG_NAME)!r}, which names no base model",
-                "base_model_name_or_path",
-                "Pass the base model as base_model=.",
-            )
-        try:
-            base = describe_base(place, None if isinstance(base_model, str) else config.get("revision"), cache_folder)
-        except ModelNotFoundError as error:
-            raise ModelNotFoundError(
-                f"the adapter {str(directory)!r}, whose base model {place!r} was not found",
-                "the base model that it was trained on",
-                f"Pass its new path as base_model=. ({error})",
-            ) from error
-    trained_on = base.weights_sha256 if manifest is None else manifest.base["weights_sha256"]
-    base = loaded or base
-    if base.weights_sha256 != trained_on:
-        alone = f"Load the adapter alone: LoraEmbedding({str(directory)!r})."
-        raise BaseModelMismatchError(
-            f"base model {base.model_id!r} with weights {base.weights_sha256[:12]}... for {str(directory)!r}",
-            f"the weights that the adapter was trained on, {trained_on[:12]}... ({recorded})",
-            alone if loaded else "Pass the right base model as base_model=, or train again on this one.",
-        )
-    return OpenedAdapter(directory, config, manifest, base)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"an unreadable {path} ({error})", "the original file", "Train again.") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise AdapterError(f"{path} without a peft_type", "the configuration of a peft adapter", "Train again.")
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is missing or contains something else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def load_adapter(
@@ -179,22 +40,27 @@ def load_adapter(
     trust_remote_code: bool = False,
     query_prompt: str | None = None,
     passage_prompt: str | None = None,
+    pooling: str | None = None,
+    window: int | None = None,
     truncate_dim: int | None = None,
     merge: bool = True,
     scale: float = 1.0,
 ) -> tuple[SentenceTransformer, str]:
     """Load an adapter on its base model in float32, and check that every weight arrived.
 
-    The arguments are those of `LoraEmbedding`, and `scale` its `adapter_scale`.
+    The arguments are those of `LoraEmbedding`, and `scale` its `adapter_scale`. Prompts, pooling, windows and length
+    are those in the adapter's files. An adapter of peft alone records none of them, and is loaded on what `load_base`
+    gives, but with its own tokenizer if it has another.
 
     Returns:
         The model, and its `fingerprint`.
 
     Raises:
         AdapterError: The weights do not fit the base model, or have no effect.
-        ConfigError: `truncate_dim` does not fit, or an adapter that is more than plain LoRA was to be scaled.
+        ConfigError: `truncate_dim` does not fit, `pooling` or `window` is not what the adapter was trained with,
+            nobody knows with which pooling it was trained, or an adapter that is more than plain LoRA was to be scaled.
     """
-    from llama_index_lora_embed.models.windows import check_prompts
+    from llama_index_lora_embed.models.windows import check_prompts, window_of
 
     directory, base = adapter.directory, adapter.base
     if scale != 1 and (more := adapter.more_than_lora()):
@@ -203,6 +69,11 @@ def load_adapter(
             "plain LoRA, which can be scaled",
             "Leave adapter_scale=1.",
         )
+    bare: SentenceTransformer | None = None
+    if adapter.of_peft_alone:
+        check_pooling_known(adapter, pooling)
+        loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+        bare = load_base(base, pooling=pooling, window=window, tokenizer_folder=adapter.tokenizer_folder(), **loading)
     with tempfile.TemporaryDirectory() as folder:
         # sentence-transformers finds the base model by the adapter's config alone, and ignores some names of weights
         copy = Path(folder) / "adapter"
@@ -211,11 +82,22 @@ def load_adapter(
         (copy / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
         rename_magnitudes(copy / WEIGHTS_NAME)
         try:
-            model = load_sentence_transformer(str(copy), device, trust_remote_code)
+            if bare is None:
+                model = load_sentence_transformer(str(copy), device, trust_remote_code)
+            else:
+                model = bare
+                model.load_adapter(str(copy))
         except Exception as error:  # wrong shapes and names raise many kinds of errors
             raise does_not_load(directory, base, error) from error
     check_keys(model, directory)
     check_effect(adapter)
+    for name, wanted, trained in (("pooling", pooling, pooling_of(model)), ("window", window, window_of(model))):
+        if wanted is not None and wanted != trained:
+            raise ConfigError(
+                f"{name}={wanted!r} for an adapter that was trained with {trained!r}",
+                f"the {name} that the adapter was trained with",
+                f"Leave {name}=None, or train an adapter with {name}={wanted!r}.",
+            )
     # the adapter's files contain the prompts that it was trained with
     overrides = {"query": query_prompt, "document": passage_prompt}
     model.prompts.update({name: prompt for name, prompt in overrides.items() if prompt is not None})
@@ -290,12 +172,14 @@ def check_effect(adapter: OpenedAdapter) -> None:
         )
 
 
-def check_poolable(adapter: OpenedAdapter, model: SentenceTransformer) -> None:
-    """Check that an adapter can share its loaded base model with other adapters.
+def check_poolable(adapter: OpenedAdapter, model: SentenceTransformer, pooling: str | None) -> None:
+    """Check that an adapter can share its loaded base model, which was loaded with `pooling`, with other adapters.
 
     Raises:
-        ConfigError: The adapter is more than plain LoRA, or has other modules after the transformer than the model.
+        ConfigError: The adapter is more than plain LoRA, has other modules after the transformer than the model or
+            another tokenizer, or nobody knows with which pooling it was trained.
     """
+    check_pooling_known(adapter, pooling)
     directory, alone = adapter.directory, f"Load it alone: LoraEmbedding({str(adapter.directory)!r})."
     if more := adapter.more_than_lora():
         raise ConfigError(
@@ -311,6 +195,13 @@ def check_poolable(adapter: OpenedAdapter, model: SentenceTransformer) -> None:
                 "an adapter whose other modules are those of the base model",
                 alone,
             )
+    folder = adapter.tokenizer_folder()
+    if folder and tokenizer_digest(load_tokenizer(folder, pooling_of(model))) != tokenizer_digest(model.tokenizer):
+        raise ConfigError(
+            f"the adapter {str(directory)!r} with another tokenizer than its base model",
+            "an adapter with the base model's tokenizer",
+            f"{alone} Without its tokenizer files, it takes the base model's.",
+        )
     loaded = json.loads(json.dumps(describe_modules(model)))
     trained = adapter.modules()
     if trained is not None and trained != loaded:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError
 from llama_index_lora_embed.core.files import absolute, file_digest
 from llama_index_lora_embed.models.adapter_directory import WEIGHTS_NAME, Manifest, check_output, write_adapter
-from llama_index_lora_embed.models.lora_adapter import OpenedAdapter, load_adapter, open_adapter
+from llama_index_lora_embed.models.lora_adapter import load_adapter
+from llama_index_lora_embed.models.opened_adapter import OpenedAdapter, open_adapter
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -61,6 +62,7 @@ def merge_adapters(
     rank: int | None = None,
     seed: int = 0,
     max_seq_length: int | None = None,
+    pooling: str | None = None,
     base_model: str | None = None,
     cache_folder: str | None = None,
     trust_remote_code: bool = False,
@@ -93,6 +95,7 @@ def merge_adapters(
         rank: Largest rank, by truncating singular values; None for the sum of the adapters' ranks.
         seed: Random seed of DARE.
         max_seq_length: Tokens per text of the merged adapter; needed only if those of the adapters differ.
+        pooling: Pooling mode of adapters of peft whose files and bases name none (one of `config.POOLING_MODES`).
         base_model: Folder or Hub id of the base, if it has moved.
         cache_folder: Cache folder of huggingface_hub.
         trust_remote_code: Run Python code from the base model's repository.
@@ -126,9 +129,9 @@ def merge_adapters(
     target = check_output(model_output_path)
     opened = [open_adapter(place, base_model=base_model, cache_folder=cache_folder) for place in places]
     _check_mergeable(opened, places, max_seq_length)
-    # an adapter of peft alone records no prompts and no pooling
+    # an adapter of peft alone records no prompts and no pooling, and takes those of another or of the base
     source = next((adapter for adapter in opened if adapter.modules() is not None), opened[0])
-    model, _ = load_adapter(source, device="cpu", merge=False, trust_remote_code=trust_remote_code)
+    model, _ = load_adapter(source, device="cpu", merge=False, pooling=pooling, trust_remote_code=trust_remote_code)
     _set_length(model, max_seq_length)
     used = [(_read_factors(a, model), weight) for a, weight in zip(opened, factors, strict=True) if weight != 0]
     density = DENSITY if density is None else density

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_index_lora_embed.models.adapter_directory import Manifest
 
+# vectors from token vectors `tokens` and `mask`; both paddings are allowed, as in sentence-transformers' Pooling
+_POOLING = {
+    "mean": "(tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
+    "cls": "tokens[torch.arange(len(tokens)), mask.argmax(1)]",
+    "lasttoken": "tokens[torch.arange(len(tokens)), mask.cumsum(1).argmax(1)]",
+}
 _COLUMNS = 5  # metrics in the table; the most common ones come first in an evaluation
 
 
@@ -62,4 +68,44 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
         ]
     if windows:
         lines += ["Modules of llama-index-lora-embed, which must be installed, split long texts into windows.", ""]
+    lines += _peft_example(manifest, place)
+    lines += [
+        "A loaded adapter is frozen. To train it further, pass the folder to `LoraFinetuneEngine(continue_from=...)`, "
+        'or call `model.set_adapter("default")` before `SentenceTransformerTrainer`.',
+        "",
+    ]
     return "\n".join(lines)
+
+
+def _peft_example(manifest: Manifest, place: str) -> list[str]:
+    """Code for peft and transformers; empty where an `AutoModel` and a line of pooling would not do."""
+    pooling: dict[str, Any] = manifest.pooling[0] if manifest.pooling else {}
+    mode, modules = pooling.get("pooling_mode"), [module["type"] for module in manifest.pooling]
+    if (
+        manifest.lora.get("task_type") != "FEATURE_EXTRACTION"
+        or modules not in (["Pooling"], ["Pooling", "Normalize"])
+        or not isinstance(mode, str)
+        or mode not in _POOLING
+        or not pooling.get("include_prompt", True)
+    ):
+        return []
+    scaled = ["vectors = torch.nn.functional.normalize(vectors, dim=1)"] if manifest.normalise else []
+    sides = [("query", "query"), ("passage", "document")][: 1 if manifest.tune == "query" else 2]
+    texts = {f"a {side}": manifest.prompts.get(name) or "" for side, name in sides}
+    inputs = ", ".join((f"{prompt!r} + " if prompt else "") + f'"{text}"' for text, prompt in texts.items())
+    return [
+        *("In peft:", ""),
+        *("```python", "import torch", "from peft import AutoPeftModelForFeatureExtraction"),
+        *("from transformers import AutoTokenizer", ""),
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+        f'model = AutoPeftModelForFeatureExtraction.from_pretrained("{place}", dtype=torch.float32).eval()',
+        f"texts = [{inputs}]",
+        f'limits = {{"padding": True, "truncation": True, "max_length": {manifest.max_seq_length}}}',
+        'batch = tokenizer(texts, **limits, return_tensors="pt")',
+        "with torch.no_grad():",
+        "    tokens = model(**batch).last_hidden_state",
+        'mask = batch["attention_mask"]',
+        f"vectors = {_POOLING[mode]}",
+        *scaled,
+        *("```", ""),
+    ]

@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llama_index_lora_embed.config import POOLING_MODES
-from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.core.errors import AdapterError, ConfigError
+from llama_index_lora_embed.models.families import family_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules.pooling import PoolingMode
 
 
-def set_pooling(model: SentenceTransformer, pooling: str | None) -> None:
-    """Change a model's pooling mode in place; None keeps the one in the model's files.
+logger = logging.getLogger(__name__)
 
-    A plain transformers checkpoint, whose files name none, gets sentence-transformers' default: the last token for a
-    causal language model, the mean for all others.
+
+def choose_pooling(model: SentenceTransformer, folder: Path, model_id: str, pooling: str | None) -> None:
+    """Set what a loaded base does after its transformer, in place.
+
+    That is what the model's files name. A plain transformers checkpoint, whose files name nothing, is pooled and scaled
+    to length 1 as the family of its name, or pooled by sentence-transformers' default with a warning: the last token
+    for a causal language model, the mean for all others. The caller's `pooling` replaces the mode alone.
+
+    Raises:
+        ConfigError: As `set_pooling`.
+    """
+    from sentence_transformers.base.modules import Normalize
+
+    if not records_pooling(folder):
+        family = family_of(model_id)
+        if family is not None:
+            pooling = pooling or family.pooling
+            model.append(Normalize())
+        elif pooling is None:
+            logger.warning(
+                "The files of %s name no pooling; it is sentence-transformers' default, %r, unless pooling= is given.",
+                model_id,
+                pooling_of(model),
+            )
+    set_pooling(model, pooling)
+
+
+def records_pooling(folder: Path) -> bool:
+    """Whether a model's files name the modules after its transformer; those of plain transformers and peft do not."""
+    return (folder / "modules.json").is_file()
+
+
+def set_pooling(model: SentenceTransformer, pooling: str | None) -> None:
+    """Change a model's pooling mode in place; None leaves it.
 
     Raises:
         ConfigError: The mode is unknown, the model has no Pooling module, or its head expects vectors of another size.
@@ -50,16 +83,35 @@ def pooling_of(model: SentenceTransformer) -> str | None:
     return None
 
 
-def append_end_token(model: SentenceTransformer, folder: Path) -> None:
-    """Have a last-token model's tokenizer append the end token if its files ask for it.
+def load_tokenizer(folder: Path, pooling: str | None) -> Any:
+    """The tokenizer in an adapter directory, which appends the end token as `append_end_token` says.
+
+    Raises:
+        AdapterError: It does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"a tokenizer in {str(folder)!r} that does not load ({error})",
+            "one that AutoTokenizer loads",
+            "Remove its files, and the adapter takes its base's tokenizer.",
+        ) from error
+    append_end_token(tokenizer, folder, pooling)
+    return tokenizer
+
+
+def append_end_token(tokenizer: Any, folder: Path, pooling: str | None) -> None:
+    """Have the tokenizer of a last-token model append the end token if the files in its folder ask for it.
 
     transformers 5 uses the post-processor of tokenizer.json and ignores `add_eos_token` in tokenizer_config.json, on
     which e5-mistral-7b-instruct relies: without this, its vector is that of the last word instead of </s> (see mteb's
     e5_instruct.py). The tokenizer is changed in place and saved with the model's adapter.
     """
-    tokenizer: Any = model.tokenizer
     path = folder / "tokenizer_config.json"
-    if pooling_of(model) != "lasttoken" or not path.is_file() or getattr(tokenizer, "backend_tokenizer", None) is None:
+    if pooling != "lasttoken" or not path.is_file() or getattr(tokenizer, "backend_tokenizer", None) is None:
         return
     wanted = json.loads(path.read_text(encoding="utf-8")).get("add_eos_token") is True
     end = tokenizer.eos_token

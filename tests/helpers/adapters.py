@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from transformers import AutoModel
 
 from llama_index_lora_embed import LoraEmbedding
 from llama_index_lora_embed.models.adapter_directory import Manifest, write_adapter
@@ -39,3 +40,15 @@ def weight_changes(path: str | Path) -> dict[str, torch.Tensor]:
         for name, layer in layers
         if isinstance(layer, LoraLayer) and "default" in layer.scaling
     }
+
+
+def peft_adapter(base: str | Path, path: Path, **settings: Any) -> Path:
+    """Write what peft alone saves of a random LoRA on a transformers model; `settings` are those of `LoraConfig`."""
+    torch.manual_seed(5)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "FEATURE_EXTRACTION"}
+    model = get_peft_model(AutoModel.from_pretrained(base), LoraConfig(**{**lora, **settings}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(str(path))
+    return path

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -5,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,11 @@ from llama_index_lora_embed.core.errors import (
     OutputDirectoryError,
     UnsafeCheckpointError,
 )
-from llama_index_lora_embed.core.files import staging_beside
-from llama_index_lora_embed.models.adapter_directory import Manifest, check_output
+from llama_index_lora_embed.core.files import file_digest, staging_beside
+from llama_index_lora_embed.models.adapter_directory import Manifest, check_output, describe_modules, tokenizer_digest
 from llama_index_lora_embed.models.base_model import describe_base
-from tests.conftest import WORDS
+from tests.conftest import WORDS, make_engine
+from tests.helpers.adapters import random_adapter
 
 
 @pytest.fixture
@@ -335,3 +338,91 @@ def test_every_error_is_a_lora_embed_error_and_says_what_to_do():
         assert issubclass(error_class, LoraEmbedError)
         error = error_class("this", "that", "Do so.")
         assert str(error).startswith("got this; expected that. Do so.")
+
+
+def trained_on(model, path):
+    """Four steps of sentence-transformers' trainer, saved."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    texts = {
+        side: [" ".join(WORDS[i + shift : i + shift + 4]) for i in range(16)] for side, shift in (("a", 0), ("p", 2))
+    }
+    settings = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "save_strategy": "no"}
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(path), use_cpu=True, report_to=[], disable_tqdm=True, **settings
+    )
+    loss = MultipleNegativesRankingLoss(model)
+    SentenceTransformerTrainer(model, arguments, Dataset.from_dict(texts), loss=loss).train()
+    model.save_pretrained(str(path), create_model_card=False)
+    return path
+
+
+@pytest.mark.slow
+def test_sentence_transformers_trainer_trains_a_loaded_directory_as_one_of_its_own(adapter, tiny_model, tmp_path):
+    from peft import LoraConfig
+
+    model = SentenceTransformer(tiny_model, device="cpu")
+    model.add_adapter(LoraConfig(target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"))
+    theirs = trained_on(model, tmp_path / "theirs")
+    text = " ".join(WORDS[:5])
+    for number, path in enumerate((adapter, theirs)):
+        model = SentenceTransformer(str(path), device="cpu")
+        with pytest.raises(RuntimeError, match="does not require grad"):  # both are loaded frozen
+            trained_on(model, tmp_path / "frozen")
+        before = model.encode(text)
+        model.set_adapter("default")
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trainable == {name for name, _ in model.named_parameters() if "lora_" in name}
+        more = trained_on(model, tmp_path / f"more{number}")
+        assert np.abs(model.encode(text) - before).max() > 1e-3
+        assert np.abs(SentenceTransformer(str(more), device="cpu").encode(text) - model.encode(text)).max() < 1e-6
+        assert np.abs(np.array(load(more).get_text_embedding(text)) - model.encode(text)).max() < 1e-6
+    assert 'set_adapter("default")' in (adapter / "README.md").read_text()
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"use_rslora": True, "bias": "all"}])
+def test_pefts_auto_class_loads_the_directory(tiny_model, tmp_path, more):
+    from peft import AutoPeftModelForFeatureExtraction, PeftModelForFeatureExtraction
+
+    path = random_adapter(tiny_model, tmp_path / "run", 3, **more)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        model = AutoPeftModelForFeatureExtraction.from_pretrained(str(path)).eval()
+    assert isinstance(model, PeftModelForFeatureExtraction)
+    plain = SentenceTransformer(str(path), device="cpu")
+    features = plain.preprocess([" ".join(WORDS[:5]), "w7"])
+    inputs = {name: features[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        tokens = model(**inputs).last_hidden_state
+        expected = plain[0](dict(features))["token_embeddings"]
+    assert torch.allclose(tokens, expected, atol=1e-6)
+
+
+def test_a_directory_without_a_task_type_keeps_its_fingerprint_and_gets_one_when_it_is_continued(
+    adapter, tmp_path, tiny_model
+):
+    old = shutil.copytree(adapter, tmp_path / "old")
+    config = json.loads((old / "adapter_config.json").read_text())
+    assert config["task_type"] == "FEATURE_EXTRACTION"
+    (old / "adapter_config.json").write_text(json.dumps({**config, "task_type": None}, indent=2, sort_keys=True) + "\n")
+    (old / "finetune.json").unlink()
+    settings = {**config, "task_type": None}
+    for ignored in ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"):
+        del settings[ignored]
+    model = SentenceTransformer(str(adapter), device="cpu")
+    determining = {
+        "base": describe_base(tiny_model).weights_sha256,
+        "adapter": {**settings, "weights": file_digest(old / "adapter_model.safetensors")},
+        "prompts": {"query": "", "document": ""},
+        "modules": describe_modules(model),
+        "max_seq_length": model.max_seq_length,
+        "tokenizer": tokenizer_digest(model.tokenizer),
+        "precision": "float32",
+    }
+    digest = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
+    assert load(old).fingerprint == digest != load(adapter).fingerprint
+    assert load(old).get_text_embedding("w1 w2") == load(adapter).get_text_embedding("w1 w2")
+    make_engine(tiny_model, tmp_path / "new", continue_from=str(old), epochs=1).finetune()
+    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["task_type"] == "FEATURE_EXTRACTION"

@@ -15,7 +15,8 @@ from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.evaluation.retrieval import evaluate_retrieval
 from llama_index_lora_embed.models.base_model import describe_base, load_base
-from llama_index_lora_embed.models.lora_adapter import load_adapter, open_adapter
+from llama_index_lora_embed.models.lora_adapter import load_adapter
+from llama_index_lora_embed.models.opened_adapter import open_adapter
 from llama_index_lora_embed.training.lora import add_lora, train_further
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.architectures import ARCHITECTURES
