@@ -338,7 +338,7 @@ class _QdrantSlot:
         with suppress(Exception):  # each version of client and server that cannot has its own error, or none at all
             self.client.update_collection(self.name, metadata={_KEY: text})
         if self._in_metadata() == text:
-            self.store.delete_nodes([_STAMP_ID])
+            self.store.delete_nodes([STAMP_ID])
         else:
             self.node.write(text, embed_model)
 

@@ -21,6 +21,7 @@ from llama_index.vector_stores.faiss import FaissMapVectorStore, FaissVectorStor
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import AsyncQdrantClient, QdrantClient
 
+from llama_index_lora_embed.config import STAMP_ID
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data import StoredVectors, read_vectors
 from llama_index_lora_embed.data.readers import vector_stores
@@ -106,9 +107,12 @@ def test_every_store_gives_ids_embedded_texts_source_documents_and_vectors(
 
 def test_the_entry_of_a_stamp_is_no_passage(given: dict[str, TextNode], tmp_path: Path) -> None:
     client = QdrantClient(path=str(tmp_path / "qdrant"))
-    simple = indexed(given, SimpleVectorStore())
-    for index in (indexed(given, QdrantVectorStore("nodes", client=client)), simple):
-        stamp_index(index, MockEmbedding(embed_dim=DIMENSIONS))
+    simple, qdrant = indexed(given, SimpleVectorStore()), indexed(given, QdrantVectorStore("nodes", client=client))
+    stamp_index(simple, MockEmbedding(embed_dim=DIMENSIONS))
+    # as stores keep it that have no metadata of a collection
+    entry = TextNode(id_=STAMP_ID, text="", metadata={"lora_embed_stamp": "{}"}, embedding=[-1.0] * DIMENSIONS)
+    qdrant.vector_store.add([entry])
+    for index in (qdrant, simple):
         assert sorted(read_vectors(index).ids) == sorted(given)
     client.close()
 
