@@ -7,8 +7,9 @@
     python benchmarks/quality.py --data DIR --train tenk_train --test tenk_val --set batch_size=64 epochs=5
 
 DIR holds `EmbeddingQAFinetuneDataset` JSON files. The test set is used once, after training, to evaluate the adapter
-directory. `--nodes NAME` trains on the documents of a set without its queries. Without `--train` and `--nodes`, only
-the base is evaluated.
+directory beside the base as installed and, where the run read texts otherwise, the base at its length or in its
+windows. `--nodes NAME` trains on the documents of a set without its queries. Without `--train` and `--nodes`, only the
+base is evaluated.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ from llama_index_lora_embed.config import MiningSettings
 from llama_index_lora_embed.models.windows import add_windows
 
 
-def load(path: str) -> SentenceTransformer:
-    """The model in a folder, as sentence-transformers loads it."""
-    return SentenceTransformer(path, device="cpu", trust_remote_code=True)
+def load(path: str, window: int | None = None, length: int | None = None) -> SentenceTransformer:
+    """The model in a folder, as sentence-transformers loads it, or with windows or another max_seq_length."""
+    model = SentenceTransformer(path, device="cpu", trust_remote_code=True)
+    if window:
+        add_windows(model, window)
+    model.max_seq_length = length or model.max_seq_length
+    return model
 
 
 def evaluate(model: SentenceTransformer, test: EmbeddingQAFinetuneDataset) -> dict[str, float]:
@@ -74,10 +79,7 @@ def main() -> None:
     chosen = {name: str(value) for name, value in settings.items()}
     with tempfile.TemporaryDirectory() as folder:
         if not (args.train or args.nodes):
-            model = load(args.model)
-            if args.window:
-                add_windows(model, args.window)
-            model.max_seq_length = args.length or model.max_seq_length
+            model = load(args.model, args.window, args.length)
             print(json.dumps({"test": args.test, "base": evaluate(model, test)}))
             return
         if args.negatives:
@@ -91,12 +93,17 @@ def main() -> None:
             engine = LoraFinetuneEngine(args.data / f"{args.train}.json", **settings)
         result = engine.finetune()
         print(result, engine.data_report or "", *result.mined, sep="\n")
+        base, length = load(args.model), result.truncation.length_after
+        changed = {}
+        if args.window or length != base.max_seq_length:
+            changed["base_as_the_run_reads"] = evaluate(load(args.model, args.window, length), test)
         report = {
             "train": args.train or f"{args.nodes} (documents only)",
             "test": args.test,
             "settings": chosen,
             "mined_negatives": [round(found.mean_negatives, 2) for found in result.mined],
-            "base": evaluate(load(args.model), test),
+            "base": evaluate(base, test),
+            **changed,
             "tuned": evaluate(load(result.adapter_path), test),
             "best_step": result.best_step,
             "steps": result.steps,

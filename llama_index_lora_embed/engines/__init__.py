@@ -3,8 +3,9 @@
 from llama_index_lora_embed.engines.lora import LoraFinetuneEngine
 from llama_index_lora_embed.engines.result import FinetuneResult
 from llama_index_lora_embed.engines.run import run_finetune
+from llama_index_lora_embed.engines.run_verdict import BaseChange
 
 SentenceTransformersFinetuneEngine = LoraFinetuneEngine
 """llama-index-finetuning's name for the engine, so that old code changes its import line and nothing else."""
 
-__all__ = ["FinetuneResult", "LoraFinetuneEngine", "SentenceTransformersFinetuneEngine", "run_finetune"]
+__all__ = ["BaseChange", "FinetuneResult", "LoraFinetuneEngine", "SentenceTransformersFinetuneEngine", "run_finetune"]

@@ -12,6 +12,7 @@ from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, eva
 from llama_index_lora_embed.evaluation.search import FloatArray
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.precision import autocast, resolve_precision
+from llama_index_lora_embed.models.tokens import count_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -56,6 +57,15 @@ def evaluate_model(
         if dataset.kind == "pairs":
             return evaluate_pair_encoders(queries, passages, dataset)
         return evaluate_encoders(queries, frozen or passages, dataset)
+
+
+def longest_text(model: SentenceTransformer, dataset: TrainingData) -> int:
+    """Tokens of the longest text that an evaluation embeds, with prompt and special tokens and without truncation."""
+    if dataset.kind == "queries":
+        sides = [("query", list(dataset.queries.values())), ("document", list(dataset.corpus.values()))]
+    else:
+        sides = [("document" if dataset.symmetric else "query", dataset.texts1), ("document", dataset.texts2)]
+    return max(max(count_tokens(model, texts, model.prompts.get(name) or "")) for name, texts in sides)
 
 
 def default_metric(dataset: TrainingData | None) -> str:

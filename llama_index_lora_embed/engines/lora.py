@@ -279,8 +279,9 @@ class LoraFinetuneEngine:
         """Train, keep the step that evaluated best, and write the adapter directory.
 
         The base is evaluated first and is a candidate: if no later step beats it, the untrained adapter is written,
-        `best_step` is 0, and a warning says so. Of several steps that beat it and lie within a standard error of the
-        best, the latest is kept.
+        `best_step` is 0, and a warning says so. Where the run reads texts otherwise than the base as installed (another
+        `max_seq_length`, windows, prompts or pooling), both are candidates, and the verdict is on the base as
+        installed. Of several steps that beat it and lie within a standard error of the best, the latest is kept.
 
         Ctrl-C and SIGTERM finish the step, save a checkpoint, then stop; `finetune(resume_from_checkpoint=True)`
         continues from it. Under torchrun or accelerate launch all processes train together and the first one writes.

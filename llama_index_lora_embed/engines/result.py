@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,9 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.config import FinetuneConfig
     from llama_index_lora_embed.data import BuildReport, EmbeddingQAFinetuneDataset, LabelledPairs
     from llama_index_lora_embed.data.training_data import TrainingData
+    from llama_index_lora_embed.engines.run_verdict import BaseChange, RunVerdict
     from llama_index_lora_embed.evaluation import Comparison, RetrievalComparison, Verdict
+    from llama_index_lora_embed.models.adapter_directory import Manifest
     from llama_index_lora_embed.models.base_model import BaseInfo
     from llama_index_lora_embed.training.lengths import Truncation
     from llama_index_lora_embed.training.negatives.mining import MiningReport
@@ -33,11 +34,15 @@ class FinetuneResult:
         fingerprint: Fingerprint of the model in it.
         verdict: BETTER, LIKELY BETTER, NO CLEAR DIFFERENCE, WORSE or NOT EVALUATED.
         summary: The verdict in one sentence, with the queries that it is based on.
-        base_metrics: Metrics of the base on the validation data, from 0 to 1; empty if not evaluated.
+        base_metrics: Metrics on the validation data, from 0 to 1, of the base as installed: with its own length,
+            prompts and pooling. Empty if not evaluated.
         tuned_metrics: Metrics of the model in the directory.
         comparison: The difference with its interval; None if not evaluated.
         best_step: Step of the weights in the directory, the latest of those within a standard error of the best; 0
             means that training gained nothing.
+        max_seq_length: Tokens that the model in the directory reads of a text.
+        base_change: The base with the run's length, windows, prompts or pooling; None where it reads the validation
+            data as the base as installed does.
         steps: Steps trained.
         history: Step and metrics of every evaluation.
         truncation: The chosen length, and how many texts it truncates.
@@ -47,7 +52,7 @@ class FinetuneResult:
         mined: What each round of mining found.
         evaluations: Of the base and of the tuned model, query by query or pair by pair; None if not evaluated.
         val_dataset: The validation data.
-        trained_on: Origins of the training queries; None for labelled pairs.
+        trained_on: Origins of the queries that the model was trained on; None for labelled pairs.
     """
 
     adapter_path: str
@@ -58,11 +63,13 @@ class FinetuneResult:
     tuned_metrics: dict[str, float]
     comparison: Comparison | None
     best_step: int
+    max_seq_length: int
     steps: int
     history: list[dict[str, Any]]
     truncation: Truncation
     train_seconds: float
     precision: str
+    base_change: BaseChange | None = None
     data_report: BuildReport | None = None
     mined: tuple[MiningReport, ...] = ()
     evaluations: tuple[Any, Any] | None = field(default=None, repr=False)
@@ -74,37 +81,37 @@ class FinetuneResult:
         cls,
         outcome: TrainingOutcome,
         path: str,
-        fingerprint: str,
-        summary: str,
-        comparison: Comparison | None,
+        manifest: Manifest,
+        verdict: RunVerdict,
         mined: tuple[MiningReport, ...],
         data_report: BuildReport | None,
         val_dataset: TrainingData | None,
-        trained_on: Collection[str] | None,
     ) -> FinetuneResult:
         """The result of a run from its parts."""
         from llama_index_lora_embed.evaluation import Verdict
 
-        best = outcome.selection
+        best, comparison = outcome.selection, verdict.comparison
         return cls(
             adapter_path=path,
-            fingerprint=fingerprint,
+            fingerprint=manifest.fingerprint,
             verdict=Verdict.NOT_EVALUATED if comparison is None else comparison.verdict,
-            summary=summary,
-            base_metrics={} if best.base is None else best.base.metrics,
-            tuned_metrics={} if best.best is None else best.best.metrics,
+            summary=verdict.summary,
+            base_metrics=verdict.metrics.get("base", {}),
+            tuned_metrics=verdict.metrics.get("tuned", {}),
             comparison=comparison,
             best_step=best.best_step if comparison is not None else outcome.steps,
+            max_seq_length=manifest.max_seq_length,
             steps=outcome.steps,
             history=best.history,
             truncation=outcome.truncation,
             train_seconds=outcome.train_seconds,
             precision=outcome.precision,
+            base_change=verdict.change,
             data_report=data_report,
             mined=mined,
-            evaluations=None if comparison is None else (best.base, best.best),
+            evaluations=None if comparison is None else (best.reference, best.kept),
             val_dataset=val_dataset,
-            trained_on=None if trained_on is None else tuple(trained_on),
+            trained_on=verdict.trained_on,
         )
 
     def compare(self) -> RetrievalComparison:
@@ -151,49 +158,22 @@ class FinetuneResult:
             figures=figures,
         )
 
-    @property
-    def max_seq_length(self) -> int:
-        """Tokens per text, in training and when embedding."""
-        return self.truncation.length_after
-
     def __str__(self) -> str:
         lines = [self.summary]
         if self.base_metrics:
             shown = [name for name in HEADLINE if name in self.base_metrics] or list(self.base_metrics)
             widths = {name: max(11, len(name) + 2) for name in shown}
-            lines.append(f"{'':8}" + "".join(f"{name:>{widths[name]}}" for name in shown))
-            for row, values in (("base", self.base_metrics), ("tuned", self.tuned_metrics)):
-                lines.append(f"{row:8}" + "".join(f"{values[name]:{widths[name]}.3f}" for name in shown))
+            change = {} if self.base_change is None else {self.base_change.name: self.base_change.metrics}
+            rows = {"base": self.base_metrics, **change, "tuned": self.tuned_metrics}
+            first = max(8, *(len(row) + 1 for row in rows))
+            lines.append(f"{'':{first}}" + "".join(f"{name:>{widths[name]}}" for name in shown))
+            for row, values in rows.items():
+                lines.append(f"{row:{first}}" + "".join(f"{values[name]:{widths[name]}.3f}" for name in shown))
+            if self.base_change is not None:
+                lines.append(str(self.base_change))
         lines.append(f"{self.truncation}")
         lines.append(f"adapter of step {self.best_step} of {self.steps} in {self.adapter_path}")
         return "\n".join(lines)
-
-
-def summarise(
-    comparison: Comparison | None, best_step: int, evaluations: int, note: str = "", continued: bool = False
-) -> str:
-    """The verdict in words.
-
-    Args:
-        comparison: None if nothing was evaluated.
-        best_step: 0 if no step beat the base.
-        evaluations: Number of evaluations to choose the best from, the base's included.
-        note: Where the validation data comes from.
-        continued: Whether the run started from an adapter instead of the base.
-    """
-    start = "the adapter that it continues" if continued else "the base"
-    if comparison is None:
-        return "NOT EVALUATED: there was no validation set, so it is not known whether this model is better."
-    if best_step == 0:
-        gained_nothing = f"training gained nothing; the adapter gives the vectors of {start}."
-        on = f"{comparison.queries} {comparison.evidence.value}"
-        return f"{comparison.verdict.value} on {on}: {gained_nothing} {comparison.basis} {note}".strip()
-    if continued:
-        note = f"Compared with the adapter that it continues, not with the base. {note}".strip()
-    if evaluations > 2:
-        # a maximum over several looks at the same questions is a little too high
-        note = f"{note} The best of {evaluations - 1} evaluations was chosen on these same questions.".strip()
-    return f"{comparison} {note}".strip()
 
 
 def write_run(
@@ -206,8 +186,8 @@ def write_run(
     parent: dict[str, Any] | None,
     outcome: TrainingOutcome,
     mined: tuple[MiningReport, ...],
-    summary: str,
-) -> str:
+    verdict: RunVerdict,
+) -> Manifest:
     """Write the adapter directory with its manifest; checkpoints that nobody asked for are removed then.
 
     Args:
@@ -220,10 +200,10 @@ def write_run(
         parent: Path and fingerprint of the adapter that the run continues.
         outcome: Of the training.
         mined: What each round of mining found.
-        summary: The verdict in words.
+        verdict: The verdict.
 
     Returns:
-        The fingerprint of the model in the directory.
+        The manifest of the directory.
 
     Raises:
         OutputDirectoryError: It could not be written; the trained weights are in the checkpoints.
@@ -233,7 +213,6 @@ def write_run(
 
     best = outcome.selection
     mining = {"mined_negatives": [report.mean_negatives for report in mined]} if dataset.kind == "queries" else {}
-    metrics = {} if best.base is None or best.best is None else {"base": best.base.metrics, "tuned": best.best.metrics}
     manifest = adapter_directory.Manifest.of(
         model,
         base.to_dict(),
@@ -241,8 +220,9 @@ def write_run(
         parent=parent,
         dataset={**dataset.summary(), **mining},
         settings={**config.result_affecting(), "precision": outcome.precision},
-        metrics=metrics,
-        verdict=summary,
+        metrics=verdict.metrics,
+        verdict=verdict.summary,
+        base_change="" if verdict.change is None else str(verdict.change),
         best_step=None if best.base is None else best.best_step,
         truncation=asdict(outcome.truncation),
     )
@@ -255,4 +235,4 @@ def write_run(
         raise
     if not config.training.save_checkpoints:
         checkpoints.clear_checkpoints(run_dir)
-    return written.fingerprint
+    return written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,8 @@ from llama_index_lora_embed.data import (
 from llama_index_lora_embed.data.headings import validate_on_headings
 from llama_index_lora_embed.data.origins import HUMAN, LLM_WRITTEN, METADATA
 from llama_index_lora_embed.data.readers.nodes import read_nodes
-from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data, trained_note
-from llama_index_lora_embed.engines.result import FinetuneResult, summarise, write_run
+from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data
+from llama_index_lora_embed.engines.result import FinetuneResult, write_run
 from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel
 from llama_index_lora_embed.engines.validation import check_device, check_loss, check_run
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from llama_index_lora_embed.data.stored_vectors import FloatArray, StoredVectors
+    from llama_index_lora_embed.models.adapter_directory import Manifest
     from llama_index_lora_embed.training.arguments import UserArguments
 
 
@@ -265,7 +267,7 @@ class FinetuneRun:
         self, target: Path, run_dir: Path, arguments: UserArguments, load: Callable[[], Loaded]
     ) -> FinetuneResult:
         from llama_index_lora_embed.engines.evaluator import default_metric, evaluate_model
-        from llama_index_lora_embed.evaluation import compare
+        from llama_index_lora_embed.engines.run_verdict import RunVerdict
         from llama_index_lora_embed.training import distributed
         from llama_index_lora_embed.training.checkpointing.resume import lora_fields, record
         from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
@@ -275,26 +277,38 @@ class FinetuneRun:
         config = arguments.config
         settings, val = config.training, self.val_dataset
         start = StartingModel(config)
-        model, base, parent = load()
+        model, base, parent, installed = load()
         lora_config = self._lora_config()
         if lora_config is not None:  # with peft's defaults left out, whoever wrote them
             config = config.replace(lora_config=lora_fields(lora_config))
-        passages = start.frozen_passages(model, self._stored_vectors()) if settings.tune == "query" else None
-        evaluate = None if val is None else partial(
-            evaluate_model,
-            dataset=val,
-            frozen=passages,
-            precision=settings.precision,
-            fused_attention=settings.fused_attention,
-            show_progress=settings.show_progress_bar,
-        )  # fmt: skip
+        query_side = settings.tune == "query"
+        frozen_of = partial(start.frozen_passages, stored=self._stored_vectors()) if query_side else None
+        passages = None if frozen_of is None else frozen_of(model)
+        evaluate = evaluate_as_installed = None
+        if val is not None:
+            on_val = partial(
+                evaluate_model,
+                dataset=val,
+                precision=settings.precision,
+                fused_attention=settings.fused_attention,
+                show_progress=settings.show_progress_bar,
+            )
+            evaluate = partial(on_val, frozen=passages)
+            evaluate_as_installed = partial(
+                installed.evaluate,
+                dataset=val,
+                evaluate=lambda own: on_val(own, frozen=None if frozen_of is None else frozen_of(own)),
+            )
         outcome, mined = train_with_mining(
             model,
             self.dataset,
             config,
             run_dir,
             selection=CheckpointSelection(
-                evaluate, settings.best_metric or default_metric(val), settings.adapter_scale
+                evaluate,
+                settings.best_metric or default_metric(val),
+                settings.adapter_scale,
+                evaluate_as_installed,
             ),
             lora_config=lora_config,
             loss=self.loss,
@@ -309,17 +323,14 @@ class FinetuneRun:
         best = outcome.selection
         if config.base.quantized:
             model = onto_full_precision(model, best, lambda: start.load_base(base, quantized=False))
-        trained_on = self.dataset.origins() if self.dataset.kind == "queries" else None
-        comparison = None if val is None else compare(
-            best.base, best.best, trained_on=trained_on, note=trained_note(self.dataset, val)  # type: ignore[arg-type]
-        )  # fmt: skip
-        summary = summarise(comparison, best.best_step, len(best.history), self.hold_out_note, parent is not None)
-        fingerprint = distributed.on_main(
-            lambda: write_run(target, run_dir, config, self.dataset, model, base, parent, outcome, mined, summary)
-        )
-        return FinetuneResult.of(
-            outcome, str(target), fingerprint, summary, comparison, mined, self.data_report, val, trained_on
-        )
+        verdict = RunVerdict.of(best, self.dataset, val, self.hold_out_note, continued=parent is not None)
+
+        def write() -> Manifest:
+            with installed.to_write(model) if best.keeps_installed else nullcontext(model) as kept:
+                return write_run(target, run_dir, config, self.dataset, kept, base, parent, outcome, mined, verdict)
+
+        manifest = distributed.on_main(write)
+        return FinetuneResult.of(outcome, str(target), manifest, verdict, mined, self.data_report, val)
 
     def _stored_vectors(self) -> dict[str, FloatArray]:
         """The vectors of an index by the texts of training and validation; none where there is no index."""

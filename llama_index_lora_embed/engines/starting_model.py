@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llama_index_lora_embed.config import DEFAULT_BASE, FinetuneConfig
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
     from llama_index_lora_embed.embedding import LoraEmbedding
     from llama_index_lora_embed.embedding.encode import Vectors
+    from llama_index_lora_embed.engines.as_installed import AsInstalled
     from llama_index_lora_embed.models.base_model import BaseInfo
     from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 
-Loaded: TypeAlias = "tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None]"
-"""A model, its base, and path and fingerprint of the adapter that is continued, if any."""
+Loaded: TypeAlias = "tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None, AsInstalled]"
+"""A model, its base, path and fingerprint of the adapter that is continued, if any, and the model as installed."""
 
 
 @dataclass(frozen=True)
@@ -34,38 +36,58 @@ class StartingModel:
         return None if base.continue_from is not None and base.model_id == DEFAULT_BASE else base.model_id
 
     def load(self) -> Loaded:
-        """The model, its base, and the adapter that is continued, if any.
+        """The model, its base, the adapter that is continued, if any, and how it is installed.
 
         Raises:
             ConfigError: The continued adapter was trained for other sides than `tune` says.
             LoraEmbedError: As `describe_base` and `load_base`, or `load_adapter`.
         """
-        from llama_index_lora_embed.models.base_model import describe_base
+        from llama_index_lora_embed.engines.as_installed import AsInstalled
+        from llama_index_lora_embed.models import base_model
+        from llama_index_lora_embed.models.families import family_of
         from llama_index_lora_embed.models.lora_adapter import load_adapter
         from llama_index_lora_embed.models.opened_adapter import open_adapter
+        from llama_index_lora_embed.models.pooling import records_pooling
+        from llama_index_lora_embed.models.windows import check_prompts
 
         settings = self.config.base
-        if settings.continue_from is None:
-            base = describe_base(settings.model_id, settings.revision, settings.cache_folder)
-            return self.load_base(base), base, None
-        adapter = open_adapter(
-            settings.continue_from,
-            base_model=self.base_model,
-            revision=settings.revision,
-            cache_folder=settings.cache_folder,
-        )
-        tuned = adapter.tune()
-        if tuned != self.config.training.tune:
-            raise ConfigError(
-                f"tune={self.config.training.tune!r} with continue_from={settings.continue_from!r}, which was trained "
-                f"with tune={tuned!r}",
-                f"tune={tuned!r}, so that base and tuned model differ on the same sides",
-                "Change tune, or train a new adapter from the base.",
+        parent: dict[str, Any] | None = None
+        load_anew: Callable[[], SentenceTransformer] | None = None
+        if settings.continue_from is not None:
+            adapter = open_adapter(
+                settings.continue_from,
+                base_model=self.base_model,
+                revision=settings.revision,
+                cache_folder=settings.cache_folder,
             )
-        model, fingerprint = load_adapter(
-            adapter, merge=False, pooling=settings.pooling, window=settings.window, **self._loading()
-        )
-        return model, adapter.base, {"path": settings.continue_from, "fingerprint": fingerprint}
+            tuned = adapter.tune()
+            if tuned != self.config.training.tune:
+                raise ConfigError(
+                    f"tune={self.config.training.tune!r} with continue_from={settings.continue_from!r}, which was "
+                    f"trained with tune={tuned!r}",
+                    f"tune={tuned!r}, so that base and tuned model differ on the same sides",
+                    "Change tune, or train a new adapter from the base.",
+                )
+            base = adapter.base
+            # an adapter of peft alone takes both for those that it was trained with
+            made_with: dict[str, Any] = {"pooling": settings.pooling, "window": settings.window}
+            model, fingerprint = load_adapter(adapter, merge=False, **made_with, **self._loading())
+            parent = {"path": settings.continue_from, "fingerprint": fingerprint}
+        else:
+            base = base_model.describe_base(settings.model_id, settings.revision, settings.cache_folder)
+            named = records_pooling(base.path) or family_of(base.model_id) is not None
+            pooling = None if named else settings.pooling  # otherwise the given mode is all that is known
+            load = partial(base_model.load_base, base, pooling=pooling, **self._loading())
+            if settings.window is None and settings.pooling == pooling:
+                model = load(quantized=settings.quantized)
+            else:
+                model, load_anew = self.load_base(base), load
+        installed = AsInstalled(dict(model.prompts), model.max_seq_length, load_anew)
+        for name, prompt in (("query", settings.query_prompt), ("document", settings.passage_prompt)):
+            if prompt is not None:
+                model.prompts[name] = prompt
+        check_prompts(model)
+        return model, base, parent, installed
 
     def frozen_passages(self, model: SentenceTransformer, stored: Mapping[str, Vectors]) -> FrozenPassages:
         """Stored vectors of passages, and the base's by a model that `load` has returned, whatever its adapter becomes.
@@ -90,7 +112,7 @@ class StartingModel:
 
         settings = self.config.base
         quantized = settings.quantized if quantized is None else quantized
-        return load_base(base, pooling=settings.pooling, window=settings.window, quantized=quantized, **self._loading())
+        return load_base(base, quantized=quantized, **self._options(), **self._loading())
 
     def embedding(self) -> LoraEmbedding:
         """The same as an embedding model, for filters that embed queries before training."""
@@ -102,18 +124,19 @@ class StartingModel:
             base_model=self.base_model,
             revision=settings.revision,
             cache_folder=settings.cache_folder,
-            pooling=settings.pooling,
-            window=settings.window,
+            **self._options(),
             **self._loading(),
         )
+
+    def _options(self) -> dict[str, Any]:
+        settings = self.config.base
+        return {name: getattr(settings, name) for name in ("pooling", "window", "query_prompt", "passage_prompt")}
 
     def _loading(self) -> dict[str, Any]:
         from llama_index_lora_embed.training import distributed
 
-        base, training = self.config.base, self.config.training
+        training = self.config.training
         return {
             "device": distributed.own_device(training.device),
             "trust_remote_code": training.trust_remote_code,
-            "query_prompt": base.query_prompt,
-            "passage_prompt": base.passage_prompt,
         }

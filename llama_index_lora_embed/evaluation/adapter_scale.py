@@ -38,7 +38,8 @@ def tune_scale(
         **embedding: Further arguments of `LoraEmbedding`: device, prompts, ...
 
     Returns:
-        Scale to evaluation; 0 is the base. Among ties, the lowest scale is the best.
+        Scale to evaluation; 0 is the base with the adapter's length, prompts and windows. Among ties, the lowest scale
+        is the best.
 
     Raises:
         ConfigError: A scale is out of range, the metric is unknown, or the adapter is not a plain LoRA.

@@ -51,7 +51,9 @@ class Manifest:
         parents: Path, fingerprint and weight of each adapter that was merged.
         dataset: Digest and size of the training set, and the origins of its queries.
         settings: `TrainingSettings` of the run.
-        metrics: Metrics of "base" and "tuned" on the validation set, if there was one.
+        metrics: Metrics of "base" (as installed) and "tuned" on the validation set, if there was one; between them
+            those of the base with the run's length, windows, prompts or pooling, if these matter there.
+        base_change: The verdict on what lies between, in words.
         best_step: Step of the saved weights; 0 is the untrained base model.
         truncation: Share of truncated texts, before and after the length was chosen.
         created: UTC time, ISO 8601.
@@ -72,6 +74,7 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     verdict: str = ""
+    base_change: str = ""
     best_step: int | None = None
     truncation: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -48,6 +48,8 @@ def model_card(manifest: Manifest, place: str = "path/of/this/folder", *, base_o
         lines += ["", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for row, values in manifest.metrics.items():
             lines.append(f"| {row} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
+        if manifest.base_change:
+            lines += ["", manifest.base_change]
     lines += [
         *("", "In LlamaIndex:", ""),
         *("```python", "from llama_index_lora_embed import LoraEmbedding", ""),

@@ -167,6 +167,7 @@ def train(
     evaluator = Evaluator(trainer, settings.evaluation_steps, settings.early_stopping_patience, stop)
     for callback in (evaluator, RunLog(run_dir / LOG_NAME), *callbacks):
         trainer.add_callback(callback)
+    selection.evaluate_installed(model)
     if checkpoint is None or evaluate_anew:
         selection.evaluate_step(model, 0)
     cache = _hidden_state_cache(model, settings, plan, trainer, run_dir)

@@ -502,7 +502,8 @@ def test_a_training_set_that_cannot_be_split_trains_with_a_warning(tiny_model, o
 def test_truncated_texts_are_counted_and_reported(tiny_model, val_dataset, out):
     dataset = make_dataset()
     dataset.corpus = {i: f"{text} {text}" for i, text in dataset.corpus.items()}
-    engine = LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val_dataset, epochs=1, batch_size=8, **QUIET)
+    learns = {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3}
+    engine = LoraFinetuneEngine(dataset, tiny_model, out, val_dataset=val_dataset, **learns, **QUIET)
     with pytest.warns(UserWarning, match="24 of 72 texts are longer than the model's own limit of 16"):
         result = engine.finetune()
     assert (result.truncation.cut_before, result.truncation.cut_after, result.max_seq_length) == (24, 0, 24)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError
 from llama_index_lora_embed.core.files import whole_file
+from llama_index_lora_embed.evaluation.metrics import metric_label
 from llama_index_lora_embed.evaluation.pair_comparison import compare_pairs
 from llama_index_lora_embed.evaluation.pairs import PairEvaluation
 from llama_index_lora_embed.evaluation.report import plots
@@ -95,6 +96,9 @@ def write_report(
             "the result of compare_retrieval, or (base, tuned) of evaluate_pairs",
             "write_report(path, compare_retrieval(base, tuned, val))",
         )
+    if facts is not None and facts.manifest.base_change:
+        content["notes"] = [facts.manifest.base_change, *content["notes"]]
+        content["tables"].insert(0, _run_metrics(facts))
     if facts is not None and facts.log:
         shown.insert(0, _Plot("curves", _CURVES, plots.curves(facts.log, facts.manifest.best_step)))
     files = {plot.name: plots.png(plot.figure) for plot in shown}
@@ -154,6 +158,14 @@ def _side_by_side(outcome: QueryOutcome, comparison: RetrievalComparison) -> dic
         "top": (top(outcome.base_top), top(outcome.tuned_top)),
         "relevant": [shortened(corpus.get(i, i), _PASSAGE_WIDTH) for i in outcome.relevant],
     }
+
+
+def _run_metrics(facts: RunFacts) -> Table:
+    """All rows of the run's own evaluation, between base and tuned the base with the run's length or windows."""
+    rows = facts.manifest.metrics
+    names = list(rows["base"])
+    cells = [(row, *(f"{values[name]:.3f}" for name in names)) for row, values in rows.items()]
+    return Table("Metrics of the run", ("", *map(metric_label, names)), cells)
 
 
 def _run_tables(facts: RunFacts) -> list[Table]:

@@ -35,16 +35,30 @@ class Evaluation(Protocol):
         """A metric of each query, in the same order in every evaluation; empty if it has no value per query."""
 
 
+@dataclass(frozen=True)
+class Installed:
+    """The evaluation of a starting model as installed, where step 0 reads texts otherwise.
+
+    Attributes:
+        evaluation: The evaluation.
+        change: What is different at step 0, in words: "512 tokens", "windows of 512 tokens".
+    """
+
+    evaluation: Evaluation
+    change: str
+
+
 @dataclass
 class CheckpointSelection:
     """Evaluates steps and keeps the adapter weights of the best one.
 
-    A step that does not beat the base is never kept. Among those that do, the latest is kept whose mean is at most one
-    standard error (of the paired difference) below the highest: on few queries the highest is often chance, and the
-    learning rate is lower at a later step (the one-standard-error rule; Breiman et al., 1984, section 3.4.3). In a run
-    on tenk_train the highest of four evaluations on 68 queries was the first epoch's (0.838 against 0.833 to 0.834),
-    which on another fold of the training side is 0.015 below the third's (benchmarks/README.md). A metric without
-    values per query (ROC-AUC) has no such error: there the highest is kept.
+    A step that does not beat the base is never kept; nor, where step 0 is the base with another length, other prompts
+    or windows, one that does not beat the base as installed. Among those that do, the latest is kept whose mean is at
+    most one standard error (of the paired difference) below the highest: on few queries the highest is often chance,
+    and the learning rate is lower at a later step (the one-standard-error rule; Breiman et al., 1984, section 3.4.3).
+    In a run on tenk_train the highest of four evaluations on 68 queries was the first epoch's (0.838 against 0.833 to
+    0.834), which on another fold of the training side is 0.015 below the third's (benchmarks/README.md). A metric
+    without values per query (ROC-AUC) has no such error: there the highest is kept.
 
     Where several processes train, the main one evaluates and broadcasts the result.
 
@@ -52,9 +66,12 @@ class CheckpointSelection:
         evaluator: Evaluates a model; None if there is no validation data.
         metric: Name of the metric to select by.
         adapter_scale: Share of the trained change that is evaluated and kept.
+        evaluate_as_installed: Evaluates the starting model as installed, given the model with its starting weights;
+            returns None where step 0 is the same.
         history: Step and metrics of each evaluation.
         best_step: Step that is kept.
         base: Evaluation of step 0.
+        installed: Of the starting model as installed; None where it would be `base`.
         best: Evaluation of the step that is kept.
         top_scores: The metric of each query in the evaluation with the highest mean.
         weights: Adapter weights of the step that is kept, on the CPU.
@@ -65,14 +82,43 @@ class CheckpointSelection:
     evaluator: Callable[[SentenceTransformer], Evaluation] | None
     metric: str = "ndcg@10"
     adapter_scale: float = 1.0
+    evaluate_as_installed: Callable[[SentenceTransformer], Installed | None] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = 0
     base: Evaluation | None = None
+    installed: Installed | None = None
     best: Evaluation | None = None
     top_scores: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] | None = None
     seconds: float = 0.0
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def reference(self) -> Evaluation | None:
+        """What the kept weights are compared with: the starting model as installed."""
+        return self.base if self.installed is None else self.installed.evaluation
+
+    @property
+    def keeps_installed(self) -> bool:
+        """Whether neither a trained step nor what the run changes about lengths, prompts or windows is a gain."""
+        if self.evaluator is None or self.best_step:
+            return False
+        if self.installed is None or self.base is None:
+            return True
+        return self.installed.evaluation.metrics[self.metric] >= self.base.metrics[self.metric]
+
+    @property
+    def kept(self) -> Evaluation | None:
+        """Evaluation of what is kept."""
+        return self.reference if self.keeps_installed else self.best
+
+    def evaluate_installed(self, model: SentenceTransformer) -> None:
+        """Evaluate the starting model as installed, once; `model` has the weights that it starts from."""
+        evaluate = self.evaluate_as_installed
+        if evaluate is not None and self.installed is None:
+            started = time.perf_counter()
+            self.installed = distributed.on_main(lambda: evaluate(model))
+            self.seconds += time.perf_counter() - started
 
     def evaluate_step(self, model: SentenceTransformer, step: int) -> dict[str, float]:
         """Metrics of the model at this step, which is evaluated unless it was before.
@@ -114,14 +160,20 @@ class CheckpointSelection:
     def _keep(self, scores: list[float]) -> bool:
         """Whether the latest entry of the history is the one to keep."""
         values = self._values()
-        if not values[:-1] or values[-1] > max(values[:-1]):
+        if not values[:-1]:
             self.top_scores = scores
             return True
+        to_beat = values[0]
+        if self.installed is not None:
+            to_beat = max(to_beat, self.installed.evaluation.metrics[self.metric])
+        if values[-1] > max(values[:-1]):
+            self.top_scores = scores
+            return values[-1] > to_beat
         behind = torch.tensor(self.top_scores, dtype=torch.float64) - torch.tensor(scores, dtype=torch.float64)
         if not len(behind):
             return False
         error = float(behind.std() / math.sqrt(len(behind))) if len(behind) > 1 else 0.0
-        return bool(values[-1] > values[0] and float(behind.mean()) <= error)
+        return bool(values[-1] > to_beat and float(behind.mean()) <= error)
 
     def evaluations_without_gain(self) -> int:
         """Number of evaluations since the highest one."""

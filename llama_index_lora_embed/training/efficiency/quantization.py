@@ -14,7 +14,7 @@ from llama_index_lora_embed.training.lora import adapter_weights, restore_weight
 def onto_full_precision(
     quantized: SentenceTransformer, selection: CheckpointSelection, load: Callable[[], SentenceTransformer]
 ) -> SentenceTransformer:
-    """The trained adapter on the base in full precision; base and best are evaluated again there.
+    """The trained adapter on the base in full precision; the base and the best are evaluated again there.
 
     Quantization changes the base's embeddings, and with them the metrics; the reported ones must be those of the model
     that serves. `load` loads the base in full precision.
@@ -22,6 +22,8 @@ def onto_full_precision(
     model = load()
     model.max_seq_length = quantized.max_seq_length
     if selection.evaluator is not None:
+        selection.installed = None
+        selection.evaluate_installed(model)
         selection.base = selection.evaluate(model)
     config = copy.deepcopy(quantized.transformers_model.peft_config["default"])  # type: ignore[union-attr]
     model.add_adapter(config)

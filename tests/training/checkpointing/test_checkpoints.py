@@ -480,5 +480,5 @@ def test_with_other_prompts_the_base_is_evaluated_again(tiny_model, interrupted)
     again = engine(
         tiny_model, interrupted, resume_from_checkpoint=True, query_prompt="query : ", allow_changes=["query_prompt"]
     ).finetune()
-    assert again.history[0]["metrics"] == again.base_metrics
+    assert again.history[0]["metrics"] == again.base_change.metrics
     assert [entry["step"] for entry in again.history] == [0, 6, 9, 12]

@@ -5,7 +5,7 @@ import torch
 
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.training.checkpointing import selection
-from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
+from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection, Installed
 
 
 @dataclass
@@ -25,15 +25,22 @@ def _weights_are_their_step(monkeypatch):
     monkeypatch.setattr(selection, "adapter_weights", lambda step: {"step": torch.tensor(step)})
 
 
-def kept(*evaluations):
-    """The step that is kept of these evaluations, at steps 0, 1, ..."""
+def selection_of(*evaluations, installed=None):
+    """The selection from these evaluations, at steps 0, 1, ...; perhaps beside one of the base as installed."""
     waiting = iter(evaluations)
-    selected = CheckpointSelection(lambda step: Evaluation(next(waiting)))
+    own = None if installed is None else lambda model: Installed(Evaluation(installed), "64 tokens")
+    selected = CheckpointSelection(lambda step: Evaluation(next(waiting)), evaluate_as_installed=own)
+    selected.evaluate_installed(0)
     for step in range(len(evaluations)):
         selected.evaluate_step(step, step)
     assert int(selected.weights["step"]) == selected.best_step
     assert selected.best.values == evaluations[selected.best_step]
-    return selected.best_step
+    return selected
+
+
+def kept(*evaluations):
+    """The step that is kept."""
+    return selection_of(*evaluations).best_step
 
 
 BASE = [0.5, 0.5, 0.5, 0.5]
@@ -86,6 +93,30 @@ def test_a_metric_without_values_per_query_keeps_the_highest():
         selected.evaluate_step(step, step)
     assert selected.best_step == 1
     assert selected.evaluations_without_gain() == 2
+
+
+def test_a_step_must_beat_the_base_as_installed_too():
+    high = [0.7, 0.7, 0.7, 0.7]
+    below = selection_of(BASE, [0.7, 0.6, 0.6, 0.6], installed=high)
+    assert (below.best_step, below.keeps_installed, below.kept.values) == (0, True, high)
+    above = selection_of(BASE, [0.7, 0.6, 0.6, 0.6], UP, [0.9, 0.6, 0.7, 0.55], installed=high)
+    assert (above.best_step, above.keeps_installed, above.kept.values) == (2, False, UP)
+    assert above.reference.values == high
+
+
+def test_a_latest_step_within_a_standard_error_is_not_kept_where_the_installed_base_is_better():
+    assert kept(BASE, UP, [0.9, 0.6, 0.85, 0.6]) == 2
+    assert selection_of(BASE, UP, [0.9, 0.6, 0.85, 0.6], installed=[0.74, 0.74, 0.74, 0.74]).best_step == 1
+
+
+def test_step_0_is_kept_as_installed_unless_what_the_run_changes_is_a_gain():
+    low, high = ([value + change for value in BASE] for change in (-0.1, 0.1))
+    for installed, own in ((None, True), (high, True), (BASE, True), (low, False)):
+        assert selection_of(BASE, low, installed=installed).keeps_installed is own
+
+
+def test_early_stopping_counts_from_the_highest_of_the_steps():
+    assert selection_of(BASE, UP, BASE, installed=[1.0, 1.0, 1.0, 1.0]).evaluations_without_gain() == 1
 
 
 def test_a_metric_that_is_not_reported_is_refused_with_those_that_are():
