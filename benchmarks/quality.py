@@ -29,7 +29,7 @@ from llama_index.core.schema import TextNode
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraFinetuneEngine, evaluate_retrieval
 from llama_index_lora_embed.config import MiningSettings
 from llama_index_lora_embed.models.windows import add_windows
 
@@ -49,6 +49,12 @@ def evaluate(model: SentenceTransformer, test: EmbeddingQAFinetuneDataset) -> di
     metrics = InformationRetrievalEvaluator(test.queries, test.corpus, relevant, batch_size=16)(model)
     names = {"ndcg@10": "ndcg@10", "hit@1": "accuracy@1", "hit@5": "accuracy@5", "mrr@10": "mrr@10"}
     return {ours: round(float(metrics[f"cosine_{theirs}"]), 4) for ours, theirs in names.items()}
+
+
+def query_side(engine: LoraFinetuneEngine, test: EmbeddingQAFinetuneDataset) -> dict[str, float]:
+    """Metrics of an adapter for queries, which sentence-transformers alone would use for passages, too."""
+    found = evaluate_retrieval(engine.get_finetuned_model(), test).metrics
+    return {name: round(found[name], 4) for name in ("ndcg@10", "hit@1", "hit@5", "mrr@10")}
 
 
 def main() -> None:
@@ -104,7 +110,9 @@ def main() -> None:
             "mined_negatives": [round(found.mean_negatives, 2) for found in result.mined],
             "base": evaluate(base, test),
             **changed,
-            "tuned": evaluate(load(result.adapter_path), test),
+            "tuned": evaluate(load(result.adapter_path), test)
+            if settings.get("tune", "both") == "both"
+            else query_side(engine, test),
             "best_step": result.best_step,
             "steps": result.steps,
             "train_seconds": round(result.train_seconds),
