@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from llama_index.core import VectorStoreIndex
@@ -23,6 +22,7 @@ from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchEr
 from llama_index_lora_embed.embedding import encode
 from llama_index_lora_embed.embedding.adapter_pool import AdapterPool
 from tests.conftest import WORDS, make_dataset
+from tests.helpers.adapters import distance
 
 TEXTS = [" ".join(WORDS[i : i + 1 + i % 20]) for i in range(60)]
 KINDS = {
@@ -57,10 +57,6 @@ def alone(paths, tiny_model):
 @pytest.fixture
 def many(paths):
     return LoraEmbedding(adapters=paths, device="cpu")
-
-
-def distance(one, other):
-    return np.abs(np.asarray(one) - np.asarray(other)).max()
 
 
 def own_vectors(alone, texts, names, kind="text"):

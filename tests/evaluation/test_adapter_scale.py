@@ -5,13 +5,8 @@ from peft import LoraConfig
 from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.evaluation import tune_scale
-from tests.conftest import WORDS, make_dataset, make_engine
-
-TEXTS = [" ".join(WORDS[i : i + 1 + i % 12]) for i in range(30)]
-
-
-def vectors(*args, **kwargs):
-    return np.array(LoraEmbedding(*args, **kwargs, device="cpu").get_text_embedding_batch(TEXTS))
+from tests.conftest import make_dataset, make_engine
+from tests.helpers.adapters import TEXTS, vectors
 
 
 def test_scale_0_is_the_base_and_scale_1_the_adapter(adapter, tiny_model):

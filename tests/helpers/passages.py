@@ -1,4 +1,4 @@
-"""Passages that several tests read: three in English, one in German."""
+"""Passages that several tests read: four in English, one in German."""
 
 SHIPPING = (
     "Parcels to Norway leave the warehouse on weekdays and arrive after three to five working days. The sender pays "
@@ -16,3 +16,4 @@ GERMAN = (
     "Pakete nach Norwegen verlassen das Lager an Werktagen und kommen nach drei bis fünf Arbeitstagen an. Der Absender "
     "bezahlt den Zoll im Voraus, und schwere Pakete reisen auf der Straße statt mit dem Flugzeug."
 )
+TEXT = "Adapters are small. They hold two low rank matrices! Do they need a base? Yes they do."
