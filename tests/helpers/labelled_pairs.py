@@ -5,6 +5,17 @@ import random
 from llama_index_lora_embed import LabelledPairs
 from tests.conftest import WORDS
 
+ROWS = [("a cat", "a kitten", 1), ("a cat sleeps", "rain falls", 0), ("a dog", "a hound", 1)]
+
+
+def columns_of(pairs):
+    return pairs.texts1, pairs.texts2, pairs.scores
+
+
+def written(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
 
 def make_pairs(topics=50, seed=0) -> LabelledPairs:
     """Two wordings of each topic, which share its one word, and pairs of wordings of two topics; the rest is noise."""
