@@ -3,7 +3,7 @@
 import pytest
 
 from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
-from llama_index_lora_embed.core.errors import ConfigError, DatasetError
+from llama_index_lora_embed.core.errors import BaseModelMismatchError, ConfigError, DatasetError
 from llama_index_lora_embed.data.origins import TITLE
 from llama_index_lora_embed.deployment import merge_adapters
 from llama_index_lora_embed.evaluation import compare, tune_merge, tune_scale
@@ -79,6 +79,12 @@ def test_the_default_weights_are_around_the_mean(adapters):
         *((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)),
         *((0.5, 0.5), (0.25, 0.25), (0.75, 0.25), (0.25, 0.75)),
     ]
+
+
+def test_adapters_of_different_bases_are_refused(adapter, other_tiny_model, dataset, tmp_path):
+    foreign = random_adapter(other_tiny_model, tmp_path / "foreign", 0)
+    with pytest.raises(BaseModelMismatchError, match="different base models"):
+        tune_merge([adapter, foreign], dataset, device="cpu")
 
 
 @pytest.mark.parametrize("weights", [0.5, "mean", [0.5, 0.5], [[0.5]], [[0.5, None]]])
