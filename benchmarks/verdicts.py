@@ -6,9 +6,9 @@
 Each training takes some passages of a set, generates queries or takes a part of the set's own ones, and trains at one
 of several settings, of which some are known to do harm, so that both signs occur. It gives two trials, for the whole
 adapter and for half of its change. The run's verdict, on held-out synthetic queries and headings, is compared with the
-difference on the set's own queries, written by people (medquad, cisi, cacm) or GPT-3.5 (tenk); and a verdict on one
-half of the own queries with the difference on the other half. Each training appends a line to `--out`; trainings with
-a line are not run again.
+difference on the set's own queries, written by people (medquad, cisi, cacm) or GPT-3.5 (tenk); and verdicts on
+random halves of the own queries with the differences on the other halves. Each training appends a line to `--out`;
+trainings with a line are not run again.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SIZES = {1: 300, 2: 400}  # seed to number of passages
 KNOWN: dict[tuple[int, int], RetrievalEvaluation] = {}  # of the base on the own queries, which every setting needs
+SPLITS = 10  # of the own queries into halves
 WORDS = 100  # of each passage, which keeps a training on one core to minutes
 
 
@@ -129,12 +130,22 @@ def part(evaluation: RetrievalEvaluation, ids: Sequence[str]) -> RetrievalEvalua
     )  # fmt: skip
 
 
+def halves(
+    before: RetrievalEvaluation, after: RetrievalEvaluation, ids: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The verdict on a random half of the queries, and the difference on the other half, for several splits."""
+    for split in range(SPLITS):
+        shuffled = random.Random(split).sample(ids, len(ids))
+        both = (shuffled[::2], shuffled[1::2])
+        said, true = (as_json(compare(part(before, half), part(after, half))) for half in both)
+        yield said, true
+
+
 def trials(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Train one model; a trial for each scale of its change."""
     own, path = sample(data, seed), folder / "adapter"
     engine, val, ids = prepared(own, setting, seed, str(path))
     engine.finetune()
-    truth, checked = ids[::2], ids[1::2]
     base = LoraEmbedding(base_model=BASE, device="cpu")
     key = (len(data.corpus), seed)
     if key not in KNOWN:
@@ -143,36 +154,38 @@ def trials(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Pa
     for scale in SCALES:
         model = LoraEmbedding(path, device="cpu", adapter_scale=scale)
         after = [evaluate_retrieval(model, dataset) for dataset in (val, own)]
+        changes = {i: after[1].per_query[i]["ndcg@10"] - before[1].per_query[i]["ndcg@10"] for i in ids}
         yield {
             "scale": scale,
             "passages": len(own.corpus),
             "origins": engine.dataset.origins(),
             "said": as_json(compare(before[0], after[0], trained_on=engine.dataset.origins())),
             "true": as_json(compare(part(before[1], ids), part(after[1], ids))),
-            "half_said": as_json(compare(part(before[1], checked), part(after[1], checked))),
-            "half_true": as_json(compare(part(before[1], truth), part(after[1], truth))),
+            "halves": list(halves(before[1], after[1], ids)),
+            "changes": {i: round(change, 4) for i, change in changes.items()},
         }
 
 
 def summary(found: list[dict[str, Any]]) -> str:
     """Said against true, as Markdown tables, and the shares that must hold."""
     lines = [f"{len(found)} trials"]
-    for said, true, what in (("said", "true", "synthetic"), ("half_said", "half_true", "one half of the own queries")):
-        rows = [t for t in found if t["setting"].startswith("labels") <= (said == "half_said")]
+    synthetic = [(t["said"], t["true"]) for t in found if not t["setting"].startswith("labels")]
+    own = [pair for t in found for pair in t["halves"]]
+    for what, rows in (("synthetic", synthetic), ("one half of the own queries", own)):
         lines += ["", f"| verdict on {what} | trials | mean said | mean true | true < 0 | true < -0.02 | true > 0 |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
         for verdict in (v.value for v in Verdict):
-            of = [t for t in rows if t[said]["verdict"] == verdict]
+            of = [(said, true) for said, true in rows if said["verdict"] == verdict]
             if of:
-                gaps = [t[true]["difference"] for t in of]
+                gaps = [true["difference"] for _, true in of]
                 counts = (sum(g < 0 for g in gaps), sum(g < -0.02 for g in gaps), sum(g > 0 for g in gaps))
-                means = (f"{sum(t[said]['difference'] for t in of) / len(of):+.3f}", f"{sum(gaps) / len(of):+.3f}")
+                means = (f"{sum(said['difference'] for said, _ in of) / len(of):+.3f}", f"{sum(gaps) / len(of):+.3f}")
                 lines.append("| " + " | ".join(map(str, (verdict, len(of), *means, *counts))) + " |")
-        worse = [t for t in rows if t[true]["difference"] < 0]
-        lost = [t for t in rows if t[true]["difference"] < -0.02]
-        better = [t for t in rows if "BETTER" in t[said]["verdict"]]
-        wrong = [t for t in better if t[true]["difference"] < 0]
-        caught = sum(t[said]["verdict"] == "WORSE" for t in lost)
+        worse = [said for said, true in rows if true["difference"] < 0]
+        lost = [said for said, true in rows if true["difference"] < -0.02]
+        better = [true for said, true in rows if "BETTER" in said["verdict"]]
+        wrong = [true for true in better if true["difference"] < 0]
+        caught = sum(said["verdict"] == "WORSE" for said in lost)
         lines += [
             "",
             f"of {len(worse)} with a true difference below 0, called better: {len(wrong)}; of {len(better)} so called, "
