@@ -1,7 +1,9 @@
 """The real all-MiniLM-L6-v2, for a few steps."""
 
 import hashlib
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,13 @@ from llama_index.core.schema import TextNode
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 from sentence_transformers import SentenceTransformer
 
-from llama_index_lora_embed import LoraEmbedding, LoraFinetuneEngine
+from llama_index_lora_embed import (
+    EmbeddingAdapterFinetuneEngine,
+    EmbeddingQAFinetuneDataset,
+    LoraEmbedding,
+    LoraFinetuneEngine,
+)
+from llama_index_lora_embed.evaluation import Verdict
 
 ROOT = Path(__file__).parent.parent
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -63,6 +71,35 @@ def test_retrieval_is_not_worse_than_the_base(run):
     result = run[1]
     assert result.tuned_metrics["ndcg@10"] >= result.base_metrics["ndcg@10"]
     assert result.max_seq_length >= 256
+
+
+def test_a_linear_map_of_queries_gains_on_questions_that_it_was_not_trained_on(minilm, tmp_path):
+    from pydoc_data.topics import topics
+
+    corpus = {name: text[:2000] for name, text in topics.items()}
+    items = json.loads((ROOT / "examples" / "python_queries.json").read_text(encoding="utf-8"))
+    random.Random(0).shuffle(items)
+    asked = EmbeddingQAFinetuneDataset(
+        queries={f"q{n}": item["query"] for n, item in enumerate(items)},
+        corpus=corpus,
+        relevant_docs={f"q{n}": [name for name in item["topics"] if name in corpus] for n, item in enumerate(items)},
+        query_origins={f"q{n}": "human" for n in range(len(items))},
+    )
+    ids = list(asked.queries)
+    base = LoraEmbedding(base_model=minilm, device="cpu")
+    engine = EmbeddingAdapterFinetuneEngine(
+        asked.subset(ids[:200], corpus),
+        base,
+        model_output_path=tmp_path / "adapter",
+        val_dataset=asked.subset(ids[200:], corpus),
+        negatives="answered",
+        device="cpu",
+        cache_folder=tmp_path / "cache",
+    )
+    result = engine.finetune()
+    assert result.verdict is Verdict.BETTER
+    assert result.comparison.difference > 0.03
+    assert result.tuned_metrics["ndcg@10"] > 0.6
 
 
 def test_the_demo_runs_on_a_folder_of_documents(nodes, tmp_path):

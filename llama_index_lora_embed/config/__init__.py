@@ -4,6 +4,7 @@ Importing this module imports nothing heavy.
 """
 
 from llama_index_lora_embed.config.base import Settings
+from llama_index_lora_embed.config.embedding_adapter import EmbeddingAdapterSettings
 from llama_index_lora_embed.config.finetune import (
     DEFAULT_BASE,
     POOLING_MODES,
@@ -36,6 +37,7 @@ __all__ = [
     "STAMP_ID",
     "BaseModelSettings",
     "DataSettings",
+    "EmbeddingAdapterSettings",
     "FinetuneConfig",
     "LLMSettings",
     "MiningSettings",

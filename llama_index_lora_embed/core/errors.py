@@ -72,6 +72,15 @@ class ConfigError(LoraEmbedError, ValueError):
     """Arguments are invalid; `.problems` has one line for each of them."""
 
 
+def raise_together(errors: Sequence[LoraEmbedError]) -> None:
+    """Raise one error as it is, and several as a ConfigError with the problems of all; nothing without any."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        listed = [line for error in errors for line in (error.problems or [str(error)])]
+        raise ConfigError(f"{len(listed)} problem(s)", "arguments without any", "Correct them all:", listed)
+
+
 class DatasetError(LoraEmbedError, ValueError):
     """A dataset cannot be used for training or evaluation; `.problems` names every offending id."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -17,6 +16,8 @@ from llama_index.core.vector_stores.simple import DEFAULT_VECTOR_STORE
 from llama_index_lora_embed.config import STAMP_ID
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, WrongIndexError, warn_user
 from llama_index_lora_embed.core.files import whole_file
+from llama_index_lora_embed.embedding.adapter_embedding import AdapterEmbeddingModel
+from llama_index_lora_embed.embedding.identity import passage_fingerprint
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 
 if TYPE_CHECKING:
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 STAMP_NAME = "lora_embed_stamp.json"
 """File beside a persisted `StorageContext` whose vector store is not a `SimpleVectorStore`."""
 _KEY = "lora_embed_stamp"
-# fields of LlamaIndex's embedding classes that change their vectors
-_SETTINGS = (
-    *("model_name", "deployment_name", "dimensions"),
-    *("query_instruction", "text_instruction", "max_length", "normalize"),
-)
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class IndexStamp:
     """The embedding model that an index was built with.
 
     Attributes:
-        fingerprint: `LoraEmbedding.passage_fingerprint`; for other models a digest of their class and settings.
+        fingerprint: The model's `passage_fingerprint`; for models without one a digest of their class and settings.
         model_name: Path, Hub id or name of the model.
         dimensions: Length of its vectors.
         created: When the index was stamped; UTC, ISO 8601.
@@ -53,17 +49,13 @@ class IndexStamp:
     @classmethod
     def of(cls, embed_model: BaseEmbedding) -> IndexStamp:
         """The stamp for an index that is built with this model now; embeds one short text."""
-        trained = ""
-        if isinstance(embed_model, LoraEmbedding):
-            digest = embed_model.passage_fingerprint
-            trained = embed_model.manifest.created if embed_model.manifest is not None else ""
-        else:
-            settings = {name: getattr(embed_model, name, None) for name in _SETTINGS}
-            kind = type(embed_model)
-            text = json.dumps([kind.__module__, kind.__qualname__, settings], sort_keys=True, default=str)
-            digest = hashlib.sha256(text.encode()).hexdigest()
+        if isinstance(embed_model, AdapterEmbeddingModel):  # its passages are those of the model below
+            return cls.of(embed_model.base_embed_model)
+        manifest = embed_model.manifest if isinstance(embed_model, LoraEmbedding) else None
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(digest, embed_model.model_name, len(embed_model.get_text_embedding("dimensions")), now, trained)
+        dimensions = len(embed_model.get_text_embedding("dimensions"))
+        trained = "" if manifest is None else manifest.created
+        return cls(passage_fingerprint(embed_model), embed_model.model_name, dimensions, now, trained)
 
     def differs(self, other: IndexStamp) -> bool:
         """Whether the two stamps belong to different models."""

@@ -103,7 +103,8 @@ class RunRegistry:
 
         Raises:
             AdapterError: The manifest is missing or damaged.
-            ConfigError: The name is taken or not allowed, or there is an evaluation without a dataset.
+            ConfigError: The name is taken or not allowed, there is an evaluation without a dataset, or an embedding
+                adapter without its model.
             DatasetError: The evaluation comes from another dataset.
             OutputDirectoryError: The registry cannot be written.
         """
@@ -113,6 +114,12 @@ class RunRegistry:
         if name is not None and (not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name)):
             raise ConfigError(f"name={name!r}", "letters, digits, '.', '_' and '-'", "name='2026-11-handbook'")
         self._check_new(name)
+        if manifest.embedding_adapter and dataset is not None and evaluation is None and embed_model is None:
+            raise ConfigError(
+                f"{str(adapter_path)!r} with an embedding adapter, which needs the embedding model below it",
+                "the embedding model with the adapter",
+                "add(path, dataset=val, embed_model=AdapterEmbeddingModel(base_embed_model, path))",
+            )
         digest = None
         if dataset is not None:
             dataset = EmbeddingQAFinetuneDataset.coerce(dataset).check("evaluation dataset")

@@ -1,5 +1,7 @@
-"""The front desk: `run_finetune(config)`, and the engine that turns llama-index-finetuning's arguments into one."""
+"""The front desk: `run_finetune(config)`, and the engines that take llama-index-finetuning's arguments."""
 
+from llama_index_lora_embed.engines.embedding_adapter import EmbeddingAdapterFinetuneEngine
+from llama_index_lora_embed.engines.embedding_adapter_result import EmbeddingAdapterResult
 from llama_index_lora_embed.engines.lora import LoraFinetuneEngine
 from llama_index_lora_embed.engines.result import FinetuneResult
 from llama_index_lora_embed.engines.run import run_finetune
@@ -8,4 +10,12 @@ from llama_index_lora_embed.engines.run_verdict import BaseChange
 SentenceTransformersFinetuneEngine = LoraFinetuneEngine
 """llama-index-finetuning's name for the engine, so that old code changes its import line and nothing else."""
 
-__all__ = ["BaseChange", "FinetuneResult", "LoraFinetuneEngine", "SentenceTransformersFinetuneEngine", "run_finetune"]
+__all__ = [
+    "BaseChange",
+    "EmbeddingAdapterFinetuneEngine",
+    "EmbeddingAdapterResult",
+    "FinetuneResult",
+    "LoraFinetuneEngine",
+    "SentenceTransformersFinetuneEngine",
+    "run_finetune",
+]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig
-from llama_index_lora_embed.core.errors import ConfigError, LoraEmbedError, OutputDirectoryError
+from llama_index_lora_embed.core.errors import ConfigError, LoraEmbedError, OutputDirectoryError, raise_together
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.data.training_data import (
@@ -96,7 +96,7 @@ def check_run(
         problems += _metric_problems(config, dataset, kind, held_out=True)
 
     attempt(lambda: base_model.check_local(config.base.model_id))
-    attempt(lambda: _check_output(config.output.model_output_path))
+    attempt(lambda: check_run_directory(adapter_directory.check_output(config.output.model_output_path)))
     for place in (config.base.continue_from, config.objective.teacher):
         if place is not None:
             attempt(lambda place=place: base_model.check_local(place))  # type: ignore[misc]
@@ -113,11 +113,7 @@ def check_run(
             val, note = without_trained(train, val)
             if val is None and (misfits := _metric_problems(config, train, kind, held_out=True)):
                 errors.append(ConfigError(f"{len(misfits)} wrong argument(s)", "those named", note, misfits))
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        listed = [line for error in errors for line in (getattr(error, "problems", None) or [str(error)])]
-        raise ConfigError(f"{len(listed)} problem(s)", "arguments without any", "Correct them all:", listed)
+    raise_together(errors)
     return CheckedRun(config.with_absolute_paths(), train, val, note)
 
 
@@ -146,13 +142,12 @@ def _valid_part(arguments: Mapping[str, Any]) -> tuple[FinetuneConfig, list[str]
                 kept.pop(name, None)
 
 
-def _check_output(path: str) -> None:
-    """The adapter directory, and the run directory beside it.
+def check_run_directory(target: Path) -> None:
+    """Check that the run directory beside an output directory can be one.
 
     Raises:
-        OutputDirectoryError: One of them cannot be written.
+        OutputDirectoryError: It is a file.
     """
-    target = adapter_directory.check_output(path)
     run_dir = target.with_name(target.name + ".run")
     if run_dir.exists() and not run_dir.is_dir():
         raise OutputDirectoryError(

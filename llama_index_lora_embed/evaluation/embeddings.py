@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -16,13 +17,16 @@ from tqdm.auto import tqdm
 from llama_index_lora_embed.config.base import is_int
 from llama_index_lora_embed.core.arrays import unit_norm
 from llama_index_lora_embed.core.errors import ConfigError, NonFiniteLossError
+from llama_index_lora_embed.embedding.adapter_embedding import AdapterEmbeddingModel
+from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 from llama_index_lora_embed.evaluation.embedding_cache import EmbeddingCache, model_identity
 from llama_index_lora_embed.evaluation.search import FloatArray
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-_CHUNK = 1024  # texts whose vectors are Python lists at one time, and that are cached together
+_CHUNK = 1024  # texts whose vectors are Python lists at one time
+_SAVE_SECONDS = 1.0  # between writes to the cache, so that little is lost when a process is killed
 # tells models apart: long enough to be truncated, with capitals, digits and a question
 _PROBE = "Which of these 12 Words does it read? " + " ".join(
     f"Part {i} of a long text, {i * 7} of it." for i in range(90)
@@ -67,6 +71,9 @@ class Embedder:
             ConfigError: The vectors differ in length, or their number is not that of the texts.
             OutputDirectoryError: cache_folder cannot be written.
         """
+        if isinstance(self.embed_model, AdapterEmbeddingModel):  # the model below it may be paid for already
+            below = await replace(self, embed_model=self.embed_model.base_embed_model).embed(texts, side)
+            return self.embed_model.transform(below) if side == "query" else below
         vectors: FloatArray | None = None
         cache = await self._open_cache(side)
         with tqdm(total=len(texts), desc=f"{side} vectors", disable=not self.show_progress) as bar:
@@ -74,8 +81,7 @@ class Embedder:
                 chunk = list(texts[start : start + _CHUNK])
                 found = {} if cache is None else cache.read(chunk)
                 missing = [text for text in dict.fromkeys(chunk) if text not in found]
-                fresh = await self._request(missing, side) if missing else []
-                rows = found | dict(zip(missing, fresh, strict=True))
+                rows = found | (await self._request(missing, side, cache) if missing else {})
                 if vectors is None:
                     vectors = np.empty((len(texts), len(rows[chunk[0]])), dtype=np.float32)
                 dimensions = {vectors.shape[1], *map(len, rows.values())}
@@ -86,8 +92,6 @@ class Embedder:
                         "The embedding model gives texts vectors that cannot be compared: check its settings.",
                     )
                 vectors[start : start + len(chunk)] = [rows[text] for text in chunk]
-                if cache is not None and missing:
-                    cache.write(missing, fresh)
                 bar.update(len(chunk))
         assert vectors is not None, "a checked dataset has texts"
         return vectors
@@ -100,7 +104,7 @@ class Embedder:
         name, complete = model_identity(self.embed_model)
         if complete:
             return EmbeddingCache(folder / name / f"{side}.sqlite")
-        probe = (await self._request([_PROBE], side))[0]
+        probe = (await self._request([_PROBE], side, None))[_PROBE]
         if not np.isfinite(probe).all():
             return None
         number = 0
@@ -113,33 +117,67 @@ class Embedder:
                 return cache
             number += 1
 
-    async def _request(self, texts: list[str], side: Side) -> list[FloatArray]:
-        from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
-
+    async def _request(self, texts: list[str], side: Side, cache: EmbeddingCache | None) -> dict[str, FloatArray]:
+        """Vectors of different texts by text. What arrives before an error is cached, so that it is paid for once."""
         model = self.embed_model
-        vectors: Any
-        if self.num_workers is not None and side == "query":
-            calls = [partial(model.aget_query_embedding, text) for text in texts]
-            vectors = await gather_limited(calls, self.num_workers)
-        elif self.num_workers is not None:
-            size = model.embed_batch_size
-            starts = range(0, len(texts), size)
-            batches = [partial(model.aget_text_embedding_batch, texts[start : start + size]) for start in starts]
-            vectors = [vector for batch in await gather_limited(batches, self.num_workers) for vector in batch]
-        elif side == "passage":
-            vectors = model.get_text_embedding_batch(texts)
-        elif isinstance(model, LoraEmbedding):
-            vectors = model._get_query_embeddings(texts)  # LlamaIndex has no batches of queries
-        else:
-            vectors = [model.get_query_embedding(text) for text in texts]
+        arrived = _Arrived(type(model).__name__, cache)
+        # LoraEmbedding orders the texts of a call by length; others compute one request after another
+        size = len(texts) if isinstance(model, LoraEmbedding) else model.embed_batch_size
+        batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+
+        async def query(text: str) -> None:
+            arrived.add([text], [await model.aget_query_embedding(text)])
+
+        async def passages(batch: list[str]) -> None:
+            arrived.add(batch, await model.aget_text_embedding_batch(batch))
+
+        try:
+            if self.num_workers is not None and side == "query":
+                await gather_limited([partial(query, text) for text in texts], self.num_workers)
+            elif self.num_workers is not None:
+                await gather_limited([partial(passages, batch) for batch in batches], self.num_workers)
+            elif side == "passage":
+                for batch in batches:
+                    arrived.add(batch, model.get_text_embedding_batch(batch))
+            elif isinstance(model, LoraEmbedding):
+                arrived.add(texts, model._get_query_embeddings(texts))  # LlamaIndex has no batches of queries
+            else:
+                for text in texts:
+                    arrived.add([text], [model.get_query_embedding(text)])
+        finally:
+            arrived.save()
+        return arrived.vectors
+
+
+class _Arrived:
+    """Vectors by text as they arrive from a model of this name; the cache gets them within about a second."""
+
+    def __init__(self, name: str, cache: EmbeddingCache | None) -> None:
+        self.vectors: dict[str, FloatArray] = {}
+        self._name = name
+        self._cache = cache
+        self._unsaved: list[str] = []
+        self._saved_at = time.monotonic()
+
+    def add(self, texts: list[str], vectors: Any) -> None:
+        """Take the vectors of some texts; raises a ConfigError if their number is not that of the texts."""
         count = len(vectors) if isinstance(vectors, Sequence) else 0
         if count != len(texts):
             raise ConfigError(
-                f"{count} vectors for {len(texts)} texts from {type(model).__name__}",
+                f"{count} vectors for {len(texts)} texts from {self._name}",
                 "a vector for each text, in their order",
                 "The embedding model drops texts: check how it treats empty or repeated ones.",
             )
-        return [np.asarray(vector, dtype=np.float32) for vector in vectors]
+        self.vectors |= {t: np.asarray(vector, dtype=np.float32) for t, vector in zip(texts, vectors, strict=True)}
+        self._unsaved += texts
+        if time.monotonic() - self._saved_at > _SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Cache what arrived since the last time."""
+        if self._cache is not None and self._unsaved:
+            self._cache.write(self._unsaved, [self.vectors[text] for text in self._unsaved])
+        self._unsaved, self._saved_at = [], time.monotonic()
 
 
 def _is_same_direction(left: FloatArray, right: FloatArray) -> bool:

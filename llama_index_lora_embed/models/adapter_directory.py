@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +28,8 @@ TASK_TYPE = "FEATURE_EXTRACTION"
 """Task type in adapter_config.json unless a `lora_config` names another; peft's auto classes need one."""
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+OLD_CONFIG, OLD_WEIGHTS = "config.json", "pytorch_model.bin"
+"""The files of llama-index-embeddings-adapter."""
 SCHEMA_VERSION = 1
 _UNHASHED = {MANIFEST_NAME, "README.md"}  # users may edit the README
 _RESTORE = "Restore the directory from a copy, or train again."
@@ -47,6 +49,8 @@ class Manifest:
         normalise: Whether vectors have length 1.
         lora: Rank, alpha, target modules and task type.
         tune: "both", or "query" for an adapter that only queries are embedded with.
+        embedding_adapter: Of an embedding adapter: class and arguments of the map, and the embedding model that it was
+            trained on; empty for a LoRA.
         parent: Path and fingerprint of the adapter that was continued; None if training started from the base model.
         parents: Path, fingerprint and weight of each adapter that was merged.
         dataset: Digest and size of the training set, and the origins of its queries.
@@ -68,6 +72,7 @@ class Manifest:
     similarity: str
     lora: dict[str, Any] = field(default_factory=dict)
     tune: str = "both"
+    embedding_adapter: dict[str, Any] = field(default_factory=dict)
     parent: dict[str, Any] | None = None
     parents: list[dict[str, Any]] = field(default_factory=list)
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -91,8 +96,6 @@ class Manifest:
             base: `BaseInfo.to_dict` of its base model.
             **origin: The fields that say where the adapter comes from: parent, dataset, metrics, ...
         """
-        from llama_index_lora_embed import __version__
-
         lora: Any = model.transformers_model.peft_config["default"]  # type: ignore[union-attr]
         targets = lora.target_modules
         return cls(
@@ -109,11 +112,7 @@ class Manifest:
                 "target_modules": targets if isinstance(targets, str) else sorted(targets),
                 "task_type": lora.task_type or TASK_TYPE,
             },
-            versions={
-                "llama-index-lora-embed": __version__,
-                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-            },
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **written_now(),
             **origin,
         )
 
@@ -143,6 +142,15 @@ class Manifest:
         raise AdapterError(
             f"{path} of schema version {version!r}", f"version {SCHEMA_VERSION}", "Update llama-index-lora-embed."
         )
+
+
+def written_now() -> dict[str, Any]:
+    """The fields of a manifest that say when and by which versions it was written."""
+    from llama_index_lora_embed import __version__
+
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"versions": {"llama-index-lora-embed": __version__, **versions}, "created": created}
 
 
 def fingerprint(
@@ -210,22 +218,26 @@ def normalises(model: SentenceTransformer) -> bool:
     return any(type(module).__name__ == "Normalize" for module in model)
 
 
-def check_output(path: str | os.PathLike[str]) -> Path:
+def check_output(path: str | os.PathLike[str], replaces: Callable[[Path], bool] = lambda folder: False) -> Path:
     """Check that an adapter can be written to a path without overwriting anything but an adapter.
 
-    An adapter that this package wrote there is replaced once the new one is complete, and kept as `<name>.previous`.
-    Returns the absolute path, links resolved.
+    An adapter that this package wrote there is replaced once the new one is complete, and kept as `<name>.previous`;
+    so are other folders for which `replaces` is true. Returns the absolute path, links resolved.
 
     Raises:
         OutputDirectoryError: The path is a file, holds other files, or its folder is not writable.
     """
+
+    def is_adapter(folder: Path) -> bool:
+        return (folder / MANIFEST_NAME).exists() or replaces(folder)
+
     target = Path(path).expanduser().resolve()
     previous = target.with_name(target.name + ".previous")
     taken = target.is_dir() and any(target.iterdir())
     problem, hint = None, "Choose another model_output_path."
     if target.exists() and not target.is_dir():
         problem = "which is a file", "a directory"
-    elif taken and not (target / MANIFEST_NAME).exists():
+    elif taken and not is_adapter(target):
         content, to_start_from = _foreign_content(target)
         problem = f"which contains {content}", "a new or empty directory, or one with an adapter to replace"
         if to_start_from:
@@ -233,7 +245,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     elif os.path.ismount(target):
         inside = str(target / "adapter")
         problem = "which is a mount point and cannot be moved", f"a directory inside it, e.g. {inside!r}"
-    elif taken and previous.exists() and not (previous / MANIFEST_NAME).exists():
+    elif taken and previous.exists() and not is_adapter(previous):
         problem = (
             f"whose content would be moved to {str(previous)!r}, which is not an adapter",
             "a path whose '.previous' is free or an earlier adapter",
@@ -244,6 +256,11 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         got, expected = problem
         raise OutputDirectoryError(f"model_output_path {str(target)!r}, {got}", expected, hint)
     return target
+
+
+def is_old_embedding_adapter(folder: Path) -> bool:
+    """Whether a folder is one that llama-index-embeddings-adapter wrote, with nothing else in it."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} == {OLD_CONFIG, OLD_WEIGHTS}
 
 
 def _foreign_content(folder: Path) -> tuple[str, str | None]:

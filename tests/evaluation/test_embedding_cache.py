@@ -3,10 +3,12 @@ import shutil
 import pytest
 from llama_index.core.bridge.pydantic import PrivateAttr
 
-from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
+from llama_index_lora_embed import AdapterEmbeddingModel, LinearLayer, LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.core.errors import OutputDirectoryError
+from llama_index_lora_embed.evaluation import embeddings
 from llama_index_lora_embed.evaluation.embedding_cache import model_identity
 from tests.conftest import make_dataset
+from tests.helpers.embedding_models import DIMENSIONS, PaidEmbedding
 from tests.helpers.evaluation import WordCountEmbedding
 
 
@@ -85,3 +87,31 @@ def test_a_model_whose_probe_vector_is_not_finite_is_not_cached(tmp_path):
 
     evaluate_retrieval(Overflows(), make_dataset(), cache_folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_what_was_paid_for_before_an_api_fails_is_not_paid_for_again(num_workers, tmp_path):
+    dataset, settings = make_dataset(), {"num_workers": num_workers, "cache_folder": tmp_path}
+    texts = [*dataset.queries.values(), *dataset.corpus.values()]
+    paid = []
+    for fails_at in (20, 20, 20, 0):
+        model = PaidEmbedding(fails_at=fails_at)
+        if fails_at:
+            with pytest.raises(ConnectionError):
+                evaluate_retrieval(model, dataset, **settings)
+        else:
+            evaluate_retrieval(model, dataset, **settings)
+        paid += [text for text in model.paid if text != embeddings._PROBE]
+    assert set(paid) == set(texts)
+    under_way = 1 if num_workers is None else num_workers  # requests when one fails, of four passages at most
+    assert len(paid) - len(set(paid)) <= 3 * 4 * under_way
+
+
+def test_a_model_with_an_adapter_takes_what_the_model_below_it_was_paid_for(tmp_path):
+    dataset, base = make_dataset(), PaidEmbedding()
+    expected = evaluate_retrieval(base, dataset, cache_folder=tmp_path / "cache").metrics
+    LinearLayer(DIMENSIONS, DIMENSIONS).save(tmp_path / "adapter")
+    base.paid.clear()
+    tuned = AdapterEmbeddingModel(base, tmp_path / "adapter")
+    assert evaluate_retrieval(tuned, dataset, cache_folder=tmp_path / "cache").metrics == expected
+    assert set(base.paid) == {embeddings._PROBE}

@@ -14,7 +14,8 @@ from llama_index_lora_embed.core.errors import NonFiniteLossError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.training.examples import TrainingGroup
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
-from llama_index_lora_embed.training.objectives.full_corpus import Targets, full_corpus_loss
+from llama_index_lora_embed.training.objectives.corpus_targets import CorpusTargets, corpus_targets
+from llama_index_lora_embed.training.objectives.full_corpus import full_corpus_loss
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -65,9 +66,7 @@ class FrozenPassagesLoss(nn.Module):
     Args:
         model: Embeds the queries.
         vectors: float32 [columns, dimension], of length 1.
-        relevant: For each query of the training set the columns of its relevant passages.
-        relevance: Their grades.
-        ignored: For each query the columns of its false negatives.
+        targets: Of the queries of the training set.
         temperature: τ.
     """
 
@@ -77,22 +76,19 @@ class FrozenPassagesLoss(nn.Module):
         self,
         model: SentenceTransformer,
         vectors: Tensor,
-        relevant: Sequence[Sequence[int]],
-        relevance: Sequence[Sequence[float]],
-        ignored: Sequence[Sequence[int]],
+        targets: CorpusTargets,
         temperature: float,
     ) -> None:
         super().__init__()
         self.model: nn.Module = model
         self.register_buffer("vectors", vectors, persistent=False)
-        self.relevant, self.relevance, self.ignored = relevant, relevance, ignored
+        self.targets = targets
         self.temperature = temperature
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
         """The loss, a scalar; `features` has the tokens of the queries, `labels` their numbers, int64 [queries]."""
         (tokens,) = features
-        numbers = labels.tolist()
-        targets = Targets.of(*([of[i] for i in numbers] for of in (self.relevant, self.relevance, self.ignored)))
+        targets = self.targets.batch(labels.tolist())
         return full_corpus_loss(self.model(tokens)["sentence_embedding"], self.vectors, targets, self.temperature)
 
 
@@ -104,30 +100,7 @@ def frozen_passages_loss(
     passages: FrozenPassages,
     temperature: float,
 ) -> tuple[list[str], FrozenPassagesLoss]:
-    """The queries that are trained on, and their loss over the corpus.
-
-    A column is a passage of the corpus, or the shortened text that a query was cut out of (`training_passages`). All
-    of a query's relevant passages are targets, in proportion to their grades: the whole corpus is compared, and each
-    that were left out would have to be ignored.
-
-    Returns:
-        Query ids in the order of the loss's numbers, and the loss.
-    """
-    columns = {(passage_id, text): at for at, (passage_id, text) in enumerate(dataset.corpus.items())}
-    cuts: dict[str, int] = {}
-    for group in groups:
-        column = columns.setdefault((group.passage_id, group.passage), len(columns))
-        if group.passage != dataset.corpus[group.passage_id]:
-            cuts.update(dict.fromkeys(group.query_ids, column))
-    excluded = false_negatives.excluded_columns(dataset.queries, [passage_id for passage_id, _ in columns])
-    relevant, relevance, ignored = [], [], []
-    for query_id, hidden in zip(dataset.queries, excluded, strict=True):
-        first, *others = dict.fromkeys(dataset.relevant_docs[query_id])
-        own = {cuts.get(query_id, columns[first, dataset.corpus[first]]): dataset.score(query_id, first)}
-        own.update({columns[i, dataset.corpus[i]]: dataset.score(query_id, i) for i in others})
-        relevant.append(list(own))
-        relevance.append([float(score) for score in own.values()])
-        ignored.append(sorted(hidden - own.keys()))
-    vectors = torch.from_numpy(passages([text for _, text in columns])).to(model.device)
-    loss = FrozenPassagesLoss(model, vectors, relevant, relevance, ignored, temperature)
-    return list(dataset.queries), loss
+    """The queries that are trained on, in the order of the loss's numbers, and their loss over the corpus."""
+    targets = corpus_targets(dataset, groups, false_negatives)
+    vectors = torch.from_numpy(passages([text for _, text in targets.columns])).to(model.device)
+    return targets.query_ids, FrozenPassagesLoss(model, vectors, targets, temperature)
