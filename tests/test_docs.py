@@ -80,6 +80,7 @@ def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def namespace(base, trained, nodes, tmp_path, monkeypatch) -> dict[str, Any]:
     """What the pages take for given: files in the working directory, adapters in `runs`, `nodes` and `llm`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLAMA_INDEX_CACHE_DIR", str(tmp_path / "llama_index"))
     make_dataset().save_json("train.json")
     make_dataset(passages=8, seed=3).save_json("general.json")
     corpus = {node.node_id: node.get_content(MetadataMode.EMBED) for node in nodes}
@@ -144,6 +145,9 @@ def check_query_side(names: dict[str, Any], printed: str) -> None:
     assert names["engine"].config.training.tune == "query"
     assert len(names["engine"].dataset.corpus) == 12
     assert names["index"].as_retriever(similarity_top_k=2).retrieve("w1 w2")
+    mapped = names["mapped"]
+    assert mapped.fingerprint == names["map_engine"].get_finetuned_model().fingerprint
+    assert mapped.passage_fingerprint == names["embed_model"].fingerprint
 
 
 def check_embedding(names: dict[str, Any], printed: str) -> None:
@@ -174,6 +178,8 @@ def check_coming_from(names: dict[str, Any], printed: str) -> None:
     local = resolve_embed_model("local:test_model")
     vector = names["embed_model"].get_text_embedding("w1 w2")
     assert local.get_text_embedding("w1 w2") == pytest.approx(vector, abs=1e-5)
+    two_layers, below = names["embed_model_2layer"], names["base_embed_model"]
+    assert two_layers.get_text_embedding("w1 w2") == below.get_text_embedding("w1 w2")
 
 
 def check_troubleshooting(names: dict[str, Any], printed: str) -> None:

@@ -20,13 +20,11 @@ from llama_index_lora_embed.config import EmbeddingAdapterSettings, ObjectiveSet
 from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.data.training_data import trained_note
 from llama_index_lora_embed.embedding.adapter_embedding import PROBE
 from llama_index_lora_embed.embedding.identity import fingerprint_with, query_fingerprint
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 from llama_index_lora_embed.engines.embedding_adapter_result import EmbeddingAdapterResult
-from llama_index_lora_embed.engines.result import summarise
-from llama_index_lora_embed.evaluation.compare import compare
+from llama_index_lora_embed.engines.run_verdict import RunVerdict
 from llama_index_lora_embed.evaluation.embeddings import Embedder, Side, unit_vectors
 from llama_index_lora_embed.evaluation.metrics import DEPTH, compute_metrics
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_encoders, relevance
@@ -150,13 +148,11 @@ def _run(
         },
     )
     evaluations = None if val is None else _evaluations(vectors, val, outcome, device)
-    comparison = None
-    if val is not None and evaluations is not None:
-        comparison = compare(*evaluations, trained_on=train.origins(), note=trained_note(train, val))
-    best_step = outcome.selection.best_step if evaluations else outcome.steps
+    if evaluations is not None:
+        outcome.selection.base, outcome.selection.best = evaluations
     note = " ".join([engine.hold_out_note, *vectors.warnings]).strip()
-    summary = summarise(comparison, best_step, len(outcome.selection.history), note)
-    metrics = [] if evaluations is None else [dict(evaluation.metrics) for evaluation in evaluations]
+    verdict = RunVerdict.of(outcome.selection, train, val, note, continued=False)
+    best_step = outcome.selection.best_step if evaluations else outcome.steps
     manifest = Manifest(
         fingerprint="",
         base={"model_id": embed_model.model_name, "revision": None},
@@ -176,8 +172,8 @@ def _run(
         },
         dataset=train.summary(),
         settings={**settings.result_affecting(), "negatives": chosen},
-        metrics=dict(zip(("base", "tuned"), metrics, strict=False)),
-        verdict=summary,
+        metrics=verdict.metrics,
+        verdict=verdict.summary,
         best_step=None if evaluations is None else best_step,
         **written_now(),
     )
@@ -187,11 +183,11 @@ def _run(
     return EmbeddingAdapterResult(
         adapter_path=str(target),
         fingerprint=fingerprint,
-        verdict=Verdict.NOT_EVALUATED if comparison is None else comparison.verdict,
-        summary=summary,
-        base_metrics=metrics[0] if metrics else {},
-        tuned_metrics=metrics[1] if metrics else {},
-        comparison=comparison,
+        verdict=Verdict.NOT_EVALUATED if verdict.comparison is None else verdict.comparison.verdict,
+        summary=verdict.summary,
+        base_metrics=verdict.metrics.get("base", {}),
+        tuned_metrics=verdict.metrics.get("tuned", {}),
+        comparison=verdict.comparison,
         best_step=best_step,
         steps=outcome.steps,
         history=outcome.selection.history,
