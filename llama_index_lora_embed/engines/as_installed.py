@@ -56,6 +56,8 @@ class Reading:
 class AsInstalled:
     """The starting model as `LoraEmbedding` loads it without further arguments; a continued adapter as it was saved.
 
+    With `tune="query"`, pooling and passage prompt are the run's, because the index that stays was built with them.
+
     Attributes:
         prompts: Its own.
         max_seq_length: Its own.

@@ -245,8 +245,8 @@ class LoraFinetuneEngine:
 
         Args:
             store: A Chroma collection, LlamaIndex's vector store of Chroma, FAISS or Qdrant, a `SimpleVectorStore`; an
-                index or a `StorageContext` on one of them, or the folder of a persisted one; or
-                `data.StoredVectors`. A SimpleVectorStore and FAISS keep no texts, so pass the index.
+                index or a `StorageContext` on one of them, or the folder of a persisted one with a `SimpleVectorStore`;
+                or `data.StoredVectors`. A SimpleVectorStore and FAISS keep no texts, so pass the index.
             dataset: Queries whose passages are nodes of the index. None generates queries from the index's nodes, as
                 `from_nodes` does.
             model_id: The model that built the index.

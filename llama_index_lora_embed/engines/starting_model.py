@@ -50,7 +50,7 @@ class StartingModel:
         from llama_index_lora_embed.models.pooling import records_pooling
         from llama_index_lora_embed.models.windows import check_prompts
 
-        settings = self.config.base
+        settings, query_side = self.config.base, self.config.training.tune == "query"
         parent: dict[str, Any] | None = None
         load_anew: Callable[[], SentenceTransformer] | None = None
         if settings.continue_from is not None:
@@ -76,12 +76,15 @@ class StartingModel:
         else:
             base = base_model.describe_base(settings.model_id, settings.revision, settings.cache_folder)
             named = records_pooling(base.path) or family_of(base.model_id) is not None
-            pooling = None if named else settings.pooling  # otherwise the given mode is all that is known
+            # otherwise the given mode is all that is known, or that of the index, which stays as it is
+            pooling = None if named and not query_side else settings.pooling
             load = partial(base_model.load_base, base, pooling=pooling, **self._loading())
             if settings.window is None and settings.pooling == pooling:
                 model = load(quantized=settings.quantized)
             else:
                 model, load_anew = self.load_base(base), load
+        if query_side and settings.passage_prompt is not None:  # the index has it, so that it is no change of the run
+            model.prompts["document"] = settings.passage_prompt
         installed = AsInstalled(dict(model.prompts), model.max_seq_length, load_anew)
         for name, prompt in (("query", settings.query_prompt), ("document", settings.passage_prompt)):
             if prompt is not None:

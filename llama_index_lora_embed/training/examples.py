@@ -119,11 +119,17 @@ def label_columns(dataset: EmbeddingQAFinetuneDataset, examples: list[Example]) 
 
 
 def find_false_negatives(
-    dataset: EmbeddingQAFinetuneDataset, groups: list[TrainingGroup], objective: ObjectiveSettings
+    dataset: EmbeddingQAFinetuneDataset,
+    groups: list[TrainingGroup],
+    objective: ObjectiveSettings,
+    *,
+    whole_corpus: bool = False,
 ) -> FalseNegatives:
-    """The false negatives of a dataset, by the masks of an objective."""
+    """The false negatives of a dataset, by the masks of an objective; `whole_corpus` if all of it are negatives."""
     near_duplicates = None
-    if objective.mask_near_duplicates:
+    if objective.mask_near_duplicates and whole_corpus:
+        near_duplicates = dataset.near_duplicates()
+    elif objective.mask_near_duplicates:
         # the rest of the corpus is in no batch
         used = dataset.answer_ids() | {i for ids in (dataset.hard_negatives or {}).values() for i in ids}
         used |= {group.passage_id for group in groups}

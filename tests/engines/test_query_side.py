@@ -80,6 +80,17 @@ def test_it_opens_the_index_of_its_base_and_no_other(
             verify_index(other, tuned)
 
 
+def test_an_index_with_a_pooling_and_a_passage_prompt_of_its_own_keeps_them_without_a_gain(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    reading: dict[str, Any] = {"pooling": "cls", "passage_prompt": "passage: "}
+    settings: dict[str, Any] = {"learning_rate": 1e-12, "epochs": 1, **reading, **QUERY}
+    result = make_engine(tiny_model, str(tmp_path / "a"), **settings).finetune()
+    assert (result.best_step, result.base_change) == (0, None)
+    base = LoraEmbedding(base_model=tiny_model, **reading)
+    assert LoraEmbedding(tmp_path / "a").passage_fingerprint == base.fingerprint
+
+
 def test_a_chroma_collection_is_byte_for_byte_the_same_after_training_and_retrieval(
     tiny_model: str, tmp_path: Path
 ) -> None:

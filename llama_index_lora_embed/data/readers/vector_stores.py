@@ -26,11 +26,12 @@ def read_vectors(store: Any) -> StoredVectors:
 
     Args:
         store: A Chroma collection, LlamaIndex's vector store of Chroma, FAISS or Qdrant (with a synchronous client), a
-            `SimpleVectorStore`; an index or a `StorageContext` on one of them, or the folder of a persisted one; or
-            `StoredVectors`, which are returned as they are.
+            `SimpleVectorStore`; an index or a `StorageContext` on one of them, or the folder of a persisted one with a
+            `SimpleVectorStore`; or `StoredVectors`, which are returned as they are.
 
     Raises:
-        ConfigError: The store has no call that lists its vectors; the message names those that are looked for.
+        ConfigError: The store has no call that lists its vectors; the message names those that are looked for. Or the
+            folder does not load.
         DatasetError: As `StoredVectors`.
     """
     if isinstance(store, StoredVectors):
@@ -38,7 +39,14 @@ def read_vectors(store: Any) -> StoredVectors:
     if isinstance(store, (str, os.PathLike)):
         from llama_index.core import StorageContext
 
-        store = StorageContext.from_defaults(persist_dir=os.fspath(store))
+        try:
+            store = StorageContext.from_defaults(persist_dir=os.fspath(store))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{os.fspath(store)!r}, which does not load as a persisted StorageContext ({error})",
+                "the folder of one with a SimpleVectorStore",
+                "Check the path; for another store, load the index with it and pass the index.",
+            ) from error
     vectors = getattr(store, "vector_store", store)
     vectors = getattr(vectors, "_collection", vectors)  # of a ChromaVectorStore
     module = type(vectors).__module__

@@ -194,7 +194,7 @@ def open_run(
 
 
 def _checkpoint_to_resume(run_dir: Path, resume: bool | str) -> Path | None:
-    named = None if isinstance(resume, bool) else Path(resume).resolve()
+    named = None if isinstance(resume, bool) else Path(resume).expanduser().resolve()
     if named is None or named.parent != run_dir.resolve():
         return latest_checkpoint(run_dir) if resume else None
     if damage := find_damage(named):

@@ -95,7 +95,7 @@ def training_plan(
         rows: list[dict[str, Any]] = [{"text1": one, "text2": two, "label": float(score)} for one, two, score in pairs]
         loss = _pair_loss(name, settings) if loss is None else loss
         return _columns_plan(model, rows, loss, queries=() if dataset.symmetric else ("text1",))
-    false_negatives = find_false_negatives(dataset, groups, objective)
+    false_negatives = find_false_negatives(dataset, groups, objective, whole_corpus=passages is not None)
     if passages is not None:
         query_ids, frozen = frozen_passages_loss(
             model, dataset, groups, false_negatives, passages, settings.temperature

@@ -142,6 +142,14 @@ def test_a_collection_that_llama_index_has_not_written_is_read_as_its_documents(
     np.testing.assert_array_equal(stored.vectors, vectors)
 
 
+def test_a_folder_that_does_not_load_says_what_to_pass(given: dict[str, TextNode], tmp_path: Path) -> None:
+    indexed(given, FaissVectorStore(faiss.IndexFlatL2(DIMENSIONS))).storage_context.persist(str(tmp_path / "faiss"))
+    for folder in (tmp_path / "faiss", tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="pass the index") as caught:
+            read_vectors(folder)
+        assert str(folder) in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["chroma", "simple", "faiss", "qdrant", "nothing-there"])
 def test_an_empty_store_is_named(kind: str, chroma: Any, tmp_path: Path) -> None:
     client = QdrantClient(path=str(tmp_path / "qdrant"))

@@ -174,12 +174,13 @@ def test_a_named_checkpoint_is_continued_instead_of_the_newest(tiny_model, tmp_p
     load = LoraTrainer.load_checkpoint
     monkeypatch.setattr(LoraTrainer, "load_checkpoint", lambda self, p: (loaded.append(p.name), load(self, p)))
     monkeypatch.chdir(tmp_path)
-    for place in (run_dir / "checkpoint-5", "run.run/checkpoint-5", run_dir):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in (run_dir / "checkpoint-5", "run.run/checkpoint-5", "~/run.run/checkpoint-5", run_dir):
         assert (
             checkpointing_engine(tiny_model, path).finetune(resume_from_checkpoint=place).fingerprint
             == whole.fingerprint
         )
-    assert loaded == ["checkpoint-5", "checkpoint-5", "checkpoint-12"]
+    assert loaded == [*["checkpoint-5"] * 3, "checkpoint-12"]
     assert checkpointing_engine(tiny_model, path, resume_from_checkpoint="run.run/checkpoint-5").finetune().steps == 12
     assert loaded[-1] == "checkpoint-5"
 

@@ -1,6 +1,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import (
@@ -18,6 +19,7 @@ from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.training.examples import make_examples, make_groups
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
 from llama_index_lora_embed.training.objectives.collator import IGNORED, GroupCollator
+from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.plan import training_plan
 from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler
@@ -117,6 +119,17 @@ def test_near_duplicates_are_found_and_masked_unless_that_is_switched_off(model)
 
     assert ignored() == 2
     assert ignored(mask_near_duplicates=False) == 0
+
+
+def test_with_the_whole_corpus_as_negatives_near_duplicates_without_queries_are_masked_too(model):
+    dataset = make_dataset(passages=6, questions=1, sources=False)
+    dataset.corpus["p4"] = " ".join(WORDS[100:140])
+    dataset.corpus["p6"] = " ".join([*WORDS[100:139], "w199"])
+    passages = FrozenPassages(lambda texts: np.eye(len(texts), 32, dtype=np.float32))
+    groups = make_groups(dataset, False)
+    plan = training_plan(model, dataset, groups, None, TrainingSettings(), ObjectiveSettings(), passages=passages)
+    ignored = dict(zip(dataset.queries, plan.inputs["loss"].targets.ignored, strict=True))
+    assert list(dataset.corpus).index("p6") in ignored["q4-0"]
 
 
 def test_a_dataset_of_siblings_alone_is_refused(model):
