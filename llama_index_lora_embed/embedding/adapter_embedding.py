@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
@@ -13,6 +14,7 @@ from llama_index.core.callbacks import CallbackManager
 
 from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError
 from llama_index_lora_embed.core.files import absolute
+from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, cache_keys
 from llama_index_lora_embed.embedding.identity import fingerprint_with, passage_fingerprint, query_fingerprint
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ class AdapterEmbeddingModel(BaseEmbedding):
             kwargs["callback_manager"] = callback_manager
         kwargs |= {"base_embed_model": base, "adapter_path": absolute(adapter_path), "adapter_cls": adapter_cls}
         kwargs |= {"transform_query": transform_query, "device": device}
+        kwargs["embeddings_cache"] = ModelEmbeddingsCache.of(kwargs.get("embeddings_cache"))
         super().__init__(embed_batch_size=embed_batch_size or base.embed_batch_size, **kwargs)
         self._load()
 
@@ -183,6 +186,47 @@ class AdapterEmbeddingModel(BaseEmbedding):
         made = type(self).__new__(type(self))
         made.__setstate__({"fields": {**fields, "base_embed_model": copy.deepcopy(self.base_embed_model, memo)}})
         return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, ModelEmbeddingsCache.of(value) if name == "embeddings_cache" else value)
+
+    def _cache_keys(self, side: str) -> AbstractContextManager[None]:
+        """Keys of LlamaIndex's cache, which are the text alone otherwise, the same for queries and passages."""
+        if self.embeddings_cache is None:
+            return nullcontext()
+        return cache_keys(self.fingerprint if side == "query" else self.passage_fingerprint, side)
+
+    def get_query_embedding(self, query: str) -> Embedding:
+        """The vector of a query."""
+        with self._cache_keys("query"):
+            return super().get_query_embedding(query)
+
+    async def aget_query_embedding(self, query: str) -> Embedding:
+        """The vector of a query."""
+        with self._cache_keys("query"):
+            return await super().aget_query_embedding(query)
+
+    def get_text_embedding(self, text: str) -> Embedding:
+        """The vector of a passage."""
+        with self._cache_keys("document"):
+            return super().get_text_embedding(text)
+
+    async def aget_text_embedding(self, text: str) -> Embedding:
+        """The vector of a passage."""
+        with self._cache_keys("document"):
+            return await super().aget_text_embedding(text)
+
+    def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
+        """Vectors of passages."""
+        with self._cache_keys("document"):
+            return super().get_text_embedding_batch(texts, show_progress, **kwargs)
+
+    async def aget_text_embedding_batch(
+        self, texts: list[str], show_progress: bool = False, **kwargs: Any
+    ) -> list[Embedding]:
+        """Vectors of passages."""
+        with self._cache_keys("document"):
+            return await super().aget_text_embedding_batch(texts, show_progress, **kwargs)
 
     # The private methods of the model below count no text twice with its callbacks; its cache and its rate limiter
     # are only heard by the public ones.

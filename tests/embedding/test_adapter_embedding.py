@@ -65,6 +65,19 @@ def test_queries_go_through_the_adapter_and_passages_do_not(path):
     assert LinearAdapterEmbeddingModel is AdapterEmbeddingModel
 
 
+def test_a_cache_serves_a_vector_only_to_the_adapter_and_the_side_that_computed_it(path, tmp_path):
+    save_turned(tmp_path / "other", seed=1)
+    base, store = PaidEmbedding(), SimpleKVStore()
+    for folder in (path, tmp_path / "other"):
+        plain, cached = (AdapterEmbeddingModel(base, folder, embeddings_cache=cache) for cache in (None, store))
+        for _ in range(2):  # the second time from the cache
+            assert cached.get_text_embedding("w1") == plain.get_text_embedding("w1")
+            assert cached.get_query_embedding("w1") == plain.get_query_embedding("w1")
+            assert asyncio.run(cached.aget_query_embedding("w1")) == plain.get_query_embedding("w1")
+            assert cached.get_text_embedding_batch(["w1", "w2"]) == plain.get_text_embedding_batch(["w1", "w2"])
+    assert len(store.get_all("embeddings")) == 4, "two passages, and a query by either adapter"
+
+
 def test_the_asynchronous_methods_give_the_same(path):
     model = AdapterEmbeddingModel(PaidEmbedding(), path)
 
