@@ -116,6 +116,8 @@ def main() -> None:
             "best_step": result.best_step,
             "steps": result.steps,
             "train_seconds": round(result.train_seconds),
+            "evaluation_seconds": round(result.evaluation_seconds),
+            "wall_seconds": round(result.wall_seconds),
             "precision": result.precision,
             "max_seq_length": result.max_seq_length,
             "history": [{"step": e["step"], "ndcg@10": round(e["metrics"]["ndcg@10"], 4)} for e in result.history],

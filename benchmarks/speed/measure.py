@@ -2,7 +2,8 @@
 
 The clock starts before a contender loads its model, after libraries are imported and data is read, and ends when the
 model is on disk. It is paused during every evaluation, on the test set for the curve as well as a contender's own. The
-remaining time is what a user waits for: preparation, steps, writing.
+remaining time is preparation, steps and writing. The seconds of a contender's own evaluations, for which its user waits
+as well, are counted separately; where it evaluates on the test set, as (a) does, those of the curve are its own.
 
 Tokens are those of the texts in an epoch, including prompts and special tokens, with each text truncated at the model's
 `max_seq_length` and without padding. A text in two rows counts twice, because a trainer that encodes rows computes it
@@ -106,8 +107,10 @@ class Recorder:
         )
         self._started: float | None = None
         self._paused_seconds = 0.0
+        self._own_seconds = 0.0
         self._depth = 0
         self._evaluated: dict[tuple[int, int], dict[str, float]] = {}
+        self._took: dict[tuple[int, int], float] = {}
         self._round = 0
         self._embedded = 0
         self._counting = False
@@ -127,8 +130,8 @@ class Recorder:
         return time.perf_counter() - self._started - self._paused_seconds
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Pause the clock and the token count."""
+    def paused(self, own: bool = False) -> Iterator[None]:
+        """Pause the clock and the token count; `own` is for an evaluation that the contender makes by itself."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         started, before = time.perf_counter(), peak_mb()
@@ -139,6 +142,7 @@ class Recorder:
             self._depth -= 1
             if not self._depth:
                 self._paused_seconds += time.perf_counter() - started
+                self._own_seconds += time.perf_counter() - started if own else 0.0
                 if peak_mb() > before:
                     self._raised_to = peak_mb()
 
@@ -162,13 +166,17 @@ class Recorder:
         self._counting = False
         self.event("train_end")
 
-    def evaluate(self, model: Any, step: int, epoch: float, name: str = "evaluated") -> dict[str, float]:
-        """Evaluate a sentence-transformers model on the test set, once per step."""
+    def evaluate(
+        self, model: Any, step: int, epoch: float, name: str = "evaluated", own: bool = False
+    ) -> dict[str, float]:
+        """Evaluate a sentence-transformers model on the test set, once per step; `own` as for `paused`."""
         seconds, peak, key = self.seconds, peak_mb(), (self._round, step)
         if name != "evaluated" or key not in self._evaluated:
             with self.paused(), torch.autocast(model.device.type, enabled=False):
                 training = [module for module in model.modules() if module.training]
+                started = time.perf_counter()
                 self._evaluated[key] = self._evaluator(model)
+                self._took[key] = time.perf_counter() - started
                 for module in training:  # encoding switches the model to eval mode
                     module.training = True
             values = {ours: round(float(self._evaluated[key][theirs]), 4) for ours, theirs in METRICS.items()}
@@ -182,6 +190,7 @@ class Recorder:
                     "seconds": round(seconds, 3),
                 },
             )
+        self._own_seconds += self._took[key] if own else 0.0
         return self._evaluated[key]
 
     @property
@@ -199,6 +208,7 @@ class Recorder:
             except importlib.metadata.PackageNotFoundError:
                 continue
         self.event("done", seconds=round(seconds, 3), evaluation_seconds=round(self._paused_seconds, 3),
+                   own_evaluation_seconds=round(self._own_seconds, 3),
                    peak_mb=round(peak_mb()), peak_in_evaluation=peak_mb() <= self._raised_to,
                    tokens_embedded=self._embedded, threads=torch.get_num_threads(),
                    python=".".join(map(str, sys.version_info[:3])), versions=versions, **self.facts)  # fmt: skip

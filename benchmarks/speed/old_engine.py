@@ -31,7 +31,7 @@ class TestCurve(BaseEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1, **kwargs: Any
     ) -> dict[str, float]:
-        return dict(self.recorder.evaluate(model, steps, epoch))
+        return dict(self.recorder.evaluate(model, steps, epoch, own=True))
 
 
 def run(job: Job, recorder: Recorder) -> None:

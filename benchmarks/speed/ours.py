@@ -76,7 +76,7 @@ def pause_evaluations(recorder: Recorder) -> list[int]:
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        with recorder.paused():
+        with recorder.paused(own=True):
             return evaluate_model(*args, **kwargs)
 
     evaluator.evaluate_model = timed

@@ -34,13 +34,14 @@ def figures(run: Run, target: float | None) -> dict[str, float | None]:
     """The figures of one run; None for those that a stopped run did not reach.
 
     "to target" is the time on the clock, including preparation, of the first evaluation that is not below the target.
-    "training" is the time from the first step to the last. Tokens per second and peak memory of a stopped run are those
-    up to its last evaluation.
+    "training" is the time from the first step to the last; "wall" is all of it with the contender's own evaluations.
+    Tokens per second and peak memory of a stopped run are those up to its last evaluation.
     """
     points, begin, end, done = curve(run), at(run, "train_begin"), at(run, "train_end"), at(run, "done")
     training = end["seconds"] - begin["seconds"] if begin and end else None
     reached = next((p["seconds"] for p in points if target is not None and p["ndcg@10"] >= target), None)
     kept = at(run, "kept")
+    own = (done or {}).get("own_evaluation_seconds")  # not in results of earlier versions
     last = end if done else points[-1] if points else None
     epochs = done["epochs"] if done else points[-1]["epoch"] if points else 0
     tokens = (done or begin or {}).get("tokens_per_epoch")
@@ -51,6 +52,7 @@ def figures(run: Run, target: float | None) -> dict[str, float | None]:
         "preparation s": begin["seconds"] if begin else None,
         "training s": training,
         "all s": done["seconds"] if done else None,
+        "wall s": done["seconds"] + own if done and own is not None else None,
         "tokens/s": rate,
         "peak MB": done["peak_mb"] if done else points[-1].get("peak_mb") if points else None,
         "nDCG@10": points[-1]["ndcg@10"] if points and done else None,
@@ -126,7 +128,8 @@ def ratios(summary: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 def table(summary: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Markdown: median (lowest to highest)."""
-    columns = ["training s", "all s", "tokens/s", "peak MB", "nDCG@10", "hit@5", "kept nDCG@10", "to target s"]
+    times = ["training s", "all s", "wall s"]
+    columns = [*times, "tokens/s", "peak MB", "nDCG@10", "hit@5", "kept nDCG@10", "to target s"]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, cells in summary.items():
         shown = [_cell(cells.get(column), 3 if "@" in column else 0 if "MB" in column else 1) for column in columns]

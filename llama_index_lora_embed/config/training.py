@@ -78,7 +78,12 @@ class TrainingSettings(Settings):
     """"bf16" computes training steps under bfloat16 autocast, "fp32" does not, "auto" uses bf16 where the processor
     or GPU has instructions for it. Weights stay float32 either way."""
     evaluation_steps: AtLeast0 = 50
-    """Steps between evaluations, besides step 0 and the end of each epoch; 0 for epochs only."""
+    """Steps between evaluations, besides step 0 and the end of each epoch; 0 for epochs only. A step within a fifth of
+    this number from an epoch's end is left to the evaluation there."""
+    selection_passages: AtLeast0 = 500
+    """Passages on which the steps are compared where the validation set has more, with as many of its queries as have
+    their relevant passages among them (`evaluation.subset`); 0 compares on all. Base and kept step are evaluated on all
+    passages either way."""
     early_stopping_patience: AtLeast0 = 0
     """Stop after this many evaluations in a row without a new best; 0 never stops."""
     best_metric: Text | None = None

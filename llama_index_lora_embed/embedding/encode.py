@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
@@ -57,6 +57,7 @@ def encode(
     max_texts: int | None = None,
     unit_length: bool = False,
     fused: bool = True,
+    progress: Callable[[int], object] | None = None,
 ) -> Vectors:
     """The vectors of `model.encode_query` or `model.encode_document`, computed in batches of a limited size.
 
@@ -72,6 +73,7 @@ def encode(
         unit_length: Scale vectors to length 1 after `model.truncate_dim` has truncated them.
         fused: On CPUs, use oneDNN's matrix products where they are faster (`onednn_linear`), and compute one pass per
             core at the same time (`parallel_passes`).
+        progress: Called with the number of texts of each forward pass.
 
     Returns:
         float32 [texts, dimension].
@@ -124,6 +126,8 @@ def encode(
             passes.add(compute, alone=tokens > max_tokens)  # a longer text needs all memory
             added += 1
             placed += batch
+            if progress is not None:
+                progress(count)
             start += count
         made = passes.results()
     if not made:

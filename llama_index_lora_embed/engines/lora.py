@@ -121,6 +121,7 @@ class LoraFinetuneEngine:
         quantized: bool = _C.base.quantized,
         best_metric: str | None = None,
         early_stopping_patience: int = _T.early_stopping_patience,
+        selection_passages: int = _T.selection_passages,
         allow_changes: Collection[str] = (),
         mining: MiningSettings | None = None,
         revision: str | None = None,

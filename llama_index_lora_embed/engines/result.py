@@ -44,15 +44,18 @@ class FinetuneResult:
         base_change: The base with the run's length, windows, prompts or pooling; None where it reads the validation
             data as the base as installed does.
         steps: Steps trained.
-        history: Step and metrics of every evaluation.
+        history: Step and metrics of every evaluation, on the data on which steps were compared (`selected_on`).
         truncation: The chosen length, and how many texts it truncates.
         train_seconds: Wall time of training without evaluations.
+        evaluation_seconds: Wall time of all evaluations.
+        wall_seconds: Wall time of `finetune()`, from loading the base to the written directory.
         precision: "bf16" or "fp32".
         data_report: What became of the nodes; None if a dataset was given.
         mined: What each round of mining found.
         evaluations: Of the base and of the tuned model, query by query or pair by pair; None if not evaluated.
         val_dataset: The validation data.
         trained_on: Origins of the queries that the model was trained on; None for labelled pairs.
+        selected_on: Number of queries and of passages on which steps were compared; None for all validation data.
     """
 
     adapter_path: str
@@ -75,6 +78,9 @@ class FinetuneResult:
     evaluations: tuple[Any, Any] | None = field(default=None, repr=False)
     val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None = field(default=None, repr=False)
     trained_on: tuple[str, ...] | None = None
+    selected_on: tuple[int, int] | None = None
+    evaluation_seconds: float = 0.0
+    wall_seconds: float = 0.0
 
     @classmethod
     def of(
@@ -112,6 +118,8 @@ class FinetuneResult:
             evaluations=None if comparison is None else (best.reference, best.kept),
             val_dataset=val_dataset,
             trained_on=verdict.trained_on,
+            selected_on=None if best.subset is None else (len(best.subset["queries"]), len(best.subset["passages"])),
+            evaluation_seconds=best.seconds,
         )
 
     def compare(self) -> RetrievalComparison:
@@ -172,7 +180,12 @@ class FinetuneResult:
             if self.base_change is not None:
                 lines.append(str(self.base_change))
         lines.append(f"{self.truncation}")
-        lines.append(f"adapter of step {self.best_step} of {self.steps} in {self.adapter_path}")
+        chosen = "" if self.selected_on is None else " (chosen on {} queries and {} passages)".format(*self.selected_on)
+        lines.append(f"adapter of step {self.best_step} of {self.steps}{chosen} in {self.adapter_path}")
+        lines.append(
+            f"{self.wall_seconds:.0f} s, of which {self.train_seconds:.0f} s were training steps and "
+            f"{self.evaluation_seconds:.0f} s evaluations"
+        )
         return "\n".join(lines)
 
 

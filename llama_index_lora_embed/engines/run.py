@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -249,6 +250,7 @@ class FinetuneRun:
         from llama_index_lora_embed.training.arguments import check_user_arguments
         from llama_index_lora_embed.training.checkpointing.checkpoints import only_run
 
+        started = time.perf_counter()
         check_device(self.config)
         arguments = check_user_arguments(
             self.config, callbacks, train_kwargs, own_loss=self.loss is not None, pairs=self.dataset.kind == "pairs"
@@ -258,6 +260,7 @@ class FinetuneRun:
         run_dir = target.with_name(target.name + ".run")
         with only_run(run_dir):
             result = self._train_and_write(target, run_dir, arguments, load or self.load)
+        result = replace(result, wall_seconds=time.perf_counter() - started)
         # what a user must not overlook
         if distributed.is_main() and (result.verdict.value != "BETTER" or result.best_step == 0):
             warn_user(result.summary)
@@ -266,7 +269,7 @@ class FinetuneRun:
     def _train_and_write(
         self, target: Path, run_dir: Path, arguments: UserArguments, load: Callable[[], Loaded]
     ) -> FinetuneResult:
-        from llama_index_lora_embed.engines.evaluator import default_metric, evaluate_model
+        from llama_index_lora_embed.engines.evaluator import StepEvaluator, default_metric
         from llama_index_lora_embed.engines.run_verdict import RunVerdict
         from llama_index_lora_embed.training import distributed
         from llama_index_lora_embed.training.checkpointing.resume import lora_fields, record
@@ -284,20 +287,14 @@ class FinetuneRun:
         query_side = settings.tune == "query"
         frozen_of = partial(start.frozen_passages, stored=self._stored_vectors()) if query_side else None
         passages = None if frozen_of is None else frozen_of(model)
-        evaluate = evaluate_as_installed = None
+        evaluator = evaluate_as_installed = None
         if val is not None:
-            on_val = partial(
-                evaluate_model,
-                dataset=val,
-                precision=settings.precision,
-                fused_attention=settings.fused_attention,
-                show_progress=settings.show_progress_bar,
-            )
-            evaluate = partial(on_val, frozen=passages)
+            on_val = StepEvaluator(val, settings)
+            evaluator = replace(on_val, frozen=passages)
             evaluate_as_installed = partial(
                 installed.evaluate,
                 dataset=val,
-                evaluate=lambda own: on_val(own, frozen=None if frozen_of is None else frozen_of(own)),
+                evaluate=lambda own: replace(on_val, frozen=None if frozen_of is None else frozen_of(own))(own),
             )
         outcome, mined = train_with_mining(
             model,
@@ -305,9 +302,10 @@ class FinetuneRun:
             config,
             run_dir,
             selection=CheckpointSelection(
-                evaluate,
+                evaluator,
                 settings.best_metric or default_metric(val),
                 settings.adapter_scale,
+                None if evaluator is None else evaluator.subset_of,
                 evaluate_as_installed,
             ),
             lora_config=lora_config,

@@ -88,7 +88,8 @@ class RunVerdict:
         if change is not None:
             metrics = {"base": reference.metrics, change.name: change.metrics, "tuned": kept.metrics}
         if selection.best_step:
-            note = _about_trained(len(selection.history), note, continued)
+            chosen_on = None if selection.subset is None else len(selection.subset["queries"])
+            note = _about_trained(len(selection.history), note, continued, chosen_on)
             return cls(f"{comparison} {note}".strip(), comparison, change, metrics, trained_on)
         if installed is not None and not selection.keeps_installed:
             gained = (
@@ -103,17 +104,19 @@ class RunVerdict:
         return cls(summary, comparison, change, metrics, trained_on)
 
 
-def _about_trained(evaluations: int, note: str, continued: bool) -> str:
+def _about_trained(evaluations: int, note: str, continued: bool, chosen_on: int | None) -> str:
     """What a reader must know about the verdict on a trained step.
 
     Args:
         evaluations: Number of evaluations to choose the best from, that of step 0 included.
         note: Where the validation data comes from.
         continued: Whether the run started from an adapter.
+        chosen_on: Number of queries on which the best was chosen; None for all.
     """
     if continued:
         note = f"Compared with the adapter that it continues, not with the base. {note}".strip()
     if evaluations > 2:
         # a maximum over several looks at the same questions is a little too high
-        note = f"{note} The best of {evaluations - 1} evaluations was chosen on these same questions.".strip()
+        some = "" if chosen_on is None else f"{chosen_on} of "
+        note = f"{note} The best of {evaluations - 1} evaluations was chosen on {some}these same questions.".strip()
     return note

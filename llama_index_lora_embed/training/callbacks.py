@@ -18,12 +18,15 @@ from llama_index_lora_embed.training.checkpointing.signals import EvaluationStop
 from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
+_NEAR = 0.2  # of the steps between evaluations: what they change is small beside what an evaluation costs
 
 
 class Evaluator(TrainerCallback):
     """Evaluates every `every` steps (0: at no step) and at the end of each epoch.
 
-    Training stops on a signal, and after `patience` evaluations in a row without a new best (0: never).
+    A step within a fifth of `every` from the end of an epoch or of the training is not evaluated: the evaluation there
+    says nearly the same. Training stops on a signal, and after `patience` evaluations in a row without a new best (0:
+    never).
     """
 
     def __init__(self, trainer: LoraTrainer, every: int, patience: int, stop: StopRequest) -> None:
@@ -74,7 +77,13 @@ class Evaluator(TrainerCallback):
             self.stopping = control.should_training_stop = True
 
     def _due(self, state: TrainerState) -> bool:
-        return bool(self.every and state.global_step % self.every == 0)
+        if not self.every or state.global_step % self.every:
+            return False
+        epoch, total = float(state.epoch or 0), state.max_steps
+        steps_per_epoch = state.global_step / epoch if epoch else total
+        distances = abs(epoch - round(epoch)) * steps_per_epoch, total - state.global_step
+        # an epoch's last step is evaluated at its end
+        return not any(0 < round(distance) <= _NEAR * self.every for distance in distances)
 
     def _gains_nothing(self) -> bool:
         return bool(self.patience) and self.trainer.selection.evaluations_without_gain() >= self.patience

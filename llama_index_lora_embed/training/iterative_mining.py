@@ -62,7 +62,7 @@ def train_with_mining(
             groups,
             config,
             run_dir if number == 1 else run_dir / f"round{number}",
-            selection=selection if total is None else _next_selection(total.selection),
+            selection=selection if total is None else _next_selection(total.selection, model),
             run_record={**run_record, "round": number, "start": None if total is None else _weights_digest(model)},
             **kwargs,
         )
@@ -78,18 +78,18 @@ def _weights_digest(model: SentenceTransformer) -> str:
     return digest.hexdigest()
 
 
-def _next_selection(previous: CheckpointSelection) -> CheckpointSelection:
-    """The selection of the next round, whose step 0 is the best step of the rounds before."""
+def _next_selection(previous: CheckpointSelection, model: SentenceTransformer) -> CheckpointSelection:
+    """The selection of the next round, whose step 0 is the best step of the rounds before, and in the model."""
     best = previous.best
     if previous.evaluator is None or best is None:
         return CheckpointSelection(previous.evaluator, previous.metric, previous.adapter_scale)
+    compared = best if previous.subset is None else previous.evaluate(model, previous.subset)
     return replace(
         previous,
-        history=[{"step": 0, "metrics": dict(best.metrics)}],
+        history=[{"step": 0, "metrics": dict(compared.metrics)}],
         best_step=0,
         base=best,
-        top_scores=best.scores(previous.metric),
-        seconds=0.0,
+        top_scores=compared.scores(previous.metric),
     )
 
 
@@ -102,7 +102,6 @@ def _joined(before: TrainingOutcome, after: TrainingOutcome) -> TrainingOutcome:
         history=[*first.history, *history],
         best_step=second.best_step + before.steps if second.best_step else first.best_step,
         base=first.base,
-        seconds=first.seconds + second.seconds,
     )
     seconds = before.train_seconds + after.train_seconds
     return replace(after, selection=selection, steps=before.steps + after.steps, train_seconds=seconds)

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _CACHE_TOLERANCE = 1e-4  # relative, in float32; other padding changes the last digits of sums
 # where one of these differs from the checkpoint's, its evaluations cannot be compared with new ones
 _EVALUATION_SETTINGS = {
-    *("val_dataset", "best_metric", "base", "continue_from", "quantized"),
+    *("val_dataset", "best_metric", "selection_passages", "base", "continue_from", "quantized"),
     *("query_prompt", "passage_prompt", "pooling", "window", "max_seq_length", "precision", "adapter_scale"),
 }
 

@@ -7,8 +7,8 @@ Each module has one switch and one parity test (in `tests/models/kernels/`), and
 | `attention` | training, evaluation | torch's attention in bfloat16 | `fused_attention=False` |
 | `lora` | training | peft's forward of a LoRA layer | `fused_lora=False` |
 | `precision` | training, evaluation | float32 | `precision="fp32"` |
-| `linear` | embedding | torch's float32 matrix product | `torch.backends.mkldnn.enabled = False` |
-| `parallel` | embedding | one forward pass on all threads | `torch.set_num_threads(1)` |
+| `linear` | embedding, evaluation | torch's float32 matrix product | `torch.backends.mkldnn.enabled = False` |
+| `parallel` | embedding, evaluation | one forward pass on all threads | `torch.set_num_threads(1)` |
 
 The first three switches are fields of `TrainingSettings` and keywords of `LoraFinetuneEngine`; `lora` and `precision`
 work on GPUs, too.

@@ -122,3 +122,83 @@ def test_early_stopping_counts_from_the_highest_of_the_steps():
 def test_a_metric_that_is_not_reported_is_refused_with_those_that_are():
     with pytest.raises(ConfigError, match=r"best_metric='mrr'.*one of ndcg@10"):
         CheckpointSelection(lambda step: Evaluation(BASE), "mrr").evaluate_step(0, 0)
+
+
+def on_a_subset(monkeypatch, on_subset, on_all, installed=None):
+    """The selection after steps 0, 1, ..., which were compared on a subset, and the calls of its evaluator."""
+    calls = []
+
+    def evaluate(step, subset=None):
+        calls.append((step, subset))
+        return Evaluation((on_all if subset is None else on_subset)[step])
+
+    own = None if installed is None else lambda model: Installed(Evaluation(installed), "64 tokens")
+    selected = CheckpointSelection(evaluate, subset_of=lambda base: SUBSET, evaluate_as_installed=own)
+    selected.evaluate_installed(0)
+    for step in range(len(on_subset)):
+        selected.evaluate_step(step, step)
+    model = Model()
+    monkeypatch.setattr(selection, "restore_weights", lambda model, weights: model.load(weights))
+    selected.restore_best(model, {"step": torch.tensor(0)})
+    return selected, model, calls
+
+
+class Model:
+    """A model that stands for the step whose weights it has."""
+
+    step = -1
+
+    def load(self, weights):
+        self.step = int(weights["step"])
+
+    def __index__(self):
+        return self.step
+
+
+SUBSET = {"queries": ["q"], "passages": ["p"]}
+
+
+def test_steps_are_compared_on_a_subset_and_base_and_best_are_evaluated_on_all(monkeypatch):
+    selected, model, calls = on_a_subset(monkeypatch, [[0.6], [0.9], [0.8]], [[0.5], [0.7], [0.9]])
+    assert calls[:4] == [(0, None), (0, SUBSET), (1, SUBSET), (2, SUBSET)]
+    assert calls[4][1] is None
+    assert len(calls) == 5
+    assert (selected.best_step, model.step) == (1, 1)
+    assert (selected.base.values, selected.best.values) == ([0.5], [0.7])
+    assert [entry["metrics"]["ndcg@10"] for entry in selected.history] == [0.6, 0.9, 0.8]
+
+
+def test_a_step_that_beats_the_base_on_the_subset_alone_is_not_kept(monkeypatch, caplog):
+    selected, model, _ = on_a_subset(monkeypatch, [[0.6], [0.9]], [[0.5], [0.5]])
+    assert (selected.best_step, model.step) == (0, 0)
+    assert selected.best is selected.base
+    assert int(selected.weights["step"]) == 0
+    assert "step 1 is the best of the subset" in caplog.text
+    assert "the base is kept" in caplog.text
+
+
+def test_a_step_that_was_chosen_on_a_subset_must_beat_the_base_as_installed_on_all_data(monkeypatch):
+    below, model, _ = on_a_subset(monkeypatch, [[0.3], [0.4]], [[0.5], [0.7]], installed=[0.7])
+    assert (below.best_step, below.keeps_installed, model.step) == (0, True, 0)
+    above, model, _ = on_a_subset(monkeypatch, [[0.3], [0.4]], [[0.5], [0.7]], installed=[0.6])
+    assert (above.best_step, above.kept.values, model.step) == (1, [0.7], 1)
+
+
+def test_without_a_subset_nothing_is_evaluated_twice(monkeypatch):
+    calls = []
+    selected = CheckpointSelection(lambda step: calls.append(step) or Evaluation([0.5 + step]))
+    for step in range(3):
+        selected.evaluate_step(step, step)
+    monkeypatch.setattr(selection, "restore_weights", lambda model, weights: None)
+    selected.restore_best(2, {})
+    assert calls == [0, 1, 2]
+
+
+def test_a_checkpoint_holds_the_subset(tmp_path):
+    selected = CheckpointSelection(lambda step, subset=None: Evaluation([0.5]), subset_of=lambda base: SUBSET)
+    selected.evaluate_step(0, 0)
+    selected.save(tmp_path)
+    resumed = CheckpointSelection(None)
+    resumed.load(tmp_path)
+    assert resumed.subset == SUBSET
+    assert resumed.history == selected.history
