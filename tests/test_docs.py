@@ -139,6 +139,8 @@ def check_training(names: dict[str, Any], printed: str) -> None:
     manifest = json.loads(Path("runs/handbook-2/finetune.json").read_text())
     assert manifest["parent"]["path"].endswith("runs/handbook")
     assert len(names["short"].get_text_embedding("w1 w2")) == 128
+    taught = json.loads(Path("runs/taught/finetune.json").read_text())
+    assert taught["settings"]["teacher"]["name"] == "shared_words"
 
 
 def check_query_side(names: dict[str, Any], printed: str) -> None:

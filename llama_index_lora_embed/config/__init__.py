@@ -15,7 +15,7 @@ from llama_index_lora_embed.config.finetune import (
     OutputSettings,
 )
 from llama_index_lora_embed.config.mining import MiningSettings
-from llama_index_lora_embed.config.objective import FOR_PAIRS, IN_BATCH, OBJECTIVES, ObjectiveSettings
+from llama_index_lora_embed.config.objective import DISTILLED, FOR_PAIRS, IN_BATCH, OBJECTIVES, ObjectiveSettings
 from llama_index_lora_embed.config.questions import (
     NEAR_DUPLICATE,
     LLMSettings,
@@ -26,6 +26,7 @@ from llama_index_lora_embed.config.training import TrainingSettings
 
 __all__ = [
     "DEFAULT_BASE",
+    "DISTILLED",
     "FOR_PAIRS",
     "IN_BATCH",
     "JOURNAL_NAME",

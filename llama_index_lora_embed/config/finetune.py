@@ -134,7 +134,12 @@ class FinetuneConfig(Settings):
     """What is trained: `ObjectiveSettings`, or the name of an objective."""
     mining: MiningSettings | None = None
     """Mine hard negatives from the training passages before training, and with `rounds` above 1 again with the tuned
-    model; None mines none. A step takes longer by the share of negatives it holds."""
+    model; None mines none, or with a teacher those of `MiningSettings.for_teacher`. A step takes longer by the share
+    of negatives it holds."""
+    teacher: Annotated[ModelText | None, NOT_IN_RESULT] = None
+    """Cross-encoder with one score (folder, or id on the Hub) that scores each query's passage and hard negatives
+    before training; its scores are learnt (`objective`), and kept in `<model_output_path>.teacher.jsonl`. Checkpoints
+    record the digest of the scores."""
     training: TrainingSettings = TrainingSettings()
     """How the adapter is trained."""
     output: OutputSettings = OutputSettings()
@@ -187,26 +192,33 @@ class FinetuneConfig(Settings):
 
     def with_absolute_paths(self) -> FinetuneConfig:
         """The same run from any working directory; Hub ids stay as they are."""
-        base, output, objective = self.base, self.output, self.objective
-        cache, teacher, resume = base.cache_folder, objective.teacher, output.resume_from_checkpoint
+        base, output = self.base, self.output
+        cache, resume = base.cache_folder, output.resume_from_checkpoint
         return self.replace(
             base=base.replace(
                 model_id=absolute(base.model_id),
                 continue_from=None if base.continue_from is None else absolute(base.continue_from),
                 cache_folder=None if cache is None else os.path.abspath(os.path.expanduser(cache)),
             ),
-            objective=objective if teacher is None else objective.replace(teacher=absolute(teacher)),
+            teacher=None if self.teacher is None else absolute(self.teacher),
             output=output.replace(
                 model_output_path=os.path.abspath(os.path.expanduser(output.model_output_path)),
                 resume_from_checkpoint=resume if isinstance(resume, bool) else absolute(resume),
             ),
         )
 
+    def for_teacher(self) -> FinetuneConfig:
+        """This run with what a teacher needs where it says nothing: "distillation", and hard negatives to score."""
+        objective = self.objective if self.objective.name else self.objective.replace(name="distillation")
+        progress = self.training.show_progress_bar
+        mining = self.mining or MiningSettings.for_teacher(show_progress_bar=progress)
+        return self.replace(objective=objective, mining=mining)
+
     def result_affecting(self) -> dict[str, Any]:
         """Everything here that decides which weights are trained, as JSON values by the fields' own names.
 
-        Checkpoints record it, a resumed run is compared with it, and the manifest of the adapter holds it. Data, base
-        and parent are not in it: they are recorded by their digests.
+        Checkpoints record it, a resumed run is compared with it, and the manifest of the adapter holds it. Data, base,
+        parent and the teacher's scores are not in it: they are recorded by their digests.
         """
         groups = (self.data, self.base, self.training)
         return {

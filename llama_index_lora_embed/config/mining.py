@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -57,3 +57,12 @@ class MiningSettings(Settings):
                 f"range_max={self.range_max}: expected at least range_min + num_negatives, which is {least}"
             )
         return self
+
+    @classmethod
+    def for_teacher(cls, **values: Any) -> MiningSettings:
+        """Defaults where a teacher scores what is mined: no margin, because it finds the false negatives itself.
+
+        As in GPL and CADET, whose negatives are the nearest passages as they come; learning from a passage that answers
+        the query as well is what the teacher's score is for.
+        """
+        return cls(**{"relative_margin": None, **values})

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from llama_index_lora_embed.config.base import AtLeast0, AtLeast1, ModelText, Settings
+from llama_index_lora_embed.config.base import Above0, AtLeast0, AtLeast1, Settings
 
-Objective = Literal["in_batch", "soft_labels", "triplet", "cosent", "cosine", "distillation"]
+Objective = Literal["in_batch", "soft_labels", "triplet", "cosent", "cosine", "distillation", "margin_mse"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 """What `ObjectiveSettings.name` can be."""
-IN_BATCH = ("in_batch", "soft_labels")
-"""Those whose negatives are the other passages of the batch, and whose steps can be computed in chunks (GradCache)."""
+DISTILLED = ("distillation", "margin_mse")
+"""Those that learn a teacher's scores."""
+IN_BATCH = ("in_batch", "soft_labels", *DISTILLED)
+"""Those that compare a query with all passages of the batch, and whose steps can be computed in chunks (GradCache)."""
 FOR_PAIRS = ("cosent", "cosine")
 """Those that labelled pairs can be trained with."""
-_FOR_IN_BATCH = {"mini_batch_size": "auto", "guide": False, "matryoshka_dims": None}
+_ONLY_FOR = {
+    "mini_batch_size": IN_BATCH,
+    "guide": ("in_batch", "soft_labels"),  # a teacher finds false negatives itself
+    "matryoshka_dims": IN_BATCH,
+    "contrastive_weight": DISTILLED,
+    "teacher_temperature": ("distillation",),
+}
 
 
 class ObjectiveSettings(Settings):
     """What is trained.
 
-    The softmaxes of "in_batch", "soft_labels", "cosent" and "distillation" use `TrainingSettings.temperature`.
+    The softmaxes of the similarities use `TrainingSettings.temperature`.
     """
 
     name: Objective | None = None
@@ -32,7 +41,9 @@ class ObjectiveSettings(Settings):
     Relevance"). "triplet": each passage against one negative, at a distance of `triplet_margin`. "cosent": pairs
     ranked by their labels (Huang et al. 2024, doi 10.1109/TASLP.2024.3402087). "cosine": regression of a pair's
     cosine similarity on its label. "distillation": the distribution of a cross-encoder's scores over a query's
-    passages (Ren et al. 2021, arXiv 2110.07367)."""
+    passage and hard negatives (Ren et al. 2021, arXiv 2110.07367; CADET, Tamber et al. 2025, arXiv 2505.19274); the
+    default where there is a teacher. "margin_mse": the differences of these scores between the passage and each
+    negative (Hofstätter et al. 2020, arXiv 2010.02666; GPL, Wang et al. 2021, arXiv 2112.07577)."""
     mini_batch_size: AtLeast1 | Literal["auto"] | None = "auto"
     """Texts encoded at once, so that a batch of any size fits into memory, at the price of encoding nearly each text
     twice (GradCache; Gao et al. 2021, arXiv 2101.06983). "auto" does so on a processor with 8 passages or 32 queries
@@ -55,8 +66,12 @@ class ObjectiveSettings(Settings):
     triplet_margin: Annotated[float, Field(gt=0, le=2)] = 0.1
     """In cosine distance. 0.1 is FaceNet's 0.2 (Schroff et al. 2015, arXiv 1503.03832), which is in squared
     Euclidean distance between unit vectors: twice the cosine distance."""
-    teacher: ModelText | None = None
-    """Cross-encoder with one score, as a folder or an id on the Hub; for "distillation"."""
+    contrastive_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of "in_batch" beside what is learnt from a teacher. None is CADET's 0.1 for "distillation", and 0 for
+    "margin_mse", as in GPL."""
+    teacher_temperature: Above0 = 0.3
+    """The teacher's scores, which are scaled to 0 to 1, are divided by it before the softmax of "distillation"; 0.3
+    is CADET's."""
 
     @field_validator("matryoshka_dims", mode="before")
     @classmethod
@@ -69,21 +84,37 @@ class ObjectiveSettings(Settings):
         dims = self.matryoshka_dims
         if dims is not None and (not dims or len(set(dims)) < len(dims)):
             wrong.append(f"matryoshka_dims={dims!r}: expected None or whole numbers of at least 1, each once")
-        if self.name == "distillation" and self.teacher is None:
-            wrong.append("teacher=None: expected a cross-encoder, which name='distillation' learns from")
-        elif self.teacher is not None and self.name != "distillation":
-            wrong.append(f"teacher={self.teacher!r} with name={self.name!r}: only name='distillation' has a teacher")
-        if self.name is not None and self.name not in IN_BATCH:
-            wrong += [
-                f"{name}={getattr(self, name)!r} with name={self.name!r}: only for 'in_batch' and 'soft_labels'"
-                for name, default in _FOR_IN_BATCH.items()
-                if getattr(self, name) != default
-            ]
+        if self.name is not None:
+            wrong += self._ignored(_ONLY_FOR)
         if self.guide_margin and not self.guide:
             wrong.append(f"guide_margin={self.guide_margin!r} with guide=False: set guide=True, or remove guide_margin")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _given(self, fields: Iterable[str]) -> list[str]:
+        """Those of the fields that do not have their default."""
+        return [field for field in fields if getattr(self, field) != type(self).model_fields[field].default]
+
+    def _ignored(self, fields: Iterable[str]) -> list[str]:
+        """One line for each of the fields that is given and that this objective ignores."""
+        ignored = [field for field in self._given(fields) if self.name not in _ONLY_FOR[field]]
+        names = {field: ", ".join(map(repr, _ONLY_FOR[field])) for field in ignored}
+        return [
+            f"{field}={getattr(self, field)!r} with name={self.name!r}: only for {names[field]}" for field in ignored
+        ]
+
+    def without_teacher(self) -> list[str]:
+        """One line for each field that needs a teacher."""
+        if self.name in DISTILLED:
+            return [f"objective {self.name!r} without a teacher: expected teacher=, a cross-encoder to learn from"]
+        return self._ignored(["contrastive_weight", "teacher_temperature"])
+
+    def weight_of_in_batch(self) -> float:
+        """`contrastive_weight`, or its default for this objective."""
+        if self.contrastive_weight is None:
+            return 0.1 if self.name == "distillation" else 0.0
+        return self.contrastive_weight
 
     def name_for(self, pairs: bool) -> str:
         """The objective's name; for None the default of labelled pairs, or of queries and passages."""
@@ -102,7 +133,7 @@ class ObjectiveSettings(Settings):
         if not pairs:
             return []
         names = [] if self.name_for(pairs) in FOR_PAIRS else ["name"]
-        names += [name for name, default in _FOR_IN_BATCH.items() if getattr(self, name) != default]
+        names += self._given(_ONLY_FOR)
         if not names:
             return []
         given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -61,7 +61,10 @@ class LoraFinetuneEngine:
         lora_config: peft's own configuration; None adapts all linear layers.
         objective: An `ObjectiveSettings`, or the name of an objective. None takes in-batch negatives for queries and
             passages, and CoSENT for pairs.
-        mining: See `config.MiningSettings`; None mines no hard negatives.
+        mining: See `config.MiningSettings`; None mines no hard negatives, unless there is a teacher.
+        teacher: Cross-encoder with one score: folder, Hub id, `CrossEncoder`, or a function that returns a number for
+            each (query, passage) of a list. It scores each query's passage and mined hard negatives before training,
+            and its scores are learnt: by default as in CADET, with `objective="margin_mse"` as in GPL.
 
     Other arguments are fields of `config.TrainingSettings` and `config.DataSettings`.
 
@@ -124,6 +127,7 @@ class LoraFinetuneEngine:
         selection_passages: int = _T.selection_passages,
         allow_changes: Collection[str] = (),
         mining: MiningSettings | None = None,
+        teacher: Any | None = None,
         revision: str | None = None,
         cache_folder: str | None = None,
         seed: int = _T.seed,
@@ -346,6 +350,8 @@ class LoraFinetuneEngine:
 def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The engine's arguments that are fields of a configuration, peft's configuration by its fields."""
     arguments = {name: value for name, value in given.items() if name != "loss"}
+    if not isinstance(given.get("teacher"), (str, os.PathLike)):
+        arguments.pop("teacher", None)
     if hasattr(given.get("lora_config"), "to_dict"):
         from llama_index_lora_embed.training.checkpointing.resume import lora_fields
 
@@ -355,7 +361,10 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 def _objects(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments that are Python objects."""
-    return {name: given.get(name) for name in ("loss", "lora_config")}
+    objects = {name: given.get(name) for name in ("loss", "lora_config", "teacher")}
+    if isinstance(objects["teacher"], (str, os.PathLike)):
+        objects["teacher"] = None
+    return objects
 
 
 def register_legacy_base_class(engine: type) -> None:

@@ -226,13 +226,14 @@ def write_run(
 
     best = outcome.selection
     mining = {"mined_negatives": [report.mean_negatives for report in mined]} if dataset.kind == "queries" else {}
+    teacher = {} if outcome.teacher is None else {"teacher": outcome.teacher}
     manifest = adapter_directory.Manifest.of(
         model,
         base.to_dict(),
         tune=config.training.tune,
         parent=parent,
         dataset={**dataset.summary(), **mining},
-        settings={**config.result_affecting(), "precision": outcome.precision},
+        settings={**config.result_affecting(), "precision": outcome.precision, **teacher},
         metrics=verdict.metrics,
         verdict=verdict.summary,
         base_change="" if verdict.change is None else str(verdict.change),

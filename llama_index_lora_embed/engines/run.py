@@ -30,6 +30,7 @@ from llama_index_lora_embed.data.readers.nodes import read_nodes
 from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data
 from llama_index_lora_embed.engines.result import FinetuneResult, write_run
 from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel
+from llama_index_lora_embed.engines.teacher import teacher_of
 from llama_index_lora_embed.engines.validation import check_device, check_loss, check_run
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def run_finetune(
     query_generators: Iterable[QueryGenerator] | None = None,
     loss: Any | None = None,
     lora_config: LoraConfig | None = None,
+    teacher: Any | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **train_kwargs: Any,
 ) -> FinetuneResult:
@@ -69,6 +71,7 @@ def run_finetune(
         query_generators: Instead of `config.data.query_generators`.
         loss: A sentence-transformers loss instead of the objective's.
         lora_config: peft's configuration instead of `config.lora_config`.
+        teacher: What `LoraFinetuneEngine` takes, instead of `config.teacher`.
         callbacks: transformers' callbacks.
         **train_kwargs: More sentence-transformers training arguments, see `LoraFinetuneEngine.finetune`.
 
@@ -94,12 +97,16 @@ def run_finetune(
             nodes = read_nodes(data.nodes)
     if val_dataset is None and data.val_dataset is not None:
         val_dataset = read_training_data(data.val_dataset, data.kind if dataset is not None else "queries")
+    if teacher is not None:
+        by_name = isinstance(teacher, (str, os.PathLike))
+        config, teacher = config.replace(teacher=teacher if by_name else None), None if by_name else teacher
+    objects = {"loss": loss, "lora_config": lora_config, "teacher": teacher}
     if nodes is None:
-        run = prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config)
+        run = prepare(config, dataset, val_dataset, **objects)
     else:
         if query_generators is None and data.query_generators is not None:
             query_generators = _generators(config, llm)
-        run = run_from_nodes(config, nodes, val_dataset, query_generators, llm, loss=loss, lora_config=lora_config)
+        run = run_from_nodes(config, nodes, val_dataset, query_generators, llm, **objects)
     return run.execute(callbacks, train_kwargs)
 
 
@@ -113,6 +120,7 @@ def run_from_nodes(
     loss: Any | None = None,
     lora_config: LoraConfig | None = None,
     embed_model: BaseEmbedding | None = None,
+    teacher: Any | None = None,
 ) -> FinetuneRun:
     """A run on queries generated from nodes, validation held out by source document.
 
@@ -129,6 +137,7 @@ def run_from_nodes(
         loss: A loss of the user's own.
         lora_config: peft's configuration.
         embed_model: Looks for the passages of generated queries; None takes the base.
+        teacher: A teacher that is an object, not a name.
 
     Raises:
         SplitError: The nodes come from one document, so that none can be held out.
@@ -138,7 +147,8 @@ def run_from_nodes(
     if val_dataset is not None:
         val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
     generators = None if query_generators is None else list(query_generators)
-    config = check_run(config, None, val_dataset, loss=loss, lora_config=lora_config).config
+    objects: dict[str, Any] = {"loss": loss, "lora_config": lora_config, "teacher": teacher}
+    config = check_run(config, None, val_dataset, **objects).config
     config = _with_defaults(config, _written(generators, llm), plain_lora=lora_config is None)
     if config.base.quantized:
         check_device(config)
@@ -163,7 +173,7 @@ def run_from_nodes(
         val_dataset = validate_on_headings(val_dataset, dataset.origins(), nodes, seed=seed)
         # headings of passages that are trained on may be among them
         config = config.replace(data=config.data.replace(on_overlap="drop"))
-    run = prepare(config, dataset, val_dataset, loss=loss, lora_config=lora_config)
+    run = prepare(config, dataset, val_dataset, **objects)
     if held_out is not None and isinstance(run.val_dataset, EmbeddingQAFinetuneDataset):
         origins = run.val_dataset.origins()
         report = replace(report, validated_on=origins if origins != held_out else {})
@@ -208,6 +218,7 @@ class FinetuneRun:
         val_dataset: Validation data; None for a run that is not evaluated.
         loss: A loss of the user's own.
         lora_config: peft's configuration; None for the default LoRA.
+        teacher: A teacher that is an object; None where there is none, or the configuration names it.
         hold_out_note: How the validation data was held out, and what was dropped from it, in words.
         data_report: What became of the nodes; None if a dataset was given.
         stored: Vectors of the passages, where an index holds them.
@@ -218,6 +229,7 @@ class FinetuneRun:
     val_dataset: TrainingData | None
     loss: Any | None = None
     lora_config: LoraConfig | None = None
+    teacher: Any | None = None
     hold_out_note: str = ""
     data_report: BuildReport | None = None
     stored: StoredVectors | None = None
@@ -279,6 +291,7 @@ class FinetuneRun:
 
         config = arguments.config
         settings, val = config.training, self.val_dataset
+        teacher = teacher_of(config, self.teacher)
         start = StartingModel(config)
         model, base, parent, installed = load()
         lora_config = self._lora_config()
@@ -310,6 +323,7 @@ class FinetuneRun:
             ),
             lora_config=lora_config,
             loss=self.loss,
+            teacher=teacher,
             run_record=record(
                 config, self.dataset, val, base=base, parent=parent, loss=self.loss,
                 train_kwargs=arguments.train_kwargs, stored=self.stored,
@@ -361,6 +375,7 @@ def prepare(
     *,
     loss: Any | None = None,
     lora_config: LoraConfig | None = None,
+    teacher: Any | None = None,
 ) -> FinetuneRun:
     """Check everything about a run and hold out validation data where there is none that is not trained on.
 
@@ -372,11 +387,13 @@ def prepare(
         val_dataset: Validation data; None holds out `val_fraction`.
         loss: A loss of the user's own.
         lora_config: peft's configuration.
+        teacher: A teacher that is an object, not a name.
 
     Raises:
         LoraEmbedError: As `check_run`.
     """
-    checked = check_run(config, {} if dataset is None else dataset, val_dataset, loss=loss, lora_config=lora_config)
+    objects: dict[str, Any] = {"loss": loss, "lora_config": lora_config, "teacher": teacher}
+    checked = check_run(config, {} if dataset is None else dataset, val_dataset, **objects)
     config, train, val = checked.config, checked.dataset, checked.val_dataset
     assert train is not None
     note = checked.overlap_note
@@ -398,7 +415,7 @@ def prepare(
             warn_user(f"Nothing is held out for evaluation: {error}" + (f" Without effect: {idle}." if idle else ""))
     if checked.overlap_note:
         warn_user(note)
-    return FinetuneRun(config, train, val, loss, lora_config, note)
+    return FinetuneRun(config, train, val, hold_out_note=note, **objects)
 
 
 def _generators(config: FinetuneConfig, llm: LLM | None) -> list[QueryGenerator]:

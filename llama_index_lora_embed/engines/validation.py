@@ -21,6 +21,7 @@ from llama_index_lora_embed.data.training_data import (
     refuse_overlap,
     without_trained,
 )
+from llama_index_lora_embed.engines.teacher import check_local_teacher, teacher_problems
 from llama_index_lora_embed.evaluation import metrics
 from llama_index_lora_embed.models import adapter_directory, base_model
 from llama_index_lora_embed.training.checkpointing.resume import RECORDED, resume_problems
@@ -56,6 +57,7 @@ def check_run(
     *,
     loss: Any = None,
     lora_config: Any = None,
+    teacher: Any = None,
 ) -> CheckedRun:
     """The run, if everything about it can be used.
 
@@ -66,6 +68,7 @@ def check_run(
         val_dataset: Validation data, or None.
         loss: None, a sentence-transformers loss, or a callable that makes one from the model.
         lora_config: None or a `peft.LoraConfig`.
+        teacher: None, a `CrossEncoder`, or a function of (query, passage) pairs, instead of `config.teacher`.
 
     Raises:
         LoraEmbedError: The one kind of problem there is; for several kinds a ConfigError that lists them all.
@@ -95,11 +98,17 @@ def check_run(
     else:
         problems += _metric_problems(config, dataset, kind, held_out=True)
 
+    teacher = config.teacher if teacher is None else teacher
+    problems += teacher_problems(config, teacher, pairs=kind == "pairs", own_loss=loss is not None)
+    if teacher is not None:
+        config = attempt(config.for_teacher) or config
+
     attempt(lambda: base_model.check_local(config.base.model_id))
     attempt(lambda: check_run_directory(adapter_directory.check_output(config.output.model_output_path)))
-    for place in (config.base.continue_from, config.objective.teacher):
-        if place is not None:
-            attempt(lambda place=place: base_model.check_local(place))  # type: ignore[misc]
+    if config.base.continue_from is not None:
+        attempt(lambda: base_model.check_local(str(config.base.continue_from)))
+    if isinstance(teacher, str):
+        attempt(lambda: check_local_teacher(teacher))
     if problems:
         errors.append(ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems))
     train = None if dataset is None else attempt(lambda: coerce_training_data(dataset, "dataset"))

@@ -41,6 +41,7 @@ from llama_index_lora_embed.training.lora import (
 from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.plan import TrainingPlan, training_plan
+from llama_index_lora_embed.training.teacher import Teacher
 from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class TrainingOutcome:
     """Result of a training run, after which the model has the selected weights.
 
     `train_seconds` are of wall time, without evaluations and loading. `precision` is "bf16" or "fp32".
+    `teacher` has the name of the teacher and the digest of its scores, if there was one.
     """
 
     selection: CheckpointSelection
@@ -64,6 +66,7 @@ class TrainingOutcome:
     steps: int
     train_seconds: float
     precision: str
+    teacher: dict[str, str] | None = None
 
 
 def train(
@@ -78,6 +81,7 @@ def train(
     run_record: dict[str, Any],
     lora_config: LoraConfig | None = None,
     loss: Any = None,
+    teacher: Teacher | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     train_kwargs: dict[str, Any] | None = None,
     passages: FrozenPassages | None = None,
@@ -99,6 +103,7 @@ def train(
         run_record: What decides the result of the run; a checkpoint to resume from must have the same.
         lora_config: peft's configuration, instead of the settings' rank on all linear layers.
         loss: A sentence-transformers loss, or a callable that makes one from the model, instead of the objective's.
+        teacher: Scores the passages, if the objective learns from one.
         callbacks: More transformers callbacks.
         train_kwargs: More `SentenceTransformerTrainingArguments`.
         passages: Vectors of the passages, where only queries are trained.
@@ -127,11 +132,14 @@ def train(
         loss,
         settings,
         config.objective,
+        teacher=teacher,
         gradient_checkpointing=checkpointing,
         passages=passages,
     )
     training_arguments(settings, run_dir, 2, plan, extra)  # wrong ones raise before files are moved
     run_record = {**run_record, "precision": precision}
+    if plan.teacher_scores is not None:
+        run_record["teacher_scores"] = plan.teacher_scores
     checkpoint, changed = distributed.on_main(
         lambda: open_run(run_dir, run_record, output.resume_from_checkpoint, output.allow_changes)
     )
@@ -197,7 +205,10 @@ def train(
     stop.deliver()
     selection.restore_best(model, start)
     model.eval()
-    return TrainingOutcome(selection, truncation, int(trainer.state.global_step), elapsed, precision)
+    steps, learnt = int(trainer.state.global_step), None
+    if teacher is not None and plan.teacher_scores is not None:
+        learnt = {"name": teacher.name, "scores": plan.teacher_scores}
+    return TrainingOutcome(selection, truncation, steps, elapsed, precision, learnt)
 
 
 def set_length(

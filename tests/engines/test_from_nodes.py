@@ -119,7 +119,7 @@ def test_llm_written_queries_are_validated_on_headings_that_were_not_trained_on(
     "wrong",
     [{"epoch": 3}, {"batch_size": 0}, {"val_dataset": "/nowhere.json"}, {"val_fraction": 5}, {"filters": True},
      {"learning_rate": "x"}, {"model_id": "/nowhere"}, {"best_metric": "ndgc"}, {"quantized": True, "device": "cpu"},
-     {"objective": ObjectiveSettings(name="distillation", teacher="./nowhere")}, {"query_prompt": 5}, {"seed": 2**33},
+     {"teacher": "./nowhere"}, {"objective": "distillation"}, {"query_prompt": 5}, {"seed": 2**33},
      {"allow_changes": ["nope"]}, {"val_fraction": 0, "early_stopping_patience": 2}, {"loss": lambda: 1}],
     ids=shown,
 )  # fmt: skip

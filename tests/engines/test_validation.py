@@ -21,6 +21,7 @@ from llama_index_lora_embed.evaluation.pairs import pair_metrics
 from tests.conftest import make_dataset, make_engine, shown
 from tests.helpers.labelled_pairs import TRAIN as PAIRS
 from tests.helpers.labelled_pairs import VAL as VAL_PAIRS
+from tests.helpers.teachers import save_cross_encoder
 
 VAL = make_dataset(passages=10, seed=7, prefix="v")
 GRADED = LabelledPairs(VAL_PAIRS.texts1, VAL_PAIRS.texts2, [n % 5 / 4 for n in range(len(VAL_PAIRS))])
@@ -110,12 +111,13 @@ def test_problems_of_all_kinds_come_together(tmp_path):
     with pytest.raises(ConfigError) as caught:
         engine(
             tmp_path / "run", seed=-1, best_metric="x", allow_changes=["y"], batch_size=1, query_prompt=1,
-            objective=ObjectiveSettings(name="distillation", teacher="./no-teacher"), model_id="./no-model", device="z",
+            teacher="./no-teacher", objective="cosent", model_id="./no-model", device="z",
         )  # fmt: skip
     text = "\n".join(caught.value.problems)
     for said in ("seed=-1", "best_metric='x'", "'y'", "query_prompt=1", "./no-teacher", "./no-model", "device='z'"):
         assert said in text
-    assert "batch_size=" not in text, "negatives of a distillation come from the dataset"
+    assert "batch_size=1" in text
+    assert "a teacher with objective 'cosent'" in text
 
 
 def test_the_metric_names_are_those_that_evaluations_report():
@@ -127,7 +129,7 @@ def test_the_metric_names_are_those_that_evaluations_report():
 
 def test_a_missing_teacher_is_reported_at_once(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no-such-teacher"):
-        engine(tmp_path / "run", objective=ObjectiveSettings(name="distillation", teacher="./no-such-teacher"))
+        engine(tmp_path / "run", teacher="./no-such-teacher")
 
 
 def test_a_file_in_the_place_of_the_run_directory_is_found_at_once(tmp_path):
@@ -175,14 +177,13 @@ for engine in engines:
     assert not list(tmp_path.iterdir())
 
 
-def test_relative_paths_are_resolved_when_the_engine_is_made(tmp_path, monkeypatch):
-    for name in ("model", "teacher"):
-        (tmp_path / name).mkdir()
+def test_relative_paths_are_resolved_when_the_engine_is_made(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    distillation = ObjectiveSettings(name="distillation", teacher="teacher")
-    made = engine("run", model_id="model", cache_folder="cache", objective=distillation)
+    save_cross_encoder("teacher", tiny_model)
+    made = engine("run", model_id="model", cache_folder="cache", teacher="teacher")
     assert made.config.base.model_id == str(tmp_path / "model")
-    assert made.config.objective.teacher == str(tmp_path / "teacher")
+    assert made.config.teacher == str(tmp_path / "teacher")
     assert made.config.base.cache_folder == str(tmp_path / "cache")
     assert engine("run", model_id="an/id").config.base.model_id == "an/id"
 

@@ -1,8 +1,9 @@
 """A process that trains the tiny model again and again in forked children, for tests that kill them.
 
-It reads lines of JSON from stdin: {"model", "path", "kill"}; "kill" is null, {"after": seconds},
-{"in_save": nth disk operation of a save} or {"in_evaluation": nth call}. Each child resumes where the last one
-was killed. It answers with the child's exit code, the event during which it ended, and the seconds it took.
+It reads lines of JSON from stdin: {"model", "path", "kill", "teacher"}; "kill" is null, {"after": seconds},
+{"in_save": nth disk operation of a save}, {"in_evaluation": nth call} or {"in_scoring": nth part of a teacher's
+scores}, and "teacher" null or the folder of one. Each child resumes where the last one was killed. It answers with the
+child's exit code, the event during which it ended, and the seconds it took.
 """
 
 import json
@@ -18,12 +19,13 @@ import torch
 from peft import LoraConfig
 
 from llama_index_lora_embed.models import adapter_directory
-from llama_index_lora_embed.training import trainer
+from llama_index_lora_embed.training import teacher, trainer
 from llama_index_lora_embed.training.checkpointing import checkpoints
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
 from tests.conftest import make_engine
 
 torch.set_num_threads(1)  # no pool of threads that a fork would lose
+teacher._PART = 40  # so that a few pairs are scored in several parts
 
 
 engine = partial(
@@ -83,6 +85,8 @@ def arm(kill) -> None:
         trainer.write_checkpoint = guarded
     if "in_evaluation" in kill:
         count_down(CheckpointSelection, "_keep", kill["in_evaluation"])
+    if "in_scoring" in kill:
+        count_down(teacher, "append_json_line", kill["in_scoring"])
     if "in_write" in kill:
         count_down(adapter_directory, "file_digest", kill["in_write"])
 
@@ -94,7 +98,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             arm(order["kill"])
-            engine(order["model"], order["path"]).finetune()
+            engine(order["model"], order["path"], teacher=order["teacher"]).finetune()
             os._exit(0)
         after = (order["kill"] or {}).get("after")
         if after is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama_index_lora_embed.training.teacher import scores_file
 from tests.helpers.training import weights
 
 pytestmark = pytest.mark.slow
@@ -111,6 +112,22 @@ def test_two_processes_stop_together_and_resume(tiny_model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert said(path)["fingerprint"] == said(calm)["fingerprint"]
     assert said(path)["history"] == said(calm)["history"]
+
+
+@pytest.mark.extended
+def test_two_processes_learn_one_teachers_scores(tiny_model, cross_encoder, tmp_path):
+    path, alone = tmp_path / "run", tmp_path / "alone"
+    arguments = {"teacher": cross_encoder, "objective": "margin_mse", "epochs": 1}
+    assert run([sys.executable], tiny_model, alone, arguments={"batch_size": 32, **arguments}).returncode == 0
+    done = run(TORCHRUN, tiny_model, path, arguments={"batch_size": 16, **arguments})
+    assert done.returncode == 0, done.stderr
+    expected = gradient(alone)
+    for rank in (0, 1):
+        ours = gradient(path, rank)
+        assert all(torch.allclose(ours[n], expected[n], atol=1e-5, rtol=1e-5) for n in expected)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    files = [scores_file(out).read_text().splitlines() for out in (path, alone)]
+    assert len(files[0]) == len(files[1]) == 1, "one process scores"
 
 
 @pytest.mark.extended

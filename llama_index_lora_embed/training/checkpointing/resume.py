@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 RECORDED = frozenset({
     *FinetuneConfig().result_affecting(),
     *("base", "continue_from", "dataset", "val_dataset", "passages", "loss", "train_kwargs", "round", "start"),
+    "teacher_scores",
 })  # fmt: skip
-"""Names of everything that is compared; `round` and `start` are recorded where negatives are mined."""
+"""Names of everything that is compared; `round` and `start` are recorded where negatives are mined, `teacher_scores`
+where a teacher's scores are learnt."""
 
 # these fields of peft's configuration say where files are and which peft wrote them
 _LORA_PLACES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")

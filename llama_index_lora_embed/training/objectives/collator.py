@@ -1,8 +1,9 @@
-"""Training batches of "in_batch" and "soft_labels": each passage once, with all its queries and no false negatives."""
+"""Training batches of groups: each passage once, with all its queries and no false negatives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,9 @@ class GroupCollator:
     The label has a row for each query and passage that it is trained against. With `soft`, it has one row for each
     query, and all of its passages in the batch are its targets, each with its relevance.
 
+    With `teacher_scores`, the label is [2, queries, passages]: the above, and the teacher's score of the query and the
+    passage, NaN where there is none.
+
     Each of several processes gets the same groups, makes the label of all of them, and tokenizes its own share: of n
     queries in the label's order those at `rank`, `rank + world`, ..., and of the passages likewise. Both are sorted
     by length, so that the shares cost the same.
@@ -44,6 +48,7 @@ class GroupCollator:
         groups: The groups that indices refer to.
         false_negatives: What is ignored; None uses the defaults of `ObjectiveSettings` without near-duplicates.
         soft: Whether all of a query's passages in the batch are its targets.
+        teacher_scores: Query id to text of a passage to its score.
         mini_batch_size: Texts in a chunk (windows, where long texts have several); None for 8 passages or 32 queries.
 
     Raises:
@@ -60,6 +65,7 @@ class GroupCollator:
         false_negatives: FalseNegatives | None = None,
         *,
         soft: bool = False,
+        teacher_scores: Mapping[str, Mapping[str, float]] | None = None,
         mini_batch_size: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -69,6 +75,7 @@ class GroupCollator:
         self.groups = groups
         self.false_negatives = false_negatives or FalseNegatives(dataset, ObjectiveSettings().sibling_window)
         self.soft = soft
+        self.teacher_scores = teacher_scores
         self.mini_batch_size = mini_batch_size
         self.rank = rank
         self.world = world
@@ -93,7 +100,12 @@ class GroupCollator:
                 joined.setdefault(query_id, []).extend(columns)
             rows = list(joined.items())
         rows.sort(key=lambda row: -len(self.dataset.queries[row[0]]))
-        batch: dict[str, Any] = {"label": self._label(rows, [passage_id for passage_id, _ in passages])}
+        label = self._label(rows, [passage_id for passage_id, _ in passages])
+        if self.teacher_scores is not None:
+            texts = [text for _, text in passages]
+            scores = [[self.teacher_scores[query_id].get(text, math.nan) for text in texts] for query_id, _ in rows]
+            label = torch.stack([label, torch.tensor(scores)])
+        batch: dict[str, Any] = {"label": label}
         self._add(batch, "q", [self.dataset.queries[query_id] for query_id, _ in rows], "query", 4 * _CHUNK_SIZE)
         self._add(batch, "p", [text for _, text in passages], "document", _CHUNK_SIZE)
         return batch

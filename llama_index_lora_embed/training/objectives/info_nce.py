@@ -99,23 +99,28 @@ class MaskedInfoNCELoss(nn.Module):
 
     def _loss_of(self, queries: Tensor, passages: Tensor, labels: Tensor) -> Tensor:
         """The loss of embeddings [queries, dimension] and [passages, dimension], summed over `dims`."""
-        ignored = labels == IGNORED
-        relevance = labels.clamp(min=0)
-        weight, target = relevance.amax(dim=1), relevance / relevance.sum(dim=1, keepdim=True)
         width = queries.shape[1]
         losses = []
         # in float32, because a bfloat16 product would round the scores to two digits
         with torch.autocast(queries.device.type, enabled=False):
             for size in sorted({width, *(d for d in self.dims if d < width)}):
-                scores = _unit(queries[:, :size]) @ _unit(passages[:, :size]).T / self.temperature
-                log_probabilities = scores.masked_fill(ignored, float("-inf")).log_softmax(dim=1)
-                # a masked passage has target 0, but 0 · −∞ is not 0
-                losses.append((weight * -(target * log_probabilities.masked_fill(ignored, 0.0)).sum(dim=1)).mean())
+                similarities = _unit(queries[:, :size]) @ _unit(passages[:, :size]).T
+                losses.append(self._of_similarities(similarities, labels))
         return torch.stack(losses).sum()
+
+    def _of_similarities(self, similarities: Tensor, labels: Tensor) -> Tensor:
+        """The loss of cosine similarities [queries, passages]."""
+        ignored = labels == IGNORED
+        relevance = labels.clamp(min=0)
+        weight, target = relevance.amax(dim=1), relevance / relevance.sum(dim=1, keepdim=True)
+        scores = similarities / self.temperature
+        log_probabilities = scores.masked_fill(ignored, float("-inf")).log_softmax(dim=1)
+        # a masked passage has target 0, but 0 · −∞ is not 0
+        return (weight * -(target * log_probabilities.masked_fill(ignored, 0.0)).sum(dim=1)).mean()
 
     def _gather(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of all processes' queries and passages, from its own queries and then passages."""
-        queries, passages = labels.shape
+        queries, passages = labels.shape[-2:]
         if distributed.world_size() == 1:
             return embeddings[:queries], embeddings[queries:]
         own = len(range(distributed.rank(), queries, distributed.world_size()))

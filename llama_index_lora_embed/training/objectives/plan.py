@@ -13,7 +13,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.losses.triplet import TripletDistanceMetric
 
-from llama_index_lora_embed.config import FOR_PAIRS, IN_BATCH, MiningSettings, ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.config import (
+    DISTILLED,
+    FOR_PAIRS,
+    IN_BATCH,
+    MiningSettings,
+    ObjectiveSettings,
+    TrainingSettings,
+)
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.training_data import TrainingData
@@ -30,10 +37,19 @@ from llama_index_lora_embed.training.examples import (
 )
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
 from llama_index_lora_embed.training.objectives.collator import GroupCollator
-from llama_index_lora_embed.training.objectives.distillation import scaled_cosine, teacher_scores
+from llama_index_lora_embed.training.objectives.distillation import (
+    DistillationLoss,
+    ListwiseDistillationLoss,
+    MarginDistillationLoss,
+    TeacherScores,
+    score_examples,
+    student_spread,
+    with_negatives,
+)
 from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages, frozen_passages_loss
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler, ExampleTraits, GroupBatchSampler
+from llama_index_lora_embed.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -44,11 +60,13 @@ class TrainingPlan:
         inputs: train_dataset, loss and, for some objectives, data_collator.
         arguments: batch_sampler and prompts, for `SentenceTransformerTrainingArguments`.
         gradcache: Whether steps can be computed in chunks (GradCache).
+        teacher_scores: Digest of the scores that are learnt; None without a teacher.
     """
 
     inputs: dict[str, Any]
     arguments: dict[str, Any] = field(default_factory=dict)
     gradcache: bool = False
+    teacher_scores: str | None = None
 
     def use_gradcache(self, mini_batch_size: int) -> None:
         """Compute steps in chunks of this many texts; only where `gradcache` is True."""
@@ -64,6 +82,7 @@ def training_plan(
     settings: TrainingSettings,
     objective: ObjectiveSettings | None = None,
     *,
+    teacher: Teacher | None = None,
     gradient_checkpointing: bool = False,
     passages: FrozenPassages | None = None,
 ) -> TrainingPlan:
@@ -77,14 +96,14 @@ def training_plan(
             model, which gets columns of texts. Then only the masks of `objective` count.
         settings: Of the training.
         objective: Fits data and loss (`ObjectiveSettings.misfits`); None for the default.
+        teacher: Scores the passages, if the objective learns from one.
         gradient_checkpointing: Whether the trainer will use it; then there is no GradCache.
         passages: Vectors of the passages, where only queries are trained.
 
     Raises:
-        ConfigError: The objective or the loss cannot be used with this model.
+        ConfigError: The objective or the loss cannot be used with this model, or the teacher's scores cannot be used.
         DatasetError: There are no negatives.
-        ModelNotFoundError: The teacher does not exist.
-        UnsafeCheckpointError: The teacher's weights are stored as a pickle only.
+        ModelNotFoundError: The teacher does not load.
     """
     objective = objective or ObjectiveSettings()
     name = objective.name_for(dataset.kind == "pairs")
@@ -110,25 +129,17 @@ def training_plan(
         in_batch = [(one.query_id, [one.passage_id, *(i for i, _ in one.negatives[:width])]) for one in examples]
         return _columns_plan(model, rows, loss, ExampleTraits.of(in_batch, false_negatives))
     if name in IN_BATCH:
-        return _groups_plan(model, dataset, groups, settings, objective, false_negatives, not gradient_checkpointing)
-    # distillation compares as many passages as mining would find
-    min_negatives = MiningSettings().num_negatives if name == "distillation" else 1
+        gradcache = not gradient_checkpointing
+        return _groups_plan(model, dataset, groups, settings, objective, false_negatives, teacher, gradcache)
     equal_numbers = name not in FOR_PAIRS
-    examples = make_examples(dataset, groups, false_negatives, min_negatives=min_negatives, equal_numbers=equal_numbers)
+    examples = make_examples(dataset, groups, false_negatives, min_negatives=1, equal_numbers=equal_numbers)
     require_negatives(examples)
     if name in FOR_PAIRS:
         return _columns_plan(model, label_columns(dataset, examples), _pair_loss(name, settings))
-    if name == "triplet":
-        distance, margin = TripletDistanceMetric.COSINE, objective.triplet_margin
-        triplet_loss = partial(losses.TripletLoss, distance_metric=distance, triplet_margin=margin)
-        # the first hard negative is the hardest
-        return _columns_plan(model, negative_columns(dataset, examples, most=1), triplet_loss)
-    rows = negative_columns(dataset, examples)
-    assert objective.teacher is not None, "ObjectiveSettings requires it"
-    scores = teacher_scores(objective.teacher, rows, model.device, settings.trust_remote_code)
-    rows = [{**row, "label": label} for row, label in zip(rows, scores, strict=True)]
-    similarity = partial(scaled_cosine, temperature=settings.temperature)
-    return _columns_plan(model, rows, partial(losses.DistillKLDivLoss, similarity_fct=similarity))
+    distance, margin = TripletDistanceMetric.COSINE, objective.triplet_margin
+    triplet_loss = partial(losses.TripletLoss, distance_metric=distance, triplet_margin=margin)
+    # the first hard negative is the hardest
+    return _columns_plan(model, negative_columns(dataset, examples, most=1), triplet_loss)
 
 
 def _groups_plan(
@@ -138,6 +149,7 @@ def _groups_plan(
     settings: TrainingSettings,
     objective: ObjectiveSettings,
     false_negatives: FalseNegatives,
+    teacher: Teacher | None,
     gradcache: bool,
 ) -> TrainingPlan:
     width = model.get_embedding_dimension()
@@ -147,7 +159,13 @@ def _groups_plan(
             f"at most {width}, the dimension of this model's embeddings",
             "Remove the larger ones.",
         )
-    require_any_negative(dataset, groups, false_negatives)
+    make_loss: Callable[..., MaskedInfoNCELoss] = MaskedInfoNCELoss
+    scores = None
+    if objective.name in DISTILLED:
+        assert teacher is not None, "check_run requires it"
+        dataset, scores, make_loss = _distilled(model, dataset, groups, objective, false_negatives, teacher)
+    else:
+        require_any_negative(dataset, groups, false_negatives)
     mini_batch_size = objective.mini_batch_size
     collator = GroupCollator(
         model,
@@ -155,11 +173,12 @@ def _groups_plan(
         groups,
         false_negatives,
         soft=objective.name == "soft_labels",
+        teacher_scores=None if scores is None else scores.of,
         mini_batch_size=None if mini_batch_size == "auto" else mini_batch_size,
         rank=distributed.rank(),
         world=distributed.world_size(),
     )
-    loss = MaskedInfoNCELoss(
+    loss = make_loss(
         model,
         settings.temperature,
         cached=gradcache and model.device.type == "cpu" if mini_batch_size == "auto" else mini_batch_size is not None,
@@ -174,7 +193,31 @@ def _groups_plan(
         },
         {"batch_sampler": GroupBatchSampler, "prompts": None},
         gradcache,
+        None if scores is None else scores.digest,
     )
+
+
+def _distilled(
+    model: SentenceTransformer,
+    dataset: EmbeddingQAFinetuneDataset,
+    groups: list[TrainingGroup],
+    objective: ObjectiveSettings,
+    false_negatives: FalseNegatives,
+    teacher: Teacher,
+) -> tuple[EmbeddingQAFinetuneDataset, TeacherScores, Callable[..., DistillationLoss]]:
+    """The dataset with the negatives that a teacher has scored, the scores, and what makes the loss."""
+    least = MiningSettings().num_negatives  # as many as mining finds where it finds enough
+    examples = make_examples(dataset, groups, false_negatives, min_negatives=least, equal_numbers=False)
+    require_negatives(examples)
+    dataset = with_negatives(dataset, examples)
+    scores = score_examples(dataset, examples, teacher, model.device)
+    weight = objective.weight_of_in_batch()
+    if objective.name == "margin_mse":
+        spreads = student_spread(model, dataset, examples), scores.spread
+        return dataset, scores, partial(MarginDistillationLoss, contrastive_weight=weight, spreads=spreads)
+    temperature = objective.teacher_temperature
+    make_loss = partial(ListwiseDistillationLoss, contrastive_weight=weight, teacher_temperature=temperature)
+    return dataset, scores, make_loss
 
 
 def _columns_plan(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_index_lora_embed.training.teacher import scores_file
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")]
 ROOT = Path(__file__).parents[3]
 
@@ -24,8 +26,8 @@ def order():
         cwd=ROOT,
     )
 
-    def give(model, path, kill=None):
-        process.stdin.write(json.dumps({"model": model, "path": str(path), "kill": kill}) + "\n")
+    def give(model, path, kill=None, teacher=None):
+        process.stdin.write(json.dumps({"model": model, "path": str(path), "kill": kill, "teacher": teacher}) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
@@ -68,3 +70,18 @@ def test_twenty_kills_at_random_moments_end_with_the_adapter_of_a_calm_run(tiny_
     assert content(path) == content(tmp_path / "calm")
     left = [p.name for p in tmp_path.iterdir() if "staging" in p.name]
     assert not [name for name in left if name.startswith(f".{path.name}.staging")][3:], "killed writes may leave few"
+
+
+def test_a_teachers_scores_outlive_a_kill_and_the_adapter_is_that_of_a_calm_run(
+    tiny_model, cross_encoder, tmp_path, order
+):
+    calm, path = tmp_path / "calm", tmp_path / "killed"
+    assert order(tiny_model, calm, teacher=cross_encoder)["code"] == 0
+    scores = scores_file(calm).read_text().splitlines()
+    assert len(scores) > 3
+    for kill in ({"in_scoring": 3}, {"in_scoring": 1}, {"in_save": 30}, {"in_evaluation": 2}):
+        assert order(tiny_model, path, kill, cross_encoder)["code"] == -signal.SIGKILL
+    assert order(tiny_model, path, teacher=cross_encoder)["code"] == 0
+    assert scores_file(path).read_text().splitlines() == scores, "each part was scored once, in the same batches"
+    assert content(path) == content(calm)
+    assert json.loads((path / "finetune.json").read_text())["settings"]["teacher"]["name"] == "cross-encoder0"

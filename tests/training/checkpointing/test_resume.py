@@ -19,6 +19,7 @@ from llama_index_lora_embed.training.checkpointing.checkpoints import checkpoint
 from llama_index_lora_embed.training.checkpointing.resume import RECORDED, describe
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.conftest import make_dataset, make_engine
+from tests.helpers.teachers import shared_words
 from tests.helpers.training import checkpointing_engine
 
 MNRL = losses.MultipleNegativesRankingLoss
@@ -85,7 +86,7 @@ def test_what_decides_nothing_may_differ(tiny_model, tmp_path, before, after):
 
 
 def test_every_name_that_is_recorded_can_be_allowed_and_no_other(tiny_model, tmp_path):
-    engine(tiny_model, tmp_path / "run", mining=MINING).finetune()
+    engine(tiny_model, tmp_path / "run", mining=MINING, teacher=shared_words).finetune()
     assert read_record(latest_checkpoint(tmp_path / "run.run"))["run"].keys() == RECORDED
 
 

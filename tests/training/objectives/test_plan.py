@@ -4,17 +4,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import (
-    CrossEncoder,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.config import ObjectiveSettings, TrainingSettings
-from llama_index_lora_embed.core.errors import ConfigError, DatasetError, ModelNotFoundError, UnsafeCheckpointError
+from llama_index_lora_embed.config import DISTILLED, ObjectiveSettings, TrainingSettings
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.training.examples import make_examples, make_groups
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
@@ -23,6 +18,7 @@ from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPas
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.plan import training_plan
 from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler
+from llama_index_lora_embed.training.teacher import Teacher
 from tests.conftest import WORDS, make_dataset
 from tests.helpers.gradients import model_with_lora
 
@@ -34,9 +30,10 @@ def model(tiny_model):
     return model
 
 
-def plan_of(model, dataset, loss=None, *, settings=None, use_all_docs=False, **objective):
+def plan_of(model, dataset, loss=None, *, settings=None, use_all_docs=False, teacher=None, **objective):
     groups = make_groups(dataset, use_all_docs) if isinstance(dataset, EmbeddingQAFinetuneDataset) else []
-    return training_plan(model, dataset, groups, loss, settings or TrainingSettings(), ObjectiveSettings(**objective))
+    settings, objective = settings or TrainingSettings(), ObjectiveSettings(**objective)
+    return training_plan(model, dataset, groups, loss, settings, objective, teacher=teacher)
 
 
 def columns(plan):
@@ -46,25 +43,6 @@ def columns(plan):
 def graded_pairs(**kwargs):
     texts = [" ".join(WORDS[n : n + 4]) for n in range(40)]
     return LabelledPairs(texts[:20], texts[20:], [n % 5 / 4 for n in range(20)], **kwargs)
-
-
-@pytest.fixture(scope="session")
-def teacher(tiny_model, tmp_path_factory):
-    """A tiny cross-encoder with random weights."""
-    folder = tmp_path_factory.mktemp("teacher")
-    save_classifier(folder, tiny_model, labels=1)
-    return str(folder)
-
-
-def save_classifier(folder, tiny_model, labels, **kwargs):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, num_labels=labels, initializer_range=0.5,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder, **kwargs)
-    tokenizer.save_pretrained(folder)
 
 
 # queries and passages
@@ -245,71 +223,11 @@ def test_labelled_pairs_are_ranked_by_their_labels_with_the_prompts_of_serving(m
 
 @pytest.mark.parametrize(
     "objective", [{"name": "in_batch"}, {"name": "soft_labels"}, {"name": "triplet"}, {"guide": True},
-                  {"name": "distillation", "teacher": "x"}, {"mini_batch_size": 4}],
+                  {"name": "distillation"}, {"name": "margin_mse"}, {"mini_batch_size": 4}],
 )  # fmt: skip
 def test_labelled_pairs_with_an_objective_for_queries_are_refused(objective):
     (problem,) = ObjectiveSettings(**objective).misfits(pairs=True, own_loss=False)
     assert "'cosent', 'cosine'" in problem
-
-
-# distillation
-
-
-def test_the_teachers_scores_are_the_labels_and_the_teacher_is_freed(model, teacher, monkeypatch):
-    loaded = []
-    init = CrossEncoder.__init__
-
-    def remember(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        loaded.append(weakref.ref(self))
-
-    monkeypatch.setattr(CrossEncoder, "__init__", remember)
-    dataset = make_dataset(passages=8, questions=1)
-    dataset.hard_negatives = {"q0-0": ["p4", "p5", "p6"]}
-    plan = plan_of(model, dataset, name="distillation", teacher=teacher)
-    gc.collect()
-    assert [reference() for reference in loaded] == [None]
-    monkeypatch.undo()
-    rows = columns(plan)
-    assert list(rows) == ["anchor", "positive", "negative_1", "negative_2", "negative_3", "label"]
-    cross = CrossEncoder(teacher, device="cpu")
-    for name, scores in zip(list(rows)[1:-1], zip(*rows["label"], strict=True), strict=True):
-        expected = cross.predict(list(zip(rows["anchor"], rows[name], strict=True)), activation_fn=torch.nn.Identity())
-        assert list(scores) == pytest.approx(expected.tolist(), abs=1e-4)
-    assert max(rows["label"][0]) - min(rows["label"][0]) > 0.01
-
-
-def test_a_student_that_ranks_as_its_teacher_has_nothing_to_learn(model, teacher):
-    plan = plan_of(model, make_dataset(passages=8), name="distillation", teacher=teacher)
-    loss = plan.inputs["loss"](model)
-    assert isinstance(loss, losses.DistillKLDivLoss)
-    vectors = [torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in range(4)]
-    own = torch.stack([(vectors[0] * other).sum(dim=1) for other in vectors[1:]], dim=1) / 0.05
-    assert loss.compute_loss_from_embeddings(vectors, own + 3).item() == pytest.approx(0, abs=1e-5)
-    assert loss.compute_loss_from_embeddings(vectors, -own).item() > 0.1
-
-
-def test_a_teacher_that_does_not_exist_is_named(model, tmp_path):
-    with pytest.raises(ModelNotFoundError, match="nowhere"):
-        plan_of(model, make_dataset(), name="distillation", teacher=str(tmp_path / "nowhere"))
-
-
-def test_a_model_without_a_score_is_no_teacher(model, tiny_model):
-    with pytest.raises(ConfigError, match="BertModel"):
-        plan_of(model, make_dataset(), name="distillation", teacher=tiny_model)
-
-
-def test_a_classifier_of_several_classes_is_no_teacher(model, tiny_model, tmp_path):
-    save_classifier(tmp_path, tiny_model, labels=3)
-    with pytest.raises(ConfigError, match="3 scores"):
-        plan_of(model, make_dataset(), name="distillation", teacher=str(tmp_path))
-
-
-def test_a_teacher_whose_weights_could_run_code_is_refused(model, teacher, tiny_model, tmp_path):
-    save_classifier(tmp_path, tiny_model, labels=1)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UnsafeCheckpointError):
-        plan_of(model, make_dataset(), name="distillation", teacher=str(tmp_path))
 
 
 # the user's own loss
@@ -368,16 +286,17 @@ CASES = [
     {"name": "cosent"},
     {"name": "cosine"},
     {"name": "distillation"},
+    {"name": "margin_mse", "contrastive_weight": 0.1, "mini_batch_size": 2, "matryoshka_dims": (8, 16)},
     {"loss": losses.MultipleNegativesRankingLoss},
     {"loss": losses.CachedMultipleNegativesRankingLoss},
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_objective_trains_the_adapter_in_as_many_steps_as_announced(model, teacher, tmp_path, case):
+def test_every_objective_trains_the_adapter_in_as_many_steps_as_announced(model, cross_encoder, tmp_path, case):
     case = dict(case)
-    if case.get("name") == "distillation":
-        case["teacher"] = teacher
+    if case.get("name") in DISTILLED:
+        case["teacher"] = Teacher(cross_encoder, tmp_path / "scores.jsonl")
     dataset = make_dataset(passages=12)
     before = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     plan = plan_of(model, dataset, case.pop("loss", None), **case)
