@@ -9,7 +9,6 @@ from llama_index_lora_embed import (
     LoraEmbedError,
     LoraFinetuneEngine,
 )
-from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.core.errors import (
     DatasetError,
     SplitError,

@@ -98,6 +98,7 @@ def test_heuristic_queries_of_nodes_are_labelled_by_a_teacher_without_an_llm(tin
     assert engine.finetune().steps > 0
 
 
+@pytest.mark.slow
 def test_a_cross_encoder_a_path_object_and_a_configuration_give_the_same_scores(tiny_model, cross_encoder, tmp_path):
     settings = {"epochs": 1, "precision": "fp32"}
     by_path = make_engine(tiny_model, tmp_path / "path", teacher=Path(cross_encoder), **settings).finetune()
