@@ -100,7 +100,7 @@ def run_finetune(
     if teacher is not None:
         by_name = isinstance(teacher, (str, os.PathLike))
         config, teacher = config.replace(teacher=teacher if by_name else None), None if by_name else teacher
-    objects = {"loss": loss, "lora_config": lora_config, "teacher": teacher}
+    objects: dict[str, Any] = {"loss": loss, "lora_config": lora_config, "teacher": teacher}
     if nodes is None:
         run = prepare(config, dataset, val_dataset, **objects)
     else:

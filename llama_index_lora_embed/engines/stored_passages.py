@@ -34,6 +34,7 @@ def run_from_store(
     *,
     loss: Any | None = None,
     lora_config: LoraConfig | None = None,
+    teacher: Any | None = None,
 ) -> FinetuneRun:
     """A run with `tune="query"` on everything that a vector store holds; see `LoraFinetuneEngine.from_vector_store`.
 
@@ -51,7 +52,8 @@ def run_from_store(
             'tune="query", because its vectors stay as they are',
             "To tune both sides, pass the nodes: LoraFinetuneEngine.from_nodes(nodes, ...).",
         )
-    config = check_run(arguments, dataset, val_dataset, loss=loss, lora_config=lora_config).config
+    # refuses a loss and a teacher
+    config = check_run(arguments, dataset, val_dataset, loss=loss, lora_config=lora_config, teacher=teacher).config
     # every passage is searched: their vectors are there
     config = config.replace(data=config.data.replace(max_eval_passages=len(stored)))
     train, val = (_over(stored, data, name) for data, name in ((dataset, "dataset"), (val_dataset, "val_dataset")))
