@@ -43,7 +43,7 @@ def table() -> str:
 
 
 def draw(path: Path) -> None:
-    """Write the picture: a panel for each metric, a group of bars for each data set."""
+    """Write the picture: a panel for each metric, a group of bars for each data set, without untrained changes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -56,7 +56,7 @@ def draw(path: Path) -> None:
     names = [f"{data['trained_on'].split(':')[0]}\n→ {data['evaluated_on']}" for data in sets]
     for panel, (metric, title) in zip(panels, METRICS.items(), strict=True):
         for place, data in enumerate(sets):
-            rows = data["rows"]
+            rows = [row for row in data["rows"] if row["model"] in COLOURS]
             for number, row in enumerate(rows):
                 at = place + (number - (len(rows) - 1) / 2) * 0.27
                 panel.barh(at, row[metric], 0.25, color=COLOURS[row["model"]])

@@ -263,7 +263,8 @@ def test_the_readmes_table_commands_and_picture_have_the_figures_of_the_benchmar
         line.split("  #")[0] for line in readme.splitlines()
     }
     picture = re.findall(r">(0\.\d{3})<", script["PICTURE"].read_text(encoding="utf-8"))
-    assert sorted(picture) == sorted(f"{row[metric]:.3f}" for metric in script["METRICS"] for row in rows)
+    drawn = [row for row in rows if row["model"] in script["COLOURS"]]
+    assert sorted(picture) == sorted(f"{row[metric]:.3f}" for metric in script["METRICS"] for row in drawn)
 
 
 def test_every_error_class_has_its_section_in_troubleshooting():

@@ -192,8 +192,8 @@ def test_rounds_of_mining_share_one_base(short_model, tmp_path, answer, length):
 
 
 @pytest.mark.slow
-def test_of_an_adapter_for_queries_the_base_as_installed_embeds_the_passages_itself(tiny_model, tmp_path):
-    val, change = make_dataset(passages=10, seed=7, prefix="v"), {"passage_prompt": "passage : passage : "}
+def test_of_an_adapter_for_queries_the_base_as_installed_has_its_own_query_prompt(tiny_model, tmp_path):
+    val, change = make_dataset(passages=10, seed=7, prefix="v"), {"query_prompt": "passage query : "}
     settings = {"tune": "query", "precision": "fp32"}
     parent = make_engine(tiny_model, tmp_path / "parent", **settings).finetune()
     assert parent.best_step > 0
