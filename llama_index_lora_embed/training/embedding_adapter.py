@@ -88,7 +88,7 @@ class AdapterOutcome:
     """What training gave.
 
     Attributes:
-        adapter: With the weights of the step that is kept.
+        adapter: With the weights of the step that is kept, or those that training started from if none beat the base.
         is_identity: Whether no step beat the base, so that vectors are to stay as they are.
         selection: The evaluations.
         steps: Number of steps of the run.
@@ -235,6 +235,7 @@ def train_adapter(
         NonFiniteLossError: The loss is NaN or infinite.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
     """
+    start = copy.deepcopy(adapter.state_dict())
     checkpoint, _ = open_run(run_dir, run_record, settings.resume_from_checkpoint)
     total = total_steps(len(data.queries), settings)
     every = min(math.ceil(len(data.queries) / settings.batch_size), max(1, total // _FEWEST_EVALUATIONS))
@@ -267,7 +268,9 @@ def train_adapter(
     stop.deliver()
     selection.base = selection.base or (selection.evaluate(IDENTITY) if selection.evaluator else None)  # type: ignore[arg-type]
     is_identity = selection.evaluator is not None and selection.best_step == 0
-    if selection.weights and not is_identity:
+    if is_identity:  # no weights that were found to be worse
+        adapter.load_state_dict(start)
+    elif selection.weights:
         adapter.load_state_dict(selection.weights)
     adapter.eval()
     if selection.evaluator is not None and selection.best is None:

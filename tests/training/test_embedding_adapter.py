@@ -141,8 +141,12 @@ def test_the_pull_keeps_the_map_near_the_identity(tmp_path: Path) -> None:
 def test_the_base_is_step_0_whatever_training_starts_from(tmp_path: Path) -> None:
     data = frozen()
     data = FrozenVectors(data.passages[:20], data.passages, data.targets)  # nothing can be gained
-    outcome = train(tmp_path / "a.run", data, TwoLayerNN(D, 8, D))
+    adapter = TwoLayerNN(D, 8, D)
+    start = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    outcome = train(tmp_path / "a.run", data, adapter)
     assert outcome.is_identity
+    found = outcome.adapter.state_dict()
+    assert all(found[name].equal(tensor) for name, tensor in start.items()), "no weights that were found to be worse"
     assert outcome.selection.best_step == 0
     assert outcome.selection.best is outcome.selection.base
     assert outcome.selection.history[0]["metrics"] == {"ndcg@10": 1.0}
