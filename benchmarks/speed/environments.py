@@ -16,7 +16,10 @@ from pathlib import Path
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 # mistralai 2 broke llama-index-finetuning's imports; sentence-transformers evaluates khoji, which does not install it
 REQUIREMENTS = {
-    "llama-index-finetuning": ["torch", "llama-index-finetuning==0.4.2", "mistralai<2", "sentence-transformers[train]"],
+    "llama-index-finetuning": [
+        *("torch", "llama-index-finetuning==0.4.2", "mistralai<2", "sentence-transformers[train]"),
+        "llama-index-embeddings-huggingface",
+    ],
     "khoji": ["torch", "khoji==0.4.0", "sentence-transformers"],
     "plot": ["matplotlib>=3.9"],
 }
