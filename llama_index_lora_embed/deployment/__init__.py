@@ -1,5 +1,6 @@
-"""After training: merging, export, the Hub, registered versions, stamped indexes and their replacement."""
+"""After training: merging, export, the Hub, registered versions, stamped indexes, bridges and replacement."""
 
+from llama_index_lora_embed.deployment.align import Alignment, align_index
 from llama_index_lora_embed.deployment.hub import push_to_hub
 from llama_index_lora_embed.deployment.index_stamp import IndexStamp, read_index_stamp, stamp_index, verify_index
 from llama_index_lora_embed.deployment.registry import Gate, RunRegistry
@@ -17,6 +18,7 @@ from llama_index_lora_embed.embedding.export import Certificate, export_model
 from llama_index_lora_embed.models.merge import MergedAdapter, merge_adapters
 
 __all__ = [
+    "Alignment",
     "Certificate",
     "ChromaIndexStore",
     "FolderIndexStore",
@@ -28,6 +30,7 @@ __all__ = [
     "RunRegistry",
     "Version",
     "VersionComparison",
+    "align_index",
     "export_model",
     "merge_adapters",
     "open_index",

@@ -49,7 +49,8 @@ class IndexStamp:
     @classmethod
     def of(cls, embed_model: BaseEmbedding) -> IndexStamp:
         """The stamp for an index that is built with this model now; embeds one short text."""
-        if isinstance(embed_model, AdapterEmbeddingModel):  # its passages are those of the model below
+        if isinstance(embed_model, AdapterEmbeddingModel) and not embed_model.is_bridge:
+            # its passages are those of the model below
             return cls.of(embed_model.base_embed_model)
         manifest = embed_model.manifest if isinstance(embed_model, LoraEmbedding) else None
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -36,9 +36,13 @@ class AdapterEmbeddingModel(BaseEmbedding):
     It takes the arguments of llama-index-embeddings-adapter's class of this name, and its directories. An index of
     `base_embed_model` stays as it is.
 
+    With the directory of `align_index` it is a bridge from `base_embed_model` to the index of another model: passages
+    are mapped, too, so that new nodes can be added to that index.
+
     Args:
         base_embed_model: Any LlamaIndex embedding model: the one that the adapter was trained on.
-        adapter_path: Directory of `EmbeddingAdapterFinetuneEngine`, or of llama-index-embeddings-adapter.
+        adapter_path: Directory of `EmbeddingAdapterFinetuneEngine`, of `align_index`, or of
+            llama-index-embeddings-adapter.
         adapter_cls: Class of the adapter; None for the one that is recorded (a `LinearLayer` if none is).
         transform_query: False leaves queries as they are, too.
         device: torch device for adapters that are not linear; None for the processor. Linear ones take numpy.
@@ -49,7 +53,7 @@ class AdapterEmbeddingModel(BaseEmbedding):
         fingerprint: Digest of everything that determines the vectors of queries; in `to_dict()`.
 
     Raises:
-        ConfigError: base_embed_model is not an embedding model.
+        ConfigError: base_embed_model is not an embedding model; or transform_query is False for a bridge.
         ModelNotFoundError: There is no such directory.
         AdapterError: It is damaged, of another class, of other dimensions, or it has changed since this object was
             serialised.
@@ -109,11 +113,27 @@ class AdapterEmbeddingModel(BaseEmbedding):
 
     @property
     def passage_fingerprint(self) -> str:
-        """Digest of what determines the vectors of passages: that of `base_embed_model`, whose index this searches."""
-        return passage_fingerprint(self.base_embed_model)
+        """Digest of what determines the vectors of passages in the index that this searches.
+
+        It is that of `base_embed_model`; for a bridge, that of the model that built the index.
+        """
+        index = self._index()
+        return passage_fingerprint(self.base_embed_model) if index is None else str(index["fingerprint"])
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether it searches the index of another model than `base_embed_model`, and maps passages as well."""
+        return self._index() is not None
+
+    def _index(self) -> dict[str, Any] | None:
+        """The stamp of another model's index, and its dimensions."""
+        manifest = self.manifest
+        return None if manifest is None else manifest.embedding_adapter.get("index")
 
     def transform(self, vectors: Any) -> FloatArray:
         """The vectors of queries, [queries, dimensions], that belong to these vectors of `base_embed_model`.
+
+        For a bridge, those of passages, too.
 
         Raises:
             AdapterError: The adapter has other dimensions.
@@ -128,7 +148,9 @@ class AdapterEmbeddingModel(BaseEmbedding):
             if not stored.is_identity:
                 from llama_index_lora_embed.models.embedding_adapter import check_shape
 
-                check_shape(stored.adapter, given.shape[-1], f"an adapter in {self.adapter_path!r}")
+                index = self._index()
+                returned = None if index is None else int(index["dimensions"])
+                check_shape(stored.adapter, given.shape[-1], f"an adapter in {self.adapter_path!r}", returned)
             self._function = stored.function(self.device or "cpu")
         return self._function(given)
 
@@ -139,6 +161,12 @@ class AdapterEmbeddingModel(BaseEmbedding):
         from llama_index_lora_embed.models.stored_adapter import read_adapter
 
         stored = read_adapter(self.adapter_path, self.adapter_cls)
+        if not self.transform_query and stored.manifest is not None and "index" in stored.manifest.embedding_adapter:
+            raise ConfigError(
+                f"transform_query=False for the bridge in {self.adapter_path!r}",
+                "True, because the index has the vectors of another model",
+                "Pass base_embed_model itself to query an index of its own.",
+            )
         fingerprint = fingerprint_with(self.base_embed_model, stored.digest() if self.transform_query else "")
         if self.fingerprint is None:
             self._check_base(stored)
@@ -238,6 +266,9 @@ class AdapterEmbeddingModel(BaseEmbedding):
     def _mapped(self, vector: Embedding) -> Embedding:
         return self.transform(vector).tolist() if self.transform_query else vector
 
+    def _passages(self, vectors: list[Embedding]) -> list[Embedding]:
+        return self.transform(vectors).tolist() if self.is_bridge else vectors
+
     def _get_query_embedding(self, query: str) -> Embedding:
         base = self.base_embed_model
         return self._mapped(base._get_query_embedding(query) if self._is_plain else base.get_query_embedding(query))
@@ -249,19 +280,22 @@ class AdapterEmbeddingModel(BaseEmbedding):
 
     def _get_text_embedding(self, text: str) -> Embedding:
         base = self.base_embed_model
-        return base._get_text_embedding(text) if self._is_plain else base.get_text_embedding(text)
+        return self._passages([base._get_text_embedding(text) if self._is_plain else base.get_text_embedding(text)])[0]
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
         base = self.base_embed_model
-        return await (base._aget_text_embedding if self._is_plain else base.aget_text_embedding)(text)
+        embed = base._aget_text_embedding if self._is_plain else base.aget_text_embedding
+        return self._passages([await embed(text)])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         base = self.base_embed_model
-        return base._get_text_embeddings(texts) if self._is_plain else base.get_text_embedding_batch(texts)
+        embed = base._get_text_embeddings if self._is_plain else base.get_text_embedding_batch
+        return self._passages(embed(texts))
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         base = self.base_embed_model
-        return await (base._aget_text_embeddings if self._is_plain else base.aget_text_embedding_batch)(texts)
+        embed = base._aget_text_embeddings if self._is_plain else base.aget_text_embedding_batch
+        return self._passages(await embed(texts))
 
 
 LinearAdapterEmbeddingModel = AdapterEmbeddingModel

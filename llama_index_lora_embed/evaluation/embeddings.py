@@ -73,7 +73,7 @@ class Embedder:
         """
         if isinstance(self.embed_model, AdapterEmbeddingModel):  # the model below it may be paid for already
             below = await replace(self, embed_model=self.embed_model.base_embed_model).embed(texts, side)
-            return self.embed_model.transform(below) if side == "query" else below
+            return self.embed_model.transform(below) if side == "query" or self.embed_model.is_bridge else below
         vectors: FloatArray | None = None
         cache = await self._open_cache(side)
         with tqdm(total=len(texts), desc=f"{side} vectors", disable=not self.show_progress) as bar:

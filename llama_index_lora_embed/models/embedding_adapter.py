@@ -192,7 +192,39 @@ class TwoLayerNN(BaseAdapter):
         return {name: getattr(self, name) for name in names}
 
 
-KINDS: dict[str, type[BaseAdapter]] = {"linear": LinearLayer, "low_rank": LowRankLayer, "two_layer": TwoLayerNN}
+class LinearThenResidual(BaseAdapter):
+    """y + w (W2 g(W1 y + b1) + b2) of y = W x + b: a `LinearLayer` into a space, and a `TwoLayerNN` within it.
+
+    Args:
+        in_features: Dimensions of the vectors.
+        hidden_features: Rows of W1.
+        out_features: Dimensions of the result.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.hidden_features = hidden_features
+        self.out_features = out_features
+        self.first = LinearLayer(in_features, out_features, bias=True)
+        self.then = TwoLayerNN(out_features, hidden_features, out_features, add_residual=True)
+
+    def forward(self, embed: Tensor) -> Tensor:
+        """The map."""
+        mapped: Tensor = self.then(self.first(embed))
+        return mapped
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments."""
+        return {name: getattr(self, name) for name in ("in_features", "hidden_features", "out_features")}
+
+
+KINDS: dict[str, type[BaseAdapter]] = {
+    "linear": LinearLayer,
+    "low_rank": LowRankLayer,
+    "two_layer": TwoLayerNN,
+    "linear_then_residual": LinearThenResidual,
+}
 """The adapters of this package by the name that a directory records."""
 
 
@@ -255,21 +287,23 @@ def save_adapter(
     write_directory(path, adapter.state_dict(), manifest, probe)
 
 
-def check_shape(adapter: BaseAdapter, dimensions: int, where: str) -> None:
+def check_shape(adapter: BaseAdapter, dimensions: int, where: str, returned: int | None = None) -> None:
     """Check that an adapter maps vectors of so many dimensions to ones that can be compared with the passages'.
 
     Args:
         adapter: With the dimensions that it takes and returns, as far as its class records them.
         dimensions: Of the embedding model's vectors.
         where: What the adapter is, for the message.
+        returned: Dimensions of the passages' vectors; None if they are the model's, too.
 
     Raises:
         AdapterError: It does not.
     """
     shape = tuple(getattr(adapter, name, dimensions) for name in ("in_features", "out_features"))
-    if shape != (dimensions, dimensions):
+    returned = dimensions if returned is None else returned
+    if shape != (dimensions, returned):
         raise AdapterError(
             f"{where} from {shape[0]} to {shape[1]} dimensions, and an embedding model with {dimensions}",
-            f"an adapter from {dimensions} to {dimensions} dimensions",
+            f"an adapter from {dimensions} to {returned} dimensions",
             "Use the embedding model that it was trained on.",
         )
