@@ -222,7 +222,9 @@ class AdapterEmbeddingModel(BaseEmbedding):
         """Keys of LlamaIndex's cache, which are the text alone otherwise, the same for queries and passages."""
         if self.embeddings_cache is None:
             return nullcontext()
-        return cache_keys(self.fingerprint if side == "query" else self.passage_fingerprint, side)
+        # a bridge has the passage_fingerprint of the old model, and other vectors of passages
+        own = side == "query" or self.is_bridge
+        return cache_keys(self.fingerprint if own else self.passage_fingerprint, side)
 
     def get_query_embedding(self, query: str) -> Embedding:
         """The vector of a query."""
