@@ -99,12 +99,15 @@ class StartingModel:
             model: As from `load`.
             stored: Vectors of an index, by text.
         """
+        import torch
+
         from llama_index_lora_embed.embedding.encode import encode
         from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
         from llama_index_lora_embed.training.objectives.info_nce import adapter_disabled
 
         def passages(texts: list[str]) -> Vectors:
-            with adapter_disabled(model):
+            # an evaluation may ask for them under autocast, but an index holds float32
+            with adapter_disabled(model), torch.autocast(model.device.type, enabled=False):
                 return encode(model, texts, "document", fused=False)
 
         return FrozenPassages(passages, stored)
