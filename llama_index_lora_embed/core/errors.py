@@ -6,7 +6,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 __all__ = [
     "AdapterError",
@@ -70,6 +73,15 @@ class LoraEmbedError(Exception):
 
 class ConfigError(LoraEmbedError, ValueError):
     """Arguments are invalid; `.problems` has one line for each of them."""
+
+
+def attempt(check: Callable[[], _T], errors: list[LoraEmbedError]) -> _T | None:
+    """The result of a check; its error is added to `errors` instead of raised, so that others are found as well."""
+    try:
+        return check()
+    except LoraEmbedError as error:
+        errors.append(error)
+        return None
 
 
 def raise_together(errors: Sequence[LoraEmbedError]) -> None:

@@ -20,8 +20,8 @@ from llama_index_lora_embed.data.stored_vectors import FloatArray, StoredVectors
 from llama_index_lora_embed.deployment.alignment_sample import FEWEST, AlignmentSample, draw_sample, passages_with_text
 from llama_index_lora_embed.deployment.index_model import verify_vectors
 from llama_index_lora_embed.deployment.index_stamp import IndexStamp, read_index_stamp
-from llama_index_lora_embed.embedding.adapter_embedding import PROBE, AdapterEmbeddingModel
-from llama_index_lora_embed.embedding.identity import fingerprint_with, query_fingerprint
+from llama_index_lora_embed.embedding.adapter_embedding import PROBE, AdapterEmbeddingModel, adapter_manifest
+from llama_index_lora_embed.embedding.identity import fingerprint_with
 from llama_index_lora_embed.evaluation.alignment import neighbours_kept, recalls
 from llama_index_lora_embed.evaluation.embeddings import Embedder, Side, unit_vectors
 from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals
@@ -286,28 +286,16 @@ def _stamp(target: Any, stored: StoredVectors, old_model: BaseEmbedding | None) 
 def _write(
     bridge: Alignment, adapter: BaseAdapter, new_model: BaseEmbedding, probe: FloatArray, index: dict[str, Any]
 ) -> None:
-    from llama_index_lora_embed.models.adapter_directory import Manifest, written_now
     from llama_index_lora_embed.models.embedding_adapter import adapter_digest, save_adapter
 
-    recorded = {
-        "class": type(new_model).__name__,
-        "model_name": new_model.model_name,
-        "fingerprint": query_fingerprint(new_model),
-    }
     recall = f"recall@{bridge.k}"
-    manifest = Manifest(
-        fingerprint=fingerprint_with(new_model, adapter_digest(adapter)),
-        base={"model_id": new_model.model_name, "revision": None},
-        prompts={},
-        pooling=[],
-        max_seq_length=0,
-        normalise=True,
-        similarity="cosine",
-        tune="query",
-        embedding_adapter={"dimensions": len(probe), "embed_model": recorded, "index": index},
+    manifest = adapter_manifest(
+        new_model,
+        len(probe),
+        index=index,
         settings={"kind": bridge.kind, "tried": bridge.tried, "pairs": bridge.pairs},
         metrics={"re-embedded": {recall: bridge.reembedded}, "bridge": {recall: bridge.bridged}},
         verdict=str(bridge),
-        **written_now(),
     )
+    manifest = replace(manifest, fingerprint=fingerprint_with(new_model, adapter_digest(adapter)))
     save_adapter(adapter, bridge.path, manifest, probe=probe)

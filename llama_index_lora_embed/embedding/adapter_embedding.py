@@ -12,6 +12,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny
 from llama_index.core.callbacks import CallbackManager
 
+from llama_index_lora_embed.core.arrays import cosine
 from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, cache_keys
@@ -187,12 +188,11 @@ class AdapterEmbeddingModel(BaseEmbedding):
         if stored.probe is None or trained_on.get("fingerprint") == query_fingerprint(self.base_embed_model):
             return
         vector = np.asarray(self.base_embed_model.get_query_embedding(PROBE), np.float32)
-        lengths = float(np.linalg.norm(vector) * np.linalg.norm(stored.probe))
-        cosine = float(vector @ stored.probe) / max(lengths, 1e-12) if vector.shape == stored.probe.shape else 0.0
-        if cosine < _SAME_MODEL:
+        similarity = cosine(vector, stored.probe)
+        if similarity < _SAME_MODEL:
             raise BaseModelMismatchError(
                 f"{type(self.base_embed_model).__name__} {self.base_embed_model.model_name!r}, whose vector of a query "
-                f"has {len(vector)} dimensions and the cosine {cosine:.3f} to the one that was recorded",
+                f"has {len(vector)} dimensions and the cosine {similarity:.3f} to the one that was recorded",
                 f"the embedding model that the adapter was trained on: {trained_on.get('class')} "
                 f"{trained_on.get('model_name')!r} with {len(stored.probe)} dimensions",
                 "Pass that one, or train an adapter on this one.",
@@ -302,6 +302,43 @@ class AdapterEmbeddingModel(BaseEmbedding):
 
 LinearAdapterEmbeddingModel = AdapterEmbeddingModel
 """llama-index-embeddings-adapter's older name."""
+
+
+def adapter_manifest(
+    embed_model: BaseEmbedding, dimensions: int, *, index: dict[str, Any] | None = None, **origin: Any
+) -> Manifest:
+    """The manifest of an adapter on top of an embedding model, still without its fingerprint.
+
+    Args:
+        embed_model: The model below.
+        dimensions: Of its vectors.
+        index: For a bridge, what identifies the index of the other model.
+        **origin: Fields that say how the adapter was made: dataset, settings, metrics, verdict, ...
+    """
+    from llama_index_lora_embed.models.adapter_directory import Manifest, written_now
+
+    recorded = {
+        "class": type(embed_model).__name__,
+        "model_name": embed_model.model_name,
+        "fingerprint": query_fingerprint(embed_model),
+    }
+    return Manifest(
+        fingerprint="",
+        base={"model_id": embed_model.model_name, "revision": None},
+        prompts={},
+        pooling=[],
+        max_seq_length=0,
+        normalise=True,
+        similarity="cosine",
+        tune="query",
+        embedding_adapter={
+            "dimensions": dimensions,
+            "embed_model": recorded,
+            **({} if index is None else {"index": index}),
+        },
+        **origin,
+        **written_now(),
+    )
 
 
 def _embedding_model(given: Any) -> BaseEmbedding:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
-from llama_index_lora_embed.config import MANIFEST_NAME, EmbeddingAdapterSettings
+from llama_index_lora_embed.config import EmbeddingAdapterSettings
 from llama_index_lora_embed.core.errors import (
     ConfigError,
     DatasetError,
     LoraEmbedError,
     MissingExtraError,
-    OutputDirectoryError,
     SplitError,
+    attempt,
     raise_together,
     warn_user,
 )
@@ -27,14 +27,13 @@ from llama_index_lora_embed.data.training_data import hold_out, refuse_overlap, 
 from llama_index_lora_embed.embedding import AdapterEmbeddingModel, LoraEmbedding
 from llama_index_lora_embed.engines.embedding_adapter_result import EmbeddingAdapterResult
 from llama_index_lora_embed.engines.lora import register_legacy_base_class
-from llama_index_lora_embed.engines.validation import check_run_directory
+from llama_index_lora_embed.engines.validation import check_run_directory, check_written
 from llama_index_lora_embed.models import base_model
 from llama_index_lora_embed.models.adapter_directory import CONFIG_NAME, check_output, is_old_embedding_adapter
 
 if TYPE_CHECKING:
     import torch
 
-_T = TypeVar("_T")
 _S = EmbeddingAdapterSettings()
 _TRAIN_KWARGS = ("optimizer_class", "optimizer_params", "max_grad_norm", "show_progress_bar")
 
@@ -110,13 +109,6 @@ class EmbeddingAdapterFinetuneEngine:
         given = {name: value for name, value in locals().items() if name in EmbeddingAdapterSettings.model_fields}
         errors: list[LoraEmbedError] = []
 
-        def attempt(check: Callable[[], _T]) -> _T | None:
-            try:
-                return check()
-            except LoraEmbedError as error:
-                errors.append(error)
-                return None
-
         problems = _train_kwargs_problems(train_kwargs) + _model_problems(embed_model, adapter_model, dim)
         if "max_grad_norm" in train_kwargs:
             given["max_grad_norm"] = train_kwargs["max_grad_norm"]
@@ -127,11 +119,11 @@ class EmbeddingAdapterFinetuneEngine:
         if problems:
             errors.append(ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems))
         else:
-            attempt(lambda: check_run_directory(self._target()))
+            attempt(lambda: check_run_directory(self._target()), errors)
         if isinstance(embed_model, (str, os.PathLike)):
-            attempt(lambda: base_model.check_local(model_place(embed_model)))
-        train = attempt(lambda: _queries(dataset, "dataset"))
-        val = None if val_dataset is None else attempt(lambda: _queries(val_dataset, "val_dataset"))
+            attempt(lambda: base_model.check_local(model_place(embed_model)), errors)
+        train = attempt(lambda: _queries(dataset, "dataset"), errors)
+        val = None if val_dataset is None else attempt(lambda: _queries(val_dataset, "val_dataset"), errors)
         raise_together(errors)
         assert train is not None
         self._embed_model = embed_model
@@ -270,12 +262,7 @@ class EmbeddingAdapterFinetuneEngine:
             AdapterError: The directory was damaged since.
         """
         path = absolute(self.settings.model_output_path)
-        if not os.path.exists(os.path.join(path, MANIFEST_NAME)):
-            raise OutputDirectoryError(
-                f"model_output_path {path!r} without an adapter in it",
-                "the directory that finetune() writes",
-                "Call engine.finetune() first.",
-            )
+        check_written(path)
         own = None if self.adapter_model is None else type(self.adapter_model)
         return AdapterEmbeddingModel(self.embed_model, path, **{"adapter_cls": own, **model_kwargs})
 

@@ -17,11 +17,12 @@ from llama_index.core.utils import get_cache_dir
 from torch import Tensor, nn
 
 from llama_index_lora_embed.config import EmbeddingAdapterSettings, ObjectiveSettings
+from llama_index_lora_embed.core.arrays import cosine
 from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
-from llama_index_lora_embed.embedding.adapter_embedding import PROBE
-from llama_index_lora_embed.embedding.identity import fingerprint_with, query_fingerprint
+from llama_index_lora_embed.embedding.adapter_embedding import PROBE, adapter_manifest
+from llama_index_lora_embed.embedding.identity import fingerprint_with
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 from llama_index_lora_embed.engines.embedding_adapter_result import EmbeddingAdapterResult
 from llama_index_lora_embed.engines.run_verdict import RunVerdict
@@ -30,7 +31,7 @@ from llama_index_lora_embed.evaluation.metrics import DEPTH, compute_metrics
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_encoders, relevance
 from llama_index_lora_embed.evaluation.search import FloatArray, nearest
 from llama_index_lora_embed.evaluation.verdict import Verdict
-from llama_index_lora_embed.models.adapter_directory import Manifest, written_now
+from llama_index_lora_embed.models.adapter_directory import Manifest
 from llama_index_lora_embed.models.embedding_adapter import LinearLayer, adapter_digest, check_shape, save_adapter
 from llama_index_lora_embed.models.stored_adapter import StoredAdapter
 from llama_index_lora_embed.training.checkpointing.checkpoints import clear_checkpoints, only_run
@@ -153,29 +154,14 @@ def _run(
     note = " ".join([engine.hold_out_note, *vectors.warnings]).strip()
     verdict = RunVerdict.of(outcome.selection, train, val, note, continued=False)
     best_step = outcome.selection.best_step if evaluations else outcome.steps
-    manifest = Manifest(
-        fingerprint="",
-        base={"model_id": embed_model.model_name, "revision": None},
-        prompts={},
-        pooling=[],
-        max_seq_length=0,
-        normalise=True,
-        similarity="cosine",
-        tune="query",
-        embedding_adapter={
-            "dimensions": vectors.dimensions,
-            "embed_model": {
-                "class": type(embed_model).__name__,
-                "model_name": embed_model.model_name,
-                "fingerprint": query_fingerprint(embed_model),
-            },
-        },
+    manifest = adapter_manifest(
+        embed_model,
+        vectors.dimensions,
         dataset=train.summary(),
         settings={**settings.result_affecting(), "negatives": chosen},
         metrics=verdict.metrics,
         verdict=verdict.summary,
         best_step=None if evaluations is None else best_step,
-        **written_now(),
     )
     fingerprint = _write(target, manifest, embed_model, outcome, vectors.probe)
     if not settings.save_checkpoints:
@@ -300,13 +286,12 @@ def _async_warnings(embed_model: BaseEmbedding, probe: FloatArray) -> list[str]:
         vector = np.asarray(run_async(separate.aget_query_embedding(PROBE)), np.float32)
     except Exception as error:  # each model has its own errors
         return [f"The asynchronous method of {type(embed_model).__name__} fails ({type(error).__name__}: {error})."]
-    lengths = float(np.linalg.norm(vector) * np.linalg.norm(probe))
-    cosine = float(vector @ probe) / max(lengths, 1e-12) if vector.shape == probe.shape else 0.0
-    if cosine >= _SAME_VECTOR:
+    similarity = cosine(vector, probe)
+    if similarity >= _SAME_VECTOR:
         return []
     return [
         f"The asynchronous method of {type(embed_model).__name__} gives a query another vector than the synchronous "
-        f"one, which the adapter was trained on (cosine {cosine:.3f}): do not use it."
+        f"one, which the adapter was trained on (cosine {similarity:.3f}): do not use it."
     ]
 
 

@@ -12,18 +12,18 @@ from llama_index.core.schema import BaseNode
 
 from llama_index_lora_embed.config import (
     DEFAULT_BASE,
-    MANIFEST_NAME,
     FinetuneConfig,
     MiningSettings,
     ObjectiveSettings,
     QueryFilterSettings,
 )
-from llama_index_lora_embed.core.errors import MissingExtraError, OutputDirectoryError
+from llama_index_lora_embed.core.errors import MissingExtraError
 from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.data import BuildReport, QueryGenerator
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.engines.result import FinetuneResult
 from llama_index_lora_embed.engines.run import prepare, run_from_nodes
+from llama_index_lora_embed.engines.validation import check_written
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
@@ -333,12 +333,7 @@ class LoraFinetuneEngine:
 
         config = self.config
         path = config.output.model_output_path
-        if not os.path.exists(os.path.join(path, MANIFEST_NAME)):
-            raise OutputDirectoryError(
-                f"model_output_path {path!r} without an adapter in it",
-                "the directory that finetune() writes",
-                "Call engine.finetune() first.",
-            )
+        check_written(path)
         defaults = {
             "device": config.training.device,
             "trust_remote_code": config.training.trust_remote_code,

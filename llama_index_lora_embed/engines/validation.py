@@ -6,13 +6,19 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig
-from llama_index_lora_embed.core.errors import ConfigError, LoraEmbedError, OutputDirectoryError, raise_together
+from llama_index_lora_embed.config import IN_BATCH, MANIFEST_NAME, FinetuneConfig
+from llama_index_lora_embed.core.errors import (
+    ConfigError,
+    LoraEmbedError,
+    OutputDirectoryError,
+    attempt,
+    raise_together,
+)
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.data.training_data import (
@@ -26,7 +32,6 @@ from llama_index_lora_embed.evaluation import metrics
 from llama_index_lora_embed.models import adapter_directory, base_model
 from llama_index_lora_embed.training.checkpointing.resume import RECORDED, resume_problems
 
-_T = TypeVar("_T")
 # metrics of labelled pairs; those of labels 0 and 1 have both
 BINARY_PAIR_METRICS = ("roc_auc", "average_precision", "accuracy")
 PAIR_METRICS = ("spearman", "pearson")
@@ -75,13 +80,6 @@ def check_run(
     """
     errors: list[LoraEmbedError] = []
 
-    def attempt(check: Callable[[], _T]) -> _T | None:
-        try:
-            return check()
-        except LoraEmbedError as error:
-            errors.append(error)
-            return None
-
     problems: list[str] = []
     if not isinstance(config, FinetuneConfig):
         config, problems = _valid_part(config)
@@ -101,29 +99,43 @@ def check_run(
     teacher = config.teacher if teacher is None else teacher
     problems += teacher_problems(config, teacher, pairs=kind == "pairs", own_loss=loss is not None)
     if teacher is not None:
-        config = attempt(config.for_teacher) or config
+        config = attempt(config.for_teacher, errors) or config
 
-    attempt(lambda: base_model.check_local(config.base.model_id))
-    attempt(lambda: check_run_directory(adapter_directory.check_output(config.output.model_output_path)))
+    attempt(lambda: base_model.check_local(config.base.model_id), errors)
+    attempt(lambda: check_run_directory(adapter_directory.check_output(config.output.model_output_path)), errors)
     if config.base.continue_from is not None:
-        attempt(lambda: base_model.check_local(str(config.base.continue_from)))
+        attempt(lambda: base_model.check_local(str(config.base.continue_from)), errors)
     if isinstance(teacher, str):
-        attempt(lambda: check_local_teacher(teacher))
+        attempt(lambda: check_local_teacher(teacher), errors)
     if problems:
         errors.append(ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems))
-    train = None if dataset is None else attempt(lambda: coerce_training_data(dataset, "dataset"))
-    val = None if val_dataset is None else attempt(lambda: coerce_training_data(val_dataset, "val_dataset"))
+    train = None if dataset is None else attempt(lambda: coerce_training_data(dataset, "dataset"), errors)
+    val = None if val_dataset is None else attempt(lambda: coerce_training_data(val_dataset, "val_dataset"), errors)
     note = ""
     if train is not None and val is not None:
         if config.data.on_overlap == "raise":
             both = (train, val)
-            attempt(lambda: refuse_overlap(*both))
+            attempt(lambda: refuse_overlap(*both), errors)
         else:
             val, note = without_trained(train, val)
             if val is None and (misfits := _metric_problems(config, train, kind, held_out=True)):
                 errors.append(ConfigError(f"{len(misfits)} wrong argument(s)", "those named", note, misfits))
     raise_together(errors)
     return CheckedRun(config.with_absolute_paths(), train, val, note)
+
+
+def check_written(path: str) -> None:
+    """Check that a run has written its directory.
+
+    Raises:
+        OutputDirectoryError: It has not.
+    """
+    if not os.path.exists(os.path.join(path, MANIFEST_NAME)):
+        raise OutputDirectoryError(
+            f"model_output_path {path!r} without an adapter in it",
+            "the directory that finetune() writes",
+            "Call engine.finetune() first.",
+        )
 
 
 def check_loss(config: FinetuneConfig, loss: Any, *, pairs: bool) -> None:

@@ -10,7 +10,8 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -284,10 +285,9 @@ def _not_writable(target: Path) -> str | None:
         return str(error)
 
 
-def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, base_sha256: str) -> Manifest:
-    """Write the adapter directory atomically: into a folder beside the target, synced to disk and moved into place.
-
-    Returns the manifest as written, with `fingerprint` and `files` filled in; `target` is from `check_output`.
+@contextmanager
+def written_directory(target: Path) -> Iterator[Path]:
+    """A folder beside the target to write an adapter into; synced to disk and moved into place at the end.
 
     Raises:
         OutputDirectoryError: The disk is full or not writable; the target is unchanged.
@@ -297,13 +297,7 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging_beside(target) as staging:
-            model.save_pretrained(str(staging), create_model_card=False)
-            _tidy_config(staging / CONFIG_NAME, manifest.base)
-            rename_magnitudes(staging / WEIGHTS_NAME)
-            (staging / "README.md").write_text(model_card(manifest), encoding="utf-8")
-            digest = fingerprint(model, base_sha256, staging, tune=manifest.tune)
-            written = replace(manifest, fingerprint=digest, files=digests(staging))
-            (staging / MANIFEST_NAME).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
+            yield staging
             replace_directory(staging, target)
     except (OSError, SafetensorError) as error:
         raise OutputDirectoryError(
@@ -311,6 +305,29 @@ def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, 
             "free space on a writable disk",
             "Free some space or choose another model_output_path; the previous content is unchanged.",
         ) from error
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Write `finetune.json`."""
+    (directory / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def write_adapter(model: SentenceTransformer, target: Path, manifest: Manifest, base_sha256: str) -> Manifest:
+    """Write the adapter directory atomically: into a folder beside the target, synced to disk and moved into place.
+
+    Returns the manifest as written, with `fingerprint` and `files` filled in; `target` is from `check_output`.
+
+    Raises:
+        OutputDirectoryError: The disk is full or not writable; the target is unchanged.
+    """
+    with written_directory(target) as staging:
+        model.save_pretrained(str(staging), create_model_card=False)
+        _tidy_config(staging / CONFIG_NAME, manifest.base)
+        rename_magnitudes(staging / WEIGHTS_NAME)
+        (staging / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        digest = fingerprint(model, base_sha256, staging, tune=manifest.tune)
+        written = replace(manifest, fingerprint=digest, files=digests(staging))
+        write_manifest(written, staging)
     return written
 
 

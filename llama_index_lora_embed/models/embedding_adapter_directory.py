@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from llama_index_lora_embed.config import MANIFEST_NAME
 from llama_index_lora_embed.core.errors import (
     AdapterError,
     ModelNotFoundError,
-    OutputDirectoryError,
     UnsafeCheckpointError,
 )
-from llama_index_lora_embed.core.files import replace_directory, staging_beside
 from llama_index_lora_embed.models.adapter_directory import (
     OLD_CONFIG,
     OLD_WEIGHTS,
@@ -33,6 +31,8 @@ from llama_index_lora_embed.models.adapter_directory import (
     check_output,
     digests,
     is_old_embedding_adapter,
+    write_manifest,
+    written_directory,
 )
 
 WEIGHTS_NAME = "embedding_adapter.safetensors"
@@ -78,26 +78,15 @@ def write_directory(
     Raises:
         OutputDirectoryError: The disk is full or not writable, or other files are there; the target is unchanged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = check_output(path, is_old_embedding_adapter)
     tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if probe is not None:
         tensors[_PROBE] = torch.from_numpy(probe)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with staging_beside(target) as staging:
-            save_file(tensors, staging / WEIGHTS_NAME)
-            written = replace(manifest, files=digests(staging))
-            (staging / MANIFEST_NAME).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
-            replace_directory(staging, target)
-    except (OSError, SafetensorError) as error:
-        raise OutputDirectoryError(
-            f"a failed write to {str(target)!r} ({error})",
-            "free space on a writable disk",
-            "Free some space or choose another path; the previous content is unchanged.",
-        ) from error
+    with written_directory(target) as staging:
+        save_file(tensors, staging / WEIGHTS_NAME)
+        write_manifest(replace(manifest, files=digests(staging)), staging)
 
 
 def read_directory(path: str | os.PathLike[str]) -> AdapterFiles:
