@@ -297,18 +297,12 @@ class FinetuneRun:
         lora_config = self._lora_config()
         if lora_config is not None:  # with peft's defaults left out, whoever wrote them
             config = config.replace(lora_config=lora_fields(lora_config))
-        query_side = settings.tune == "query"
-        frozen_of = partial(start.frozen_passages, stored=self._stored_vectors()) if query_side else None
-        passages = None if frozen_of is None else frozen_of(model)
+        passages = start.frozen_passages(model, self._stored_vectors()) if settings.tune == "query" else None
         evaluator = evaluate_as_installed = None
         if val is not None:
-            on_val = StepEvaluator(val, settings)
-            evaluator = replace(on_val, frozen=passages)
-            evaluate_as_installed = partial(
-                installed.evaluate,
-                dataset=val,
-                evaluate=lambda own: replace(on_val, frozen=None if frozen_of is None else frozen_of(own))(own),
-            )
+            # the base as installed has the same vectors of passages where they stay as they are
+            evaluator = StepEvaluator(val, settings, passages)
+            evaluate_as_installed = partial(installed.evaluate, dataset=val, evaluate=evaluator)
         outcome, mined = train_with_mining(
             model,
             self.dataset,
