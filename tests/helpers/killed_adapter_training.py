@@ -17,7 +17,7 @@ import torch
 
 from llama_index_lora_embed import EmbeddingAdapterFinetuneEngine
 from llama_index_lora_embed.evaluation import embeddings
-from llama_index_lora_embed.models import embedding_adapter_directory as directory
+from llama_index_lora_embed.models import adapter_directory
 from llama_index_lora_embed.training import embedding_adapter as training
 from tests.conftest import make_dataset
 from tests.helpers.embedding_models import PaidEmbedding
@@ -70,7 +70,7 @@ def arm(kill) -> None:
         if event == "in_save":
             count_disk(training, "write_checkpoint", number)
         if event == "in_write":
-            count_disk(directory, "replace_directory", number)
+            count_disk(adapter_directory, "replace_directory", number)
 
 
 def main() -> None:
