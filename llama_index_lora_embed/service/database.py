@@ -1,0 +1,102 @@
+"""The database: one engine for SQLite and PostgreSQL, with a transaction for reading and one for writing.
+
+Tables are SQLModel classes in the module that owns them; `Database.create_tables` makes those that were imported.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import ArgumentError
+from sqlmodel import Session, SQLModel
+
+from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.core.optional import require
+
+_BUSY_S = 30  # a writer waits so long for others; each holds the lock for milliseconds
+_ALPHABET = string.ascii_letters + string.digits
+_WRITE = "lora_embed_write"
+
+
+def new_id(prefix: str) -> str:
+    """A random id such as "ftjob-" and 24 letters and digits (143 bits), which cannot be guessed."""
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(24))
+
+
+class Database:
+    """Sessions on a database.
+
+    On SQLite a writing transaction begins with BEGIN IMMEDIATE, so that what it has read stays true until it writes;
+    on PostgreSQL a row is locked with `select(...).with_for_update()`, which SQLite leaves out.
+
+    Args:
+        url: SQLAlchemy's URL of a SQLite or PostgreSQL database; `postgresql://` is taken with psycopg 3.
+
+    Raises:
+        ConfigError: The URL is of another database, or none.
+    """
+
+    def __init__(self, url: str) -> None:
+        if url.startswith(("postgresql://", "postgres://")):
+            url = "postgresql+psycopg://" + url.partition("://")[2]
+        kind = url.partition(":")[0].partition("+")[0]
+        try:
+            if kind not in ("sqlite", "postgresql"):
+                raise ArgumentError(f"no support for {kind!r}")
+            if kind == "postgresql":
+                require("psycopg")
+            options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_S}} if kind == "sqlite" else {}
+            self.engine: Engine = create_engine(url, pool_pre_ping=kind != "sqlite", pool_size=20, **options)
+        except ArgumentError as error:
+            raise ConfigError(
+                f"a database_url that cannot be used ({error})",
+                "sqlite:///<file> or postgresql+psycopg://<user>:<password>@<host>/<name>",
+                "Correct LORA_EMBED_DATABASE_URL.",
+            ) from None
+        if kind == "sqlite":
+            event.listen(self.engine, "connect", _configure_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+
+    def create_tables(self) -> None:
+        """Create the tables that do not exist."""
+        with self.engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
+            SQLModel.metadata.create_all(connection)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that only reads."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session in a writing transaction, which is committed at the end of the block unless it raises."""
+        with (
+            self.engine.connect().execution_options(**{_WRITE: True}) as connection,
+            Session(connection, expire_on_commit=False) as session,
+        ):
+            yield session
+            session.commit()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def _configure_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN would come at the first write, after the reading
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # an accepted job survives a power cut
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    immediate = connection.get_execution_options().get(_WRITE)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")

@@ -1,0 +1,98 @@
+"""`Services`: what the routes and the workers share, opened once per process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index_lora_embed.core.errors import OutputDirectoryError
+from llama_index_lora_embed.service.database import Database
+from llama_index_lora_embed.service.files import FileStore
+from llama_index_lora_embed.service.jobs.queue import JobQueue
+from llama_index_lora_embed.service.jobs.state import Command, Event, JobSpec, JobState
+from llama_index_lora_embed.service.jobs.store import JobStore
+from llama_index_lora_embed.service.settings import ServiceSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Services:
+    """Database, queue and folders of the service.
+
+    Routes get it as `Annotated[Services, Depends(services)]` (`service.api.dependencies`).
+
+    Args:
+        settings: Of the service.
+
+    Raises:
+        OutputDirectoryError: The data folder cannot be written.
+        ConfigError: A URL is wrong.
+    """
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.settings = settings
+        try:
+            for folder in (settings.folder, settings.models_dir, settings.jobs_dir):
+                folder.mkdir(parents=True, exist_ok=True)
+            os.chmod(settings.folder, 0o700)  # training data is nobody else's to read
+        except OSError as error:
+            raise OutputDirectoryError(
+                f"the data folder {str(settings.folder)!r}, which cannot be written ({error})",
+                "a folder for databases, files and adapters",
+                "Set LORA_EMBED_DATA_DIR to another one, or make this one writable.",
+            ) from error
+        self.database = Database(settings.database)
+        self.jobs = JobStore(self.database)
+        self.files = FileStore(self.database, settings)
+        self.queue = JobQueue(settings)
+
+    def submit(self, spec: JobSpec, *, job_id: str, request_digest: str | None = None) -> tuple[JobState, bool]:
+        """Create a job within the limits of the settings and enqueue it; see `JobStore.create`."""
+        state, new = self.jobs.create(
+            spec,
+            job_id=job_id,
+            request_digest=request_digest,
+            max_per_owner=self.settings.max_jobs_per_token,
+            max_queued=self.settings.max_queued_jobs,
+        )
+        if new:
+            self.carry_out(state.id, ("enqueue",))
+        return state, new
+
+    def apply(self, job_id: str, event: Event) -> JobState:
+        """Store an event and do what follows from it; raises as `JobStore.append`."""
+        decision = self.jobs.append(job_id, event)
+        self.carry_out(job_id, decision.commands)
+        return decision.state
+
+    def carry_out(self, job_id: str, commands: Sequence[Command]) -> None:
+        """Do what a decision commands; the sweep makes up for what fails here."""
+        for command in commands:
+            try:
+                if command == "enqueue":
+                    self.queue.put(job_id)
+                else:
+                    self.delete_run(job_id)
+            except Exception as error:  # the event is stored, and a queue may be down for a while
+                logger.warning("%s of job %s is left to the next sweep: %s", command, job_id, error)
+
+    def delete_run(self, job_id: str) -> None:
+        """Delete training data, checkpoints and log of a job; its adapter stays."""
+        import shutil
+
+        run_dir = self.settings.models_dir / f"{job_id}.run"
+        for folder in (self.settings.jobs_dir / job_id, run_dir, *run_dir.parent.glob(f"{job_id}.run.*")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.queue.close()
+        self.database.close()
+
+    def __enter__(self) -> Services:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
