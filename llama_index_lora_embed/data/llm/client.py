@@ -254,9 +254,12 @@ class LLMClient:
         self._failures += 0 if refusal else 1
         hopeless = self.report.answered == 0 and self._failures >= _MAX_FAILURES_WITHOUT_ANSWER
         if hopeless or self.settings.on_failure == "fail":
+            hint = "Check its key, its address and its model name."
+            if isinstance(error, _UnusableAnswerError):
+                hint = "It answers, but not as the prompt asks: take a larger model, or another prompt."
             raise LLMError(
                 f"no usable answer from {self.llm.class_name()} to {self.report.given_up} request(s), the last with "
                 f"{type(error).__name__}: {error}",
                 "answers to requests about nodes",
-                "Check its key, its address and its model name. Journalled answers are kept.",
+                f"{hint} Journalled answers are kept.",
             ) from error

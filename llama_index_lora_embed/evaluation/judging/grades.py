@@ -45,10 +45,17 @@ _NUMBER = re.compile(
 
 
 def parse_grade(answer: str) -> int | None:
-    """The grade in an LLM's answer: its last "Grade: ..." or else its only number; None if that is not 0 to 3."""
+    """The grade in an LLM's answer: its last "Grade: ..." or else its only number; None if that is not 0 to 3.
+
+    Small models repeat the words of a grade instead of its digit; without any number, the one grade of `RUBRIC` whose
+    words are in the answer is taken.
+    """
     text = strip_reasoning(answer)
     named = [match for place in _NAMED.finditer(text) if (match := _NUMBER.match(text, place.end()))]
     found = named[-1:] or list(_NUMBER.finditer(text))
+    if not found:
+        quoted = [line[0] for line in RUBRIC.splitlines() if line[3:] in text.lower()]
+        return int(quoted[0]) if len(quoted) == 1 else None
     numbers = {-1.0 if match[2] else float(match[1].replace(",", ".")) for match in found}
     grade = numbers.pop() if len(numbers) == 1 else -1
     return int(grade) if grade in range(HIGHEST + 1) else None
