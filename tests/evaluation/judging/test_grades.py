@@ -34,8 +34,8 @@ def test_a_grade_is_found_in_an_answer(answer, grade):
     [
         *("", "I'm sorry, but I can't help with that.", "relevant", "@@## %%", "4", "-1", "2.5", "Grade: 7", "10"),
         *("1 or 2", "Grade: 1-2", "2/5", "Grade: 4/5", "On a scale of 0 to 3, a 2", "error 503", "nan", "p2"),
-        "The passage is on the subject of the query, but does not answer it. Or, the passage has nothing to do with the "
-        "query",
+        "The passage is on the subject of the query, but does not answer it. "
+        "Or, the passage has nothing to do with the query",
     ],
 )
 def test_refusals_noise_and_grades_outside_the_scale_are_none(answer):
