@@ -101,6 +101,22 @@ def make_dataset(
     )
 
 
+def make_nodes() -> list[TextNode]:
+    """Twelve nodes of three sentences from six documents; the first eight have titles."""
+    rng = random.Random(3)
+    made = []
+    for number in range(12):
+        sentences = [" ".join(rng.sample(WORDS, 6)) + "." for _ in range(3)]
+        node = TextNode(
+            id_=f"n{number}",
+            text=" ".join(sentences),
+            metadata={"title": f"title {WORDS[number]} {WORDS[number + 50]}"} if number < 8 else {},
+        )
+        node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=f"d{number // 2}")
+        made.append(node)
+    return made
+
+
 def make_engine(
     model: str | Path,
     path: str | Path,
@@ -169,19 +185,7 @@ def val_dataset() -> EmbeddingQAFinetuneDataset:
 
 @pytest.fixture
 def nodes() -> list[TextNode]:
-    """Twelve nodes of three sentences from six documents; the first eight have titles."""
-    rng = random.Random(3)
-    made = []
-    for number in range(12):
-        sentences = [" ".join(rng.sample(WORDS, 6)) + "." for _ in range(3)]
-        node = TextNode(
-            id_=f"n{number}",
-            text=" ".join(sentences),
-            metadata={"title": f"title {WORDS[number]} {WORDS[number + 50]}"} if number < 8 else {},
-        )
-        node.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=f"d{number // 2}")
-        made.append(node)
-    return made
+    return make_nodes()
 
 
 @pytest.fixture(scope="session")

@@ -121,7 +121,7 @@ def _locate(cls: type[BaseModel], location: Sequence[int | str]) -> tuple[type[B
         field = model.model_fields.get(name)
         if field is None or position + 1 == len(location):
             return model, path, name
-        inner = _model_in(field.annotation)
+        inner = model_in(field.annotation)
         if inner is None:
             return model, path, name
         model = inner
@@ -136,12 +136,12 @@ def _locate_item(model: type[BaseModel], path: str, location: Sequence[int | str
     return inner, f"{path}.{rest}" if rest else path, field
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
     """The settings class in an annotation such as `MiningSettings | None` or `tuple[X, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for part in getattr(annotation, "__args__", ()):
-        if (found := _model_in(part)) is not None:
+        if (found := model_in(part)) is not None:
             return found
     return None
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -21,11 +19,11 @@ from llama_index_lora_embed.config.base import (
     ShareBelow1,
     config_error,
 )
+from llama_index_lora_embed.config.files import read_values
 from llama_index_lora_embed.config.mining import MiningSettings
 from llama_index_lora_embed.config.objective import ObjectiveSettings
 from llama_index_lora_embed.config.questions import QueryFilterSettings, QueryGeneratorSettings
 from llama_index_lora_embed.config.training import TrainingSettings
-from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.core.files import absolute
 
 Pooling = Literal["cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"]
@@ -167,24 +165,15 @@ class FinetuneConfig(Settings):
         Raises:
             ConfigError: The file cannot be read, or some values are wrong; `.problems` names all of them by their path.
         """
-        try:
-            values = _READERS[Path(path).suffix.lower()](Path(path).read_text(encoding="utf-8"))
-        except KeyError:
-            raise ConfigError(
-                f"a configuration file named {Path(path).name!r}",
-                f"one that ends in {', '.join(_READERS)}",
-                "Rename it, or convert it.",
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{str(path)!r}, which cannot be read: {error}", "a YAML, TOML or JSON file", "Correct the file."
-            ) from error
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{str(path)!r} with a {type(values).__name__} at the top",
-                "a mapping of fields",
-                "See docs/configuration.",
-            )
+        return cls.from_json_values(read_values(path))
+
+    @classmethod
+    def from_json_values(cls, values: Mapping[str, Any]) -> FinetuneConfig:
+        """A configuration from what a file holds: nested mappings, with lists where fields are tuples.
+
+        Raises:
+            ConfigError: Some values are wrong; `.problems` names all of them by their path.
+        """
         try:
             return cls.model_validate_json(json.dumps(values, default=str))  # JSON has lists where fields are tuples
         except ValidationError as error:
@@ -233,38 +222,8 @@ class FinetuneConfig(Settings):
         return hashlib.sha256(json.dumps(self.result_affecting(), sort_keys=True, default=str).encode()).hexdigest()
 
 
-_GROUP_OF = {
-    name: group
-    for group, settings in (
-        ("data", DataSettings), ("base", BaseModelSettings), ("training", TrainingSettings), ("output", OutputSettings)
-    )
-    for name in settings.model_fields
+FLAT_GROUPS: dict[str, type[Settings]] = {
+    "data": DataSettings, "base": BaseModelSettings, "training": TrainingSettings, "output": OutputSettings
 }  # fmt: skip
-
-
-def _yaml(text: str) -> Any:
-    """YAML with the floats of YAML 1.2: PyYAML alone reads 1e-3 as text."""
-    import re
-
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-        pass
-
-    number = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-
-
-def _toml(text: str) -> Any:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
-
-
-_READERS: dict[str, Callable[[str], Any]] = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": json.loads}
+"""Settings whose fields are flat arguments by their own names."""
+_GROUP_OF = {name: group for group, settings in FLAT_GROUPS.items() for name in settings.model_fields}

@@ -31,6 +31,7 @@ _EXTRA_OF = {
     "redis": "redis",
     "rich": "report",
     "sqlmodel": "server",
+    "typer": "cli",
     "uvicorn": "server",
 }
 

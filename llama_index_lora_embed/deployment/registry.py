@@ -26,7 +26,7 @@ from llama_index_lora_embed.evaluation.report.run_facts import RunFacts
 from llama_index_lora_embed.evaluation.report.tables import Table
 from llama_index_lora_embed.evaluation.retrieval import RetrievalEvaluation, evaluate_retrieval, evaluation_digest
 from llama_index_lora_embed.evaluation.significance import paired_intervals
-from llama_index_lora_embed.evaluation.verdict import Comparison
+from llama_index_lora_embed.evaluation.verdict import TOLERANCE, Comparison
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -36,8 +36,6 @@ _INDEX = "versions.jsonl"
 _EVALUATIONS = "evaluations"
 _METRIC = "ndcg@10"
 _OLD_NAMES = {"judged_on": "evaluated_on"}  # keys of registries from before version 0.1
-TOLERANCE = 0.01
-"""Accepted loss of nDCG@10: with 0, the width of the interval would let only a clear gain pass."""
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from llama_index_lora_embed.core.files import write_json
 from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.deployment.index_stamp import stamp_index, verify_index
-from llama_index_lora_embed.deployment.registry import TOLERANCE
 from llama_index_lora_embed.evaluation import (
     RetrievalComparison,
     RetrievalEvaluation,
     compare_retrieval,
     evaluate_index,
 )
+from llama_index_lora_embed.evaluation.verdict import TOLERANCE
 
 if TYPE_CHECKING:
     from llama_index.core import VectorStoreIndex

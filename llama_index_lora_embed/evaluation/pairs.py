@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
 from llama_index_lora_embed.evaluation.embeddings import Embedder, unit_vectors
+from llama_index_lora_embed.evaluation.metrics import metric_label
 from llama_index_lora_embed.evaluation.retrieval import Encode
 from llama_index_lora_embed.evaluation.search import FloatArray
 from llama_index_lora_embed.evaluation.significance import Numbers
@@ -60,6 +61,11 @@ class PairEvaluation:
     def scores(self, metric: str) -> list[float]:
         """An empty list: the metrics are defined on all pairs together."""
         return []
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.origins.items())
+        metrics = [f"{metric_label(name):18}{value:6.3f}" for name, value in self.metrics.items()]
+        return "\n".join([f"{len(self.labels)} pairs ({kinds})", *metrics])
 
 
 def evaluate_pairs(

@@ -16,7 +16,7 @@ from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.text import normalise
 from llama_index_lora_embed.evaluation.embeddings import Embedder, examples, unit_vectors
-from llama_index_lora_embed.evaluation.metrics import DEPTH, compute_metrics
+from llama_index_lora_embed.evaluation.metrics import DEPTH, compute_metrics, metric_label
 from llama_index_lora_embed.evaluation.search import FloatArray, nearest
 
 if TYPE_CHECKING:
@@ -78,6 +78,12 @@ class RetrievalEvaluation:
     def scores(self, metric: str) -> list[float]:
         """The metric of each query, in the order of the dataset."""
         return [values[metric] for values in self.per_query.values()]
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {origin}" for origin, count in self.origins.items())
+        head = f"{len(self.per_query)} queries ({kinds}) over {self.passages} passages"
+        metrics = [f"{metric_label(name):18}{value:6.3f}" for name, value in self.metrics.items()]
+        return "\n".join([head, *metrics, *self.notes])
 
 
 def evaluate_retrieval(

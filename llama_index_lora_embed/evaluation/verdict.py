@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from llama_index_lora_embed.data.origins import HUMAN, LLM_JUDGED, TITLE, UNKNOW
 from llama_index_lora_embed.evaluation.metrics import metric_label
 from llama_index_lora_embed.evaluation.significance import MIN_QUERIES, paired_intervals
 
+TOLERANCE = 0.01
+"""Accepted loss of nDCG@10: with 0, the width of the interval would let only a clear gain pass."""
 TRANSFER_MARGIN = 0.01
 """How far above 0 the interval of the difference on kept-back headings must lie for LIKELY BETTER. Of 66 trained
 models that lost on human-written queries, 10 passed without a margin and 3 with it, beside 20 and 10 that gained
@@ -103,6 +106,15 @@ class Comparison:
         if self.evidence.rank <= Evidence.UNKNOWN.rank:
             return self.interval[0] >= -tolerance
         return self.verdict is Verdict.LIKELY_BETTER or self.unchanged
+
+    def meets(self, requirement: Literal["better", "no-worse"], tolerance: float = TOLERANCE) -> bool:
+        """Whether the verdict is what a program asks for.
+
+        Args:
+            requirement: "better" asks for BETTER, which synthetic queries never give; "no-worse" for `accepts`.
+            tolerance: Of "no-worse".
+        """
+        return self.verdict is Verdict.BETTER if requirement == "better" else self.accepts(tolerance)
 
     def __str__(self) -> str:
         low, high = self.interval

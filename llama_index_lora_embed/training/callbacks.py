@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from llama_index_lora_embed.training.checkpointing.signals import EvaluationStop
 from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
+PROGRESS_METRICS = ("hit@5", "ndcg@10", "roc_auc", "spearman")
+"""Metrics of an evaluation that a line of progress shows."""
 _NEAR = 0.2  # of the steps between evaluations: what they change is small beside what an evaluation costs
 
 
@@ -129,3 +132,32 @@ class RunLog(TrainerCallback):
             append_json_line(self.path, {"step": state.global_step, **finite, "time": round(time.time(), 3)})
         except OSError as error:  # a full disk must not end the run
             logger.warning("step %d could not be logged to %s: %s", state.global_step, self.path, error)
+
+
+class ProgressLines(TrainerCallback):
+    """Tells what the trainer logs in plain lines, for logs and for terminals without progress bars.
+
+    Args:
+        show: Shows a line.
+    """
+
+    def __init__(self, show: Callable[[str], None] = print) -> None:
+        self.show = show
+        self.started = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show a line: step, loss and learning rate, or the metrics of an evaluation."""
+        logs = logs or {}
+        named = {"loss": "loss", "learning_rate": "learning rate"}
+        told = [f"{label} {logs[name]:.4g}" for name, label in named.items() if name in logs]
+        told += [f"{name} {logs[f'eval_{name}']:.3f}" for name in PROGRESS_METRICS if f"eval_{name}" in logs]
+        if told and distributed.is_main():
+            seconds = f"{time.perf_counter() - self.started:.0f} s"
+            self.show(f"step {state.global_step} of {state.max_steps}: {', '.join([*told, seconds])}")

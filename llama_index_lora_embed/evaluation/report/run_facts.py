@@ -46,6 +46,16 @@ class RunFacts:
             )
         return cls(path, manifest, read_log(path.with_name(f"{path.name}.run") / "log.jsonl"), data.splitlines())
 
+    @classmethod
+    def find(cls, path: str | os.PathLike[str]) -> RunFacts | None:
+        """The facts of an adapter directory; None where this package wrote none there.
+
+        Raises:
+            AdapterError: The manifest is damaged.
+        """
+        folder = Path(path).expanduser()
+        return cls.read(folder) if (folder / MANIFEST_NAME).is_file() else None
+
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Lines of a run's log. Of steps that a resumed run repeated the last line counts; incomplete lines are skipped."""

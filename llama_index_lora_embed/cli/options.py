@@ -1,0 +1,32 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from llama_index_lora_embed.cli.command import NOT_REACHED
+
+if TYPE_CHECKING:
+    from llama_index_lora_embed.evaluation import Comparison
+
+Requirement = Literal["better", "no-worse"]
+_REQUIRE = "Exit with 3 unless the verdict is BETTER; or, for no-worse, if more than 0.01 of nDCG@10 may be lost."
+_BASE = "Model to compare with: folder or id on the Hub. By default the adapter's own base."
+REQUIRE = Annotated[Requirement | None, typer.Option(help=_REQUIRE)]
+MODEL = Annotated[str, typer.Argument(help="Adapter, export or base: folder or id on the Hub.")]
+DATA = Annotated[Path, typer.Argument(help="Dataset file: queries and passages, or labelled pairs.")]
+KIND = Annotated[Literal["queries", "pairs"], typer.Option(help="What the dataset holds.")]
+BASE = Annotated[str | None, typer.Option(help=_BASE)]
+DEVICE = Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:0. By default the fastest.")]
+CACHE = Annotated[Path | None, typer.Option(help="Folder in which vectors are kept for the next evaluation.")]
+NODES = Annotated[Path, typer.Argument(help="Folder of documents, or JSONL file of LlamaIndex nodes.")]
+
+
+def exit_code(comparison: Comparison | None, require: Requirement | None) -> tuple[int, tuple[str, ...]]:
+    """The exit code for a verdict, and lines for stderr; without a comparison no requirement is met."""
+    if require is None or (comparison is not None and comparison.meets(require)):
+        return 0, ()
+    return NOT_REACHED, (f"the verdict is below --require {require}",)

@@ -1,0 +1,69 @@
+"""`train` and `config-schema`."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import typer
+
+from llama_index_lora_embed.cli.command import InterruptedWithHint, Outcome, command
+from llama_index_lora_embed.cli.flags import takes_config
+from llama_index_lora_embed.cli.options import REQUIRE, exit_code
+from llama_index_lora_embed.config import FinetuneConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    command(
+        app,
+        "lora-embed train --config run.yaml",
+        "lora-embed train --config run.yaml --epochs 2 --model-output-path runs/short --require no-worse",
+        "lora-embed train --dataset train.json --val-dataset val.json --model-id base --model-output-path runs/flags",
+        "lora-embed train --nodes documents --model-id base --model-output-path runs/nodes --json",
+    )(train)
+    command(app, "lora-embed config-schema", name="config-schema")(config_schema)
+
+
+@takes_config()
+def train(config: FinetuneConfig, *, require: REQUIRE = None) -> Outcome:
+    """Train an adapter, evaluate it against the base, and write it.
+
+    The run is what a FinetuneConfig says: a file, flags over it, or flags alone. Every flag has the name of its field,
+    with or without its group, so that --training.epochs is --epochs. Lists and mappings are written in YAML.
+    """
+    from llama_index_lora_embed.engines import run_finetune
+    from llama_index_lora_embed.evaluation import Verdict
+    from llama_index_lora_embed.training.callbacks import ProgressLines
+
+    bars = sys.stderr.isatty()
+    if not bars:
+        config = config.replace(training=config.training.replace(show_progress_bar=False))
+    for verdict in Verdict:  # the result says it
+        warnings.filterwarnings("ignore", message=verdict.value)
+    started = time.time()
+    try:
+        result = run_finetune(config, callbacks=[] if bars else [ProgressLines()])
+    except KeyboardInterrupt:
+        raise InterruptedWithHint(_how_to_resume(config, started)) from None
+    return Outcome(result, str(result), *exit_code(result.comparison, require))
+
+
+def _how_to_resume(config: FinetuneConfig, started: float) -> str:
+    from llama_index_lora_embed.training.checkpointing.checkpoints import latest_checkpoint
+
+    path = Path(config.output.model_output_path).expanduser()
+    newest = latest_checkpoint(path.with_name(f"{path.name}.run"))
+    if newest is None or newest.stat().st_mtime < started:
+        return "No step was taken yet, so there is no checkpoint."
+    return f"The checkpoint {newest} is kept; the same command with --resume-from-checkpoint true goes on from it."
+
+
+def config_schema() -> Outcome:
+    """Print the JSON schema of a configuration file, for editors, forms and services."""
+    import json
+
+    schema = FinetuneConfig.model_json_schema()
+    return Outcome(schema, json.dumps(schema, indent=2))
