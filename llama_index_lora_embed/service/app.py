@@ -9,20 +9,22 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI
 
 import llama_index_lora_embed
-from llama_index_lora_embed.service.api import health
+from llama_index_lora_embed.service.api import finetune, health
 from llama_index_lora_embed.service.errors import install_error_handlers
+from llama_index_lora_embed.service.jobs.sweep import SweepThread
+from llama_index_lora_embed.service.metrics import Metrics, MetricsMiddleware
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.settings import ServiceSettings
 
-ROUTERS: tuple[APIRouter, ...] = (health.router,)
+ROUTERS: tuple[APIRouter, ...] = (finetune.router, health.router)
 """The routers of all faces; each module of `service.api` has one named `router`."""
 
 
 def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     """The application.
 
-    `app.state.services` is its `Services`. `app.state.stopping` is an event that is set when the server is told to
-    stop, at which streams end.
+    `app.state.services` is its `Services`, `app.state.metrics` its `Metrics`, and `app.state.stopping` an event that is
+    set when the server is told to stop, at which streams end.
 
     Args:
         settings: None reads them from the environment.
@@ -34,8 +36,12 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services.jobs.rebuild()
+        sweep = SweepThread(services)
+        sweep.start()
         yield
         app.state.stopping.set()
+        sweep.stop()
         services.close()
 
     app = FastAPI(
@@ -46,6 +52,8 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     )
     app.state.services = services
     app.state.stopping = threading.Event()
+    app.state.metrics = Metrics(services)
+    app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)

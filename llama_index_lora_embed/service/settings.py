@@ -44,6 +44,8 @@ class ServiceSettings(BaseSettings):
     """Port that the server listens on; 0 takes a free one."""
     auth: Literal["on", "off"] = "on"
     """"off" asks for no tokens, which only a loopback `host` may."""
+    log_format: Literal["text", "json"] = "text"
+    """How log lines are written to standard error: for people, or a JSON object each."""
     allowed_models: Annotated[
         dict[Text, Text], BeforeValidator(lambda v: {name: name for name in v} if isinstance(v, (list, tuple)) else v)
     ] = {DEFAULT_BASE: DEFAULT_BASE}

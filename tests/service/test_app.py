@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def test_the_server_answers_that_it_is_alive_and_ready(client):
     assert client.get("/health").json() == {"status": "ok"}
@@ -17,6 +19,7 @@ def test_a_server_whose_database_is_gone_is_alive_and_not_ready(client):
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
 
 
+@pytest.mark.slow
 def test_an_application_imports_no_torch(tmp_path):
     code = (
         "import sys; from llama_index_lora_embed.service.app import create_app; "

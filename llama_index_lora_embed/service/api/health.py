@@ -1,12 +1,16 @@
-"""Whether the service is alive and ready."""
+"""Whether the service is alive and ready, and its metrics."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import text
 
 from llama_index_lora_embed.service.api.dependencies import ServicesOf
 from llama_index_lora_embed.service.errors import ServiceError
+from llama_index_lora_embed.service.security import Caller, require
 
 router = APIRouter(tags=["health"])
 
@@ -33,3 +37,9 @@ def ready(services: ServicesOf) -> dict[str, str]:
             code="not_ready",
         ) from error
     return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(request: Request, caller: Annotated[Caller, Depends(require("admin"))]) -> Response:
+    """Metrics for Prometheus, with the scope admin, because they count the jobs of all tokens."""
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -7,10 +7,11 @@ projection in one transaction; the callers do what the decision commands (`servi
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import BigInteger, Column, ColumnElement, Integer, Text, UniqueConstraint, func
 from sqlmodel import Field, Session, SQLModel, col, delete, select
@@ -28,12 +29,14 @@ from llama_index_lora_embed.service.jobs.state import (
     JobState,
     Leased,
     LeaseExpired,
+    Status,
     decide,
     replay,
 )
 
 logger = logging.getLogger(__name__)
 _DEDUPLICATE_S = 120.0
+_LOOK_S = 0.2
 
 
 class JobEventRow(SQLModel, table=True):
@@ -90,7 +93,7 @@ class StoredEvent:
     """
 
     sequence: int
-    status: str
+    status: Status
     event: Event
 
     @property
@@ -115,6 +118,7 @@ class JobStore:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._latest, self._looked, self._lock = 0, 0.0, threading.Lock()
         database.create_tables()
 
     def create(
@@ -127,6 +131,8 @@ class JobStore:
         max_queued: int | None = None,
     ) -> tuple[JobState, bool]:
         """A new job, or the one that the same owner created with the same request in the last two minutes.
+
+        A job that failed or was cancelled meanwhile does not count.
 
         The caller enqueues a new job (`Services.submit` does both).
 
@@ -151,6 +157,7 @@ class JobStore:
                 query = select(JobRow).where(
                     JobRow.owner == spec.owner,
                     JobRow.request_digest == request_digest,
+                    col(JobRow.status).not_in(("cancelled", "failed")),
                     JobRow.created > created.time - _DEDUPLICATE_S,
                 )
                 if row := session.exec(query.order_by(col(JobRow.created).desc())).first():
@@ -230,7 +237,19 @@ class JobStore:
         query = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
         with self.database.read() as session:
             rows = session.exec(query.order_by(col(JobEventRow.sequence)).limit(limit)).all()
-        return [StoredEvent(row.sequence, row.status, EVENT.validate_json(row.data)) for row in rows]
+        return [StoredEvent(row.sequence, cast(Status, row.status), EVENT.validate_json(row.data)) for row in rows]
+
+    def latest(self) -> int:
+        """A number that grows with every event of any job; read at most every 0.2 s, whoever asks.
+
+        Many streams that wait for news ask for it, instead of each for the events of its job.
+        """
+        with self._lock:
+            if time.monotonic() - self._looked > _LOOK_S:
+                with self.database.read() as session:
+                    self._latest = session.exec(select(func.max(JobEventRow.id))).one() or 0
+                self._looked = time.monotonic()
+            return self._latest
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by status; statuses without a job are left out."""

@@ -1,0 +1,32 @@
+"""Jobs in tests of the service: a request that trains the tiny model in a moment, and reading event streams."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.conftest import make_dataset
+
+
+def pairs_of(passages: int = 24, **more: Any) -> list[dict[str, str]]:
+    """Rows of a dataset that the tiny model can learn."""
+    dataset = make_dataset(passages, **more)
+    return [
+        {"query": text, "passage": dataset.corpus[dataset.relevant_docs[i][0]]} for i, text in dataset.queries.items()
+    ]
+
+
+def job_request(**more: Any) -> dict[str, Any]:
+    """The body of a job of nine steps."""
+    body = {"pairs": pairs_of(), "epochs": 3, "batch_size": 8, "learning_rate": 5e-3, "precision": "fp32"}
+    return {**body, **more}
+
+
+def sse_events(text: str) -> list[dict[str, Any]]:
+    """The events of a stream, each with its fields and its data as JSON."""
+    found = []
+    for block in text.replace("\r\n", "\n").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line and not line.startswith(":"))
+        if "data" in fields:
+            found.append({**fields, "data": json.loads(fields["data"])})
+    return found
