@@ -10,7 +10,7 @@ import numpy as np
 from llama_index_lora_embed.core.arrays import unit_norm
 from llama_index_lora_embed.core.errors import ConfigError, WrongIndexError, warn_user
 from llama_index_lora_embed.data.stored_vectors import StoredVectors
-from llama_index_lora_embed.deployment.index_stamp import verify_index
+from llama_index_lora_embed.deployment.index_stamp import IndexStamp, read_index_stamp
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -24,9 +24,10 @@ another limit of tokens is below it on long texts, and any other model on all.""
 def verify_vectors(target: Any, stored: StoredVectors, embed_model: BaseEmbedding) -> None:
     """Check that the vectors of an index come from this model.
 
-    The stamp decides where there is one (`stamp_index`). Else up to 32 of the stored texts, evenly spaced, are
-    embedded again and compared with their vectors. A warning is issued where only few of them differ, and where the
-    store keeps no texts.
+    The stamp decides where there is one (`stamp_index`). Without one, or with that of another class over the same model
+    (`HuggingFaceEmbedding` and `LoraEmbedding`), up to 32 of the stored texts, evenly spaced, are embedded again and
+    compared with their vectors. A warning is issued where only few of them differ, where the store keeps no texts, and
+    where another class stamped it.
 
     Args:
         target: What `stored` was read from; it may be unable to hold a stamp.
@@ -37,18 +38,21 @@ def verify_vectors(target: Any, stored: StoredVectors, embed_model: BaseEmbeddin
         WrongIndexError: The stamp is of another model; or the vectors have another length, or differ from this
             model's.
     """
-    stamp = None
+    own, stamp = IndexStamp.of(embed_model), None
     if not isinstance(target, StoredVectors):
         with suppress(ConfigError):  # the store cannot hold one
-            stamp = verify_index(target, embed_model, without_stamp="ignore")
-    name, dimensions = embed_model.model_name, len(embed_model.get_text_embedding("dimensions"))
-    if dimensions != stored.dimensions:
+            stamp = read_index_stamp(target)
+    of_another_class = stamp is not None and stamp.may_be(own)
+    if stamp is not None and not of_another_class:
+        stamp.check(own)
+    name = embed_model.model_name
+    if own.dimensions != stored.dimensions:
         raise WrongIndexError(
-            f"an index with vectors of {stored.dimensions} dimensions, and {name!r} with {dimensions}",
+            f"an index with vectors of {stored.dimensions} dimensions, and {name!r} with {own.dimensions}",
             "the model that built the index",
             "Pass that model, or read another index.",
         )
-    if stamp is not None:
+    if stamp is not None and not of_another_class:
         return
     rows = [row for row, has_text in enumerate(stored.has_text) if has_text]
     if not rows:
@@ -73,4 +77,9 @@ def verify_vectors(target: Any, stored: StoredVectors, embed_model: BaseEmbeddin
         warn_user(
             f"{len(far)} of {len(rows)} passages that were embedded again have another vector in the store: they were "
             f"embedded from another text or by another model than {name!r} ({', '.join(far[:3])})."
+        )
+    if stamp is not None:
+        warn_user(
+            f"The index was stamped with {stamp.model_class} {stamp}, and its vectors are those of {own.model_class}, "
+            "too: stamp_index(index, embed_model, replace=True) records that, so that verify_index takes this model."
         )

@@ -15,7 +15,7 @@ from llama_index.core.vector_stores.simple import DEFAULT_VECTOR_STORE
 
 from llama_index_lora_embed.config import STAMP_ID
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, WrongIndexError, warn_user
-from llama_index_lora_embed.core.files import whole_file
+from llama_index_lora_embed.core.files import absolute, whole_file
 from llama_index_lora_embed.embedding.adapter_embedding import AdapterEmbeddingModel
 from llama_index_lora_embed.embedding.identity import passage_fingerprint
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
@@ -38,6 +38,7 @@ class IndexStamp:
         dimensions: Length of its vectors.
         created: When the index was stamped; UTC, ISO 8601.
         trained: When the adapter was trained; empty if unknown.
+        model_class: Name of the model's class; empty if unknown.
     """
 
     fingerprint: str
@@ -45,6 +46,7 @@ class IndexStamp:
     dimensions: int
     created: str
     trained: str = ""
+    model_class: str = ""
 
     @classmethod
     def of(cls, embed_model: BaseEmbedding) -> IndexStamp:
@@ -56,11 +58,37 @@ class IndexStamp:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         dimensions = len(embed_model.get_text_embedding("dimensions"))
         trained = "" if manifest is None else manifest.created
-        return cls(passage_fingerprint(embed_model), embed_model.model_name, dimensions, now, trained)
+        kind = type(embed_model).__name__
+        return cls(passage_fingerprint(embed_model), embed_model.model_name, dimensions, now, trained, kind)
 
     def differs(self, other: IndexStamp) -> bool:
         """Whether the two stamps belong to different models."""
         return (self.fingerprint, self.dimensions) != (other.fingerprint, other.dimensions)
+
+    def check(self, model: IndexStamp) -> None:
+        """Check that a model, by its stamp, is the one that built the index of this stamp.
+
+        Raises:
+            WrongIndexError: It is another one.
+        """
+        if self.differs(model):
+            raise WrongIndexError(
+                f"an index that was built on {self.created} with {self}, and the embedding model {model}",
+                "the embedding model that built the index, because vectors of two models cannot be compared",
+                "Query the index with that model, or rebuild it: delete the old vectors (or use a new collection or "
+                "folder), index = VectorStoreIndex(nodes, embed_model=embed_model), then stamp_index(index, "
+                "embed_model, replace=True).",
+            )
+
+    def may_be(self, other: IndexStamp) -> bool:
+        """Whether two classes may have computed the same vectors: they name one model, and its dimensions are equal.
+
+        Their fingerprints cannot be compared: one is a digest of weights, another of the settings of the class.
+        """
+        (name, dimensions, cls), (other_name, other_dimensions, other_cls) = (
+            (absolute(stamp.model_name), stamp.dimensions, stamp.model_class) for stamp in (self, other)
+        )
+        return (name, dimensions) == (other_name, other_dimensions) and bool(cls and other_cls) and cls != other_cls
 
     def to_json(self) -> str:
         """The stored form."""
@@ -75,7 +103,8 @@ class IndexStamp:
         """
         try:
             data = json.loads(text)
-            return cls(**{field.name: data[field.name] for field in fields(cls)})
+            known = {"model_class": "", **data}  # earlier stamps name no class
+            return cls(**{field.name: known[field.name] for field in fields(cls)})
         except (TypeError, ValueError, KeyError) as error:
             raise WrongIndexError(
                 f"a stamp that cannot be read ({str(text)[:80]!r})",
@@ -115,8 +144,7 @@ def stamp_index(target: Any, embed_model: BaseEmbedding, *, replace: bool = Fals
     text = slot.read()
     if text is not None and not replace:
         existing = IndexStamp.from_json(text)
-        if existing.differs(stamp):
-            raise _wrong_model(existing, stamp)
+        existing.check(stamp)
         return existing
     slot.write(stamp.to_json(), embed_model)
     return stamp
@@ -163,18 +191,9 @@ def verify_index(
             raise problem
         if without_stamp == "warn":
             warn_user(str(problem))
-    elif existing.differs(stamp):
-        raise _wrong_model(existing, stamp)
+    else:
+        existing.check(stamp)
     return existing
-
-
-def _wrong_model(existing: IndexStamp, stamp: IndexStamp) -> WrongIndexError:
-    return WrongIndexError(
-        f"an index that was built on {existing.created} with {existing}, and the embedding model {stamp}",
-        "the embedding model that built the index, because vectors of two models cannot be compared",
-        "Query the index with that model, or rebuild it: delete the old vectors (or use a new collection or folder), "
-        "index = VectorStoreIndex(nodes, embed_model=embed_model), then stamp_index(index, embed_model, replace=True).",
-    )
 
 
 class _Slot(Protocol):

@@ -17,6 +17,7 @@ from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchEr
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, cache_keys
 from llama_index_lora_embed.embedding.identity import fingerprint_with, passage_fingerprint, query_fingerprint
+from llama_index_lora_embed.models.tokens import check_text, check_texts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +62,8 @@ class AdapterEmbeddingModel(BaseEmbedding):
         BaseModelMismatchError: The adapter was trained on another embedding model: the recorded one is not this one,
             and the vectors of a query differ.
         UnsafeCheckpointError: The adapter is a pickle of more than tensors.
+
+    All methods raise a ConfigError for an input that is not a string.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -229,34 +232,34 @@ class AdapterEmbeddingModel(BaseEmbedding):
     def get_query_embedding(self, query: str) -> Embedding:
         """The vector of a query."""
         with self._cache_keys("query"):
-            return super().get_query_embedding(query)
+            return super().get_query_embedding(check_text(query))
 
     async def aget_query_embedding(self, query: str) -> Embedding:
         """The vector of a query."""
         with self._cache_keys("query"):
-            return await super().aget_query_embedding(query)
+            return await super().aget_query_embedding(check_text(query))
 
     def get_text_embedding(self, text: str) -> Embedding:
         """The vector of a passage."""
         with self._cache_keys("document"):
-            return super().get_text_embedding(text)
+            return super().get_text_embedding(check_text(text))
 
     async def aget_text_embedding(self, text: str) -> Embedding:
         """The vector of a passage."""
         with self._cache_keys("document"):
-            return await super().aget_text_embedding(text)
+            return await super().aget_text_embedding(check_text(text))
 
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
         """Vectors of passages."""
         with self._cache_keys("document"):
-            return super().get_text_embedding_batch(texts, show_progress, **kwargs)
+            return super().get_text_embedding_batch(check_texts(texts), show_progress, **kwargs)
 
     async def aget_text_embedding_batch(
         self, texts: list[str], show_progress: bool = False, **kwargs: Any
     ) -> list[Embedding]:
         """Vectors of passages."""
         with self._cache_keys("document"):
-            return await super().aget_text_embedding_batch(texts, show_progress, **kwargs)
+            return await super().aget_text_embedding_batch(check_texts(texts), show_progress, **kwargs)
 
     # The private methods of the model below count no text twice with its callbacks; its cache and its rate limiter
     # are only heard by the public ones.

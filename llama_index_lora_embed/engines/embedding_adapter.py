@@ -34,6 +34,8 @@ from llama_index_lora_embed.models.adapter_directory import CONFIG_NAME, check_o
 if TYPE_CHECKING:
     import torch
 
+    from llama_index_lora_embed.data.stored_vectors import StoredVectors
+
 _S = EmbeddingAdapterSettings()
 _TRAIN_KWARGS = ("optimizer_class", "optimizer_params", "max_grad_norm", "show_progress_bar")
 
@@ -67,6 +69,7 @@ class EmbeddingAdapterFinetuneEngine:
         dataset: Training data, without what is held out.
         val_dataset: Validation data, given or held out; None for a run that is not evaluated.
         settings: The other arguments.
+        stored: The passages of the index that `from_vector_store` was given; None for other engines.
 
     Raises:
         ConfigError: Arguments are wrong, all of them named at once; problems of several kinds come together in it.
@@ -132,6 +135,7 @@ class EmbeddingAdapterFinetuneEngine:
         self.dim = dim
         self.corpus_dataset = train
         self.dataset, self.val_dataset, self.hold_out_note = self._split(train, val)
+        self.stored: StoredVectors | None = None
 
     def _target(self) -> Path:
         return check_output(self.settings.model_output_path, is_old_embedding_adapter)
@@ -189,6 +193,53 @@ class EmbeddingAdapterFinetuneEngine:
 
         return cls(dataset, embed_model, adapter_model=read_adapter(model_path, model_cls).adapter, **kwargs)
 
+    @classmethod
+    def from_vector_store(
+        cls,
+        store: Any,
+        dataset: EmbeddingQAFinetuneDataset | Any,
+        embed_model: BaseEmbedding | str | os.PathLike[str],
+        *,
+        val_dataset: EmbeddingQAFinetuneDataset | Any | None = None,
+        **kwargs: Any,
+    ) -> EmbeddingAdapterFinetuneEngine:
+        """An engine on the passages of an existing index, whose vectors it reads and leaves alone.
+
+        No passage is embedded again but for the check that the model built the index: its stamp says so
+        (`stamp_index`), else up to 32 of its texts are embedded. All passages of the index are searched in evaluations,
+        and are what queries are compared with (see `negatives`).
+
+        Args:
+            store: As for `LoraFinetuneEngine.from_vector_store`: an index, a vector store, a Chroma collection, ...
+            dataset: As for the engine; its passages are nodes of the index.
+            embed_model: The model that built the index.
+            val_dataset: As for the engine; its passages are nodes of the index, too.
+            **kwargs: As for the engine.
+
+        Raises:
+            ConfigError: The store cannot list its vectors, or arguments are wrong.
+            DatasetError: The store is empty, holds vectors that are zero or not finite, or lacks passages of a dataset;
+                all of them are named.
+            WrongIndexError: The index was built by another model.
+            LoraEmbedError: As the engine.
+
+        Example:
+            >>> EmbeddingAdapterFinetuneEngine.from_vector_store(collection, dataset, embed_model)  # doctest: +SKIP
+        """
+        from llama_index_lora_embed.data.readers.vector_stores import read_vectors
+        from llama_index_lora_embed.deployment.index_model import verify_vectors
+
+        stored = read_vectors(store)
+        train = stored.corpus_for(_queries(dataset, "dataset"), "dataset")
+        val = None if val_dataset is None else stored.corpus_for(_queries(val_dataset, "val_dataset"), "val_dataset")
+        engine = cls(train, embed_model, **{"max_eval_passages": len(stored), **kwargs, "val_dataset": val})
+        verify_vectors(store, stored, engine.embed_model)
+        engine.stored = stored
+        # the passages that a split takes out of one side are in the index all the same
+        engine.dataset = stored.corpus_for(engine.dataset)
+        engine.val_dataset = engine.val_dataset and stored.corpus_for(engine.val_dataset)
+        return engine
+
     @property
     def embed_model(self) -> BaseEmbedding:
         """The embedding model; one that was named by a string is loaded now.
@@ -202,19 +253,19 @@ class EmbeddingAdapterFinetuneEngine:
         return self._embed_model
 
     def smart_batching_collate(self, batch: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The vectors of pairs of a query and a passage, from the cache where they are in it.
+        """The vectors of pairs of a query and a passage, from the index or the cache where they are in it.
 
         Returns:
             Vectors of the queries and of the passages, float32 [pairs, dimensions] each.
         """
         import torch
 
-        from llama_index_lora_embed.engines.embedding_adapter_run import embed_texts
+        from llama_index_lora_embed.engines.embedding_adapter_run import embed_passages, embed_texts
 
         queries, passages = ([str(pair[side]) for pair in batch] for side in (0, 1))
         return (
             torch.from_numpy(embed_texts(self.embed_model, queries, "query", self.settings)),
-            torch.from_numpy(embed_texts(self.embed_model, passages, "passage", self.settings)),
+            torch.from_numpy(embed_passages(self, passages, self.settings)),
         )
 
     def finetune(self, **train_kwargs: Any) -> EmbeddingAdapterResult:

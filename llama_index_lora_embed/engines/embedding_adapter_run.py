@@ -70,6 +70,24 @@ def embed_texts(
     return run_async(embedder.embed(texts, side), suspends=settings.num_workers is not None)
 
 
+def embed_passages(
+    engine: EmbeddingAdapterFinetuneEngine, texts: Sequence[str], settings: EmbeddingAdapterSettings
+) -> FloatArray:
+    """Vectors [texts, dimensions] of passages: those of the engine's index where it holds them, else the model's.
+
+    Raises:
+        ConfigError: The vectors differ in dimensions.
+        OutputDirectoryError: The cache cannot be written.
+    """
+    if engine.stored is None:
+        return embed_texts(engine.embed_model, texts, "passage", settings)
+    datasets = (engine.corpus_dataset, engine.val_dataset)
+    known = engine.stored.by_text(*(data for data in datasets if data is not None))
+    if missing := [text for text in texts if text not in known]:
+        known |= dict(zip(missing, embed_texts(engine.embed_model, missing, "passage", settings), strict=True))
+    return np.stack([known[text] for text in texts])
+
+
 @dataclass(frozen=True, eq=False)
 class _Vectors:
     """All vectors of a run, of length 1 except `probe`.
@@ -235,7 +253,9 @@ def _embed(
     rows: dict[Side, dict[str, FloatArray]] = {}
     sides: tuple[tuple[Side, dict[str, str]], ...] = (("query", query_ids), ("passage", passage_ids))
     for side, ids in sides:
-        found = embed_texts(embed_model, list(ids), side, settings)
+        texts = list(ids)
+        queries = side == "query"
+        found = embed_texts(embed_model, texts, side, settings) if queries else embed_passages(engine, texts, settings)
         if found.shape[1] != len(probe):
             raise ConfigError(
                 f"{side} vectors of {found.shape[1]} and a query vector of {len(probe)} dimensions",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
 _CHUNK = 1024  # texts whose vectors are Python lists at one time
+_AT_ONCE = 256  # texts of a call of `_at_once`: enough to order, and no more are lost when a process is killed
+_HUGGING_FACE = "llama_index.embeddings.huggingface.base.HuggingFaceEmbedding"
 _SAVE_SECONDS = 1.0  # between writes to the cache, so that little is lost when a process is killed
 # tells models apart: long enough to be truncated, with capitals, digits and a question
 _PROBE = "Which of these 12 Words does it read? " + " ".join(
@@ -121,8 +123,8 @@ class Embedder:
         """Vectors of different texts by text. What arrives before an error is cached, so that it is paid for once."""
         model = self.embed_model
         arrived = _Arrived(type(model).__name__, cache)
-        # LoraEmbedding orders the texts of a call by length; others compute one request after another
-        size = len(texts) if isinstance(model, LoraEmbedding) else model.embed_batch_size
+        at_once = None if self.num_workers is not None else _at_once(model, side)
+        size = model.embed_batch_size if at_once is None else _AT_ONCE
         batches = [texts[start : start + size] for start in range(0, len(texts), size)]
 
         async def query(text: str) -> None:
@@ -136,17 +138,33 @@ class Embedder:
                 await gather_limited([partial(query, text) for text in texts], self.num_workers)
             elif self.num_workers is not None:
                 await gather_limited([partial(passages, batch) for batch in batches], self.num_workers)
+            elif at_once is not None:
+                for batch in batches:
+                    arrived.add(batch, at_once(batch))
             elif side == "passage":
                 for batch in batches:
                     arrived.add(batch, model.get_text_embedding_batch(batch))
-            elif isinstance(model, LoraEmbedding):
-                arrived.add(texts, model._get_query_embeddings(texts))  # LlamaIndex has no batches of queries
             else:
                 for text in texts:
                     arrived.add([text], [model.get_query_embedding(text)])
         finally:
             arrived.save()
         return arrived.vectors
+
+
+def _at_once(model: BaseEmbedding, side: Side) -> Callable[[list[str]], Any] | None:
+    """A model's own method for many texts, which orders them by length; None for models that have none.
+
+    LlamaIndex asks for queries singly, and for passages `embed_batch_size` at a time in the order in which they come,
+    so that most of a batch can be padding.
+    """
+    if isinstance(model, LoraEmbedding):
+        return model._get_query_embeddings if side == "query" else model.get_text_embedding_batch
+    cls = type(model)  # a subclass may compute its vectors otherwise
+    if f"{cls.__module__}.{cls.__name__}" == _HUGGING_FACE and model.embeddings_cache is None:
+        embed: Any = model._embed  # type: ignore[attr-defined]
+        return partial(embed, prompt_name="query" if side == "query" else "text")
+    return None
 
 
 class _Arrived:

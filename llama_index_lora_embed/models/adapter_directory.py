@@ -29,6 +29,8 @@ TASK_TYPE = "FEATURE_EXTRACTION"
 """Task type in adapter_config.json unless a `lora_config` names another; peft's auto classes need one."""
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+MAP_WEIGHTS_NAME = "embedding_adapter.safetensors"
+"""Weights of an embedding adapter, which is a map on top of a model's vectors."""
 OLD_CONFIG, OLD_WEIGHTS = "config.json", "pytorch_model.bin"
 """The files of llama-index-embeddings-adapter."""
 SCHEMA_VERSION = 1
@@ -339,6 +341,12 @@ def check_files(directory: Path) -> Manifest | None:
         AdapterError: A file is missing, cut short or changed.
     """
     if not (directory / CONFIG_NAME).is_file():
+        if is_old_embedding_adapter(directory) or (directory / MAP_WEIGHTS_NAME).is_file():
+            raise AdapterError(
+                f"{str(directory)!r}, which holds an embedding adapter: a map on top of another model's vectors",
+                "an adapter of a model's own layers (LoRA)",
+                f"AdapterEmbeddingModel(embed_model, {str(directory)!r}), with the model that it was trained on.",
+            )
         raise AdapterError(
             f"{str(directory)!r}, which has no {CONFIG_NAME}",
             "an adapter directory, written by finetune() or SentenceTransformer.save_pretrained()",

@@ -24,6 +24,7 @@ from llama_index_lora_embed.core.errors import (
     UnsafeCheckpointError,
 )
 from llama_index_lora_embed.models.adapter_directory import (
+    MAP_WEIGHTS_NAME,
     OLD_CONFIG,
     OLD_WEIGHTS,
     Manifest,
@@ -35,7 +36,6 @@ from llama_index_lora_embed.models.adapter_directory import (
     written_directory,
 )
 
-WEIGHTS_NAME = "embedding_adapter.safetensors"
 _PREFIX = "adapter."
 _PROBE = "probe"  # a vector beside the weights
 _RESTORE = "Restore the directory from a copy, or train again."
@@ -85,7 +85,7 @@ def write_directory(
     if probe is not None:
         tensors[_PROBE] = torch.from_numpy(probe)
     with written_directory(target) as staging:
-        save_file(tensors, staging / WEIGHTS_NAME)
+        save_file(tensors, staging / MAP_WEIGHTS_NAME)
         write_manifest(replace(manifest, files=digests(staging)), staging)
 
 
@@ -126,7 +126,7 @@ def _read(directory: Path) -> AdapterFiles:
         )
     check_digests(directory, manifest.files, _RESTORE)
     try:
-        tensors = load_file(directory / WEIGHTS_NAME)
+        tensors = load_file(directory / MAP_WEIGHTS_NAME)
         kind, arguments = facts["kind"], facts["arguments"]
     except (SafetensorError, OSError, KeyError) as error:
         raise AdapterError(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import TextNode
+from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 
 from llama_index_lora_embed import LoraEmbedding
 from llama_index_lora_embed.core.errors import WrongIndexError
@@ -53,6 +54,24 @@ def test_the_stamp_decides_where_there_is_one(base: LoraEmbedding, other: LoraEm
     stamp_index(index, other, replace=True)
     with pytest.raises(WrongIndexError, match="was built on"):
         verify_vectors(index, read_vectors(index), base)
+
+
+def test_another_class_over_the_same_model_is_recognised_by_the_vectors_in_spite_of_its_stamp(
+    tiny_model: str, other_tiny_model: str, base: LoraEmbedding, nodes: list[TextNode]
+) -> None:
+    theirs = HuggingFaceEmbedding(model_name=str(tiny_model), device="cpu")
+    index = VectorStoreIndex(nodes, embed_model=theirs)
+    stamp_index(index, theirs)
+    with pytest.warns(UserWarning, match="stamped with HuggingFaceEmbedding .* those of LoraEmbedding, too"):
+        verify_vectors(index, read_vectors(index), base)
+    with pytest.raises(WrongIndexError, match="was built on"):
+        verify_vectors(index, read_vectors(index), LoraEmbedding(base_model=other_tiny_model, device="cpu"))
+    stamp_index(index, base, replace=True)
+    with pytest.warns(UserWarning, match="stamped with LoraEmbedding .* those of HuggingFaceEmbedding, too"):
+        verify_vectors(index, read_vectors(index), theirs)
+    prompted = HuggingFaceEmbedding(model_name=str(tiny_model), device="cpu", text_instruction="w9 w9 w9 w9 ")
+    with pytest.raises(WrongIndexError, match="another model than"):
+        verify_vectors(index, read_vectors(index), prompted)
 
 
 def test_a_few_vectors_of_another_model_are_warned_of(

@@ -176,3 +176,23 @@ def test_the_rotation_that_queries_went_through_can_be_undone(tmp_path):
     layer.save(tmp_path / "adapter")
     model = AdapterEmbeddingModel(base, tmp_path / "adapter")
     assert model.get_query_embedding("w1 w2") == pytest.approx(base.get_text_embedding("w1 w2"), abs=1e-5)
+
+
+def test_inputs_that_are_no_strings_are_refused_before_any_model_sees_them(path, tiny_model, tmp_path):
+    LinearLayer(32, 32).save(tmp_path / "small")
+    paid = PaidEmbedding()
+    own = LoraEmbedding(base_model=tiny_model, device="cpu")
+    for model in (AdapterEmbeddingModel(paid, path), AdapterEmbeddingModel(own, tmp_path / "small")):
+        for wrong in (None, 7, b"w1", ["w1"]):
+            for method in (model.get_query_embedding, model.get_text_embedding):
+                with pytest.raises(ConfigError, match="not strings"):
+                    method(wrong)
+            for method in (model.aget_query_embedding, model.aget_text_embedding):
+                with pytest.raises(ConfigError, match="not strings"):
+                    asyncio.run(method(wrong))
+        with pytest.raises(ConfigError, match="1 of 2 inputs"):
+            model.get_text_embedding_batch(["w1", 7])
+        with pytest.raises(ConfigError, match="1 of 2 inputs"):
+            asyncio.run(model.aget_text_embedding_batch(["w1", None]))
+        assert len(model.get_query_embedding("w1 \ud800")) == len(model.get_query_embedding("w1"))
+    assert set(paid.paid) == {"w1 \ufffd", "w1"}

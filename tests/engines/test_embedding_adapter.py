@@ -374,6 +374,8 @@ def test_training_goes_on_from_an_adapter_of_the_old_package_in_its_own_folder(d
         warnings.simplefilter("ignore")
         run.finetune()
     torch.testing.assert_close(LinearLayer.load(place).linear.weight, old.linear.weight)
+    with pytest.raises(AdapterError, match="AdapterEmbeddingModel"):
+        LoraEmbedding(tmp_path / "model_output.previous")
     assert (tmp_path / "model_output.previous" / "pytorch_model.bin").exists()
 
 
@@ -443,7 +445,7 @@ def test_the_registry_and_the_report_take_a_run(data, out, tmp_path):
     version = registry.add(out, dataset=data[1], embed_model=run.get_finetuned_model())
     assert version.fingerprint == result.fingerprint
     assert version.metrics["ndcg@10"] == pytest.approx(result.tuned_metrics["ndcg@10"])
-    with pytest.raises(AdapterError):
+    with pytest.raises(AdapterError, match=r"embedding adapter(.|\n)*AdapterEmbeddingModel\(embed_model, "):
         LoraEmbedding(out)
 
 

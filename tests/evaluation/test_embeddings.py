@@ -7,11 +7,14 @@ import time
 import numpy as np
 import pytest
 from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import evaluate_retrieval
 from llama_index_lora_embed.core import concurrency
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.evaluation import aevaluate_retrieval
+from llama_index_lora_embed.evaluation.embeddings import Embedder
 from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
 from tests.conftest import make_dataset
 from tests.helpers.evaluation import WordCountEmbedding
@@ -104,3 +107,23 @@ def test_a_model_that_drops_texts_is_refused(num_workers):
         evaluate_retrieval(Skips(), make_dataset(), num_workers=num_workers)
     with pytest.raises(ConfigError, match=r"query vectors of shape \(47, 3\)"):
         evaluate_encoders(lambda t: np.ones((len(t) - 1, 3)), lambda t: np.ones((len(t), 3)), make_dataset())
+
+
+@pytest.mark.parametrize("side", ["query", "passage"])
+def test_hugging_face_models_get_all_texts_at_once_and_order_them_by_length(side, tiny_model, monkeypatch):
+    model = HuggingFaceEmbedding(
+        model_name=str(tiny_model), device="cpu", query_instruction="query: ", text_instruction="passage: "
+    )
+    texts = [" ".join(f"w{n}" for n in range(1 + 7 * i % 12)) for i in range(40)]
+    singly = [model.get_query_embedding(t) if side == "query" else model.get_text_embedding(t) for t in texts]
+    calls, encode = [], SentenceTransformer.encode
+
+    def counted(self, inputs, *args, **kwargs):
+        calls.append(len(inputs))
+        return encode(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", counted)
+    vectors = concurrency.run_async(Embedder(model, None, None, False).embed(texts, side), suspends=False)
+    np.testing.assert_allclose(vectors, singly, atol=1e-6)
+    assert calls == [len(set(texts))]
+    assert model.embed_batch_size == 10, "the user's model stays as it is"

@@ -19,8 +19,8 @@ from llama_index_lora_embed.core.errors import (
     OutputDirectoryError,
     UnsafeCheckpointError,
 )
+from llama_index_lora_embed.models.adapter_directory import MAP_WEIGHTS_NAME
 from llama_index_lora_embed.models.embedding_adapter import save_adapter
-from llama_index_lora_embed.models.embedding_adapter_directory import WEIGHTS_NAME
 from llama_index_lora_embed.models.stored_adapter import read_adapter
 from tests.helpers.embedding_models import DIMENSIONS, PaidEmbedding
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_named(tmp_path, adapter):
     with pytest.raises(AdapterError, match="no LinearLayer"):
         LinearLayer.load(tmp_path / "custom")
     trained("linear").save(tmp_path / "linear")
-    weights = tmp_path / "linear" / WEIGHTS_NAME
+    weights = tmp_path / "linear" / MAP_WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(AdapterError, match="changed or cut short"):
         LinearLayer.load(tmp_path / "linear")
