@@ -11,6 +11,7 @@ no longer this worker's. A worker that has lost its lease cannot commit, because
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -94,6 +95,7 @@ class Worker:
             jobs: Return after so many attempts; None never does.
         """
         with self._signals():
+            _load_training()
             logger.info("worker %s waits for jobs", self.name)
             while not self.stopping and jobs != 0:
                 if self._sweep.due():
@@ -284,6 +286,19 @@ class Heartbeat:
             if state.wish is not None:
                 return "wish"
         return "time_limit" if time.monotonic() >= self._deadline else None
+
+
+def _load_training() -> None:
+    """Import what training needs, which takes seconds in which heartbeats are late, before there is a lease to renew.
+
+    What is imported is taken out of garbage collection, which each training starts several times and which stops all
+    threads meanwhile.
+    """
+    import llama_index_lora_embed.engines.run
+    import llama_index_lora_embed.training.train  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def progress_callback(services: Services, job: JobState) -> TrainerCallback:
