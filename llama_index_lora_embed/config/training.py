@@ -62,6 +62,11 @@ class TrainingSettings(Settings):
     lora_layers: ShareAbove0 = 1.0
     """Share of the layers that the default LoRA adapts, counted from the last one; below 1, the hidden states below
     the first adapted layer are computed once for all epochs."""
+    negatives: Literal["auto", "corpus", "answered"] = "auto"
+    """Of `tune="query"`: what a query is compared with, "corpus" for all passages, "answered" for those that answer
+    some training query or are its hard negatives. Passages that no query asks for are learnt to be wrong: that helps
+    where there are many of them, and harms future queries about them where there are few. "auto" trains a linear map
+    with both on three folds of the training queries, which takes seconds, and takes what did better."""
     adapter_scale: ShareAbove0 = 1.0
     """Share of the trained change that is evaluated and written: below 1, between base and trained model (WiSE-FT;
     Wortsman et al. 2022, arXiv 2109.01903). What `LoraEmbedding(adapter_scale=)` does to an adapter afterwards."""

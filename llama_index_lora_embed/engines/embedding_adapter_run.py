@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.utils import get_cache_dir
-from torch import Tensor, nn
+from torch import nn
 
 from llama_index_lora_embed.config import EmbeddingAdapterSettings, ObjectiveSettings
 from llama_index_lora_embed.core.arrays import cosine
@@ -25,6 +25,7 @@ from llama_index_lora_embed.embedding.adapter_embedding import PROBE, adapter_ma
 from llama_index_lora_embed.embedding.identity import fingerprint_with
 from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 from llama_index_lora_embed.engines.embedding_adapter_result import EmbeddingAdapterResult
+from llama_index_lora_embed.engines.negatives import column_scores
 from llama_index_lora_embed.engines.run_verdict import RunVerdict
 from llama_index_lora_embed.evaluation.embeddings import Embedder, Side, unit_vectors
 from llama_index_lora_embed.evaluation.metrics import DEPTH, compute_metrics
@@ -145,7 +146,7 @@ def _run(
     make_optimizer = _optimizer(settings, kwargs)
     data, negatives, tried = vectors.data, settings.negatives, dict[str, float]()
     if negatives == "auto":
-        score = _column_scores(data)
+        score = column_scores(data)
         chosen, tried = choose_negatives(adapter, data, settings, make_optimizer, score)
     else:
         chosen = negatives
@@ -396,21 +397,3 @@ def _evaluations(
 
     base = evaluation(IDENTITY)
     return base, base if outcome.is_identity else evaluation(outcome.adapter)
-
-
-def _column_scores(data: FrozenVectors) -> Callable[[Tensor, Sequence[int]], list[float]]:
-    """nDCG@10 of training queries, searched among all columns but their false negatives."""
-    targets, passages = data.targets, data.passages.cpu().numpy()
-
-    def score(mapped: Tensor, rows: Sequence[int]) -> list[float]:
-        vectors = nn.functional.normalize(mapped.float(), dim=-1).cpu().numpy()
-        found, _ = nearest(vectors, passages, DEPTH)
-        ranked, grades = {}, {}
-        for row, columns in zip(rows, found.tolist(), strict=True):
-            hidden = set(targets.ignored[row])
-            ranked[str(row)] = [str(column) for column in columns if column not in hidden]
-            graded = zip(targets.relevant[row], targets.relevance[row], strict=True)
-            grades[str(row)] = {str(column): grade for column, grade in graded}
-        return [values["ndcg@10"] for values in compute_metrics(ranked, grades).values()]
-
-    return score

@@ -102,6 +102,7 @@ class LoraFinetuneEngine:
         checkpoint_save_total_limit: int = _T.checkpoint_save_total_limit,
         *,
         tune: Literal["both", "query"] = _T.tune,
+        negatives: Literal["auto", "corpus", "answered"] = _T.negatives,
         lora_config: LoraConfig | None = None,
         objective: ObjectiveSettings | str | None = None,
         continue_from: str | os.PathLike[str] | None = None,

@@ -52,6 +52,7 @@ class FinetuneResult:
         precision: "bf16" or "fp32".
         data_report: What became of the nodes; None if a dataset was given.
         mined: What each round of mining found.
+        negatives: With `tune="query"`, what queries were compared with, "corpus" or "answered".
         evaluations: Of the base and of the tuned model, query by query or pair by pair; None if not evaluated.
         val_dataset: The validation data.
         trained_on: Origins of the queries that the model was trained on; None for labelled pairs.
@@ -75,6 +76,7 @@ class FinetuneResult:
     base_change: BaseChange | None = None
     data_report: BuildReport | None = None
     mined: tuple[MiningReport, ...] = ()
+    negatives: str | None = None
     evaluations: tuple[Any, Any] | None = field(default=None, repr=False)
     val_dataset: EmbeddingQAFinetuneDataset | LabelledPairs | None = field(default=None, repr=False)
     trained_on: tuple[str, ...] | None = None
@@ -115,6 +117,7 @@ class FinetuneResult:
             base_change=verdict.change,
             data_report=data_report,
             mined=mined,
+            negatives=outcome.negatives,
             evaluations=None if comparison is None else (best.reference, best.kept),
             val_dataset=val_dataset,
             trained_on=verdict.trained_on,
@@ -226,14 +229,18 @@ def write_run(
 
     best = outcome.selection
     mining = {"mined_negatives": [report.mean_negatives for report in mined]} if dataset.kind == "queries" else {}
-    teacher = {} if outcome.teacher is None else {"teacher": outcome.teacher}
+    resolved: dict[str, Any] = {"precision": outcome.precision}
+    if outcome.teacher is not None:
+        resolved["teacher"] = outcome.teacher
+    if outcome.negatives is not None:
+        resolved["negatives"] = outcome.negatives
     manifest = adapter_directory.Manifest.of(
         model,
         base.to_dict(),
         tune=config.training.tune,
         parent=parent,
         dataset={**dataset.summary(), **mining},
-        settings={**config.result_affecting(), "precision": outcome.precision, **teacher},
+        settings={**config.result_affecting(), **resolved},
         metrics=verdict.metrics,
         verdict=verdict.summary,
         base_change="" if verdict.change is None else str(verdict.change),

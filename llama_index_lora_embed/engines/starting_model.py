@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.embedding.encode import Vectors
     from llama_index_lora_embed.engines.as_installed import AsInstalled
     from llama_index_lora_embed.models.base_model import BaseInfo
+    from llama_index_lora_embed.training.objectives.corpus_targets import CorpusTargets
     from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 
 Loaded: TypeAlias = "tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None, AsInstalled]"
@@ -102,6 +103,7 @@ class StartingModel:
         import torch
 
         from llama_index_lora_embed.embedding.encode import encode
+        from llama_index_lora_embed.engines.negatives import negatives_by_linear_map
         from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
         from llama_index_lora_embed.training.objectives.info_nce import adapter_disabled
 
@@ -110,7 +112,11 @@ class StartingModel:
             with adapter_disabled(model), torch.autocast(model.device.type, enabled=False):
                 return encode(model, texts, "document", fused=False)
 
-        return FrozenPassages(passages, stored)
+        def choose_negatives(texts: list[str], vectors: torch.Tensor, targets: CorpusTargets) -> str:
+            queries = torch.from_numpy(encode(model, texts, "query", fused=False)).to(vectors)
+            return negatives_by_linear_map(queries, vectors, targets, self.config.training.seed)
+
+        return FrozenPassages(passages, stored, choose_negatives)
 
     def load_base(self, base: BaseInfo, *, quantized: bool | None = None) -> SentenceTransformer:
         """The base alone, in 4 bit or in full precision; None is what the configuration says."""

@@ -88,7 +88,7 @@ def check_run(
     problems += quantization_problems(config) if config.base.quantized else []
     problems += _continue_problems(config, lora_config)
     problems += _scale_problems(config, lora_config)
-    problems += _tune_problems(config, kind == "pairs", loss) if config.training.tune == "query" else []
+    problems += _tune_problems(config, kind == "pairs", loss)
     problems += _allow_changes_problems(config) + resume_problems(config.output)
     problems += _data_problems(config, kind == "pairs", loss)
     if val_dataset is not None or not config.data.val_fraction:
@@ -145,7 +145,7 @@ def check_loss(config: FinetuneConfig, loss: Any, *, pairs: bool) -> None:
         ConfigError: It is no loss, or does not go with the objective.
     """
     problems = _loss_problems(loss) + _data_problems(config, pairs, loss)
-    problems += _tune_problems(config, pairs, loss) if config.training.tune == "query" else []
+    problems += _tune_problems(config, pairs, loss)
     if problems:
         raise ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems)
 
@@ -195,8 +195,11 @@ def _scale_problems(config: FinetuneConfig, lora_config: Any) -> list[str]:
 
 
 def _tune_problems(config: FinetuneConfig, pairs: bool, loss: Any) -> list[str]:
-    """What does not go with `tune="query"`, where passages keep their vectors and every step sees all of them."""
+    """What does not go with `tune="query"`, where passages keep their vectors and every step sees all; or needs it."""
     base, training, objective = config.base, config.training, config.objective
+    if training.tune != "query":
+        chosen = f"negatives={training.negatives!r}"
+        return [] if training.negatives == "auto" else [f"{chosen} with tune={training.tune!r}: expected tune='query'"]
     passages = "expected {}, because the passages keep their vectors"
     negatives = "expected {}, because every step compares its queries with the whole corpus"
     found = [

@@ -58,7 +58,8 @@ class TrainingOutcome:
     """Result of a training run, after which the model has the selected weights.
 
     `train_seconds` are of wall time, without evaluations and loading. `precision` is "bf16" or "fp32".
-    `teacher` has the name of the teacher and the digest of its scores, if there was one.
+    `teacher` has the name of the teacher and the digest of its scores, if there was one. `negatives` is "corpus" or
+    "answered" where only queries were trained.
     """
 
     selection: CheckpointSelection
@@ -67,6 +68,7 @@ class TrainingOutcome:
     train_seconds: float
     precision: str
     teacher: dict[str, str] | None = None
+    negatives: str | None = None
 
 
 def train(
@@ -140,6 +142,8 @@ def train(
     run_record = {**run_record, "precision": precision}
     if plan.teacher_scores is not None:
         run_record["teacher_scores"] = plan.teacher_scores
+    if plan.negatives is not None:
+        run_record["negatives"] = plan.negatives
     checkpoint, changed = distributed.on_main(
         lambda: open_run(run_dir, run_record, output.resume_from_checkpoint, output.allow_changes)
     )
@@ -208,7 +212,7 @@ def train(
     steps, learnt = int(trainer.state.global_step), None
     if teacher is not None and plan.teacher_scores is not None:
         learnt = {"name": teacher.name, "scores": plan.teacher_scores}
-    return TrainingOutcome(selection, truncation, steps, elapsed, precision, learnt)
+    return TrainingOutcome(selection, truncation, steps, elapsed, precision, learnt, plan.negatives)
 
 
 def set_length(

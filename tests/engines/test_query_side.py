@@ -169,6 +169,33 @@ def test_what_cannot_be_trained_on_queries_alone_is_named_at_once(tiny_model: st
         LoraFinetuneEngine(pairs, tiny_model, str(tmp_path / "a"), **QUERY)
 
 
+def test_negatives_are_chosen_on_folds_and_the_result_says_which(tiny_model: str, tmp_path: Path) -> None:
+    data = make_dataset()
+    part = data.subset(list(data.queries)[:40], data.corpus)  # four of the passages are asked for by nobody
+    results = {
+        negatives: make_engine(tiny_model, str(tmp_path / negatives), part, epochs=1, negatives=negatives, **QUERY)
+        for negatives in ("auto", "corpus", "answered")
+    }
+    found = {name: engine.finetune().negatives for name, engine in results.items()}
+    assert found == {"auto": found["auto"], "corpus": "corpus", "answered": "answered"}
+    trained = {name: weights(tmp_path / name) for name in found}
+    same = {
+        name
+        for name in ("corpus", "answered")
+        if all(trained[name][k].equal(trained["auto"][k]) for k in trained[name])
+    }
+    assert same == {found["auto"]}
+    manifest = Manifest.read(tmp_path / "auto")
+    assert manifest is not None
+    assert manifest.settings["negatives"] == found["auto"]
+
+
+def test_negatives_belong_to_tuning_queries_alone(tiny_model: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_engine(tiny_model, str(tmp_path / "a"), negatives="answered")
+    assert "negatives='answered' with tune='both'" in "\n".join(caught.value.problems)
+
+
 def test_two_query_adapters_merge_and_one_of_each_kind_does_not(
     query_adapter: Path, adapter: Path, tiny_model: str, tmp_path: Path
 ) -> None:

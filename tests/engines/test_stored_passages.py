@@ -103,7 +103,7 @@ def test_the_vectors_of_the_store_are_what_is_trained_against_and_evaluated_on(
     stamp_index(store, base)
     train, val = first_and_second_queries(data)
     engine = LoraFinetuneEngine.from_vector_store(
-        storage, train, tiny_model, str(tmp_path / "a"), val_dataset=val, precision="fp32", **SHORT
+        storage, train, tiny_model, str(tmp_path / "a"), val_dataset=val, precision="fp32", negatives="corpus", **SHORT
     )
     result = engine.finetune()
     assert result.evaluations is not None

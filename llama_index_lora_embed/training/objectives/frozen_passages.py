@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.core.errors import NonFiniteLossError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.training.examples import TrainingGroup
@@ -29,12 +30,18 @@ class FrozenPassages:
     Args:
         encode: The base's vectors of passages, [texts, dimension].
         stored: Vectors that an index holds, by text.
+        choose_negatives: Takes the texts of the training queries, the vectors of all columns and their targets, and
+            returns "corpus" or "answered"; None for "corpus".
     """
 
     def __init__(
-        self, encode: Callable[[list[str]], FloatArray], stored: Mapping[str, FloatArray] | None = None
+        self,
+        encode: Callable[[list[str]], FloatArray],
+        stored: Mapping[str, FloatArray] | None = None,
+        choose_negatives: Callable[[list[str], Tensor, CorpusTargets], str] | None = None,
     ) -> None:
         self._encode = encode
+        self.choose_negatives = choose_negatives or (lambda *_: "corpus")
         self._vectors = dict(stored or {})
 
     def __call__(self, texts: Sequence[str]) -> FloatArray:
@@ -98,9 +105,21 @@ def frozen_passages_loss(
     groups: Sequence[TrainingGroup],
     false_negatives: FalseNegatives,
     passages: FrozenPassages,
-    temperature: float,
-) -> tuple[list[str], FrozenPassagesLoss]:
-    """The queries that are trained on, in the order of the loss's numbers, and their loss over the corpus."""
+    settings: TrainingSettings,
+) -> tuple[list[str], FrozenPassagesLoss, str]:
+    """The queries that are trained on, in the order of the loss's numbers, their loss, and what they are compared with.
+
+    The last is "corpus" or "answered", see `TrainingSettings.negatives`.
+    """
     targets = corpus_targets(dataset, groups, false_negatives)
     vectors = torch.from_numpy(passages([text for _, text in targets.columns])).to(model.device)
-    return targets.query_ids, FrozenPassagesLoss(model, vectors, targets, temperature)
+    rows = range(len(targets.query_ids))
+    answered = targets.answered(rows)
+    negatives: str = settings.negatives
+    if negatives == "auto":
+        texts = [dataset.queries[i] for i in targets.query_ids]
+        some = len(answered) < len(targets.columns)
+        negatives = passages.choose_negatives(texts, vectors, targets) if some else "corpus"
+    if negatives == "answered":
+        vectors, targets = vectors[answered], targets.part(rows, answered)
+    return targets.query_ids, FrozenPassagesLoss(model, vectors, targets, settings.temperature), negatives

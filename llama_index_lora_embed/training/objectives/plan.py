@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -61,12 +61,14 @@ class TrainingPlan:
         arguments: batch_sampler and prompts, for `SentenceTransformerTrainingArguments`.
         gradcache: Whether steps can be computed in chunks (GradCache).
         teacher_scores: Digest of the scores that are learnt; None without a teacher.
+        negatives: What queries are compared with where only they are trained, "corpus" or "answered".
     """
 
     inputs: dict[str, Any]
     arguments: dict[str, Any] = field(default_factory=dict)
     gradcache: bool = False
     teacher_scores: str | None = None
+    negatives: str | None = None
 
     def use_gradcache(self, mini_batch_size: int) -> None:
         """Compute steps in chunks of this many texts; only where `gradcache` is True."""
@@ -116,12 +118,9 @@ def training_plan(
         return _columns_plan(model, rows, loss, queries=() if dataset.symmetric else ("text1",))
     false_negatives = find_false_negatives(dataset, groups, objective, whole_corpus=passages is not None)
     if passages is not None:
-        query_ids, frozen = frozen_passages_loss(
-            model, dataset, groups, false_negatives, passages, settings.temperature
-        )
-        return _columns_plan(
-            model, [{"anchor": dataset.queries[i], "label": at} for at, i in enumerate(query_ids)], frozen
-        )
+        query_ids, frozen, negatives = frozen_passages_loss(model, dataset, groups, false_negatives, passages, settings)
+        rows = [{"anchor": dataset.queries[i], "label": at} for at, i in enumerate(query_ids)]
+        return replace(_columns_plan(model, rows, frozen), negatives=negatives)
     if loss is not None:
         examples = make_examples(dataset, groups, false_negatives)
         rows = negative_columns(dataset, examples)

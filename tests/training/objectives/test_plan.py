@@ -107,6 +107,44 @@ def test_with_the_whole_corpus_as_negatives_near_duplicates_without_queries_are_
     assert list(dataset.corpus).index("p6") in ignored["q4-0"]
 
 
+@pytest.mark.parametrize(("negatives", "columns"), [("corpus", 6), ("answered", 3), ("auto", 3)])
+def test_passages_that_no_query_asks_for_are_negatives_where_that_is_chosen(model, negatives, columns):
+    whole = make_dataset(passages=6, questions=1, sources=False)
+    dataset = whole.subset(["q3-0", "q5-0"], whole.corpus)
+    dataset.hard_negatives = {"q3-0": ["p4"]}
+    asked = []
+
+    def choose(texts, vectors, targets):
+        asked.append((texts, vectors.shape, [targets.columns[at][0] for row in targets.relevant for at in row]))
+        return "answered"
+
+    passages = FrozenPassages(lambda texts: np.eye(len(texts), 32, dtype=np.float32), None, choose)
+    settings, groups = TrainingSettings(negatives=negatives), make_groups(dataset, False)
+    plan = training_plan(model, dataset, groups, None, settings, ObjectiveSettings(), passages=passages)
+    loss = plan.inputs["loss"]
+    assert (len(loss.vectors), len(loss.targets.columns)) == (columns, columns)
+    relevant = [loss.targets.columns[at][0] for row in loss.targets.relevant for at in row]
+    assert relevant == ["p3", "p5"]
+    # the vectors are those of the columns that are left
+    kept = [list(whole.corpus).index(i) for i, _ in loss.targets.columns]
+    assert loss.vectors.argmax(dim=1).tolist() == kept
+    assert plan.negatives == ("answered" if negatives == "auto" else negatives)
+    texts = [whole.queries["q3-0"], whole.queries["q5-0"]]
+    assert asked == ([(texts, (6, 32), ["p3", "p5"])] if negatives == "auto" else [])
+
+
+def test_where_all_passages_are_asked_for_there_is_nothing_to_choose(model):
+    dataset = make_dataset(passages=6, questions=1, sources=False)
+
+    def choose(*_):
+        raise AssertionError("nothing to choose")
+
+    passages = FrozenPassages(lambda texts: np.eye(len(texts), 32, dtype=np.float32), None, choose)
+    groups = make_groups(dataset, False)
+    plan = training_plan(model, dataset, groups, None, TrainingSettings(), ObjectiveSettings(), passages=passages)
+    assert (plan.negatives, len(plan.inputs["loss"].vectors)) == ("corpus", 6)
+
+
 def test_a_dataset_of_siblings_alone_is_refused(model):
     dataset = make_dataset(passages=3)
     dataset.source_documents = dict.fromkeys(dataset.corpus, "d")
