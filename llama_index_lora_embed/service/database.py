@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.exc import ArgumentError
 from sqlmodel import Session, SQLModel
 
@@ -21,6 +21,7 @@ from llama_index_lora_embed.core.optional import require
 _BUSY_S = 30  # a writer waits so long for others; each holds the lock for milliseconds
 _ALPHABET = string.ascii_letters + string.digits
 _WRITE = "lora_embed_write"
+_TABLES_LOCK = 0x10A  # any number that is ours
 
 
 def new_id(prefix: str) -> str:
@@ -65,6 +66,8 @@ class Database:
     def create_tables(self) -> None:
         """Create the tables that do not exist."""
         with self.engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
+            if connection.dialect.name == "postgresql":  # where processes that start together would both create them
+                connection.execute(select(func.pg_advisory_xact_lock(_TABLES_LOCK)))
             SQLModel.metadata.create_all(connection)
 
     @contextmanager

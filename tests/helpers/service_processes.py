@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         for name in list(self.pids):
-            self.kill(name)
+            with suppress(ProcessLookupError):  # it ended by itself, which its log explains
+                self.kill(name)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from llama_index_lora_embed.engines import run_finetune
 from llama_index_lora_embed.service.jobs.order import config_of
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.settings import ServiceSettings
+from tests.helpers.servers import postgresql, redis_server
 from tests.helpers.service import job_request, sse_events
 from tests.helpers.service_processes import Forks, Processes, commands, environment, until
 
@@ -160,3 +161,24 @@ def test_a_full_disk_fails_the_job_and_service_and_worker_live(tiny_model, tmp_p
         until(lambda: status_of(api, small) == "succeeded", 60, "the end of the small job")
         assert api("GET", "/ready").status_code == 200
         assert processes.alive("worker")
+
+
+@pytest.mark.extended
+def test_on_postgresql_and_redis_a_killed_worker_costs_nothing(tiny_model, tmp_path, forks):
+    with postgresql() as database, redis_server() as queue:
+        env = environment(tmp_path / "data", {"tiny": tiny_model}, database_url=database, queue_url=queue)
+        api = api_of(env)
+        with Processes(forks, env, tmp_path / "log") as processes:
+            processes.start("server")
+            processes.start("worker")
+            job_id = api("POST", "/v1/finetune", json=job_request(epochs=6)).json()["job_id"]
+            until(lambda: api("GET", f"/v1/finetune/{job_id}").json()["checkpoint"], 60, "a checkpoint")
+            for name in ("worker", "server"):
+                processes.kill(name)
+                processes.start(name)
+            until(lambda: status_of(api, job_id) == "succeeded", 60, "the end")
+            stream = api("GET", f"/v1/finetune/{job_id}/events").text
+        models = settings_of(env).models_dir
+        assert not (tmp_path / "data" / "service.db").exists()
+        assert files_of(models / job_id) == calm_run(env, job_id, tmp_path / "calm")
+    assert [event["event"] for event in sse_events(stream)].count("complete") == 1

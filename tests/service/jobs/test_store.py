@@ -3,7 +3,7 @@ import threading
 import time
 
 import pytest
-from sqlmodel import select
+from sqlmodel import SQLModel, select
 
 from llama_index_lora_embed.service.database import Database
 from llama_index_lora_embed.service.errors import ServiceError
@@ -18,13 +18,25 @@ from llama_index_lora_embed.service.jobs.state import (
     Succeeded,
 )
 from llama_index_lora_embed.service.jobs.store import JobRow, JobStore
+from tests.helpers.servers import postgresql
 
 SPEC = JobSpec(owner="t1", model="base", data="queries")
 
 
-@pytest.fixture
-def store(database_url):
-    database = Database(database_url)
+@pytest.fixture(scope="module")
+def postgresql_url():
+    with postgresql() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.extended)])
+def store(request, database_url):
+    if request.param == "postgresql":
+        database = Database(request.getfixturevalue("postgresql_url"))
+        with database.write() as session:
+            SQLModel.metadata.drop_all(session.connection())
+    else:
+        database = Database(database_url)
     yield JobStore(database)
     database.close()
 
@@ -194,3 +206,24 @@ def test_sqlite_waits_for_other_writers(tmp_path):
     assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     other.close()
     database.close()
+
+
+def test_processes_that_start_together_create_the_tables_once(store):
+    with store.database.write() as session:
+        SQLModel.metadata.drop_all(session.connection())
+    failures, start = [], threading.Barrier(6)
+
+    def begin():
+        start.wait()
+        try:
+            JobStore(store.database)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=begin) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert store.counts() == {}
