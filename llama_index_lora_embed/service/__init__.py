@@ -1,6 +1,6 @@
 """Fine-tuning as a service: jobs over HTTP. It needs the extra `server`."""
 
-from llama_index_lora_embed.core.optional import require
+import llama_index_lora_embed.core.optional as _optional
 
 for _module in ("fastapi", "huey", "prometheus_client", "pydantic_settings", "python_multipart", "sqlmodel", "uvicorn"):
-    require(_module)
+    _optional.require(_module)
