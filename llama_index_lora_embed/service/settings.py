@@ -14,6 +14,10 @@ from llama_index_lora_embed.config.base import Above0, AtLeast1, Text, config_er
 from llama_index_lora_embed.config.training import Device
 
 DAY = 86_400.0
+AllowedModels = Annotated[
+    dict[Text, Text], BeforeValidator(lambda v: {name: name for name in v} if isinstance(v, (list, tuple)) else v)
+]
+"""Public name to folder or Hub id; a list of Hub ids is taken, too."""
 
 
 class ServiceSettings(BaseSettings):
@@ -46,9 +50,7 @@ class ServiceSettings(BaseSettings):
     """"off" asks for no tokens, which only a loopback `host` may."""
     log_format: Literal["text", "json"] = "text"
     """How log lines are written to standard error: for people, or a JSON object each."""
-    allowed_models: Annotated[
-        dict[Text, Text], BeforeValidator(lambda v: {name: name for name in v} if isinstance(v, (list, tuple)) else v)
-    ] = {DEFAULT_BASE: DEFAULT_BASE}
+    allowed_models: AllowedModels = {DEFAULT_BASE: DEFAULT_BASE}
     """Base models that a request may name: name to folder or Hub id, or a list of Hub ids. Code that a model brings
     along is never run."""
     device: Device | None = None
