@@ -20,6 +20,7 @@ from llama_index_lora_embed import EmbeddingQAFinetuneDataset, core
 from llama_index_lora_embed.core import LoraEmbedError
 from tests.conftest import make_dataset, make_engine, make_tiny_model
 from tests.helpers.adapters import peft_adapter
+from tests.helpers.cli import commands
 from tests.helpers.llms import FakeLLM
 
 ROOT = Path(__file__).parent.parent
@@ -193,6 +194,12 @@ def check_index(names: dict[str, Any], printed: str) -> None:
     assert names["index"].as_retriever(similarity_top_k=2).retrieve("w1 w2")
 
 
+def check_serving(names: dict[str, Any], printed: str) -> None:
+    assert names["certificate"].median_cosine > 0.9999
+    theirs = SentenceTransformer("runs/merged", device="cpu").encode("w1").tolist()
+    assert theirs == pytest.approx(names["served"].get_text_embedding("w1"), abs=1e-5)
+
+
 CHECKS = {
     "README.md": check_readme,
     "docs/index.md": check_index,
@@ -202,6 +209,7 @@ CHECKS = {
     "docs/query-side.md": check_query_side,
     "docs/embedding.md": check_embedding,
     "docs/deployment.md": check_deployment,
+    "docs/serving.md": check_serving,
     "docs/evaluation.md": check_evaluation,
     "docs/coming-from-llama-index-finetuning.md": check_coming_from,
     "docs/troubleshooting.md": check_troubleshooting,
@@ -241,6 +249,11 @@ def test_commands_name_targets_scripts_and_options_that_exist():
                     assert all(f'"{name}"' in text for name in arguments if name.startswith("--")), where
                 case ["pip", "install", *_]:
                     pass
+                case ["lora-embed", *arguments]:
+                    words, flags = " ".join(arguments[:2]), [name for name in arguments if name.startswith("--")]
+                    command = commands().get(words) or commands()[arguments[0]]
+                    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+                    assert set(flags) <= known, where
                 case _:
                     pytest.fail(f"{where}: neither make nor python; mark it with a reason")
 

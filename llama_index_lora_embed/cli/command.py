@@ -13,12 +13,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from llama_index_lora_embed.core.errors import LoraEmbedError
 from llama_index_lora_embed.core.plain import plain
+
+if TYPE_CHECKING:
+    from llama_index_lora_embed.evaluation import Table
 
 ERROR, NOT_REACHED, INTERRUPTED = 1, 3, 130
 """Exit codes: 0 is as asked, 2 a wrong usage (Click's)."""
@@ -128,3 +131,13 @@ def lines(*parts: str | Sequence[str]) -> str:
     """Texts under one another, without empty ones."""
     flat = [line for part in parts for line in ([part] if isinstance(part, str) else part)]
     return "\n".join(line for line in flat if line)
+
+
+def table_text(table: Table) -> str:
+    """A table as wide as the terminal, or as its cells where there is none."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.__stdout__ is not None and sys.__stdout__.isatty() else 200)
+    with console.capture() as captured:
+        console.print(table.to_rich())
+    return captured.get().rstrip()

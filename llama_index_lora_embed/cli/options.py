@@ -10,6 +10,8 @@ import typer
 from llama_index_lora_embed.cli.command import NOT_REACHED
 
 if TYPE_CHECKING:
+    from llama_index.core.llms import LLM as LlamaIndexLLM
+
     from llama_index_lora_embed.evaluation import Comparison
 
 Requirement = Literal["better", "no-worse"]
@@ -22,6 +24,14 @@ KIND = Annotated[Literal["queries", "pairs"], typer.Option(help="What the datase
 BASE = Annotated[str | None, typer.Option(help=_BASE)]
 DEVICE = Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:0. By default the fastest.")]
 CACHE = Annotated[Path | None, typer.Option(help="Folder in which vectors are kept for the next evaluation.")]
+TEXTS = Annotated[Path, typer.Argument(help="Text file, dataset, nodes, folder of documents, or table of texts.")]
+TOLERANCE = Annotated[float, typer.Option(help="Accepted loss of nDCG@10, 0 to 1.")]
+KEEP = Annotated[int, typer.Option(help="Versions to keep.")]
+LLM = Annotated[
+    str | None,
+    typer.Option(metavar="MODULE:CLASS", help="LLM that writes queries, such as llama_index.llms.ollama:Ollama."),
+]
+LLM_OPTIONS = Annotated[str | None, typer.Option(metavar="YAML", help="Its arguments, such as '{model: llama3.2}'.")]
 NODES = Annotated[Path, typer.Argument(help="Folder of documents, or JSONL file of LlamaIndex nodes.")]
 
 
@@ -30,3 +40,17 @@ def exit_code(comparison: Comparison | None, require: Requirement | None) -> tup
     if require is None or (comparison is not None and comparison.meets(require)):
         return 0, ()
     return NOT_REACHED, (f"the verdict is below --require {require}",)
+
+
+def llm_of(name: str | None, options: str | None) -> LlamaIndexLLM | None:
+    """The LLM that `--llm` and `--llm-options` name; None without one.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    if name is None:
+        return None
+    from llama_index_lora_embed.config.files import parse_yaml_mapping
+    from llama_index_lora_embed.data.llm.by_name import load_llm
+
+    return load_llm(name, None if options is None else parse_yaml_mapping(options, "--llm-options"))

@@ -11,7 +11,7 @@ import typer
 
 from llama_index_lora_embed.cli.command import InterruptedWithHint, Outcome, command
 from llama_index_lora_embed.cli.flags import takes_config
-from llama_index_lora_embed.cli.options import REQUIRE, exit_code
+from llama_index_lora_embed.cli.options import LLM, LLM_OPTIONS, REQUIRE, exit_code, llm_of
 from llama_index_lora_embed.config import FinetuneConfig
 
 
@@ -28,7 +28,9 @@ def register(app: typer.Typer) -> None:
 
 
 @takes_config()
-def train(config: FinetuneConfig, *, require: REQUIRE = None) -> Outcome:
+def train(
+    config: FinetuneConfig, *, llm: LLM = None, llm_options: LLM_OPTIONS = None, require: REQUIRE = None
+) -> Outcome:
     """Train an adapter, evaluate it against the base, and write it.
 
     The run is what a FinetuneConfig says: a file, flags over it, or flags alone. Every flag has the name of its field,
@@ -45,7 +47,7 @@ def train(config: FinetuneConfig, *, require: REQUIRE = None) -> Outcome:
         warnings.filterwarnings("ignore", message=verdict.value)
     started = time.time()
     try:
-        result = run_finetune(config, callbacks=[] if bars else [ProgressLines()])
+        result = run_finetune(config, llm=llm_of(llm, llm_options), callbacks=[] if bars else [ProgressLines()])
     except KeyboardInterrupt:
         raise InterruptedWithHint(_how_to_resume(config, started)) from None
     return Outcome(result, str(result), *exit_code(result.comparison, require))

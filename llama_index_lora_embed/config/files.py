@@ -60,6 +60,21 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(str(error)) from error
 
 
+def parse_yaml_mapping(text: str, name: str) -> dict[str, Any]:
+    """A YAML mapping on one line, as it is typed.
+
+    Raises:
+        ConfigError: It is none; the message calls it `name`.
+    """
+    try:
+        values = parse_yaml(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}={text!r}", "a YAML mapping", "Write it as '{model: llama3.2, temperature: 0}'.")
+    return values
+
+
 def _toml(text: str) -> Any:
     if sys.version_info >= (3, 11):
         import tomllib

@@ -14,7 +14,7 @@ from llama_index_lora_embed.deployment.reindex import (
     roll_back,
 )
 from llama_index_lora_embed.deployment.versions import Version, VersionComparison
-from llama_index_lora_embed.embedding.export import Certificate, export_model
+from llama_index_lora_embed.embedding.export import Certificate, certificate_of, export_model
 from llama_index_lora_embed.models.merge import MergedAdapter, merge_adapters
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Version",
     "VersionComparison",
     "align_index",
+    "certificate_of",
     "export_model",
     "merge_adapters",
     "open_index",

@@ -60,6 +60,7 @@ class Gate:
 
 
 Versions = list[Version]  # within the class, `list` is its method
+Names = list[str]
 
 
 class RunRegistry:
@@ -231,9 +232,13 @@ class RunRegistry:
 
     def promoted(self) -> Version | None:
         """The version that was promoted last; None if none was."""
-        # "use" is what registries from before version 0.1 hold
-        names = [event["name"] for event in self._events() if event["event"] in ("promote", "use")]
+        names = self._promotions()
         return self._find(names[-1]) if names else None
+
+    def _promotions(self) -> Names:
+        """Names in the order in which they were promoted."""
+        # "use" is what registries from before version 0.1 hold
+        return [event["name"] for event in self._events() if event["event"] in ("promote", "use")]
 
     def promote(self, name: str) -> None:
         """Record that a version is in use now.
@@ -246,6 +251,26 @@ class RunRegistry:
         check_not_replaced(self._find(name))
         with self._locked():
             append_json_line(self._index, {"event": "promote", "name": name, "time": _now()})
+
+    def roll_back(self) -> Version:
+        """Promote the version that was promoted before; a second call undoes the first.
+
+        Returns:
+            The version that is promoted now.
+
+        Raises:
+            AdapterError: Its directory holds another model by now.
+            ConfigError: No other version was promoted before.
+            OutputDirectoryError: The registry cannot be written.
+        """
+        names = self._promotions()
+        before = next((name for name in reversed(names) if name != names[-1]), None)
+        if before is None:
+            raise ConfigError(
+                "a registry without an earlier promoted version", "two promoted versions", "promote(name) promotes one."
+            )
+        self.promote(before)
+        return self._find(before)
 
     def gate(self, name: str, *, tolerance: float = TOLERANCE) -> Gate:
         """Whether a version is no worse than the promoted one on the same queries.

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -214,7 +214,7 @@ class ReindexResult:
         reason: Why it was switched or not, in one sentence.
     """
 
-    index: VectorStoreIndex
+    index: VectorStoreIndex = field(repr=False)
     version: str
     previous: str | None
     switched: bool

@@ -96,7 +96,8 @@ def load_backend(settings: LoraEmbedding) -> EmbeddingBackend:
     if settings.adapters is not None:
         return PooledBackend(settings)
     if settings.adapter_path is not None and (Path(settings.adapter_path) / EXPORT_NAME).exists():
-        return ExportedBackend(settings)
+        facts = Export.read(Path(settings.adapter_path))
+        return MergedExportBackend(settings, facts) if facts.backend == "merged" else ExportedBackend(settings, facts)
     if settings.adapter_path is not None and (adapter := _open(settings)).tune() == "query":
         return QuerySideBackend(settings, adapter)
     return MergedBackend(settings)
@@ -159,21 +160,10 @@ class QuerySideBackend(MergedBackend):
 class ExportedBackend(EmbeddingBackend):
     """A model that was exported to ONNX Runtime or OpenVINO."""
 
-    def __init__(self, settings: LoraEmbedding) -> None:
+    def __init__(self, settings: LoraEmbedding, facts: Export) -> None:
         assert settings.adapter_path is not None
-        folder = Path(settings.adapter_path)
-        facts = Export.read(folder)
-        fixed = ("base_model", *_PROMPTS, "pooling", "window", "truncate_dim", "adapter_scale", "merge")
-        defaults = type(settings).model_fields
-        given = [name for name, value in _fields(settings, *fixed).items() if value != defaults[name].default]
-        given += ["device"] if settings.device not in (None, "cpu") else []
-        if given:
-            raise ConfigError(
-                f"{', '.join(given)} for a model that was exported",
-                "none of these, which are fixed in an export",
-                "Export a model that was loaded with them.",
-            )
-        super().__init__(ExportedModel(folder, facts))
+        _refuse_fixed(settings, ["device"] if settings.device not in (None, "cpu") else [])
+        super().__init__(ExportedModel(Path(settings.adapter_path), facts))
         self.fingerprint = facts.fingerprint
 
     def own_model(self, *, to_change: bool = False) -> SentenceTransformer:
@@ -182,6 +172,30 @@ class ExportedBackend(EmbeddingBackend):
             "a model that was exported",
             "a model of torch",
             f"Load the model that it was exported from, {self.model.facts.name!r}.",
+        )
+
+
+class MergedExportBackend(EmbeddingBackend):
+    """A full model that was exported, which torch computes."""
+
+    def __init__(self, settings: LoraEmbedding, facts: Export) -> None:
+        assert settings.adapter_path is not None
+        _refuse_fixed(settings)
+        arguments = _fields(settings, "device", "trust_remote_code")
+        super().__init__(load_base(describe_base(settings.adapter_path), **arguments))
+        self.fingerprint = facts.fingerprint
+
+
+def _refuse_fixed(settings: LoraEmbedding, more: Sequence[str] = ()) -> None:
+    """Raise a ConfigError where the settings name something that is fixed in an export."""
+    fixed = ("base_model", *_PROMPTS, "pooling", "window", "truncate_dim", "adapter_scale", "merge")
+    defaults = type(settings).model_fields
+    given = [name for name, value in _fields(settings, *fixed).items() if value != defaults[name].default]
+    if given := [*given, *more]:
+        raise ConfigError(
+            f"{', '.join(given)} for a model that was exported",
+            "none of these, which are fixed in an export",
+            "Export a model that was loaded with them.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Exporting an embedding model to ONNX Runtime or OpenVINO, with a certificate of its agreement with the original."""
+"""Exporting an embedding model, with a certificate of its agreement with the original."""
 
 from __future__ import annotations
 
@@ -86,11 +86,13 @@ def export_model(
     min_cosine: float | None = None,
     min_agreement: float | None = None,
 ) -> Certificate:
-    """Write a model for ONNX Runtime or OpenVINO into a folder that `LoraEmbedding(path)` loads.
+    """Write a model for ONNX Runtime or OpenVINO, or as a full model, into a folder that `LoraEmbedding(path)` loads.
 
-    The LoRA is merged; pooling and normalisation are part of the graph. int8 is ONNX Runtime's dynamic quantisation of
-    matrix products per channel, or, for OpenVINO, NNCF's post-training quantisation with ranges from `texts`. The
-    export is loaded and compared with the original, and refused if their agreement is too low.
+    The LoRA is merged. For ONNX Runtime and OpenVINO, pooling and normalisation are part of the graph. "merged" is what
+    `SentenceTransformer(path)` loads, safetensors in float32 and their modules, for other servers (docs/serving.md).
+    int8 is ONNX Runtime's dynamic quantisation of matrix products per channel, or, for OpenVINO, NNCF's post-training
+    quantisation with ranges from `texts`. The export is loaded and compared with the original, and refused if their
+    agreement is too low.
 
     Args:
         embed_model: A merged adapter, or a base model alone; it is unchanged.
@@ -98,8 +100,8 @@ def export_model(
         texts: A sample of the texts to be embedded, at least 20 and better some hundred, with which the two models are
             compared and int8 is calibrated.
         queries: A sample of the queries; None searches with the first 200 texts.
-        backend: "onnx" or "openvino".
-        precision: "fp32" or "int8".
+        backend: "onnx", "openvino" or "merged".
+        precision: "fp32", or "int8" for the first two.
         min_cosine: Minimum median cosine of both models' vectors; None for 0.9999 with fp32 and 0.97 with int8.
         min_agreement: Minimum mean share of the ten nearest texts that both models have in common; None for 0.99 with
             fp32 and 0.85 with int8.
@@ -119,9 +121,14 @@ def export_model(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with staging_beside(target) as staging, embed_model.backend.lock:
-            inputs = _write_graph(model, staging, backend, precision, texts)
+            if backend == "merged":
+                model.save_pretrained(str(staging), create_model_card=False)
+                inputs: list[str] = []
+            else:
+                inputs = _write_graph(model, staging, backend, precision, texts)
             facts = _facts(embed_model, model, staging, backend, precision, inputs)
-            both: tuple[Any, ...] = (model, ExportedModel(staging, facts))
+            written = ExportedModel(staging, facts) if backend != "merged" else _as_others_load_it(staging, model)
+            both: tuple[Any, ...] = (model, written)
             certificate = certificate_of(
                 [encode(each, texts, "document") for each in both], [encode(each, probes, "query") for each in both]
             )
@@ -131,8 +138,8 @@ def export_model(
                     f"a median cosine of at least {limits[0]} and an agreement of at least {limits[1]:.0%}",
                     "Export in fp32, or lower min_cosine and min_agreement and evaluate the index (evaluate_index).",
                 )
-            written = replace(facts, certificate=asdict(certificate))
-            (staging / EXPORT_NAME).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
+            certified = replace(facts, certificate=asdict(certificate))
+            (staging / EXPORT_NAME).write_text(json.dumps(asdict(certified), indent=2) + "\n", encoding="utf-8")
             replace_directory(staging, target)
     except OSError as error:
         raise OutputDirectoryError(
@@ -162,9 +169,9 @@ def _check_arguments(
     """The lower bounds of median cosine and agreement."""
     problems = []
     if backend not in MODEL_FILES:
-        problems.append(f"backend={backend!r}: expected 'onnx' or 'openvino'")
-    if precision not in _LIMITS:
-        problems.append(f"precision={precision!r}: expected 'fp32' or 'int8'")
+        problems.append(f"backend={backend!r}: expected 'onnx', 'openvino' or 'merged'")
+    if precision not in _LIMITS or (backend == "merged" and precision != "fp32"):
+        problems.append(f"precision={precision!r}: expected 'fp32', or 'int8' for 'onnx' and 'openvino'")
     for name, value in (("min_cosine", min_cosine), ("min_agreement", min_agreement)):
         if value is not None and not is_share(value):
             problems.append(f"{name}={value!r}: expected a number from 0 to 1")
@@ -200,6 +207,13 @@ def _check_exportable(embed_model: LoraEmbedding) -> SentenceTransformer:
             "This model cannot be exported; leave its prompts empty, or serve it without export.",
         )
     return model
+
+
+def _as_others_load_it(folder: Path, model: SentenceTransformer) -> SentenceTransformer:
+    """A written model by sentence-transformers alone, without this package's settings."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device=str(model.device), local_files_only=True)
 
 
 class _Graph(nn.Module):

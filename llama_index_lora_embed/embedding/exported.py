@@ -1,4 +1,4 @@
-"""Loading an exported model, which ONNX Runtime or OpenVINO computes."""
+"""Reading an export, and loading one that ONNX Runtime or OpenVINO computes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.models.adapter_directory import check_digests
 
 EXPORT_NAME = "export.json"
-MODEL_FILES = {"onnx": "model.onnx", "openvino": "model.xml"}
+MODEL_FILES = {"onnx": "model.onnx", "openvino": "model.xml", "merged": "model.safetensors"}
 TOKENIZER = "tokenizer"
 _EXPORT_AGAIN = "Export again."
 _Run = Callable[[list[np.ndarray[Any, Any]]], Any]
 
-Backend = Literal["onnx", "openvino"]
+Backend = Literal["onnx", "openvino", "merged"]
 Precision = Literal["fp32", "int8"]
 
 
@@ -35,7 +35,7 @@ class Export:
         fingerprint: SHA-256 of everything here that determines the exported model's vectors.
         source: Fingerprint of the model that was exported.
         name: That model's `model_name`.
-        inputs: Names of the graph's inputs.
+        inputs: Names of the graph's inputs; none of a merged model.
         prompts: "query" and "document".
         certificate: See `export.Certificate`.
         files: SHA-256 of every file.

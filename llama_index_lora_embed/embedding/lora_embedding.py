@@ -198,7 +198,7 @@ class LoraEmbedding(BaseEmbedding):
         return self.backend.own_model(to_change=True)
 
     def export(self, path: str | os.PathLike[str], **settings: Any) -> Certificate:
-        """Write this model for ONNX Runtime or OpenVINO; arguments, result and errors are those of `export_model`.
+        """Write this model for another server or backend; arguments, result and errors are those of `export_model`.
 
         Example:
             >>> embed_model.export("runs/handbook-int8", texts=texts, precision="int8")  # doctest: +SKIP

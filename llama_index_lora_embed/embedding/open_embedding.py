@@ -45,6 +45,22 @@ def open_embedding(
     return LoraEmbedding(base_model=place, **settings)
 
 
+def open_lora_embedding(place: str | os.PathLike[str], **settings: Any) -> LoraEmbedding:
+    """`open_embedding` of a model with weights of its own.
+
+    Raises:
+        ConfigError: It is an adapter on top of another embedding model.
+        LoraEmbedError: As `LoraEmbedding`.
+    """
+    if _kind_of(absolute(place), settings.get("cache_folder")) == "embedding adapter":
+        raise ConfigError(
+            f"{str(place)!r}, an adapter on top of an embedding model", "a LoRA adapter or a base", "Name one."
+        )
+    found = open_embedding(place, **settings)
+    assert isinstance(found, LoraEmbedding)
+    return found
+
+
 def open_base(adapter: str | os.PathLike[str], **settings: Any) -> BaseEmbedding:
     """The base that an adapter was trained on, as it is installed.
 

@@ -20,7 +20,6 @@ from llama_index_lora_embed.data import (
     EmbeddingQAFinetuneDataset,
     LLMQueryGenerator,
     QueryGenerator,
-    dataset_from_nodes,
     split_by_source,
     split_report,
 )
@@ -28,6 +27,7 @@ from llama_index_lora_embed.data.headings import validate_on_headings
 from llama_index_lora_embed.data.origins import HUMAN, LLM_WRITTEN, METADATA
 from llama_index_lora_embed.data.readers.nodes import read_nodes
 from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data
+from llama_index_lora_embed.engines.generate import generators_of, journal_of, queries_for
 from llama_index_lora_embed.engines.result import FinetuneResult, write_run
 from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel
 from llama_index_lora_embed.engines.teacher import teacher_of
@@ -105,7 +105,7 @@ def run_finetune(
         run = prepare(config, dataset, val_dataset, **objects)
     else:
         if query_generators is None and data.query_generators is not None:
-            query_generators = _generators(config, llm)
+            query_generators = generators_of(config, llm, journal_of(config))
         run = run_from_nodes(config, nodes, val_dataset, query_generators, llm, **objects)
     return run.execute(callbacks, train_kwargs)
 
@@ -153,15 +153,9 @@ def run_from_nodes(
     if config.base.quantized:
         check_device(config)
     if generators is None and llm is not None:
-        generators = [LLMQueryGenerator(llm=llm, journal=_journal(config))]
+        generators = [LLMQueryGenerator(llm=llm, journal=journal_of(config))]
     seed, fraction = config.training.seed, config.data.val_fraction
-    dataset, report = dataset_from_nodes(
-        nodes,
-        generators,
-        seed=seed,
-        filters=config.data.filters,
-        embed_model=embed_model or StartingModel(config).embedding,
-    )
+    dataset, report = queries_for(config, nodes, generators, embed_model)
     held_out = None
     if val_dataset is not None:
         known = set(dataset.shared_queries(val_dataset))
@@ -201,11 +195,6 @@ def _with_defaults(config: FinetuneConfig, written: bool, *, plain_lora: bool) -
     if further or config.lora_config is not None or not plain_lora:
         given = {"adapter_scale": 1.0, **given}
     return config.replace(training=TrainingSettings.for_heuristic_queries(**given))
-
-
-def _journal(config: FinetuneConfig) -> str:
-    """Where the answers of an LLM are kept: beside the output."""
-    return f"{os.path.abspath(os.path.expanduser(config.output.model_output_path))}.queries.jsonl"
 
 
 @dataclass(frozen=True)
@@ -410,36 +399,3 @@ def prepare(
     if checked.overlap_note:
         warn_user(note)
     return FinetuneRun(config, train, val, hold_out_note=note, **objects)
-
-
-def _generators(config: FinetuneConfig, llm: LLM | None) -> list[QueryGenerator]:
-    """The generators that a configuration names."""
-    from llama_index_lora_embed import data
-
-    classes: dict[str, Any] = {
-        "title": data.TitleQueryGenerator,
-        "lead": data.LeadQueryGenerator,
-        "definition": data.DefinitionQueryGenerator,
-        "inverse_cloze": data.InverseClozeQueryGenerator,
-        "neighbour": data.NeighbourQueryGenerator,
-        "metadata": data.MetadataQueryGenerator,
-        "query_log": data.QueryLogGenerator,
-        "llm": LLMQueryGenerator,
-    }
-    made: list[QueryGenerator] = []
-    problems: list[str] = []
-    for number, settings in enumerate(config.data.query_generators or ()):
-        path, options = f"data.query_generators[{number}]", settings.options
-        if settings.kind == "llm":
-            if llm is None:
-                problems.append(f"{path}: 'llm' without an LLM: expected one, as in run_finetune(..., llm=llm)")
-                continue
-            options = {"llm": llm, "journal": _journal(config), **options}
-        try:
-            made.append(classes[settings.kind](**options))
-        except (ConfigError, TypeError) as error:  # Python's own where an option without a default is missing
-            found = getattr(error, "problems", None) or [str(error)]
-            problems += [f"{path}.options: {problem}" for problem in found]
-    if problems:
-        raise ConfigError(f"{len(problems)} problem(s)", "query generators without any", "Correct them:", problems)
-    return made

@@ -253,6 +253,8 @@ def merge_lora(model: SentenceTransformer) -> None:
         setattr(transformer.get_submodule(parent_name), child, plain)
     transformer._hf_peft_config_loaded = False
     transformer.peft_config = {}
+    # transformers keeps the renamings of the adapter's file, and would save the weights under its names
+    transformer._weight_conversions = None  # type: ignore[assignment]
     after = model.encode(probe, show_progress_bar=False, normalize_embeddings=True)
     difference = float(np.abs(before - after).max())
     if not difference <= _MERGE_TOLERANCE:

@@ -219,3 +219,46 @@ def test_settings_that_an_export_fixes_are_refused(exports):
     with pytest.raises(ConfigError, match="merge, device for a model that was exported"):
         LoraEmbedding(path, merge=False, device="cuda")
     assert LoraEmbedding(path, device="cpu").fingerprint
+
+
+def test_a_merged_export_is_what_others_load_and_what_the_adapter_computes(tuned, texts, dataset, tmp_path):
+    from safetensors import safe_open
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    queries = list(dataset.queries.values())
+    certificate = tuned.export(tmp_path / "merged", texts=texts, queries=queries, backend="merged")
+    assert certificate.median_cosine > 0.99999
+    assert certificate.identical == 1
+    with safe_open(tmp_path / "merged" / "model.safetensors", framework="np") as file:
+        names = set(file.keys())
+    assert not [name for name in names if "lora" in name or "base_model" in name]
+    theirs = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    expected = tuned.get_text_embedding_batch(texts)
+    np.testing.assert_allclose(theirs.encode_document(texts), expected, atol=1e-5)
+    _, info = AutoModel.from_pretrained(str(tmp_path / "merged"), output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    exported = LoraEmbedding(tmp_path / "merged", device="cpu")
+    np.testing.assert_allclose(exported.get_text_embedding_batch(texts), expected, atol=1e-5)
+    again = pickle.loads(pickle.dumps(exported))
+    assert again.fingerprint == exported.fingerprint != tuned.fingerprint
+    with pytest.raises(ConfigError, match="for a model that was exported"):
+        LoraEmbedding(tmp_path / "merged", query_prompt="query: ")
+
+
+def test_a_merged_export_that_was_changed_is_refused(tuned, texts, tmp_path):
+    tuned.export(tmp_path / "merged", texts=texts, backend="merged")
+    tuned.export(tmp_path / "merged", texts=texts, backend="merged")  # replaces its own kind
+    assert (tmp_path / "merged.previous" / "export.json").exists()
+    weights = tmp_path / "merged" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(AdapterError, match="changed or cut short"):
+        LoraEmbedding(tmp_path / "merged")
+
+
+def test_a_merged_export_has_no_int8(tuned, texts, tmp_path):
+    with pytest.raises(ConfigError, match="'int8' for 'onnx' and 'openvino'"):
+        tuned.export(tmp_path / "merged", texts=texts, backend="merged", precision="int8")

@@ -13,7 +13,9 @@ from llama_index.core.schema import TextNode
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
+from llama_index_lora_embed import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.cli.app import app
+from llama_index_lora_embed.deployment import RunRegistry
 from tests.conftest import make_dataset
 
 PROGRAM = "lora-embed"
@@ -61,6 +63,16 @@ def furnish(folder: Path, base: str, adapter: Path, nodes: list[TextNode]) -> No
         (folder / "documents" / f"{node.node_id}.txt").write_text(node.text)
     (folder / "queries.txt").write_text("\n".join(" ".join(node.text.split()[:3]) for node in nodes))
     (folder / "texts.txt").write_text("\n".join(make_dataset(passages=40, seed=5).corpus.values()))
+    EmbeddingQAFinetuneDataset(
+        queries={node.node_id: " ".join(node.text.split()[-4:]) for node in nodes},
+        corpus={node.node_id: node.text for node in nodes},
+        relevant_docs={node.node_id: [node.node_id] for node in nodes},
+        query_origins={node.node_id: "human" for node in nodes},
+    ).save_json(folder / "nodes_val.json")
+    registry = RunRegistry(folder / "runs" / "registry")
+    for name in ("handbook", "previous"):
+        version = registry.add(folder / "runs" / name, dataset=make_dataset(passages=10, seed=7, prefix="v"))
+        registry.promote(version.name)
     config = {
         "data": {"dataset": "train.json", "val_dataset": "val.json"},
         "base": {"model_id": "base"},
