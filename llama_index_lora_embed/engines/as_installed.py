@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from llama_index_lora_embed.core.errors import DeviceMemoryError
 from llama_index_lora_embed.engines.evaluator import longest_text
 from llama_index_lora_embed.models.adapter_directory import describe_modules
 from llama_index_lora_embed.models.pooling import pooling_of
@@ -17,6 +18,7 @@ from llama_index_lora_embed.training.lora import adapter_weights, restore_weight
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch.nn import Parameter
 
     from llama_index_lora_embed.data.training_data import TrainingData
 
@@ -61,22 +63,25 @@ class AsInstalled:
     Attributes:
         prompts: Its own.
         max_seq_length: Its own.
-        load: Loads it anew where the run has other modules, which cannot be switched back; None where only prompts and
-            length may differ.
+        load: Loads it anew on a `device` where the run has other modules, which cannot be switched back; None where
+            only prompts and length may differ.
     """
 
     prompts: Mapping[str, Any]
     max_seq_length: int | None
-    load: Callable[[], SentenceTransformer] | None = None
+    load: Callable[..., SentenceTransformer] | None = None
 
     @contextmanager
     def within(self, model: SentenceTransformer) -> Iterator[SentenceTransformer]:
         """The starting model as installed: the run's model with its own settings for the time, or one beside it.
 
-        One beside it has no adapter; see `with_adapter_of`.
+        One beside it has no adapter, and shares the run's weights.
+
+        Raises:
+            DeviceMemoryError: The weights that cannot be shared do not fit into the device's memory.
         """
         if self.load is not None:
-            yield self.load()
+            yield _beside(self.load, model)
             return
         prompts, length = dict(model.prompts), model.max_seq_length
         model.prompts, model.max_seq_length = dict(self.prompts), self.max_seq_length
@@ -113,3 +118,34 @@ class AsInstalled:
             if now == own or (same and longest_text(installed, dataset) <= shorter):
                 return None
             return Installed(evaluate(installed), now.changed_from(own))
+
+
+def _beside(load: Callable[..., SentenceTransformer], model: SentenceTransformer) -> SentenceTransformer:
+    """A model that is loaded in main memory, then takes the weights of the run's model where they are equal.
+
+    A device holds them once. Those of a base in 4 bit, or in another precision, are not equal.
+    """
+    import torch
+
+    own = load(device="cpu")
+    theirs = {name.replace(".base_layer.", "."): tensor for name, tensor in _weights(model).items()}
+    for name, parameter in _weights(own).items():
+        other = theirs.get(name)
+        same = other is not None and (other.shape, other.dtype) == (parameter.shape, parameter.dtype)
+        if other is not None and same and torch.equal(parameter.to(other.device), other):
+            parameter.data = other.data
+    try:
+        return own.to(model.device)
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"too little memory on {model.device} for the base as installed beside the base of the run ({error})",
+            "room for both, because the run has another pooling or windows, and a base in 4 bit shares no weights",
+            "Free device memory that other programs use, or train with quantized=False, a smaller base, or without "
+            "window= and pooling=.",
+        ) from error
+
+
+def _weights(model: SentenceTransformer) -> dict[str, Parameter]:
+    """The parameters of the transformer by name; empty for a model without one."""
+    transformer = model.transformers_model
+    return {} if transformer is None else dict(transformer.named_parameters())

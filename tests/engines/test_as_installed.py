@@ -2,15 +2,19 @@
 
 import json
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed import LabelledPairs, LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.config import MiningSettings
+from llama_index_lora_embed.core.errors import DeviceMemoryError
 from llama_index_lora_embed.evaluation import Verdict, evaluate_pairs
 from tests.conftest import make_dataset, make_engine, make_tiny_model
 from tests.helpers.long_passages import long_passages
@@ -235,3 +239,35 @@ def test_an_adapter_that_is_continued_is_the_base_as_it_was_saved(short_model, t
     written = LoraEmbedding(tmp_path / "child", device="cpu")
     assert written.fingerprint == parent.fingerprint
     assert least_cosine(vectors(written, "first"), vectors(parent, "first")) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("change", [{"pooling": "cls"}, {"window": 16}], ids=["pooling", "windows"])
+def test_a_base_beside_the_run_s_shares_its_weights_so_that_a_device_holds_them_once(tiny_model, tmp_path, change):
+    model, _, _, installed = make_engine(tiny_model, tmp_path / "a", **change)._run.load()
+    model.add_adapter(LoraConfig(target_modules="all-linear", task_type="FEATURE_EXTRACTION"))
+    with installed.within(model) as own:
+        assert own is not model
+        shared = {tensor.data_ptr() for tensor in model.parameters()}
+        assert all(tensor.data_ptr() in shared for tensor in own.parameters())
+        texts = ["w1 w2 w3", "w4"]
+        plain = SentenceTransformer(str(tiny_model), device="cpu").encode(texts)
+        assert np.abs(own.encode(texts) - plain).max() < 1e-6
+        assert np.abs(model.encode(texts) - plain).max() > 1e-3 or "window" in change
+    with torch.no_grad():  # a weight of its own, as of a base in 4 bit
+        next(model.parameters()).add_(1.0)
+    with installed.within(model) as own:
+        assert np.abs(own.encode(texts) - plain).max() < 1e-6
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    def load(**kwargs):
+        own = installed.load(**kwargs)
+        own.to = full
+        return own
+
+    with (
+        pytest.raises(DeviceMemoryError, match=r"beside the base of the run .*20 MiB(.|\n)*quantized=False"),
+        replace(installed, load=load).within(model),
+    ):
+        pass

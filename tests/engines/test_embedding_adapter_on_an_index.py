@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import chromadb
 import numpy as np
 import pytest
+import torch
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
@@ -27,7 +29,8 @@ from llama_index_lora_embed.embedding.adapter_embedding import PROBE
 from llama_index_lora_embed.evaluation import Verdict, evaluate_index
 from llama_index_lora_embed.evaluation.embeddings import _PROBE
 from tests.conftest import make_dataset
-from tests.helpers.embedding_models import DIMENSIONS, PaidEmbedding, turned
+from tests.helpers.embedding_models import DIMENSIONS, PaidEmbedding, paid_twice, turned
+from tests.helpers.training import signal_in
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +159,36 @@ def test_what_is_wrong_with_the_index_is_named_before_training(
         engine(fewer, data, out)
     assert caught.value.problems == [f"p{n}" for n in range(70, 80)]
     assert not out.exists()
+
+
+def test_a_stopped_run_resumes_on_the_same_vectors_and_on_no_others(
+    collection: Any, data: EmbeddingQAFinetuneDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(collection, data, tmp_path / "calm", epochs=3).finetune()
+    with monkeypatch.context() as patch:
+        signal_in(patch, torch.optim.AdamW, "step", signal.SIGINT, 7)
+        with pytest.raises(KeyboardInterrupt):
+            engine(collection, data, tmp_path / "stopped", epochs=3).finetune()
+    stored = read_vectors(collection)
+    others = StoredVectors(stored.nodes, stored.vectors + np.float32(0.01))
+    with pytest.raises(ConfigError, match="vectors: "):
+        engine(others, data, tmp_path / "stopped", epochs=3, resume_from_checkpoint=True).finetune()
+    engine(collection, data, tmp_path / "stopped", epochs=3, resume_from_checkpoint=True).finetune()
+    calm, resumed = ((tmp_path / name / "embedding_adapter.safetensors") for name in ("calm", "stopped"))
+    assert calm.read_bytes() == resumed.read_bytes()
+
+
+def test_an_api_that_fails_half_way_is_paid_for_its_queries_once(
+    collection: Any, data: EmbeddingQAFinetuneDataset, tmp_path: Path
+) -> None:
+    stamp_index(collection, PaidEmbedding())
+    ledger = tmp_path / "ledger"
+    with pytest.raises(ConnectionError, match="text 70"):
+        engine(collection, data, tmp_path / "a", PaidEmbedding(ledger=str(ledger), fails_at=70)).finetune()
+    engine(collection, data, tmp_path / "a", PaidEmbedding(ledger=str(ledger)), epochs=1).finetune()
+    refused = ledger.read_text().splitlines()[69]
+    known = {f"query: {_PROBE}", f"query: {PROBE}", "passage: dimensions"}
+    assert set(paid_twice(ledger)) == {refused, *known}
 
 
 def test_wrong_arguments_are_those_of_the_engine(

@@ -139,6 +139,15 @@ def test_a_killed_run_continues_to_the_same_weights(
     assert all(expected[name].equal(found[name]) for name in expected)
 
 
+def test_the_same_seed_gives_the_same_adapter(tiny_model: str, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_engine(tiny_model, str(tmp_path / name), seed=seed, **{**QUERY, "epochs": 1}).finetune()
+        found.append(weights(tmp_path / name))
+    assert all(found[0][name].equal(found[1][name]) for name in found[0])
+    assert not all(found[0][name].equal(found[2][name]) for name in found[0])
+
+
 def test_the_side_is_recorded_and_a_continued_adapter_keeps_it(
     query_adapter: Path, tiny_model: str, tmp_path: Path
 ) -> None:

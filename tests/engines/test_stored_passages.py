@@ -168,6 +168,9 @@ def test_an_llm_is_paid_after_the_store_was_checked_and_nothing_stored_is_embedd
     assert isinstance(engine.dataset, EmbeddingQAFinetuneDataset)
     assert all(origin.startswith("llm") for origin in engine.dataset.origins())
     assert len(set(texts) & set(engine.dataset.corpus.values())) == 3, "the sample that the check embeds"
+    again = LoraFinetuneEngine.from_vector_store(collection, None, tiny_model, str(tmp_path / "a"), llm=llm)
+    assert llm.calls == len(nodes), "the journal beside the output has all answers"
+    assert again.dataset == engine.dataset
 
 
 def test_a_store_without_texts_takes_those_of_the_dataset(
