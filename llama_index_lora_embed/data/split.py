@@ -113,6 +113,8 @@ def split_by_source(
         )
     rng = random.Random(seed)
     rng.shuffle(groups)
+    # most of the queries, where they are tied together, are trained on, and never held out as a whole
+    groups.sort(key=lambda group: 2 * len(group) <= len(dataset.queries))
     wanted = max(1, round(val_fraction * len(dataset.queries)))
     held_out: list[str] = []
     while groups[1:] and len(held_out) < wanted:

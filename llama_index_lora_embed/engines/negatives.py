@@ -27,8 +27,7 @@ def negatives_by_linear_map(queries: Tensor, passages: Tensor, targets: CorpusTa
         targets: Which columns are relevant to which query.
         seed: Of the folds and of the order of the queries.
     """
-    # ten queries per step, the default, take three times as long and choose no better
-    settings = EmbeddingAdapterSettings(batch_size=32, seed=seed)
+    settings = EmbeddingAdapterSettings(seed=seed)
     data = FrozenVectors(nn.functional.normalize(queries.float(), dim=-1), passages, targets)
     dimensions = queries.shape[1]
     adapter = LinearLayer(dimensions, dimensions).to(passages.device)

@@ -55,6 +55,17 @@ def test_a_query_with_answers_in_two_documents_ties_them():
         assert {"q0-0", "q1-0", "q2-0", "q3-0"} <= side.queries.keys()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_most_of_the_queries_are_trained_on_where_they_are_tied_together(seed):
+    dataset = make_dataset(passages=20)
+    tied = list(dataset.queries)[:36]
+    for query_id in tied:
+        dataset.relevant_docs[query_id] = [*dataset.relevant_docs[query_id], "p0"]
+    train, val = split_by_source(dataset, 0.1, seed=seed)
+    assert set(tied) <= train.queries.keys()
+    assert val.queries
+
+
 def test_a_text_that_stands_in_two_documents_ties_them():
     dataset = make_dataset(passages=8, questions=1)
     dataset.corpus["p6"] = dataset.corpus["p0"].upper()
