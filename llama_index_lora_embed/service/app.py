@@ -9,14 +9,32 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI
 
 import llama_index_lora_embed
-from llama_index_lora_embed.service.api import finetune, health
+from llama_index_lora_embed.service.api import (
+    adapters,
+    evaluate,
+    finetune,
+    health,
+    openai_embeddings,
+    openai_files,
+    openai_jobs,
+)
 from llama_index_lora_embed.service.errors import install_error_handlers
 from llama_index_lora_embed.service.jobs.sweep import SweepThread
+from llama_index_lora_embed.service.limits import BodyLimit
 from llama_index_lora_embed.service.metrics import Metrics, MetricsMiddleware
+from llama_index_lora_embed.service.security import LoopbackOnly
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.settings import ServiceSettings
 
-ROUTERS: tuple[APIRouter, ...] = (finetune.router, health.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    finetune.router,
+    evaluate.router,
+    adapters.router,
+    openai_files.router,
+    openai_jobs.router,
+    openai_embeddings.router,
+    health.router,
+)
 """The routers of all faces; each module of `service.api` has one named `router`."""
 
 
@@ -32,7 +50,8 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     Raises:
         LoraEmbedError: As `Services`.
     """
-    services = Services(settings or ServiceSettings())
+    settings = settings or ServiceSettings()
+    services = Services(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,6 +72,9 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     app.state.services = services
     app.state.stopping = threading.Event()
     app.state.metrics = Metrics(services)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, larger={"/v1/files": settings.max_upload_bytes})
+    if settings.auth == "off":
+        app.add_middleware(LoopbackOnly)
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
     install_error_handlers(app)
     for router in ROUTERS:

@@ -110,19 +110,28 @@ class FileStore:
         return row
 
     def list(
-        self, owner: str | None = None, *, after: str | None = None, limit: int = 10_000, purpose: str | None = None
+        self,
+        owner: str | None = None,
+        *,
+        after: str | None = None,
+        limit: int = 10_000,
+        purpose: str | None = None,
+        oldest_first: bool = False,
     ) -> tuple[list[FileRow], bool]:
-        """Files, newest first, and whether there are more; arguments as `JobStore.list`."""
+        """Files, newest first unless `oldest_first`, and whether there are more; arguments as `JobStore.list`."""
         query = select(FileRow)
         if owner is not None:
             query = query.where(FileRow.owner == owner)
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
+        created, file_id = col(FileRow.created), col(FileRow.id)
         if after is not None:
             last = self.get(after, owner)
-            earlier = col(FileRow.created) < last.created
-            query = query.where(earlier | ((col(FileRow.created) == last.created) & (col(FileRow.id) < last.id)))
-        query = query.order_by(col(FileRow.created).desc(), col(FileRow.id).desc()).limit(limit + 1)
+            beyond = created > last.created if oldest_first else created < last.created
+            same = file_id > last.id if oldest_first else file_id < last.id
+            query = query.where(beyond | ((created == last.created) & same))
+        ordered = (created, file_id) if oldest_first else (created.desc(), file_id.desc())
+        query = query.order_by(*ordered).limit(limit + 1)
         with self.database.read() as session:
             rows = session.exec(query).all()
         return list(rows[:limit]), len(rows) > limit

@@ -9,10 +9,14 @@ from typing import Any
 
 from llama_index_lora_embed.core.errors import OutputDirectoryError
 from llama_index_lora_embed.service.database import Database
+from llama_index_lora_embed.service.embedding import Batcher
 from llama_index_lora_embed.service.files import FileStore
 from llama_index_lora_embed.service.jobs.queue import JobQueue
 from llama_index_lora_embed.service.jobs.state import Command, Event, JobSpec, JobState
 from llama_index_lora_embed.service.jobs.store import JobStore
+from llama_index_lora_embed.service.limits import Rates
+from llama_index_lora_embed.service.models import Models
+from llama_index_lora_embed.service.security import Tokens
 from llama_index_lora_embed.service.settings import ServiceSettings
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,15 @@ class Services:
         self.jobs = JobStore(self.database)
         self.files = FileStore(self.database, settings)
         self.queue = JobQueue(settings)
+        self.tokens = Tokens(self.database)
+        self.rates = Rates(settings.requests_per_minute)
+        self.models = Models(self)
+        self.batcher = Batcher(
+            wait_s=settings.batch_wait_s,
+            max_models=settings.max_loaded_models,
+            max_adapters=settings.max_loaded_adapters,
+            device=settings.device,
+        )
 
     def submit(self, spec: JobSpec, *, job_id: str, request_digest: str | None = None) -> tuple[JobState, bool]:
         """Create a job within the limits of the settings and enqueue it; see `JobStore.create`."""
@@ -88,6 +101,7 @@ class Services:
 
     def close(self) -> None:
         """Close the connections."""
+        self.batcher.close()
         self.queue.close()
         self.database.close()
 

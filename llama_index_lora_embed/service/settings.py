@@ -71,6 +71,14 @@ class ServiceSettings(BaseSettings):
     """Texts per request for embeddings; 2048 is OpenAI's limit."""
     max_characters: AtLeast1 = 2_000_000
     """Characters of all texts of a request for embeddings."""
+    max_evaluation_texts: AtLeast1 = 20_000
+    """Queries and passages of a request for metrics."""
+    batch_wait_s: Annotated[float, Field(ge=0, le=1)] = 0.003
+    """Seconds for which a request for embeddings waits for others, which are then computed together."""
+    max_loaded_models: AtLeast1 = 2
+    """Base models that the server has in memory."""
+    max_loaded_adapters: AtLeast1 = 32
+    """Adapters that the server has in memory with each base model."""
     requests_per_minute: AtLeast1 = 6000
     """Requests of one token."""
     max_job_seconds: Above0 = DAY
@@ -133,6 +141,11 @@ class ServiceSettings(BaseSettings):
     def models_dir(self) -> Path:
         """Adapter directories and, beside them, run directories with checkpoints, by the ids of their jobs."""
         return self.folder / "models"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """The registries of named adapters, a folder for each."""
+        return self.folder / "adapters"
 
     @property
     def jobs_dir(self) -> Path:

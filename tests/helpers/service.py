@@ -1,10 +1,16 @@
-"""Jobs in tests of the service: a request that trains the tiny model in a moment, and reading event streams."""
+"""Jobs in tests of the service: a request that trains the tiny model in a moment, a job that has succeeded without
+training, and reading event streams.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
+from llama_index_lora_embed.service.jobs.state import JobSpec, JobState, Succeeded
+from llama_index_lora_embed.service.services import Services
 from tests.conftest import make_dataset
 
 
@@ -20,6 +26,15 @@ def job_request(**more: Any) -> dict[str, Any]:
     """The body of a job of nine steps."""
     body = {"pairs": pairs_of(), "epochs": 3, "batch_size": 8, "learning_rate": 5e-3, "precision": "fp32"}
     return {**body, **more}
+
+
+def succeeded_job(services: Services, adapter: Path, owner: str = "local", **spec: Any) -> JobState:
+    """A job of the base "tiny" whose adapter is a copy of this one."""
+    created, _ = services.jobs.create(JobSpec(owner=owner, model="tiny", data="queries", **spec))
+    leased = services.jobs.lease(created.id, "worker", 60)
+    assert leased is not None
+    shutil.copytree(adapter, services.settings.models_dir / created.id)
+    return services.jobs.append(created.id, Succeeded(attempt=leased.attempt, result={"verdict": "BETTER"})).state
 
 
 def sse_events(text: str) -> list[dict[str, Any]]:

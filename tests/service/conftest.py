@@ -36,5 +36,5 @@ def services(service_settings: ServiceSettings) -> Iterator[Services]:
 @pytest.fixture
 def client(service_settings: ServiceSettings) -> Iterator[Any]:
     """A client of the application in this process; errors of the server are answers, as over the network."""
-    with TestClient(create_app(service_settings), raise_server_exceptions=False) as made:
+    with TestClient(create_app(service_settings), "http://127.0.0.1", raise_server_exceptions=False) as made:
         yield made

@@ -26,9 +26,11 @@ from llama_index_lora_embed.service.jobs.state import (
     ResumeRequested,
 )
 from llama_index_lora_embed.service.jobs.store import StoredEvent
+from llama_index_lora_embed.service.limits import StrictRoute
+from llama_index_lora_embed.service.models import fine_tuned_model
 from llama_index_lora_embed.service.services import Services
 
-router = APIRouter(prefix="/v1/finetune", tags=["finetune"])
+router = APIRouter(prefix="/v1/finetune", tags=["finetune"], route_class=StrictRoute)
 _POLL_S = 0.5
 _RETRY_MS = 2000
 Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
@@ -109,11 +111,6 @@ class JobList(BaseModel):
     """Whether there are older ones; `?after=<last job_id>` gives them."""
 
 
-def model_name(job: JobState) -> str:
-    """Name of the model that a job tunes, as OpenAI's: `ft:<base>:<suffix>:<short id>`."""
-    return f"ft:{job.spec.model}:{job.spec.suffix or ''}:{job.id.removeprefix('ftjob-')[:8]}"
-
-
 def shown(job: JobState) -> Job:
     """A job as clients see it."""
     result, progress = job.result or {}, job.progress
@@ -126,7 +123,7 @@ def shown(job: JobState) -> Job:
         job_id=job.id,
         status=job.status,
         model=job.spec.model,
-        fine_tuned_model=model_name(job) if job.status == "succeeded" else None,
+        fine_tuned_model=fine_tuned_model(job) if job.status == "succeeded" else None,
         progress={**done, "fraction": round(fraction, 4)},
         metrics=metrics,
         verdict=result.get("verdict"),

@@ -251,6 +251,27 @@ class JobStore:
                 self._looked = time.monotonic()
             return self._latest
 
+    def history(
+        self, job_id: str, *, before: int | None = None, limit: int = 20, kinds: Collection[str] | None = None
+    ) -> tuple[list[StoredEvent], bool]:
+        """Events of a job, newest first, and whether there are more.
+
+        Args:
+            job_id: Of the job.
+            before: Only events with a smaller sequence.
+            limit: Length of the page.
+            kinds: Only events of these kinds.
+        """
+        query = select(JobEventRow).where(JobEventRow.job_id == job_id)
+        if before is not None:
+            query = query.where(JobEventRow.sequence < before)
+        if kinds is not None:
+            query = query.where(col(JobEventRow.kind).in_(kinds))
+        with self.database.read() as session:
+            rows = session.exec(query.order_by(col(JobEventRow.sequence).desc()).limit(limit + 1)).all()
+        found = [StoredEvent(row.sequence, row.status, EVENT.validate_json(row.data)) for row in rows[:limit]]
+        return found, len(rows) > limit
+
     def counts(self) -> dict[str, int]:
         """Number of jobs by status; statuses without a job are left out."""
         with self.database.read() as session:

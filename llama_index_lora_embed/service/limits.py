@@ -1,0 +1,199 @@
+"""What a request may be: the size of its body, the rate of its token, and JSON that the whole service can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, NoReturn
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama_index_lora_embed.service.errors import ServiceError, error_body
+
+_FORM_BYTES = 2**16  # what a multipart form adds to the file in it
+_DRAINED = 2**24  # bytes of a refused body that are read, so that clients that send it all see the answer
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class Rates:
+    """A token bucket for each caller: `per_minute` requests at once, and as many more each minute.
+
+    Args:
+        per_minute: Requests of a caller.
+        clock: Seconds, for tests.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._buckets: dict[str, tuple[float, float]] = {}  # caller to what is left, and when that was so
+
+    def take(self, caller: str) -> None:
+        """Count a request.
+
+        Raises:
+            ServiceError: 429 with `Retry-After`; the caller has sent too many.
+        """
+        with self._lock:
+            now, rate = self._clock(), self._per_minute / 60
+            left, then = self._buckets.get(caller, (float(self._per_minute), now))
+            left = min(float(self._per_minute), left + (now - then) * rate)
+            self._buckets[caller] = (left - 1 if left >= 1 else left, now)
+        if left < 1:
+            raise ServiceError(
+                "too many requests",
+                f"at most {self._per_minute} per minute",
+                "Wait, and send several texts in one request.",
+                status=429,
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(math.ceil((1 - left) / rate))},
+            )
+
+
+class BodyLimit:
+    """Middleware that refuses bodies that are too large, by their header or while they arrive, or compressed.
+
+    It also refuses addresses with a zero byte, which PostgreSQL cannot look up.
+
+    Args:
+        app: The next ASGI application.
+        max_bytes: Of a body.
+        larger: Path to the largest body of POST requests to it, for uploads.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, larger: Mapping[str, int]) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._larger = larger
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with 400, 413 or 415, or pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._max_bytes
+        if scope["method"] == "POST" and scope["path"] in self._larger:
+            limit = self._larger[scope["path"]] + _FORM_BYTES
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            await self._refuse(400, "An address with a zero byte.", "invalid_request", scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+            message = "Compressed bodies are not read; send the body as it is, without Content-Encoding."
+            await self._refuse(415, message, "unsupported_encoding", scope, receive, send)
+            return
+        too_large = f"The body is larger than {limit} bytes, the most that this service reads here."
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length[:20]) > limit:
+            await self._refuse(413, too_large, "body_too_large", scope, receive, send)
+            return
+        seen, unread, started = 0, True, False
+
+        async def limited_receive() -> Message:
+            nonlocal seen, unread
+            message = await receive()
+            seen += len(message.get("body", b""))
+            unread = bool(message.get("more_body"))
+            if seen > limit:
+                raise _TooLarge
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, limited_receive, watched_send)
+        except _TooLarge:
+            if not started:
+                await self._refuse(413, too_large, "body_too_large", scope, receive, send, unread=unread)
+
+    @staticmethod
+    async def _refuse(
+        status: int, message: str, code: str, scope: Scope, receive: Receive, send: Send, *, unread: bool = True
+    ) -> None:
+        drained = 0
+        while unread and drained < _DRAINED:
+            part = await receive()
+            drained += len(part.get("body", b"")) + 1
+            unread = bool(part.get("more_body"))
+        answer = JSONResponse(error_body(message, status, code), status, {"Connection": "close"})
+        await answer(scope, receive, send)
+
+
+class _TooLarge(BaseException):
+    """Not an `Exception`, which FastAPI would turn into an answer of its own while it reads a body."""
+
+
+class StrictRoute(APIRoute):
+    """A route whose JSON is read by `strict_json`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, with a request of `_StrictRequest`."""
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            try:
+                return await handler(_StrictRequest(request.scope, request.receive))
+            except HTTPException as error:  # FastAPI's, for whatever goes wrong while it reads a body
+                if isinstance(error.__cause__, ServiceError):
+                    raise error.__cause__ from None
+                raise
+
+        return strict
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = strict_json(await self.body())
+        return self._json
+
+
+def strict_json(body: bytes) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+        ServiceError: 400 for other encodings, what is not JSON (NaN, Infinity, numbers beyond a double), objects that
+            are nested too deeply, and halves of surrogate pairs, which cannot be stored as UTF-8.
+    """
+    try:
+        text = body.decode("utf-8")
+        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise _not_json("nested too deeply") from None
+    except UnicodeError as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "half of a surrogate pair"
+        raise _not_json(reason) from None
+    except ValueError as error:
+        raise _not_json(str(error)) from None
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        _not_finite(digits)
+    return value
+
+
+def _not_finite(name: str) -> NoReturn:
+    raise ValueError(f"{name:.40} is not a number of JSON")
+
+
+def _not_json(reason: str) -> ServiceError:
+    return ServiceError(
+        f"a body that is not JSON ({reason:.200})", "JSON in UTF-8", "Send what json.dumps makes.", code="invalid_json"
+    )
