@@ -23,6 +23,7 @@ from llama_index_lora_embed.core.errors import ConfigError, NonFiniteLossError
 from llama_index_lora_embed.models.adapter_directory import WEIGHTS_NAME
 
 if TYPE_CHECKING:
+    from llama_index_lora_embed.embedding.encode import Task
     from llama_index_lora_embed.embedding.lora_embedding import LoraEmbedding
 
 logger = logging.getLogger(__name__)
@@ -293,7 +294,7 @@ def _embed(model: LoraEmbedding, members: list[_Member]) -> list[Embedded | Exce
     from llama_index_lora_embed.models.tokens import check_texts, count_tokens
 
     backend = model.backend
-    task = "query" if members[0][0].side == "query" else "document"
+    task: Task = "query" if members[0][0].side == "query" else "document"
     texts = check_texts([text for _, _, some in members for text in some])
     names = [name for _, name, some in members for _ in some]
     named: dict[str, Any] = {}
@@ -301,9 +302,9 @@ def _embed(model: LoraEmbedding, members: list[_Member]) -> list[Embedded | Exce
     limits: dict[str | None, int] = {None: backend.max_seq_length}
     if isinstance(backend, PooledBackend):
         named = {"names": names}
-        for name in {*names} - {None}:
-            adapter = backend.adapters[name]
-            prompts[name], limits[name] = adapter.prompts[task], adapter.max_seq_length
+        for known in {name for name in names if name is not None}:
+            adapter = backend.adapters[known]
+            prompts[known], limits[known] = adapter.prompts[task], adapter.max_seq_length
     vectors = backend.encode(texts, task, max_texts=model.embed_batch_size, **named)
     with backend.lock:
         counts = count_tokens(backend.model, [prompts[n] + text for n, text in zip(names, texts, strict=True)])

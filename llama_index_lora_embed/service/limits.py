@@ -76,7 +76,7 @@ class BodyLimit:
         self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with 400, 413 or 415, or pass the request on."""
+        """Answer with 404, 413 or 415, or pass the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -84,7 +84,7 @@ class BodyLimit:
         if scope["method"] == "POST" and scope["path"] in self._larger:
             limit = self._larger[scope["path"]] + _FORM_BYTES
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-            await self._refuse(400, "An address with a zero byte.", "invalid_request", scope, receive, send)
+            await self._refuse(404, "Nothing is at an address with a zero byte.", "not_found", scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":

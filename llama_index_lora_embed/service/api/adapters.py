@@ -74,14 +74,16 @@ def versions(adapter: str, caller: Reader, services: ServicesOf) -> dict[str, An
 async def add_version(adapter: str, body: AddVersion, caller: Trainer, services: ServicesOf) -> dict[str, Any]:
     """Make a job's model a version of an adapter, which is created with its first version."""
     path = await run_in_threadpool(_path_to_add, services, adapter, body, caller)
-    registry, settings = services.models.registry(adapter), {}
+    registry = services.models.registry(adapter)
+    dataset = evaluation = None
     if body.evaluation is not None:
         dataset = await run_in_threadpool(body.evaluation.dataset, services.settings)
         model = await run_in_threadpool(services.models.find, body.model, caller.owner)
-        settings = {"dataset": dataset, "evaluation": await evaluate_served(services.batcher, model, dataset)}
+        evaluation = await evaluate_served(services.batcher, model, dataset)
 
     def add() -> dict[str, Any]:
-        return _version(services, adapter, registry.add(path, name=body.version, **settings))
+        added = registry.add(path, name=body.version, dataset=dataset, evaluation=evaluation)
+        return _version(services, adapter, added)
 
     return await run_in_threadpool(add)
 
@@ -97,12 +99,14 @@ def metrics(adapter: str, version: str, caller: Reader, services: ServicesOf) ->
     """The metrics of a version, and how they differ from those of the version in use on the same queries."""
     registry = _existing(services, adapter)
     found, promoted = _found(registry, version), registry.promoted()
-    differences = None
+    differences: dict[str, Any] | None = None
     if promoted is not None and promoted.name != found.name:
         compared = registry.compare(promoted.name, found.name).metrics
-        differences = compared and {
-            name: {"difference": m.difference, "interval": list(m.interval)} for name, m in compared.items()
-        }
+        if compared is not None:
+            differences = {
+                name: {"difference": change.difference, "interval": list(change.interval)}
+                for name, change in compared.items()
+            }
     return {
         "object": "adapter.metrics",
         "version": found.name,

@@ -65,14 +65,14 @@ class EvaluationData(BaseModel):
                 param="corpus",
             )
         grades = {query_id: _grades(query_id, value) for query_id, value in relevance.items()}
-        below_1 = {q: some for q, found in grades.items() if (some := {i: g for i, g in found.items() if 0 < g < 1})}
-        irrelevant = {q: some for q, found in grades.items() if (some := [i for i, g in found.items() if g == 0])}
+        below_1 = {q: {i: g for i, g in found.items() if 0 < g < 1} for q, found in grades.items()}
+        irrelevant = {q: [i for i, g in found.items() if g == 0] for q, found in grades.items()}
         return EmbeddingQAFinetuneDataset(
             queries=queries,
             corpus=corpus,
             relevant_docs={q: [i for i, g in found.items() if g > 0] for q, found in grades.items()},
-            relevance_scores=below_1 or None,
-            judged_irrelevant=irrelevant or None,
+            relevance_scores={q: found for q, found in below_1.items() if found} or None,
+            judged_irrelevant={q: found for q, found in irrelevant.items() if found} or None,
         ).check("evaluation data")
 
 
@@ -112,8 +112,8 @@ async def evaluate_served(
     def encoder(vectors: Any, rows: Mapping[str, int]) -> Any:
         return lambda texts: vectors[[rows[text] for text in texts]]
 
-    encoders = [encoder(part.vectors, rows) for part, rows in zip(both, row_of, strict=True)]
-    return await run_in_threadpool(evaluate_encoders, *encoders, dataset)
+    of_queries, of_passages = (encoder(part.vectors, rows) for part, rows in zip(both, row_of, strict=True))
+    return await run_in_threadpool(evaluate_encoders, of_queries, of_passages, dataset)
 
 
 def _by_id(values: dict[str, Any] | list[Any]) -> dict[str, Any]:

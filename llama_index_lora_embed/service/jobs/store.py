@@ -237,7 +237,7 @@ class JobStore:
         query = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
         with self.database.read() as session:
             rows = session.exec(query.order_by(col(JobEventRow.sequence)).limit(limit)).all()
-        return [StoredEvent(row.sequence, cast(Status, row.status), EVENT.validate_json(row.data)) for row in rows]
+        return [_stored(row) for row in rows]
 
     def latest(self) -> int:
         """A number that grows with every event of any job; read at most every 0.2 s, whoever asks.
@@ -253,7 +253,7 @@ class JobStore:
 
     def history(
         self, job_id: str, *, before: int | None = None, limit: int = 20, kinds: Collection[str] | None = None
-    ) -> tuple[list[StoredEvent], bool]:
+    ) -> tuple[Sequence[StoredEvent], bool]:
         """Events of a job, newest first, and whether there are more.
 
         Args:
@@ -269,8 +269,7 @@ class JobStore:
             query = query.where(col(JobEventRow.kind).in_(kinds))
         with self.database.read() as session:
             rows = session.exec(query.order_by(col(JobEventRow.sequence).desc()).limit(limit + 1)).all()
-        found = [StoredEvent(row.sequence, row.status, EVENT.validate_json(row.data)) for row in rows[:limit]]
-        return found, len(rows) > limit
+        return [_stored(row) for row in rows[:limit]], len(rows) > limit
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by status; statuses without a job are left out."""
@@ -403,6 +402,10 @@ def _columns(state: JobState) -> dict[str, Any]:
 
 def _state_of(row: JobRow) -> JobState:
     return JobState.model_validate_json(row.state)
+
+
+def _stored(row: JobEventRow) -> StoredEvent:
+    return StoredEvent(row.sequence, cast(Status, row.status), EVENT.validate_json(row.data))
 
 
 def _event_row(state: JobState, sequence: int, event: Event) -> JobEventRow:

@@ -9,7 +9,7 @@ import pytest
 
 from llama_index_lora_embed import LoraEmbedding
 from llama_index_lora_embed.service.models import fine_tuned_model
-from tests.conftest import WORDS
+from tests.conftest import WORDS, make_engine
 from tests.helpers.adapters import TEXTS, distance
 from tests.helpers.service import succeeded_job
 
@@ -61,17 +61,21 @@ def test_base64_is_of_little_endian_float32(client):
         assert np.frombuffer(base64.b64decode(other["embedding"]), "<f4").tolist() == one["embedding"]
 
 
+@pytest.fixture(scope="module")
+def prompted(tiny_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "prompted"
+    settings = {"epochs": 1, "val_dataset": None, "val_fraction": 0.0}
+    make_engine(tiny_model, path, query_prompt="query : ", passage_prompt="passage : ", **settings).finetune()
+    return path
+
+
 @pytest.mark.parametrize("how", ["field", "name"])
 @pytest.mark.parametrize("side", ["query", "passage"])
-def test_the_side_is_a_field_or_at_the_end_of_the_name(client, adapter, tmp_path, tiny_model, side, how):
-    from tests.conftest import make_engine
-
-    path = tmp_path / "prompted"
-    make_engine(tiny_model, path, epochs=1, query_prompt="query : ", passage_prompt="passage : ").finetune()
-    model = fine_tuned_model(succeeded_job(client.app.state.services, path))
+def test_the_side_is_a_field_or_at_the_end_of_the_name(client, prompted, side, how):
+    model = fine_tuned_model(succeeded_job(client.app.state.services, prompted))
     body = {"model": model, "input_type": side} if how == "field" else {"model": f"{model}-{side}"}
     (item,) = embed(client, input="w1 w2", **body)["data"]
-    alone = LoraEmbedding(path, device="cpu")
+    alone = LoraEmbedding(prompted, device="cpu")
     by_side = {"query": alone.get_query_embedding("w1 w2"), "passage": alone.get_text_embedding("w1 w2")}
     assert distance(item["embedding"], by_side[side]) < 1e-5
     assert distance(by_side["query"], by_side["passage"]) > 1e-3
