@@ -80,7 +80,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LoraEmbedError)
     def _package(request: Request, error: LoraEmbedError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), 400, "invalid_request", None, error.problems), 400)
+        services = getattr(request.app.state, "services", None)
+        public = str if services is None else services.settings.without_folders
+        problems = [public(problem) for problem in error.problems]
+        return JSONResponse(error_body(public(str(error)), 400, "invalid_request", None, problems), 400)
 
     @app.exception_handler(RequestValidationError)
     def _validation(request: Request, error: RequestValidationError) -> JSONResponse:

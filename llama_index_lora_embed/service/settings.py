@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from llama_index_lora_embed.config import DEFAULT_BASE
 from llama_index_lora_embed.config.base import Above0, AtLeast1, Text, config_error
 from llama_index_lora_embed.config.training import Device
+from llama_index_lora_embed.core.files import absolute
 
 DAY = 86_400.0
 AllowedModels = Annotated[
@@ -121,6 +122,12 @@ class ServiceSettings(BaseSettings):
                 "heartbeats"
             )
         return self
+
+    def without_folders(self, message: str) -> str:
+        """A message without the folders of this machine, which are nobody else's business."""
+        for name, place in self.allowed_models.items():
+            message = message.replace(absolute(place), name)
+        return message.replace(str(self.folder), "<data>")
 
     @property
     def database(self) -> str:

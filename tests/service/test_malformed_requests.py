@@ -66,9 +66,8 @@ def routes(app: FastAPI) -> list[tuple[str, str]]:
     return [(method, path) for path, operations in paths.items() for method in operations if "/events" not in path]
 
 
-_TEXT = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
-    ["../../etc/passwd", "a\0b", "%00", "\r\nX: y", "tiny", "ft:tiny::x"]
-)
+_PLACES = ["../../etc/passwd", "a\0b", "%00", "\r\nX: y", "tiny", "ft:tiny::x"]
+_TEXT = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(_PLACES)
 _JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | _TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_TEXT, inner, max_size=4),

@@ -124,6 +124,16 @@ def test_unknown_models_are_named(client):
     assert "'gpt-4'" in error["message"]
 
 
+def test_an_adapter_that_is_damaged_is_reported_without_the_folders_of_the_server(client, tuned, tiny_model):
+    settings = client.app.state.services.settings
+    (folder,) = settings.models_dir.iterdir()
+    (folder / "adapter_config.json").write_text("{}")
+    message = refused(client, model=tuned)["message"]
+    assert f"<data>/models/{folder.name}" in message
+    assert str(settings.folder) not in message
+    assert tiny_model not in message
+
+
 def test_wrong_values_are_named(client):
     assert refused(client, encoding_format="int8")["param"] == "encoding_format"
     assert refused(client, input_type="document")["param"] == "input_type"
