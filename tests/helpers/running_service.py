@@ -1,16 +1,10 @@
-"""A service as users run it: a server process and a worker process."""
+"""A service as users run it, for clients: a server process and a worker process; or an application in a thread."""
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +14,7 @@ import uvicorn
 
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.settings import ServiceSettings
+from tests.helpers.service_processes import commands, environment, free_port, until
 
 
 @dataclass(frozen=True)
@@ -32,28 +27,17 @@ class RunningService:
 
 
 @contextmanager
-def running_service(folder: Path, tiny_model: str, **settings: Any) -> Iterator[RunningService]:
-    """Start server and worker, and stop them at the end."""
-    values = {"data_dir": str(folder / "data"), "port": free_port(), "device": "cpu", "checkpoint_steps": 4, **settings}
-    values["allowed_models"] = {"tiny": tiny_model}
-    known = ServiceSettings(**values)
-    with Services(known) as services:
+def running_service(folder: Path, tiny_model: str) -> Iterator[RunningService]:
+    """Start server and worker, which may train the model "tiny"."""
+    env = environment(folder, {"tiny": tiny_model}, auth="on", checkpoint_steps=4)
+    settings = ServiceSettings(data_dir=folder, allowed_models={"tiny": tiny_model})
+    with Services(settings) as services:
         _, token = services.tokens.create("test", ["train", "read", "embed"])
-    variables = {f"LORA_EMBED_{k.upper()}": json.dumps(v) if isinstance(v, dict) else str(v) for k, v in values.items()}
-    processes = []
-    try:
-        for module in ("service", "service.jobs.worker"):
-            with open(folder / f"{module}.log", "wb") as log:
-                command = [sys.executable, "-m", f"llama_index_lora_embed.{module}"]
-                processes.append(subprocess.Popen(command, env={**os.environ, **variables}, stdout=log, stderr=log))
-        url = f"http://127.0.0.1:{known.port}"
-        _wait_until_ready(url, processes)
-        yield RunningService(url, token, known)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(60)
+    url = f"http://127.0.0.1:{env['LORA_EMBED_PORT']}"
+    package = "llama_index_lora_embed.service"
+    with commands(env, package, f"{package}.jobs.worker"):
+        until(lambda: urllib.request.urlopen(f"{url}/ready").status == 200, 120, "the server is ready")
+        yield RunningService(url, token, settings)
 
 
 @contextmanager
@@ -62,28 +46,7 @@ def served(app: Any) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
+    until(lambda: server.started, 30, "the server has started")
     yield f"http://127.0.0.1:{server.config.port}"
     server.should_exit = True
     thread.join()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def _wait_until_ready(url: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for _ in range(600):
-        assert all(process.poll() is None for process in processes)
-        try:
-            urllib.request.urlopen(f"{url}/ready").close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError("the server did not start within a minute")
