@@ -9,7 +9,7 @@ import secrets
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.exc import ArgumentError
@@ -21,12 +21,27 @@ from llama_index_lora_embed.core.optional import require
 _BUSY_S = 30  # a writer waits so long for others; each holds the lock for milliseconds
 _ALPHABET = string.ascii_letters + string.digits
 _WRITE = "lora_embed_write"
-_TABLES_LOCK = 0x10A  # any number that is ours
+_LOCKS = {"tables": 0x10AE, "create": 0x10AF}  # any numbers that are ours
 
 
 def new_id(prefix: str) -> str:
     """A random id such as "ftjob-" and 24 letters and digits (143 bits), which cannot be guessed."""
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(24))
+
+
+def lock(connection: Connection | Session, what: Literal["tables", "create"]) -> None:
+    """Wait until no other writing transaction holds this lock, and hold it until the end of this one.
+
+    On SQLite a writing transaction keeps all others out anyway.
+    """
+    bound = connection.get_bind() if isinstance(connection, Session) else connection
+    if bound.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_LOCKS[what])))
+
+
+def is_id(text: str) -> bool:
+    """Whether a text from outside can be an id; others are not even looked for."""
+    return 0 < len(text) <= 64 and text.isascii() and text.replace("-", "").isalnum()
 
 
 class Database:
@@ -51,8 +66,11 @@ class Database:
                 raise ArgumentError(f"no support for {kind!r}")
             if kind == "postgresql":
                 require("psycopg")
-            options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_S}} if kind == "sqlite" else {}
-            self.engine: Engine = create_engine(url, pool_pre_ping=kind != "sqlite", pool_size=20, **options)
+            options: dict[str, Any] = {"pool_pre_ping": True}
+            if kind == "sqlite":
+                options = {"connect_args": {"timeout": _BUSY_S}}
+            # more than the threads that FastAPI runs routes in
+            self.engine: Engine = create_engine(url, pool_size=20, max_overflow=40, **options)
         except ArgumentError as error:
             raise ConfigError(
                 f"a database_url that cannot be used ({error})",
@@ -66,8 +84,7 @@ class Database:
     def create_tables(self) -> None:
         """Create the tables that do not exist."""
         with self.engine.connect().execution_options(**{_WRITE: True}) as connection, connection.begin():
-            if connection.dialect.name == "postgresql":  # where processes that start together would both create them
-                connection.execute(select(func.pg_advisory_xact_lock(_TABLES_LOCK)))
+            lock(connection, "tables")  # or processes that start together would both create them
             SQLModel.metadata.create_all(connection)
 
     @contextmanager

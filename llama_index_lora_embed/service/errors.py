@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
 from llama_index_lora_embed.core.errors import LoraEmbedError
@@ -61,13 +61,23 @@ def not_found(what: str, name: str, hint: str) -> ServiceError:
     return ServiceError(f"{what} {name!r:.80}", f"a {what} that exists", hint, status=404, code=code, param="id")
 
 
+def printable(text: str) -> str:
+    """A text from outside as UTF-8 and databases can hold it: without NUL and halves of characters."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
+
 def error_body(
     message: str, status: int, code: str | None = None, param: str | None = None, problems: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The body of an error's answer; `problems`, where there are several, is this service's own field."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    error: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
-    return {"error": {**error, "problems": list(problems)} if problems else error}
+    error: dict[str, Any] = {
+        "message": printable(message),
+        "type": kind,
+        "param": None if param is None else printable(param),
+        "code": code,
+    }
+    return {"error": {**error, "problems": [printable(line) for line in problems]} if problems else error}
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -96,9 +106,10 @@ def install_error_handlers(app: FastAPI) -> None:
     def _http(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(error_body(str(error.detail), error.status_code), error.status_code, error.headers)
 
+    @app.exception_handler(TimeoutError)
     @app.exception_handler(OperationalError)
-    def _database(request: Request, error: OperationalError) -> JSONResponse:
-        logger.error("the database refused: %s", error.orig)
+    def _database(request: Request, error: OperationalError | TimeoutError) -> JSONResponse:
+        logger.error("the database refused: %s", error)
         message = "The database cannot be used at the moment (busy, not reachable, or its disk is full); try again."
         return JSONResponse(error_body(message, 503, "database_unavailable"), 503, {"Retry-After": "1"})
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from sqlmodel import Field, SQLModel, col, select
 
 from llama_index_lora_embed.core.files import whole_file
-from llama_index_lora_embed.service.database import Database, new_id
-from llama_index_lora_embed.service.errors import ServiceError, not_found
+from llama_index_lora_embed.service.database import Database, is_id, new_id
+from llama_index_lora_embed.service.errors import ServiceError, not_found, printable
 from llama_index_lora_embed.service.settings import ServiceSettings
 
 
@@ -83,7 +83,7 @@ class FileStore:
         row = FileRow(
             id=file_id,
             owner=owner,
-            filename=filename[:255],
+            filename=printable(filename)[:255],
             purpose=purpose,
             bytes=size,
             sha256=digest.hexdigest(),
@@ -104,7 +104,7 @@ class FileStore:
             ServiceError: 404, there is no such file, or it belongs to another owner.
         """
         with self.database.read() as session:
-            row = session.get(FileRow, file_id)
+            row = session.get(FileRow, file_id) if is_id(file_id) else None
         if row is None or owner not in (None, row.owner):
             raise not_found("file", file_id, "GET /v1/files lists your files.")
         return row

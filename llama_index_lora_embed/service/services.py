@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,9 +37,10 @@ class Services:
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings = settings
         try:
-            for folder in (settings.folder, settings.models_dir, settings.jobs_dir):
-                folder.mkdir(parents=True, exist_ok=True)
-            os.chmod(settings.folder, 0o700)  # training data is nobody else's to read
+            settings.folder.parent.mkdir(parents=True, exist_ok=True)
+            settings.folder.mkdir(mode=0o700, exist_ok=True)  # training data is nobody else's to read
+            for folder in (settings.models_dir, settings.jobs_dir):
+                folder.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputDirectoryError(
                 f"the data folder {str(settings.folder)!r}, which cannot be written ({error})",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -24,6 +24,7 @@ from llama_index_lora_embed.service.jobs.state import (
     PauseRequested,
     Progressed,
     ResumeRequested,
+    Status,
 )
 from llama_index_lora_embed.service.jobs.store import StoredEvent
 from llama_index_lora_embed.service.limits import StrictRoute
@@ -32,6 +33,7 @@ from llama_index_lora_embed.service.services import Services
 
 router = APIRouter(prefix="/v1/finetune", tags=["finetune"], route_class=StrictRoute)
 _POLL_S = 0.5
+_ASK_S = 5.0  # PostgreSQL may show an event after a later one, whose number was seen already
 _RETRY_MS = 2000
 Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
 
@@ -173,7 +175,7 @@ def jobs(
     caller: Reader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
-    status: str | None = None,
+    status: Status | None = None,
 ) -> JobList:
     """Jobs of the caller's token, newest first; with the scope admin those of all tokens."""
     found, more = services.jobs.list(caller.owner, after=after, limit=limit, statuses=[status] if status else None)
@@ -236,12 +238,14 @@ async def events(
     Types are `progress`, `heartbeat` where there is no news, `complete` when the job has succeeded or was cancelled,
     and `error` when it failed; the stream ends with the last two.
     """
-    store, last, quiet, seen = services.jobs, start, 0.0, -1
+    store, last, quiet, asked, seen = services.jobs, start, 0.0, 0.0, -1
     status = (await to_thread.run_sync(store.get, job_id)).status
     yield ServerSentEvent(event="heartbeat", data={"status": status}, retry=_RETRY_MS)
     while not request.app.state.stopping.is_set():
         latest = await to_thread.run_sync(store.latest)
-        found = await to_thread.run_sync(store.events, job_id, last) if latest != seen else ()
+        found: Sequence[StoredEvent] = ()
+        if latest != seen or asked >= _ASK_S:
+            found, asked = await to_thread.run_sync(store.events, job_id, last), 0.0
         for stored in found:
             last, status, quiet = stored.sequence, stored.status, 0.0
             yield _sse(stored)
@@ -253,7 +257,7 @@ async def events(
                 yield ServerSentEvent(event="heartbeat", data={"status": status})
                 quiet = 0.0
             await anyio.sleep(_POLL_S)
-            quiet += _POLL_S
+            quiet, asked = quiet + _POLL_S, asked + _POLL_S
 
 
 def _sse(stored: StoredEvent) -> ServerSentEvent:

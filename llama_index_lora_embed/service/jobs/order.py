@@ -5,6 +5,7 @@ Both faces of the API create jobs by `order`.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -196,6 +197,11 @@ def _checked_arguments(arguments: dict[str, Any], problems: list[str]) -> Finetu
     mining = allowed.get("mining")
     if isinstance(mining, Mapping):
         problems += [f"mining.{name}: the service decides it" for name in _NOT_IN_MINING if name in mining]
+    for name, value in allowed.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            problems.append(f"{name}: half a character (a lone surrogate), which is not UTF-8")
     try:
         config = FinetuneConfig.from_arguments(**allowed)
     except ConfigError as error:

@@ -80,7 +80,7 @@ class JobError(Frozen):
     """Why a job failed."""
 
     code: str
-    """For programs: disk_full, time_limit, worker_lost, invalid_data, internal_error."""
+    """For programs: disk_full, time_limit, out_of_memory, worker_lost, invalid_data, internal_error."""
     message: str
     """For people."""
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from sqlalchemy import BigInteger, Column, ColumnElement, Integer, Text, UniqueConstraint, func
 from sqlmodel import Field, Session, SQLModel, col, delete, select
 
-from llama_index_lora_embed.service.database import Database, new_id
+from llama_index_lora_embed.service.database import Database, is_id, lock, new_id
 from llama_index_lora_embed.service.errors import ServiceError, not_found
 from llama_index_lora_embed.service.jobs.state import (
     EVENT,
@@ -142,8 +142,7 @@ class JobStore:
             request_digest: Digest of the request; a client that sends a request again without knowing whether it
                 arrived gets the job that it created. None never looks for one.
             max_per_owner: Jobs of the owner that may be live at once.
-            max_queued: Jobs of all owners that may be queued at once. Concurrent requests on PostgreSQL can exceed
-                both by a few.
+            max_queued: Jobs of all owners that may be queued at once.
 
         Returns:
             The job, and whether it is new.
@@ -153,6 +152,7 @@ class JobStore:
         """
         created = Created(id=job_id or new_id("ftjob-"), spec=spec)
         with self.database.write() as session:
+            lock(session, "create")  # or two requests at once would not see each other
             if request_digest is not None:
                 query = select(JobRow).where(
                     JobRow.owner == spec.owner,
@@ -194,7 +194,7 @@ class JobStore:
             ServiceError: 404, there is no such job, or it belongs to another owner.
         """
         with self.database.read() as session:
-            row = session.get(JobRow, job_id)
+            row = session.get(JobRow, job_id) if is_id(job_id) else None
             if row is None or owner not in (None, row.owner):
                 raise not_found("job", job_id, "GET /v1/finetune lists your jobs.")
             return _state_of(row)
@@ -328,6 +328,7 @@ class JobStore:
 
     def known(self, job_ids: Collection[str]) -> set[str]:
         """Those of the ids that are jobs."""
+        job_ids = [job_id for job_id in job_ids if is_id(job_id)]
         with self.database.read() as session:
             return set(session.exec(select(JobRow.id).where(col(JobRow.id).in_(job_ids))).all())
 
@@ -354,7 +355,7 @@ class JobStore:
         return corrected
 
     def _row(self, session: Session, job_id: str) -> JobRow:
-        row = session.get(JobRow, job_id, with_for_update=True)
+        row = session.get(JobRow, job_id, with_for_update=True) if is_id(job_id) else None
         if row is None:
             raise not_found("job", job_id, "GET /v1/finetune lists your jobs.")
         return row

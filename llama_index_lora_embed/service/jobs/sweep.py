@@ -58,9 +58,10 @@ class Sweep:
                 self.services.carry_out(job_id, decision.commands)
 
     def enqueue_lost(self) -> None:
-        """Enqueue queued jobs whose messages were lost: there are none left, but queued jobs."""
-        if len(self.services.queue) == 0:
-            for job_id in self.services.jobs.queued():
+        """Enqueue the queued jobs again where there are fewer messages, because some were lost; others are harmless."""
+        queued = self.services.jobs.queued()
+        if len(self.services.queue) < len(queued):
+            for job_id in queued:
                 self.services.queue.put(job_id)
 
     def delete_old(self) -> None:

@@ -30,7 +30,7 @@ import filelock
 from sqlalchemy.exc import SQLAlchemyError
 
 from llama_index_lora_embed.config import MANIFEST_NAME
-from llama_index_lora_embed.core.errors import ConfigError, LoraEmbedError
+from llama_index_lora_embed.core.errors import ConfigError, DeviceMemoryError, LoraEmbedError
 from llama_index_lora_embed.service.jobs.order import config_of, without_paths
 from llama_index_lora_embed.service.jobs.state import (
     Checkpointed,
@@ -140,6 +140,7 @@ class Worker:
             state = self._report(job, event, heartbeat)
         if state is not None:
             logger.info("the job is %s", state.status, extra=log)
+        gc.collect()  # the model, before the next one is loaded
 
     def _train(self, job: JobState, heartbeat: Heartbeat) -> None:
         from llama_index_lora_embed.engines.run import run_finetune
@@ -196,7 +197,8 @@ class Worker:
                 message = without_paths(message, config_of(job, self.settings), names)
             except LoraEmbedError:  # it is the model that is not allowed any more
                 pass
-            return JobError(code="invalid_data", message=message.replace(str(self.settings.folder), "<data>"))
+            code = "out_of_memory" if isinstance(error, DeviceMemoryError) else "invalid_data"
+            return JobError(code=code, message=message.replace(str(self.settings.folder), "<data>"))
         return JobError(
             code="internal_error", message=f"Training failed unexpectedly ({type(error).__name__}); the log says why."
         )

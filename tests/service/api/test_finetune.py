@@ -1,9 +1,14 @@
+import json
 import os
 import threading
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from llama_index_lora_embed.service.api.finetune import FinetuneRequest
+from llama_index_lora_embed.service.jobs.order import ALLOWED_ARGUMENTS
 from llama_index_lora_embed.service.jobs.state import Failed, JobError, Progress, Progressed, Stopped, Succeeded
 from llama_index_lora_embed.service.settings import ServiceSettings
 from tests.helpers.service import job_request, sse_events
@@ -169,10 +174,10 @@ def test_heartbeats_come_where_there_is_no_news(tmp_path, tiny_model):
 
     from llama_index_lora_embed.service.app import create_app
 
-    settings = ServiceSettings(
+    made = ServiceSettings(
         data_dir=tmp_path, auth="off", allowed_models={"tiny": tiny_model}, sse_heartbeat_s=0.5, device="cpu"
     )
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(made)) as client:
         job_id = client.post("/v1/finetune", json=job_request()).json()["job_id"]
         threading.Timer(1.6, client.app.state.stopping.set).start()
         events = sse_events(client.get(f"/v1/finetune/{job_id}/events").text)
@@ -185,3 +190,45 @@ def test_metrics_count_jobs_and_requests(client, job_id):
     assert 'lora_embed_jobs{status="queued"} 1.0' in text
     assert 'lora_embed_requests_total{method="GET",route="/v1/finetune/{job_id}",status="200"} 1.0' in text
     assert job_id not in text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from([
+    *FinetuneRequest.model_fields, *ALLOWED_ARGUMENTS,
+    *("device", "dataset", "model_output_path", "continue_from", "teacher"),
+])  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(FIELDS, JSON, max_size=4), st.booleans())
+def test_a_request_of_anything_is_accepted_or_refused(client, body, whole):
+    body = {**({"pairs": [["q", "p"], ["r", "s"]]} if whole else {}), **body}
+    answer = client.post("/v1/finetune", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code in (201, 400, 429), answer.text
+    if answer.status_code == 201:
+        assert client.delete(f"/v1/finetune/{answer.json()['job_id']}").json()["status"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"pairs": [["q', b"\xff\xfe", b"[" * 50_000, b'{"seed": ' + b"9" * 5000 + b"}"]
+)
+def test_a_body_that_is_no_json_is_refused(client, content):
+    answer = client.post("/v1/finetune", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("field", ["model", "suffix", "query_prompt", "passage_prompt", "unknown", "metadata"])
+@pytest.mark.parametrize("text", ["\\ud800", "\\u0000"])
+def test_half_a_character_and_nul_are_refused_or_kept_without_harm(client, field, text):
+    value = f'{{"{text}": "{text}"}}' if field == "metadata" else f'"{text}"'
+    content = f'{{"pairs": [["q", "p"], ["r", "s"]], "{field}": {value}}}'
+    answer = client.post("/v1/finetune", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (201, 400), answer.text
+    if answer.status_code == 201:
+        assert client.get(f"/v1/finetune/{answer.json()['job_id']}").status_code == 200
