@@ -15,7 +15,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index_lora_embed.core.arrays import cosine
 from llama_index_lora_embed.core.errors import AdapterError, BaseModelMismatchError, ConfigError
 from llama_index_lora_embed.core.files import absolute
-from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, cache_keys
+from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, OneSpan, cache_keys
 from llama_index_lora_embed.embedding.identity import fingerprint_with, passage_fingerprint, query_fingerprint
 from llama_index_lora_embed.models.tokens import check_text, check_texts
 
@@ -32,7 +32,7 @@ PROBE = "Which of these words tells one embedding model from another?"
 _SAME_MODEL = 0.999  # cosine of two vectors of the probe by one model; backends and APIs are not exact
 
 
-class AdapterEmbeddingModel(BaseEmbedding):
+class AdapterEmbeddingModel(OneSpan, BaseEmbedding):
     """An embedding model whose query vectors go through an adapter; passages keep the vectors of the model itself.
 
     It takes the arguments of llama-index-embeddings-adapter's class of this name, and its directories. An index of

@@ -14,7 +14,7 @@ from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError
 from llama_index_lora_embed.core.files import absolute
-from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, cache_keys
+from llama_index_lora_embed.embedding.cache import ModelEmbeddingsCache, OneSpan, cache_keys
 from llama_index_lora_embed.models.tokens import check_text, check_texts, longest_first
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.models.adapter_directory import Manifest
 
 
-class LoraEmbedding(BaseEmbedding):
+class LoraEmbedding(OneSpan, BaseEmbedding):
     """A LlamaIndex embedding model from an adapter directory, written by this package, sentence-transformers or peft.
 
     Its vectors are those of `SentenceTransformer(adapter_path)`: queries with the query prompt, passages with the

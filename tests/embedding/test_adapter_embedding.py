@@ -4,11 +4,14 @@ import asyncio
 import copy
 import json
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from llama_index.core import MockEmbedding
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.rate_limiter import TokenBucketRateLimiter
 from llama_index.core.storage.kvstore import SimpleKVStore
 
@@ -196,3 +199,21 @@ def test_inputs_that_are_no_strings_are_refused_before_any_model_sees_them(path,
             asyncio.run(model.aget_text_embedding_batch(["w1", None]))
         assert len(model.get_query_embedding("w1 \ud800")) == len(model.get_query_embedding("w1"))
     assert set(paid.paid) == {"w1 \ufffd", "w1"}
+
+
+def test_a_call_is_one_span_in_a_trace(path, tiny_model):
+    models = AdapterEmbeddingModel(PaidEmbedding(), path), LoraEmbedding(base_model=tiny_model, device="cpu")
+    handler, root = SimpleSpanHandler(), get_dispatcher("root")
+    root.add_span_handler(handler)
+    try:
+        for model in models:
+            model.get_query_embedding("w1")
+            model.get_text_embedding("w1")
+            model.get_text_embedding_batch(["w1", "w2"])
+            asyncio.run(model.aget_query_embedding("w1"))
+    finally:
+        root.span_handlers.remove(handler)
+    seen = Counter(span.id_.split("-")[0] for span in handler.completed_spans)
+    for model in models:
+        for name in ("get_query_embedding", "get_text_embedding", "get_text_embedding_batch", "aget_query_embedding"):
+            assert seen[f"{type(model).__name__}.{name}"] == 1, name
