@@ -25,6 +25,8 @@ from llama_index_lora_embed.service.metrics import Metrics, MetricsMiddleware
 from llama_index_lora_embed.service.security import LoopbackOnly
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.settings import ServiceSettings
+from llama_index_lora_embed.service.web import routers as web
+from llama_index_lora_embed.service.web.passages import PassageVectors
 
 ROUTERS: tuple[APIRouter, ...] = (
     finetune.router,
@@ -34,6 +36,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     openai_jobs.router,
     openai_embeddings.router,
     health.router,
+    *web.ROUTERS,
 )
 """The routers of all faces; each module of `service.api` has one named `router`."""
 
@@ -71,8 +74,10 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     )
     app.state.services = services
     app.state.stopping = threading.Event()
+    app.state.page_vectors = PassageVectors()
     app.state.metrics = Metrics(services)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, larger={"/v1/files": settings.max_upload_bytes})
+    larger = {"/v1/files": settings.max_upload_bytes, "/jobs": 2 * settings.max_upload_bytes}
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, larger=larger)
     if settings.auth == "off":
         app.add_middleware(LoopbackOnly)
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)

@@ -59,6 +59,10 @@ class Caller:
         """The owner to look for in stores: the token's id, or None where the scope admin sees everything."""
         return None if "admin" in self.scopes else self.id
 
+    def may(self, scope: TokenScope) -> bool:
+        """Whether it has a scope, or the scope admin."""
+        return scope in self.scopes or "admin" in self.scopes
+
 
 LOCAL = Caller("local", frozenset(SCOPES))
 """Everybody, where `auth` is off."""
@@ -154,17 +158,22 @@ def require(scope: TokenScope) -> Callable[[Request], Caller]:
         services = request.app.state.services
         caller = LOCAL if services.settings.auth == "off" else _authenticated(request, services.tokens)
         services.rates.take(caller.id)
-        if scope not in caller.scopes and "admin" not in caller.scopes:
-            raise ServiceError(
-                f"a token without the scope {scope!r}",
-                f"one with {scope!r}",
-                "The operator of the service can make one: lora-embed token create.",
-                status=403,
-                code="insufficient_scope",
-            )
+        check_scope(caller, scope)
         return caller
 
     return dependency
+
+
+def check_scope(caller: Caller, scope: TokenScope) -> None:
+    """Raise `ServiceError` (403) for a caller without a scope."""
+    if not caller.may(scope):
+        raise ServiceError(
+            f"a token without the scope {scope!r}",
+            f"one with {scope!r}",
+            "The operator of the service can make one: lora-embed token create.",
+            status=403,
+            code="insufficient_scope",
+        )
 
 
 def _authenticated(request: Request, tokens: Tokens) -> Caller:

@@ -149,10 +149,19 @@ class ServiceSettings(BaseSettings):
         """Adapter directories and, beside them, run directories with checkpoints, by the ids of their jobs."""
         return self.folder / "models"
 
+    def report(self, job_id: str) -> Path:
+        """The report of a job, a page that stays as long as its adapter."""
+        return self.models_dir / f"{job_id}.report.html"
+
     @property
     def adapters_dir(self) -> Path:
         """The registries of named adapters, a folder for each."""
         return self.folder / "adapters"
+
+    @property
+    def labelling_dir(self) -> Path:
+        """Grades that people give on the page, a folder for each labelling."""
+        return self.folder / "labelling"
 
     @property
     def jobs_dir(self) -> Path:

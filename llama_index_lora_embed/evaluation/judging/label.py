@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
 
 _GRADES = {str(grade) for grade in range(HIGHEST + 1)}
-_SKIP, _UNDO, _QUIT = "s", "u", "q"
-_KEYS = f"0-{HIGHEST} grade, {_SKIP} skip, {_UNDO} undo, {_QUIT} quit"
+SKIP, UNDO, _QUIT = "s", "u", "q"
+_KEYS = f"0-{HIGHEST} grade, {SKIP} skip, {UNDO} undo, {_QUIT} quit"
 
 Key = tuple[str, str]
 """Wording of a query, and digest of a passage: the same in every run, whatever the ids."""
@@ -83,7 +83,7 @@ def label_queries(
             else.
         OSError: The file cannot be written.
     """
-    answers = _read(Path(path))
+    read_answers(path)  # so that a wrong file costs no vectors
     pool = make_pool(
         queries,
         nodes,
@@ -97,62 +97,132 @@ def label_queries(
         cache_folder=cache_folder,
         show_progress=False,
     )
-    keys = {
-        (query_id, passage_id): (normalise(pool.queries[query_id]), digest(printable(pool.corpus[passage_id])))
-        for query_id in pool.queries
-        for passage_id in _shuffled(pool.passages[query_id], f"{seed} {normalise(pool.queries[query_id])}")
-    }
-    _walk(pool, keys, answers, Path(path), ask, show)
-    grades = {pair: int(answers[key]) for pair, key in keys.items() if answers.get(key, _SKIP) in _GRADES}
-    unfinished = {query_id for (query_id, _), key in keys.items() if key not in answers}
-    result = judged(pool, grades, unfinished, origin=HUMAN, threshold=threshold)
+    labelling = Labelling(pool, path, seed=seed)
+    _walk(labelling, ask, show)
+    result = labelling.result(threshold)
     show(str(result.report))
     return result
+
+
+class Labelling:
+    """A person's answers about the passages of a pool: each is appended to a file at once.
+
+    Pairs of a query and a passage come query by query, the passages of a query in random order.
+
+    Attributes:
+        pool: What is graded.
+        pairs: (query id, passage id) of all pairs in the order in which they are asked.
+
+    Args:
+        pool: What is graded.
+        path: File of the answers; one that exists is continued.
+        seed: Random seed of the order of passages.
+
+    Raises:
+        DatasetError: The file holds something else.
+        OSError: The file's folder cannot be created.
+    """
+
+    def __init__(self, pool: Pool, path: str | os.PathLike[str], *, seed: int = 0) -> None:
+        self.pool = pool
+        self._path = Path(path)
+        self._answers = read_answers(path)
+        self._keys = {
+            (query_id, passage_id): (normalise(pool.queries[query_id]), digest(printable(pool.corpus[passage_id])))
+            for query_id in pool.queries
+            for passage_id in _shuffled(pool.passages[query_id], f"{seed} {normalise(pool.queries[query_id])}")
+        }
+        self.pairs = list(self._keys)
+
+    def next(self) -> tuple[str, str] | None:
+        """The first pair without an answer; None if there is none left."""
+        return next((pair for pair, key in self._keys.items() if key not in self._answers), None)
+
+    def place(self, pair: tuple[str, str]) -> tuple[int, int, int]:
+        """Number of a pair's query among the queries, of its passage among those of the query, and how many these are.
+
+        Numbers begin with 1.
+        """
+        of_query = [passage_id for query_id, passage_id in self.pairs if query_id == pair[0]]
+        return list(self.pool.queries).index(pair[0]) + 1, of_query.index(pair[1]) + 1, len(of_query)
+
+    def answered(self) -> int:
+        """Number of pairs with an answer."""
+        return sum(key in self._answers for key in self._keys.values())
+
+    def answer(self, pair: tuple[str, str], typed: str) -> bool:
+        """Store a grade ("0" to "3") or "s", which skips a pair; an earlier answer is replaced.
+
+        Returns:
+            False for anything else, which is not stored.
+
+        Raises:
+            KeyError: The pair is not in the pool.
+            OSError: The file cannot be written.
+        """
+        query, text = self._keys[pair]
+        if typed not in _GRADES and typed != SKIP:
+            return False
+        append_json_line(self._path, {"query": query, "passage": pair[1], "text": text, "answer": typed})
+        self._answers.pop((query, text), None)
+        self._answers[query, text] = typed
+        return True
+
+    def undo(self) -> bool:
+        """Take the last answer back; False if there is none.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        ours = set(self._keys.values())
+        last = next((key for key in reversed(self._answers) if key in ours), None)
+        if last is None:
+            return False
+        append_json_line(self._path, {"query": last[0], "text": last[1], "answer": UNDO})
+        del self._answers[last]
+        return True
+
+    def result(self, threshold: int = THRESHOLD) -> JudgedQueries:
+        """The graded passages of the queries that are finished; see `label_queries`."""
+        known = {pair: self._answers.get(key) for pair, key in self._keys.items()}
+        grades = {pair: int(answer) for pair, answer in known.items() if answer is not None and answer in _GRADES}
+        unfinished = {query_id for (query_id, _), answer in known.items() if answer is None}
+        return judged(self.pool, grades, unfinished, origin=HUMAN, threshold=threshold)
 
 
 def _shuffled(passage_ids: list[str], seed: str) -> list[str]:
     return random.Random(seed).sample(passage_ids, len(passage_ids))
 
 
-def _walk(
-    pool: Pool,
-    keys: Mapping[tuple[str, str], Key],
-    answers: dict[Key, str],
-    path: Path,
-    ask: Callable[[str], str],
-    show: Callable[[str], None],
-) -> None:
-    """Ask for each pair without an answer, and write what is typed to `answers` and to the file."""
+def _walk(labelling: Labelling, ask: Callable[[str], str], show: Callable[[str], None]) -> None:
+    """Ask for each pair without an answer."""
+    pool = labelling.pool
     show(f"{RUBRIC}\n")
-    while (pair := next((pair for pair, key in keys.items() if key not in answers), None)) is not None:
-        query_id, passage_id = pair
-        number, of_query = list(pool.queries).index(query_id) + 1, [p for q, p in keys if q == query_id]
-        show(f"\nQuery {number} of {len(pool.queries)}: {printable(pool.queries[query_id])}")
-        show(f"Passage {of_query.index(passage_id) + 1} of {len(of_query)}:\n{printable(pool.corpus[passage_id])}\n")
+    while (pair := labelling.next()) is not None:
+        number, place, count = labelling.place(pair)
+        show(f"\nQuery {number} of {len(pool.queries)}: {printable(pool.queries[pair[0]])}")
+        show(f"Passage {place} of {count}:\n{printable(pool.corpus[pair[1]])}\n")
         try:
             typed = ask(f"{_KEYS}: ").strip().lower()
         except EOFError:
             typed = _QUIT
         if typed == _QUIT:
             return
-        if typed == _UNDO:
-            ours = set(keys.values())
-            last = next((key for key in reversed(answers) if key in ours), None)
-            if last is None:
+        if typed == UNDO:
+            if not labelling.undo():
                 show("There is nothing to undo.")
-            else:
-                del answers[last]
-                append_json_line(path, {"query": last[0], "text": last[1], "answer": _UNDO})
-        elif typed in _GRADES or typed == _SKIP:
-            answers[keys[pair]] = typed
-            query, text = keys[pair]
-            append_json_line(path, {"query": query, "passage": passage_id, "text": text, "answer": typed})
-        else:
+        elif not labelling.answer(pair, typed):
             show(f"Not understood: {typed!r:.40}.")
 
 
-def _read(path: Path) -> dict[Key, str]:
-    """The answers of earlier calls in their order; creates the file's folder."""
+def read_answers(path: str | os.PathLike[str]) -> dict[Key, str]:
+    """The answers in a file in their order, none of a file that is missing; creates the file's folder.
+
+    Raises:
+        DatasetError: The file holds something else.
+        OSError: The folder cannot be created.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.stat().st_size == 0:
         return {}
@@ -162,7 +232,7 @@ def _read(path: Path) -> dict[Key, str]:
         for line in lines:
             key = (line["query"], line["text"])
             answers.pop(key, None)
-            if line["answer"] != _UNDO:
+            if line["answer"] != UNDO:
                 answers[key] = line["answer"]
     except (KeyError, TypeError, OSError, ValueError):
         lines = []

@@ -209,7 +209,7 @@ def resume(job_id: str, services: ServicesOf, caller: Trainer) -> Job:
     return shown(services.apply(job_id, ResumeRequested()))
 
 
-def _stream_start(
+def stream_start(
     job_id: str,
     services: ServicesOf,
     caller: Reader,
@@ -231,7 +231,7 @@ def _stream_start(
 
 @router.get("/{job_id}/events", response_class=EventSourceResponse)
 async def events(
-    job_id: str, request: Request, services: ServicesOf, start: Annotated[int, Depends(_stream_start)]
+    job_id: str, request: Request, services: ServicesOf, start: Annotated[int, Depends(stream_start)]
 ) -> AsyncIterator[ServerSentEvent]:
     """The job's events as they happen, from its first one or from the one after `Last-Event-ID`.
 

@@ -32,6 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from llama_index_lora_embed.config import MANIFEST_NAME
 from llama_index_lora_embed.core.errors import ConfigError, DeviceMemoryError, LoraEmbedError
 from llama_index_lora_embed.service.jobs.order import config_of, without_paths
+from llama_index_lora_embed.service.jobs.report import write_report
 from llama_index_lora_embed.service.jobs.state import (
     Checkpointed,
     Event,
@@ -150,7 +151,8 @@ class Worker:
         with self._interruptible():
             if heartbeat.reason or self.stopping:
                 raise KeyboardInterrupt
-            run_finetune(config, callbacks=[callback])
+            result = run_finetune(config, callbacks=[callback])
+        write_report(result, self.settings, job.id)
 
     def _is_trained_elsewhere(self, job_id: str) -> bool:
         """Whether a process that has lost the job's lease is still in its run directory, and will stop soon."""

@@ -13,14 +13,9 @@ from llama_index_lora_embed import LabelledPairs, LoraFinetuneEngine, compare_re
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, MissingExtraError, OutputDirectoryError
 from llama_index_lora_embed.evaluation import RunFacts, write_report
 from tests.conftest import make_dataset, make_engine
+from tests.helpers.browser import BROWSER, QUIET
 from tests.helpers.evaluation import labels_and_similarities, noisy_evaluation, pair_evaluation
 
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-# without these it connects to hosts of its vendor
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run", "--disable-quic"]  # fmt: skip
 PLOTS = {"curves", "metrics", "similarities", "slices", "map"}
 
 

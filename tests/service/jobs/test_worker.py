@@ -12,7 +12,7 @@ from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError
 from llama_index_lora_embed.engines import run as run_module
 from llama_index_lora_embed.service.data import inline_rows
 from llama_index_lora_embed.service.jobs.order import config_of, order
-from llama_index_lora_embed.service.jobs.state import CancelRequested, PauseRequested, ResumeRequested
+from llama_index_lora_embed.service.jobs.state import CancelRequested, PauseRequested, ResumeRequested, RunDeleted
 from llama_index_lora_embed.service.jobs.worker import Worker
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.training.trainer import LoraTrainer
@@ -95,6 +95,11 @@ def test_a_job_is_trained_and_its_result_is_that_of_its_manifest(services, calm)
     assert job.checkpoint == 9
     assert same(services, job_id, calm)
     assert not (services.settings.models_dir / f"{job_id}.previous").exists()
+    report = services.settings.report(job_id).read_text()
+    assert job.result["verdict"] in report
+    assert services.settings.without_folders(report) == report, "no folder of this machine"
+    services.apply(job_id, RunDeleted())
+    assert services.settings.report(job_id).exists()
 
 
 @pytest.mark.parametrize(("event", "status"), [(PauseRequested(), "paused"), (CancelRequested(), "cancelled")])

@@ -1,0 +1,1 @@
+"""The web page at `/`: jobs, adapters with their reports, queries side by side, and labelling; made by the server."""
