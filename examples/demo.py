@@ -156,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, help="folder of your own documents")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for adapter and index")
+    parser.add_argument("--data-only", action="store_true", help="write training and test data, for run.yaml, and stop")
     parser.add_argument("--query", help="query for the index at the end")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -170,6 +171,11 @@ def main() -> None:
     else:
         engine = train_python(nodes, base, args.out)
     print(engine.data_report)
+    for name, dataset in (("train", engine.dataset), ("val", engine.val_dataset)):
+        dataset.save_json(args.out / f"{name}.json")
+    if args.data_only:
+        print(f"data in {args.out}")
+        return
     result = engine.finetune()
 
     index_path = args.out / "chroma"

@@ -1,4 +1,4 @@
-"""`train` and `config-schema`."""
+"""`train`, `doctor` and `config-schema`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from llama_index_lora_embed.cli.command import InterruptedWithHint, Outcome, command
+from llama_index_lora_embed.cli.command import ERROR, InterruptedWithHint, Outcome, command
 from llama_index_lora_embed.cli.flags import takes_config
 from llama_index_lora_embed.cli.options import LLM, LLM_OPTIONS, REQUIRE, exit_code, llm_of
 from llama_index_lora_embed.config import FinetuneConfig
+
+DRY_RUN = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what the run will do and how long it will take; train and write nothing."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -20,16 +26,23 @@ def register(app: typer.Typer) -> None:
     command(
         app,
         "lora-embed train --config run.yaml",
+        "lora-embed train --config run.yaml --dry-run",
         "lora-embed train --config run.yaml --epochs 2 --model-output-path runs/short --require no-worse",
         "lora-embed train --dataset train.json --val-dataset val.json --model-id base --model-output-path runs/flags",
         "lora-embed train --nodes documents --model-id base --model-output-path runs/nodes --json",
     )(train)
     command(app, "lora-embed config-schema", name="config-schema")(config_schema)
+    command(app, "lora-embed doctor --config run.yaml", "lora-embed doctor --model-id base")(doctor)
 
 
 @takes_config()
 def train(
-    config: FinetuneConfig, *, llm: LLM = None, llm_options: LLM_OPTIONS = None, require: REQUIRE = None
+    config: FinetuneConfig,
+    *,
+    dry_run: DRY_RUN = False,
+    llm: LLM = None,
+    llm_options: LLM_OPTIONS = None,
+    require: REQUIRE = None,
 ) -> Outcome:
     """Train an adapter, evaluate it against the base, and write it.
 
@@ -37,9 +50,13 @@ def train(
     with or without its group, so that --training.epochs is --epochs. Lists and mappings are written in YAML.
     """
     from llama_index_lora_embed.engines import run_finetune
+    from llama_index_lora_embed.engines.dry_run import dry_run as planned
     from llama_index_lora_embed.evaluation import Verdict
     from llama_index_lora_embed.training.callbacks import ProgressLines
 
+    if dry_run:
+        plan = planned(config, llm=llm_of(llm, llm_options))
+        return Outcome(plan, str(plan))
     bars = sys.stderr.isatty()
     if not bars:
         config = config.replace(training=config.training.replace(show_progress_bar=False))
@@ -61,6 +78,18 @@ def _how_to_resume(config: FinetuneConfig, started: float) -> str:
     if newest is None or newest.stat().st_mtime < started:
         return "No step was taken yet, so there is no checkpoint."
     return f"The checkpoint {newest} is kept; the same command with --resume-from-checkpoint true goes on from it."
+
+
+@takes_config("data", "base", "training", "output")
+def doctor(config: FinetuneConfig) -> Outcome:
+    """Look at versions, hardware, precision, disk, model and data: what a run will do, and how long it will take.
+
+    The time comes from a second of work that is measured now. Exit code 1 says that a run would fail.
+    """
+    from llama_index_lora_embed.engines.doctor import examine
+
+    found = examine(config)
+    return Outcome(found, str(found), ERROR if found.problems else 0)
 
 
 def config_schema() -> Outcome:

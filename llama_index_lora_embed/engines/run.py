@@ -82,6 +82,33 @@ def run_finetune(
         ConfigError: There is no data, or arguments are wrong; all of them are named.
         LoraEmbedError: As `LoraFinetuneEngine` and its `finetune`.
     """
+    run = run_of(
+        config,
+        dataset=dataset,
+        val_dataset=val_dataset,
+        nodes=nodes,
+        llm=llm,
+        query_generators=query_generators,
+        loss=loss,
+        lora_config=lora_config,
+        teacher=teacher,
+    )
+    return run.execute(callbacks, train_kwargs)
+
+
+def run_of(
+    config: FinetuneConfig,
+    *,
+    dataset: TrainingData | Any | None = None,
+    val_dataset: TrainingData | Any | None = None,
+    nodes: Sequence[BaseNode] | None = None,
+    llm: LLM | None = None,
+    query_generators: Iterable[QueryGenerator] | None = None,
+    loss: Any | None = None,
+    lora_config: LoraConfig | None = None,
+    teacher: Any | None = None,
+) -> FinetuneRun:
+    """The run that `run_finetune` executes: data read or generated, everything checked, no model loaded for it."""
     data = config.data
     if dataset is None and nodes is None:
         if (data.dataset is None) == (data.nodes is None):
@@ -102,12 +129,10 @@ def run_finetune(
         config, teacher = config.replace(teacher=teacher if by_name else None), None if by_name else teacher
     objects: dict[str, Any] = {"loss": loss, "lora_config": lora_config, "teacher": teacher}
     if nodes is None:
-        run = prepare(config, dataset, val_dataset, **objects)
-    else:
-        if query_generators is None and data.query_generators is not None:
-            query_generators = generators_of(config, llm, journal_of(config))
-        run = run_from_nodes(config, nodes, val_dataset, query_generators, llm, **objects)
-    return run.execute(callbacks, train_kwargs)
+        return prepare(config, dataset, val_dataset, **objects)
+    if query_generators is None and data.query_generators is not None:
+        query_generators = generators_of(config, llm, journal_of(config))
+    return run_from_nodes(config, nodes, val_dataset, query_generators, llm, **objects)
 
 
 def run_from_nodes(

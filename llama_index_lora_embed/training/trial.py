@@ -1,0 +1,135 @@
+"""A few steps of a run, tried and thrown away, to say how long all of it takes."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from llama_index_lora_embed.config import FinetuneConfig, TrainingSettings
+from llama_index_lora_embed.data.training_data import TrainingData
+from llama_index_lora_embed.models.kernels.attention import blocked_attention
+from llama_index_lora_embed.models.kernels.lora import fused_lora
+from llama_index_lora_embed.models.kernels.precision import resolve_precision
+from llama_index_lora_embed.training.arguments import training_arguments
+from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
+from llama_index_lora_embed.training.examples import TrainingGroup
+from llama_index_lora_embed.training.lora import add_lora, train_further
+from llama_index_lora_embed.training.objectives.plan import training_plan
+from llama_index_lora_embed.training.trainer import LoraTrainer
+
+_BATCH_SIZE = TrainingSettings().batch_size
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was tried.
+
+    Attributes:
+        steps: Steps of the whole run.
+        steps_per_epoch: Of one pass over the data.
+        batch_size: Passages or examples of a step.
+        step_seconds: Mean wall time of the steps that were tried, without the first one.
+        tried: Number of steps that were tried.
+        precision: "bf16" or "fp32".
+        memory_mb: Highest memory so far: of the device, or on a CPU of this process, its libraries included; None where
+            that is not known.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    step_seconds: float
+    tried: int
+    precision: str
+    memory_mb: float | None
+
+
+def try_steps(
+    model: SentenceTransformer,
+    dataset: TrainingData,
+    groups: list[TrainingGroup],
+    config: FinetuneConfig,
+    *,
+    seconds: float = 1.0,
+    lora_config: Any = None,
+) -> Trial:
+    """Compute losses and gradients of a run's batches for about a second, at least twice; nothing is written or learnt.
+
+    The optimiser is left out: its step over the few weights of a LoRA is short beside them.
+
+    Args:
+        model: Loaded starting model, on which `set_length` was called; it gets the run's LoRA.
+        dataset: Checked training set.
+        groups: Its groups; empty for labelled pairs.
+        config: Of the run; its objective must need no teacher.
+        seconds: Wall time of the steps.
+        lora_config: peft's configuration.
+
+    Raises:
+        LoraEmbedError: As `train`.
+    """
+    settings = config.training
+    if getattr(model.transformers_model, "peft_config", None):
+        train_further(model)
+    else:
+        add_lora(model, lora_config, settings)
+    precision = resolve_precision(settings.precision, model.device)
+    plan = training_plan(model, dataset, groups, None, settings, config.objective)
+    size = _BATCH_SIZE if settings.batch_size == "auto" else settings.batch_size
+    assert isinstance(size, int)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        trainer = LoraTrainer(
+            selection=CheckpointSelection(None, "", settings.adapter_scale, None, None),
+            precision=precision,
+            base_dropout=settings.base_dropout,
+            warmup_ratio=settings.warmup_ratio,
+            run_record={},
+            model=model,
+            **plan.inputs,
+            args=training_arguments(settings, Path(folder), size, plan, {}),
+        )
+        steps, loader = trainer.total_steps(), trainer.get_train_dataloader()
+        if settings.fused_lora:
+            stack.enter_context(fused_lora(model))
+        if settings.fused_attention:
+            stack.enter_context(blocked_attention(model))
+        times: list[float] = []
+        for batch in cycle(loader):
+            started = time.perf_counter()
+            prepared = trainer._prepare_inputs(batch)
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, prepared)
+            loss.backward()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+            if len(times) > 1 and sum(times) >= seconds:
+                break
+        model.zero_grad(set_to_none=True)
+    counted = times[1:]  # the first one compiles kernels
+    return Trial(
+        steps, len(loader), size, sum(counted) / len(counted), len(times), precision, highest_memory_mb(model.device)
+    )
+
+
+def highest_memory_mb(device: torch.device) -> float | None:
+    """Megabytes that were in use at most: on a CUDA device, or by this process; None where that is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**20
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
