@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from llama_index_lora_embed.cli import adapters, data, evaluation, models, tokens, training
+from llama_index_lora_embed.cli import adapters, data, evaluation, models, serve, tokens, training
 from llama_index_lora_embed.cli.command import MARKUP
 from llama_index_lora_embed.cli.flags import normal_name
 
@@ -26,5 +26,5 @@ def options() -> None:
     """
 
 
-for part in (data, training, evaluation, models, adapters, tokens):
+for part in (data, training, evaluation, models, adapters, serve, tokens):
     part.register(app)

@@ -66,7 +66,7 @@ def list_tokens() -> Outcome:
     with _tokens() as tokens:
         rows = [_shown(row) for row in tokens.list()]
     lines = [f"{row.id}  {row.name}  {','.join(row.scopes)}  {'revoked' if row.revoked else 'valid'}" for row in rows]
-    return Outcome(rows, "\n".join(lines))
+    return Outcome(rows, "\n".join(lines) or "no tokens yet")
 
 
 def revoke(token: Annotated[str, typer.Argument(help="The token's id, as `list` shows it.")]) -> Outcome:
