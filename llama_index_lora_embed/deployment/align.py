@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from llama_index_lora_embed.models.embedding_adapter import BaseAdapter
 
-AlignmentKind = Literal["auto", "orthogonal", "affine", "mlp"]
+AlignmentKind = Literal["auto", "identity", "orthogonal", "affine", "mlp"]
 
 LOW = 0.95
 """Share of the recall below which a bridge warns. Drift-Adapter (EMNLP 2025, arXiv 2509.23471) reports that its maps
@@ -47,7 +47,7 @@ class Alignment:
     Attributes:
         path: The written directory.
         embed_model: The new model with the map, as `AdapterEmbeddingModel(new_model, path)` reads it.
-        kind: The map: "orthogonal", "affine" or "mlp".
+        kind: The map: "identity" (none), "orthogonal", "affine" or "mlp".
         tried: For each kind the share of neighbours kept, on passages that were held out for the choice.
         pairs: Passages that were learnt from.
         queries: Queries that recall was measured on.
@@ -164,7 +164,8 @@ def align_index(
         index with it: their vectors are mapped, too.
 
     Raises:
-        ConfigError: Arguments are wrong, or the store cannot list its vectors.
+        ConfigError: Arguments are wrong, "identity" is between different dimensions, or the store cannot list its
+            vectors.
         DatasetError: There are too few passages with text; or the store is empty, has unusable vectors, or lacks
             passages of the dataset.
         WrongIndexError: `old_model` did not build the index.
@@ -203,10 +204,17 @@ def align_index(
     drawn = draw_sample(passages_with_text(stored, dataset, learnt), dataset, sample, seed)
 
     new = embed_new(drawn.texts, "passage")
+    dimensions = (new.shape[1], stored.dimensions)
+    if kind == "identity" and len({*dimensions}) > 1:
+        raise ConfigError(
+            f"kind='identity' from {dimensions[0]} dimensions to {dimensions[1]}",
+            "another map, because vectors of different lengths cannot be compared",
+            "Leave kind out.",
+        )
     maps = {
         name: learn_map(name, new[drawn.learn], drawn.old[drawn.learn], seed=seed)
         for name in KINDS
-        if kind in ("auto", name)
+        if kind in ("auto", name) and not (name == "identity" and len({*dimensions}) > 1)
     }
     tried: dict[str, float] = {
         name: _neighbours(adapter, new, drawn, drawn.choose, k) for name, adapter in maps.items()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llama_index_lora_embed.models.embedding_adapter import BaseAdapter, LinearLayer, LinearThenResidual
 
-AlignmentKind = Literal["orthogonal", "affine", "mlp"]
+AlignmentKind = Literal["identity", "orthogonal", "affine", "mlp"]
 KINDS: tuple[AlignmentKind, ...] = get_args(AlignmentKind)
 """From the one with the fewest degrees of freedom to the one with the most."""
 
@@ -29,6 +29,8 @@ _HELD_OUT = 10  # one pair in so many
 def learn_map(kind: AlignmentKind, new: FloatArray, old: FloatArray, *, seed: int = 0) -> BaseAdapter:
     """A map that takes vectors of the new model near to those of the old one.
 
+    - "identity": no map, for a model that was trained further and is still near to what it was; it needs as many
+      dimensions as the old model has.
     - "orthogonal": the rotation between the centred vectors that leaves the least squared distance (Procrustes
       analysis; Schönemann 1966), which keeps angles and thus the new model's own neighbourhoods. Between different
       dimensions it is semi-orthogonal.
@@ -52,6 +54,8 @@ def learn_map(kind: AlignmentKind, new: FloatArray, old: FloatArray, *, seed: in
 
             fitted = RidgeCV(alphas=_RIDGES).fit(new, old)
             return _linear(fitted.coef_, fitted.intercept_)
+        if kind == "identity":
+            return _linear(np.eye(old.shape[1], new.shape[1]), np.zeros(old.shape[1]))
         rotation = _procrustes(new, old)
         return rotation if kind == "orthogonal" else _with_residual(rotation, new, old)
 

@@ -139,6 +139,15 @@ def test_each_kind_maps_to_the_dimensions_of_the_index(kind: Any, index: VectorS
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_model_that_is_still_near_to_the_old_one_needs_no_map(index: VectorStoreIndex, tmp_path: Path) -> None:
+    made = quiet(index, OLD, tmp_path / "b", dataset=DATA)
+    assert (made.kind, list(made.tried)) == ("identity", ["identity", "orthogonal", "affine", "mlp"])
+    assert made.kept == made.tried["identity"] == 1
+    with pytest.raises(ConfigError, match="from 28 dimensions to 24"):
+        align_index(index, NEW, tmp_path / "c", dataset=DATA, kind="identity")
+    assert not (tmp_path / "c").exists()
+
+
 def test_without_queries_sentences_of_held_out_passages_stand_for_them(tmp_path: Path) -> None:
     corpus = {i: f"{' '.join(text.split()[:5])}. {' '.join(text.split()[5:])}." for i, text in DATA.corpus.items()}
     data = EmbeddingQAFinetuneDataset(queries={}, corpus=corpus, relevant_docs={})

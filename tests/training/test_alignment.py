@@ -28,7 +28,13 @@ def cosine(adapter: BaseAdapter, new: np.ndarray, old: np.ndarray) -> float:
     return float((mapped(adapter, new) * old).sum(axis=1).mean())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_no_map_leaves_vectors_as_they_are() -> None:
+    assert KINDS[0] == "identity"
+    new = vectors()
+    np.testing.assert_array_equal(mapped(learn_map("identity", new, new @ rotation()), new), unit_norm(new))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_rotation_is_found_and_holds_for_vectors_that_were_not_learnt_from(kind: str) -> None:
     new, turn = vectors(), rotation()
     adapter = learn_map(kind, new[:300], new[:300] @ turn)  # type: ignore[arg-type]
