@@ -26,6 +26,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=settings.shutdown_s,
+                # longer than clients keep a connection (httpx: 5 s, uvicorn's own default), or both close it at once
+                timeout_keep_alive=75,
             )
         )
 
