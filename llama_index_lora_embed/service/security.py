@@ -143,33 +143,34 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def require(scope: TokenScope) -> Callable[[Request], Caller]:
-    """A dependency of routes: the caller, who must have a scope, and has not sent too many requests.
+def require(*scopes: TokenScope) -> Callable[[Request], Caller]:
+    """A dependency of routes: the caller, who must have one of these scopes, and has not sent too many requests.
 
     Example:
         >>> @router.get("/v1/things")  # doctest: +SKIP
         ... def things(caller: Annotated[Caller, Depends(require("read"))]) -> list[str]: ...
 
     Raises:
-        ServiceError: 401, there is no valid token; 403, it does not have the scope; 429, too many requests.
+        ServiceError: 401, there is no valid token; 403, it has none of the scopes; 429, too many requests.
     """
 
     def dependency(request: Request) -> Caller:
         services = request.app.state.services
         caller = LOCAL if services.settings.auth == "off" else _authenticated(request, services.tokens)
         services.rates.take(caller.id)
-        check_scope(caller, scope)
+        check_scope(caller, *scopes)
         return caller
 
     return dependency
 
 
-def check_scope(caller: Caller, scope: TokenScope) -> None:
-    """Raise `ServiceError` (403) for a caller without a scope."""
-    if not caller.may(scope):
+def check_scope(caller: Caller, *scopes: TokenScope) -> None:
+    """Raise `ServiceError` (403) for a caller with none of these scopes."""
+    if not any(caller.may(scope) for scope in scopes):
+        wanted = " or ".join(scopes)
         raise ServiceError(
-            f"a token without the scope {scope!r}",
-            f"one with {scope!r}",
+            f"a token without the scope {wanted}",
+            f"one with {wanted}",
             "The operator of the service can make one: lora-embed token create.",
             status=403,
             code="insufficient_scope",

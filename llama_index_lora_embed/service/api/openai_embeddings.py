@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from llama_index_lora_embed.service.api.dependencies import Reader, ServicesOf
+from llama_index_lora_embed.service.api.dependencies import ServicesOf
 from llama_index_lora_embed.service.embedding import Embedded, ServedModel, Side
 from llama_index_lora_embed.service.errors import ServiceError
 from llama_index_lora_embed.service.limits import StrictRoute
@@ -24,6 +24,8 @@ router = APIRouter(prefix="/v1", tags=["OpenAI: embeddings"], route_class=Strict
 
 Embedder = Annotated[Caller, Depends(require("embed"))]
 """A caller who may embed and evaluate."""
+User = Annotated[Caller, Depends(require("embed", "read"))]
+"""A caller who may know names of models."""
 
 
 class EmbeddingsRequest(BaseModel):
@@ -53,13 +55,13 @@ async def embeddings(body: EmbeddingsRequest, caller: Embedder, services: Servic
 
 
 @router.get("/models")
-def models(caller: Reader, services: ServicesOf) -> dict[str, Any]:
+def models(caller: User, services: ServicesOf) -> dict[str, Any]:
     """The models that the caller can name."""
     return {"object": "list", "data": [_model(card) for card in services.models.cards(caller.owner)]}
 
 
 @router.get("/models/{model:path}")
-def model(model: str, caller: Reader, services: ServicesOf) -> dict[str, Any]:
+def model(model: str, caller: User, services: ServicesOf) -> dict[str, Any]:
     """One of the models."""
     for card in services.models.cards(caller.owner):
         if card.name == model:

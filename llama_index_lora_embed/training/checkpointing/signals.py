@@ -52,7 +52,11 @@ class StopRequest:
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # the second one
             self.__exit__()
-            signal.raise_signal(number)
+            try:
+                signal.raise_signal(number)
+            finally:
+                if self.signal != number:  # who sent the first one still waits for its effect
+                    signal.raise_signal(self.signal)
             return
         self.signal = signal.Signals(number)
         logger.warning(

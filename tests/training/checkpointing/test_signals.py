@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from llama_index_lora_embed.training.checkpointing.checkpoints import checkpoints
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
+from llama_index_lora_embed.training.checkpointing.signals import StopRequest
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.helpers.training import checkpointing_engine as engine
 from tests.helpers.training import signal_in
@@ -95,6 +96,23 @@ def test_a_second_ctrl_c_stops_at_once(tiny_model, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         engine(tiny_model, tmp_path / "run").finetune()
     assert checkpoints(tmp_path / "run.run") == []
+
+
+def test_a_second_signal_of_another_kind_does_not_hide_the_first():
+    def both() -> None:
+        with StopRequest():
+            signal.raise_signal(signal.SIGTERM)
+            assert seen == []
+            signal.raise_signal(signal.SIGINT)
+
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            both()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
 
 
 def test_an_ignored_signal_stays_ignored(tiny_model, tmp_path, monkeypatch):
