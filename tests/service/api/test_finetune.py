@@ -177,7 +177,7 @@ def test_heartbeats_come_where_there_is_no_news(tmp_path, tiny_model):
     made = ServiceSettings(
         data_dir=tmp_path, auth="off", allowed_models={"tiny": tiny_model}, sse_heartbeat_s=0.5, device="cpu"
     )
-    with TestClient(create_app(made)) as client:
+    with TestClient(create_app(made), "http://127.0.0.1") as client:
         job_id = client.post("/v1/finetune", json=job_request()).json()["job_id"]
         threading.Timer(1.6, client.app.state.stopping.set).start()
         events = sse_events(client.get(f"/v1/finetune/{job_id}/events").text)
