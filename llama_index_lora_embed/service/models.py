@@ -27,6 +27,7 @@ _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIDES: dict[str, Side] = {"-query": "query", "-passage": "passage"}
 _INDEX = "versions.jsonl"  # of a registry
 _PAGE = 500
+_KNOWN = 1000  # jobs that are not looked up again
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Models:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._settings = services.settings
+        self._jobs: dict[str, JobState] = {}  # by names that were asked for; a job that has succeeded stays so
 
     def find(self, name: str, owner: str | None) -> ServedModel:
         """What a name stands for.
@@ -101,13 +103,21 @@ class Models:
         short = name.rpartition(":")[2] if name.startswith("ft:") else name.removeprefix(_JOB)
         if not (name.startswith(("ft:", _JOB)) and re.fullmatch(r"[A-Za-z0-9]{8,64}", short)):
             return None
+        known = self._jobs.get(name)
+        if known is not None:
+            return known if owner in (None, known.spec.owner) else None
         with self._services.database.read() as session:
             query = select(JobRow).where(JobRow.status == "succeeded", col(JobRow.id).startswith(_JOB + short))
             if owner is not None:
                 query = query.where(JobRow.owner == owner)
             rows = session.exec(query).all()
         jobs = [JobState.model_validate_json(row.state) for row in rows]
-        return next((job for job in jobs if name in (job.id, fine_tuned_model(job))), None)
+        found = next((job for job in jobs if name in (job.id, fine_tuned_model(job))), None)
+        if found is not None:
+            if len(self._jobs) >= _KNOWN:
+                self._jobs.clear()
+            self._jobs[name] = found
+        return found
 
     def registry(self, adapter: str) -> RunRegistry:
         """The versions of an adapter, which may not exist yet.

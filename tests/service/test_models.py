@@ -54,6 +54,7 @@ def test_the_model_of_a_job_is_its_owners_and_an_admins(services, adapter):
     refused(services, name, "token-2")
     refused(services, job.id, "token-2")
     assert services.models.find(name, "token-1") == services.models.find(name, None)
+    refused(services, name, "token-2")  # also once the model is known
     assert [card.name for card in services.models.cards("token-2")] == ["tiny"]
     assert [card.name for card in services.models.cards("token-1")] == ["tiny", name]
 
