@@ -2,11 +2,13 @@
 
     python benchmarks/service.py
     python benchmarks/service.py --adapters 8 --clients 200 --requests 1000 --out service.json
+    python benchmarks/service.py --in-process
     python benchmarks/service.py --smoke
 
-Server and worker are processes on a temporary folder. Each request embeds one query of 5 to 15 words with one of the
+`--in-process` measures what computes the embeddings alone, without HTTP and without the clients' own work. Otherwise
+server and worker are processes on a temporary folder. Each request embeds one query of 5 to 15 words with one of the
 adapters in turn, so that requests that come together are for different adapters; every fifth of the many clients'
-requests asks for the status of a job instead. The vectors of both ways must agree.
+requests is followed by one for the status of a job. The vectors of both ways must agree.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +39,7 @@ from adapters import make_adapters
 from speed import toy
 from speed.machine import load, machine
 
+from llama_index_lora_embed.service.embedding import Batcher, ServedModel
 from llama_index_lora_embed.service.jobs.state import JobSpec, Succeeded
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.settings import ServiceSettings
@@ -118,6 +122,32 @@ def measure(requests: list[tuple[str, str]], clients: int, status_of: str | None
     return {**figures, "p50_ms": round(float(p50), 1), "p99_ms": round(float(p99), 1), "load": load()}, vectors
 
 
+def measure_batcher(model: str, paths: list[str], texts: list[str]) -> dict[str, Any]:
+    """Texts per second of processor time, one at a time and all at once, medians of three."""
+    batcher = Batcher(device="cpu")
+    served = [ServedModel(model, paths[i % len(paths)]) for i in range(len(texts))]
+    made: dict[str, Any] = {}
+
+    def one() -> None:
+        made["one"] = [batcher.submit(m, [t], "query").result().vectors[0] for m, t in zip(served, texts, strict=True)]
+
+    def many() -> None:
+        futures = [batcher.submit(m, [t], "query") for m, t in zip(served, texts, strict=True)]
+        made["many"] = [future.result().vectors[0] for future in futures]
+
+    rates: dict[str, list[float]] = {"one at a time": [], "at once": []}
+    many()  # loads base and adapters
+    for _ in range(3):
+        for name, run in (("one at a time", one), ("at once", many)):
+            started = time.process_time()
+            run()
+            rates[name].append(len(texts) / (time.process_time() - started))
+    batcher.close()
+    assert float(np.abs(np.array(made["one"]) - np.array(made["many"])).max()) < 1e-5
+    found = {name: round(median(values), 1) for name, values in rates.items()}
+    return {**found, "ratio": round(found["at once"] / found["one at a time"], 2), "load": load()}
+
+
 def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,6 +155,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--in-process", action="store_true", help="without HTTP")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="few requests, to see that it runs")
     options = parser.parse_args()
@@ -134,6 +165,12 @@ def main() -> None:
 
     model = options.model or str(get_model_path())
     rng = random.Random(0)
+    if options.in_process:
+        with tempfile.TemporaryDirectory() as made:
+            texts = [" ".join(rng.choices(toy.WORDS, k=rng.randint(5, 15))) for _ in range(200)]
+            paths = list(make_adapters(model, Path(made), options.adapters).values())
+            print(json.dumps({**measure_batcher(model, paths, texts), "machine": machine()}, indent=2))
+        return
     with tempfile.TemporaryDirectory() as made, running(data := Path(made) / "data", model):
         paths = make_adapters(model, Path(made), options.adapters)
         names = register(data, model, list(paths.values()))
