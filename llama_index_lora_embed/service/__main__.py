@@ -11,8 +11,6 @@ from llama_index_lora_embed.service.app import create_app
 from llama_index_lora_embed.service.logs import configure_logging
 from llama_index_lora_embed.service.settings import ServiceSettings
 
-_KEEP_ALIVE_S = 75  # longer than proxies and clients keep idle connections, so that none sends into one that closes
-
 
 class Server(uvicorn.Server):
     """uvicorn's server, which tells the application's streams to end before it waits for open requests."""
@@ -27,7 +25,6 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=settings.shutdown_s,
                 # longer than clients keep a connection (httpx: 5 s, uvicorn's own default), or both close it at once
                 timeout_keep_alive=75,
