@@ -50,7 +50,8 @@ class EmbeddingAdapterFinetuneEngine:
     temperature (was 0.05). Without a `val_dataset` a tenth of the queries is held out.
 
     Start with it where an index must keep its vectors: it takes seconds. For an open model, `LoraFinetuneEngine` with
-    `tune="query"` gained more, and tuning both sides most (docs/query-side.md, "Which to take").
+    `tune="query"` gained a little more with up to 1,000 labels, and tuning both sides most (docs/query-side.md, "Which
+    to take").
 
     Vectors are compared by cosine: the adapter sees vectors of length 1, and its result gets the length of the
     embedding model's vector. Constructing an engine loads no model and embeds nothing.

@@ -47,8 +47,8 @@ class LoraFinetuneEngine:
     old engine's: `batch_size` is 32 (was 10: the other passages of a batch are the negatives), `epochs` is 4 (was 2).
     Without a `val_dataset` a tenth of the queries is held out.
 
-    Tuning both sides gained most. Where an index must keep its vectors, `tune="query"` gained more than
-    `EmbeddingAdapterFinetuneEngine`, which takes a fraction of the time (docs/query-side.md, "Which to take").
+    Tuning both sides gained most. Where an index must keep its vectors, `EmbeddingAdapterFinetuneEngine` takes seconds;
+    `tune="query"` gained a little more with up to 1,000 labelled queries (docs/query-side.md, "Which to take").
 
     Constructing an engine loads no model.
 
