@@ -7,13 +7,12 @@ const page = document.getElementById("job");
 const part = (name) => page.querySelector(`[data-part="${name}"]`);
 const live = page.dataset.live === "yes";
 const points = []; // [step, loss]
-let [status, latest, drawing] = [page.dataset.status, null, false];
+let [status, latest, drawing, settling] = [page.dataset.status, null, false, 0];
 
 function draw() {
   drawing = false;
-  part("status").textContent = status;
   if (latest) {
-    part("bar").value = status === "succeeded" ? 1 : latest.step / Math.max(1, latest.total);
+    part("bar").value = page.dataset.status === "succeeded" ? 1 : latest.step / Math.max(1, latest.total);
     const loss = latest.loss === null ? "" : `, loss ${latest.loss.toPrecision(4)}`;
     const rate = latest.learning_rate === null ? "" : `, learning rate ${latest.learning_rate.toExponential(2)}`;
     part("numbers").textContent = `step ${latest.step} of ${latest.total}${loss}${rate}`;
@@ -51,6 +50,10 @@ function take(event) {
     if (latest.loss !== null) {
       points.push([latest.step, latest.loss]);
     }
+  }
+  if (live) {
+    clearTimeout(settling); // the stream begins with the past, whose statuses nobody needs to see
+    settling = setTimeout(() => (part("status").textContent = status), 300);
   }
   if (!drawing) {
     drawing = true;
