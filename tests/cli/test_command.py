@@ -138,3 +138,14 @@ def test_paths_are_those_of_the_working_directory(workplace, monkeypatch):
     monkeypatch.chdir("runs")
     done = lora_embed("eval handbook ../val.json")
     assert done.exit_code == 0, done.output
+
+
+def test_a_shell_completes_commands_and_flags():
+    for words, expected in (("lora-embed tra", "train"), ("lora-embed train --early", "--early-stopping-patience")):
+        environment = {
+            "_LORA_EMBED_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
+        done = program(env={**os.environ, **environment})
+        assert done.stdout.split() == [expected]
