@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_index_lora_embed.service.errors import ServiceError, error_body
+from llama_index_lora_embed.service.security import caller_of
 
 _FORM_BYTES = 2**16  # what a multipart form adds to the file in it
 _DRAINED = 2**24  # bytes of a refused body that are read, so that clients that send it all see the answer
@@ -122,13 +124,19 @@ class BodyLimit:
     async def _refuse(
         status: int, message: str, code: str, scope: Scope, receive: Receive, send: Send, *, unread: bool = True
     ) -> None:
-        drained = 0
-        while unread and drained < _DRAINED:
-            part = await receive()
-            drained += len(part.get("body", b"")) + 1
-            unread = bool(part.get("more_body"))
+        if unread:
+            await _drain(receive)
         answer = JSONResponse(error_body(message, status, code), status, {"Connection": "close"})
         await answer(scope, receive, send)
+
+
+async def _drain(receive: Receive) -> None:
+    """Read the rest of a refused body, up to a limit."""
+    drained, unread = 0, True
+    while unread and drained < _DRAINED:
+        part = await receive()
+        drained += len(part.get("body", b"")) + 1
+        unread = bool(part.get("more_body"))
 
 
 class _TooLarge(BaseException):
@@ -136,13 +144,18 @@ class _TooLarge(BaseException):
 
 
 class StrictRoute(APIRoute):
-    """A route whose JSON is read by `strict_json`."""
+    """A route for callers with a token, whose JSON is read by `strict_json`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, with a request of `_StrictRequest`."""
+        """FastAPI's handler, with a request of `_StrictRequest`; a body of a stranger is not stored."""
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
+            try:
+                await run_in_threadpool(caller_of, request)
+            except ServiceError:
+                await _drain(request.receive)
+                raise
             try:
                 return await handler(_StrictRequest(request.scope, request.receive))
             except HTTPException as error:  # FastAPI's, for whatever goes wrong while it reads a body

@@ -155,13 +155,26 @@ def require(*scopes: TokenScope) -> Callable[[Request], Caller]:
     """
 
     def dependency(request: Request) -> Caller:
-        services = request.app.state.services
-        caller = LOCAL if services.settings.auth == "off" else _authenticated(request, services.tokens)
-        services.rates.take(caller.id)
+        caller = caller_of(request)
+        request.app.state.services.rates.take(caller.id)
         check_scope(caller, *scopes)
         return caller
 
     return dependency
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sends a request; the token is looked up once.
+
+    Raises:
+        ServiceError: 401, there is no valid token.
+    """
+    if not hasattr(request.state, "caller"):
+        services = request.app.state.services
+        known = LOCAL if services.settings.auth == "off" else _authenticated(request, services.tokens)
+        request.state.caller = known
+    caller: Caller = request.state.caller
+    return caller
 
 
 def check_scope(caller: Caller, *scopes: TokenScope) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 
 from llama_index_lora_embed.service.errors import ServiceError, install_error_handlers
 from llama_index_lora_embed.service.limits import BodyLimit, Rates, StrictRoute, strict_json
+from llama_index_lora_embed.service.settings import ServiceSettings
 
 MOST = 300_000
 
@@ -32,6 +34,7 @@ def client() -> TestClient:
         return len(await request.body())
 
     app = FastAPI()
+    app.state.services = SimpleNamespace(settings=ServiceSettings(auth="off"))
     app.include_router(router)
     app.add_middleware(BodyLimit, max_bytes=MOST, larger={"/v1/files": 10_000})
     install_error_handlers(app)

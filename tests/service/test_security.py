@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
 
 from llama_index_lora_embed.core.errors import ConfigError
@@ -97,6 +98,15 @@ def test_requests_without_a_valid_token_are_refused_and_told_how(client, header)
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
     assert "Authorization: Bearer" in error["message"]
+
+
+def test_the_upload_of_a_stranger_is_not_stored_before_the_token_is_looked_at(client, monkeypatch):
+    def form(*_: object, **__: object) -> None:
+        raise AssertionError("the body was parsed")
+
+    monkeypatch.setattr(Request, "form", form)
+    given = {"files": {"file": ("t.jsonl", b"{}" * 100_000)}, "data": {"purpose": "fine-tune"}}
+    assert client.post("/v1/files", headers={"Authorization": "Bearer wrong"}, **given).status_code == 401
 
 
 def test_each_route_asks_for_its_scope(client):
