@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 @pytest.mark.slow
+@pytest.mark.extended  # test_training.py compares the same on the tiny model
 def test_the_demos_run_from_a_file_is_the_run_in_python(minilm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])

@@ -13,6 +13,7 @@ from tests.helpers.service_processes import environment, until
 
 
 @pytest.mark.slow
+@pytest.mark.extended  # tests/service starts both in other ways
 def test_server_and_worker_start_and_stop(tiny_model, tmp_path):
     env = environment(tmp_path / "data", {"tiny": tiny_model}, auth="off")
     log = tmp_path / "log"

@@ -100,6 +100,7 @@ def test_ten_kills_at_random_moments_end_no_job_twice_and_leave_the_adapters_of_
         assert files_of(models / job_id) == calm_run(env, job_id, tmp_path / f"calm{number}")
 
 
+@pytest.mark.extended
 def test_a_worker_that_was_frozen_longer_than_its_lease_commits_nothing(tiny_model, tmp_path, forks):
     env = environment(tmp_path / "data", {"tiny": tiny_model}, lease_s=3)
     api = api_of(env)

@@ -69,7 +69,7 @@ class Clicks:
         self.fits()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [pytest.param(1280, "light", marks=pytest.mark.extended), (390, "dark")])
 def test_a_whole_job_by_clicking(service, browser, tmp_path, width, scheme):
     clicks = Clicks(browser, width, scheme)
     page = clicks.page
