@@ -117,9 +117,10 @@ def test_llama_indexs_openai_like_class_indexes_and_queries_as_lora_embedding_do
     assert distance(sent.get_query_embedding("w1 w2"), lora_embedding.get_query_embedding("w1 w2")) < 1e-5
 
 
+@pytest.mark.extended
 def test_litellm_runs_the_loop(service, training_file, tmp_path, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    import litellm
+    litellm = pytest.importorskip("litellm")
 
     at = {"custom_llm_provider": "openai", "api_base": f"{service.url}/v1", "api_key": service.token}
     file = litellm.create_file(file=training_file.open("rb"), purpose="fine-tune", **at)
