@@ -32,8 +32,15 @@ def test_a_notebook_is_stored_without_outputs(path):
     assert path.stat().st_size < 20_000
 
 
+LONG = ("2_is_it_better", "4_several_domains_one_base")  # minutes each
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.extended] if path.stem in LONG else []) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs_from_a_clean_kernel(path, tmp_path):
     for file in (path, EXAMPLES / "python_queries.json"):
         shutil.copy(file, tmp_path)
