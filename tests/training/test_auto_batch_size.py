@@ -64,6 +64,7 @@ def test_the_trial_step_has_the_longest_texts_of_a_step_of_all_processes(tiny_mo
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_two_processes_use_the_size_that_fits_both(tiny_model, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(f"""

@@ -37,6 +37,7 @@ def gradient(path, rank=0):
     return {name.removeprefix("module."): tensor for name, tensor in stored.items()}
 
 
+@pytest.mark.extended
 def test_three_processes_cache_hidden_states(tiny_model, tmp_path):
     launcher = [*TORCHRUN[:-1], "3"]
     done = run(launcher, tiny_model, tmp_path / "run", arguments={"batch_size": 4, "lora_layers": 0.5})
