@@ -204,17 +204,17 @@ def align_index(
     drawn = draw_sample(passages_with_text(stored, dataset, learnt), dataset, sample, seed)
 
     new = embed_new(drawn.texts, "passage")
-    dimensions = (new.shape[1], stored.dimensions)
-    if kind == "identity" and len({*dimensions}) > 1:
+    comparable = new.shape[1] == stored.dimensions
+    if kind == "identity" and not comparable:
         raise ConfigError(
-            f"kind='identity' from {dimensions[0]} dimensions to {dimensions[1]}",
+            f"kind='identity' from {new.shape[1]} dimensions to {stored.dimensions}",
             "another map, because vectors of different lengths cannot be compared",
             "Leave kind out.",
         )
     maps = {
         name: learn_map(name, new[drawn.learn], drawn.old[drawn.learn], seed=seed)
         for name in KINDS
-        if kind in ("auto", name) and not (name == "identity" and len({*dimensions}) > 1)
+        if kind in ("auto", name) and (comparable or name != "identity")
     }
     tried: dict[str, float] = {
         name: _neighbours(adapter, new, drawn, drawn.choose, k) for name, adapter in maps.items()

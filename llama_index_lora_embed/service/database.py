@@ -44,6 +44,27 @@ def is_id(text: str) -> bool:
     return 0 < len(text) <= 64 and text.isascii() and text.replace("-", "").isalnum()
 
 
+def select_page(
+    query: Any, created: Any, row_id: Any, last: tuple[float, str] | None, limit: int, *, oldest_first: bool = False
+) -> Any:
+    """The rows of a query after the last one of the page before, by time and id; one more than the page holds.
+
+    Args:
+        query: The rows.
+        created: Column of the time.
+        row_id: Column of the id.
+        last: Time and id of the last row of the page before; None for the first page.
+        limit: Length of the page.
+        oldest_first: Instead of newest first.
+    """
+    if last is not None:
+        beyond = created > last[0] if oldest_first else created < last[0]
+        same = row_id > last[1] if oldest_first else row_id < last[1]
+        query = query.where(beyond | ((created == last[0]) & same))
+    ordered = (created, row_id) if oldest_first else (created.desc(), row_id.desc())
+    return query.order_by(*ordered).limit(limit + 1)
+
+
 class Database:
     """Sessions on a database.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from sqlmodel import Field, SQLModel, col, select
 
 from llama_index_lora_embed.core.files import whole_file
-from llama_index_lora_embed.service.database import Database, is_id, new_id
+from llama_index_lora_embed.service.database import Database, is_id, new_id, select_page
 from llama_index_lora_embed.service.errors import ServiceError, not_found, printable
 from llama_index_lora_embed.service.settings import ServiceSettings
 
@@ -124,14 +124,9 @@ class FileStore:
             query = query.where(FileRow.owner == owner)
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
-        created, file_id = col(FileRow.created), col(FileRow.id)
-        if after is not None:
-            last = self.get(after, owner)
-            beyond = created > last.created if oldest_first else created < last.created
-            same = file_id > last.id if oldest_first else file_id < last.id
-            query = query.where(beyond | ((created == last.created) & same))
-        ordered = (created, file_id) if oldest_first else (created.desc(), file_id.desc())
-        query = query.order_by(*ordered).limit(limit + 1)
+        last = None if after is None else self.get(after, owner)
+        place = None if last is None else (last.created, last.id)
+        query = select_page(query, col(FileRow.created), col(FileRow.id), place, limit, oldest_first=oldest_first)
         with self.database.read() as session:
             rows = session.exec(query).all()
         return list(rows[:limit]), len(rows) > limit

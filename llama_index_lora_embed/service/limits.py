@@ -151,11 +151,12 @@ class StrictRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            try:
-                await run_in_threadpool(caller_of, request)
-            except ServiceError:
-                await _drain(request.receive)
-                raise
+            if request.method == "POST":  # others have no body, and their callers are looked up as a dependency
+                try:
+                    await run_in_threadpool(caller_of, request)
+                except ServiceError:
+                    await _drain(request.receive)
+                    raise
             try:
                 return await handler(_StrictRequest(request.scope, request.receive))
             except HTTPException as error:  # FastAPI's, for whatever goes wrong while it reads a body

@@ -16,7 +16,7 @@ from typing import Any, cast
 from sqlalchemy import BigInteger, Column, ColumnElement, Integer, Text, UniqueConstraint, func
 from sqlmodel import Field, Session, SQLModel, col, delete, select
 
-from llama_index_lora_embed.service.database import Database, is_id, lock, new_id
+from llama_index_lora_embed.service.database import Database, is_id, lock, new_id, select_page
 from llama_index_lora_embed.service.errors import ServiceError, not_found
 from llama_index_lora_embed.service.jobs.state import (
     EVENT,
@@ -223,11 +223,9 @@ class JobStore:
             query = query.where(JobRow.owner == owner)
         if statuses is not None:
             query = query.where(col(JobRow.status).in_(statuses))
-        if after is not None:
-            last = self.get(after, owner)
-            earlier = col(JobRow.created) < last.created
-            query = query.where(earlier | ((col(JobRow.created) == last.created) & (col(JobRow.id) < last.id)))
-        query = query.order_by(col(JobRow.created).desc(), col(JobRow.id).desc()).limit(limit + 1)
+        last = None if after is None else self.get(after, owner)
+        place = None if last is None else (last.created, last.id)
+        query = select_page(query, col(JobRow.created), col(JobRow.id), place, limit)
         with self.database.read() as session:
             rows = session.exec(query).all()
         return [_state_of(row) for row in rows[:limit]], len(rows) > limit

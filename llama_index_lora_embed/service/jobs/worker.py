@@ -58,7 +58,6 @@ _PROGRESS_S = 1.0
 _LOCK_NAME = "lock"  # `training.checkpointing.checkpoints.LOCK_NAME`, whose module imports torch
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded")
-_VERDICTS = ("NOT EVALUATED", "NO CLEAR DIFFERENCE", "LIKELY BETTER", "BETTER", "WORSE")
 
 
 class Worker:
@@ -359,11 +358,13 @@ def result_of(settings: ServiceSettings, job_id: str) -> dict[str, Any]:
         `fingerprint`, `verdict`, `summary`, `metrics` by "base" and "tuned", `best_step`, `max_seq_length`, `dataset`
         (digest, size and origins of the training data).
     """
+    from llama_index_lora_embed.evaluation.verdict import Verdict
+
     manifest = json.loads((settings.models_dir / job_id / MANIFEST_NAME).read_text(encoding="utf-8"))
     summary = manifest["verdict"]
     return {
         "fingerprint": manifest["fingerprint"],
-        "verdict": next((verdict for verdict in _VERDICTS if summary.startswith(verdict)), None),
+        "verdict": next((verdict.value for verdict in Verdict if summary.startswith(verdict.value)), None),
         "summary": summary,
         "metrics": manifest["metrics"],
         "best_step": manifest["best_step"],

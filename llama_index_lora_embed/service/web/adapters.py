@@ -24,6 +24,7 @@ from llama_index_lora_embed.service.web.pages import (
     problems_of,
     redirect,
     render,
+    status_of,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ async def add(
     try:
         await api.add_version(adapter.strip(), api.AddVersion(model=model), caller, services)
     except (LoraEmbedError, ValidationError) as error:
-        status = error.status if isinstance(error, ServiceError) else 400
+        status = status_of(error)
         return _page(request, services, caller, problems_of(request, error), status, adapter)
     return redirect(request, "adapters_page")
 

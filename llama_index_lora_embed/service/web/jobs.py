@@ -27,6 +27,7 @@ from llama_index_lora_embed.service.web.pages import (
     problems_of,
     redirect,
     render,
+    status_of,
 )
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
@@ -105,7 +106,7 @@ def create(
         for file_id in uploaded:
             services.files.delete(file_id, caller.owner)
         problems = problems_of(request, error)
-        status = error.status if isinstance(error, ServiceError) else 400
+        status = status_of(error)
         return _form(request, services, given, problems, status)
     return redirect(request, "job_page", job_id=job.job_id)
 

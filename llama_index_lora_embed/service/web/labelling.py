@@ -14,7 +14,15 @@ from llama_index_lora_embed.service.files import disk_error
 from llama_index_lora_embed.service.security import Caller
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.web.label_store import LabelStore, ServedEmbedding
-from llama_index_lora_embed.service.web.pages import FORM, PageEmbedder, PageRoute, problems_of, redirect, render
+from llama_index_lora_embed.service.web.pages import (
+    FORM,
+    PageEmbedder,
+    PageRoute,
+    problems_of,
+    redirect,
+    render,
+    status_of,
+)
 from llama_index_lora_embed.service.web.passages import pasted_lines
 from llama_index_lora_embed.service.web.search import card_of, passages_from, sources, tuned_models
 
@@ -54,7 +62,7 @@ def begin(
         }
         info = _store(services).begin(caller.id, card.name, asked, nodes, models)
     except LoraEmbedError as error:
-        status = error.status if isinstance(error, ServiceError) else 400
+        status = status_of(error)
         return _page(request, services, caller, given, problems_of(request, error), status)
     return redirect(request, "labelling_page", labelling_id=info.id)
 

@@ -135,14 +135,17 @@ def redirect(request: Request, route: str, **path: str) -> RedirectResponse:
 
 def error_page(request: Request, error: Exception) -> HTMLResponse:
     """An error as a page."""
-    status, message = 400, request.app.state.services.settings.without_folders(str(error))
-    if isinstance(error, ServiceError):
-        status = error.status
-    elif isinstance(error, HTTPException):
+    status, message = status_of(error), request.app.state.services.settings.without_folders(str(error))
+    if isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
         message = "The form is incomplete: " + "; ".join(str(item["loc"][-1]) for item in error.errors())
     return render(request, "error.html.j2", status, message=message)
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of an error of the package: its own, or 400."""
+    return error.status if isinstance(error, ServiceError) else 400
 
 
 def problems_of(request: Request, error: LoraEmbedError | ValidationError) -> list[str]:

@@ -16,7 +16,7 @@ from llama_index_lora_embed.service.models import ModelCard, fine_tuned_model, u
 from llama_index_lora_embed.service.security import Caller
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.web.adapters import succeeded_jobs
-from llama_index_lora_embed.service.web.pages import FORM, PageEmbedder, PageRoute, problems_of, render
+from llama_index_lora_embed.service.web.pages import FORM, PageEmbedder, PageRoute, problems_of, render, status_of
 from llama_index_lora_embed.service.web.passages import PassageVectors, nodes_of, passages_of_job, pasted_lines
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def search(
         kept: PassageVectors = request.app.state.page_vectors
         ranked = [_ranked(services, kept, name, caller, asked[0], texts) for name in (str(chosen.parent), chosen.name)]
     except LoraEmbedError as error:
-        status = error.status if isinstance(error, ServiceError) else 400
+        status = status_of(error)
         return _page(request, services, caller, given, problems_of(request, error), status)
     (base, base_scores), (tuned, tuned_scores) = ranked
     return _page(

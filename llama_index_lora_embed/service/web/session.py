@@ -30,12 +30,14 @@ class NotLoggedIn(ServiceError):
 
 
 def visitor(request: Request) -> Caller | None:
-    """The caller whose token is in the cookie; None without a valid one."""
+    """The caller whose token is in the cookie, which is looked up once; None without a valid one."""
     services = request.app.state.services
     if services.settings.auth == "off":
         return LOCAL
-    secret = request.cookies.get(SESSION)
-    found: Caller | None = services.tokens.verify(secret) if secret else None
+    if not hasattr(request.state, "visitor"):
+        secret = request.cookies.get(SESSION)
+        request.state.visitor = services.tokens.verify(secret) if secret else None
+    found: Caller | None = request.state.visitor
     return found
 
 
