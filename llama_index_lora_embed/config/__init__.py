@@ -30,12 +30,14 @@ __all__ = [
     "FOR_PAIRS",
     "IN_BATCH",
     "JOURNAL_NAME",
+    "LOCK_NAME",
     "MANIFEST_NAME",
     "NEAR_DUPLICATE",
     "OBJECTIVES",
     "POOLING_MODES",
     "SHORTEST_WINDOW",
     "STAMP_ID",
+    "VERSIONS_NAME",
     "BaseModelSettings",
     "DataSettings",
     "EmbeddingAdapterSettings",
@@ -52,6 +54,12 @@ __all__ = [
 
 MANIFEST_NAME = "finetune.json"
 """File beside the adapter that says how it was made (see `models.adapter_directory.Manifest`)."""
+
+LOCK_NAME = "lock"
+"""File in a run directory that the training process holds locked."""
+
+VERSIONS_NAME = "versions.jsonl"
+"""File in a registry that lists its versions."""
 
 JOURNAL_NAME = "finetune_questions.journal.jsonl"
 """File in the working directory that holds an LLM's answers where no other is named."""

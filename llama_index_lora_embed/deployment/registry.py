@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llama_index_lora_embed.config import VERSIONS_NAME
 from llama_index_lora_embed.config.base import is_share
 from llama_index_lora_embed.core.errors import AdapterError, ConfigError, DatasetError, OutputDirectoryError
 from llama_index_lora_embed.core.files import append_json_line, read_json_lines, write_json
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
     from matplotlib.figure import Figure
 
-_INDEX = "versions.jsonl"
 _EVALUATIONS = "evaluations"
 _METRIC = "ndcg@10"
 _OLD_NAMES = {"judged_on": "evaluated_on"}  # keys of registries from before version 0.1
@@ -80,7 +80,7 @@ class RunRegistry:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser().absolute()
-        self._index = self.path / _INDEX
+        self._index = self.path / VERSIONS_NAME
 
     def add(
         self,
@@ -373,7 +373,7 @@ class RunRegistry:
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / f"{_INDEX}.lock"):
+            with FileLock(self.path / f"{VERSIONS_NAME}.lock"):
                 yield
         except OSError as error:
             raise self._unwritable(error) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqlmodel import col, select
 
+from llama_index_lora_embed.config import VERSIONS_NAME
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.service.embedding import ServedModel, Side
 from llama_index_lora_embed.service.errors import ServiceError
@@ -25,7 +26,6 @@ _JOB = "ftjob-"
 _SHORT = 8  # characters of a job's id in the name of its model
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIDES: dict[str, Side] = {"-query": "query", "-passage": "passage"}
-_INDEX = "versions.jsonl"  # of a registry
 _PAGE = 500
 _KNOWN = 1000  # jobs that are not looked up again
 
@@ -138,7 +138,7 @@ class Models:
 
     def adapters(self) -> list[str]:
         """Names of the adapters that have versions."""
-        return sorted(path.parent.name for path in self._settings.adapters_dir.glob(f"*/{_INDEX}"))
+        return sorted(path.parent.name for path in self._settings.adapters_dir.glob(f"*/{VERSIONS_NAME}"))
 
     def parent(self, version: Version) -> str | None:
         """The name of the base model of a version; None if it is no longer allowed."""
@@ -167,7 +167,7 @@ class Models:
 
     def _version(self, name: str) -> Version | None:
         adapter, at, wanted = name.partition("@")
-        if not _ADAPTER.fullmatch(adapter) or not (self._settings.adapters_dir / adapter / _INDEX).is_file():
+        if not _ADAPTER.fullmatch(adapter) or not (self._settings.adapters_dir / adapter / VERSIONS_NAME).is_file():
             return None
         registry = self.registry(adapter)
         if not at:

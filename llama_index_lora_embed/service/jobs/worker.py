@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 from sqlalchemy.exc import SQLAlchemyError
 
-from llama_index_lora_embed.config import MANIFEST_NAME
+from llama_index_lora_embed.config import LOCK_NAME, MANIFEST_NAME
 from llama_index_lora_embed.core.errors import ConfigError, DeviceMemoryError, LoraEmbedError
 from llama_index_lora_embed.service.jobs.order import config_of, without_paths
 from llama_index_lora_embed.service.jobs.report import write_report
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _PROGRESS_S = 1.0
-_LOCK_NAME = "lock"  # `training.checkpointing.checkpoints.LOCK_NAME`, whose module imports torch
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded")
 
@@ -160,7 +159,7 @@ class Worker:
         if not known or not run_dir.exists():
             return False
         try:
-            with filelock.FileLock(run_dir / _LOCK_NAME, timeout=0):
+            with filelock.FileLock(run_dir / LOCK_NAME, timeout=0):
                 return False
         except filelock.Timeout:
             return True

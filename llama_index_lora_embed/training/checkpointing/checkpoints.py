@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
+from llama_index_lora_embed.config import LOCK_NAME
 from llama_index_lora_embed.core.errors import ConfigError, OutputDirectoryError, warn_user
 from llama_index_lora_embed.core.files import (
     file_digest,
@@ -31,7 +32,6 @@ from llama_index_lora_embed.training.checkpointing.selection import EVALUATIONS
 logger = logging.getLogger(__name__)
 CHECKPOINT_NAME = "checkpoint.json"
 LOG_NAME = "log.jsonl"
-LOCK_NAME = "lock"
 _PICKLES = (".pt", ".pth")
 _FORMAT = 2  # of checkpoint.json and evaluations.json
 
