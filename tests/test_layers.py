@@ -38,6 +38,7 @@ def test_the_package_keeps_its_layers(project):
     ("file", "forbidden"),
     [
         ("data/split.py", "llama_index_lora_embed.engines"),
+        ("engines/run.py", "llama_index_lora_embed.distributed"),
         ("core/files.py", "llama_index_lora_embed.config"),
         ("embedding/lora_embedding.py", "llama_index_lora_embed.training.lora"),
     ],

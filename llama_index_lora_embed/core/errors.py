@@ -14,6 +14,7 @@ _T = TypeVar("_T")
 __all__ = [
     "AdapterError",
     "BaseModelMismatchError",
+    "ClusterError",
     "ConfigError",
     "DatasetError",
     "DeviceMemoryError",
@@ -137,6 +138,10 @@ class UnsafeCheckpointError(AdapterError):
 
 class OutputDirectoryError(LoraEmbedError):
     """The output directory cannot be written, or writing to it would destroy other files."""
+
+
+class ClusterError(LoraEmbedError):
+    """There is no Ray cluster, it is too small, or its nodes do not have this package."""
 
 
 class ExportError(LoraEmbedError):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import ray
 from llama_index.core import Document
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import MetadataMode
@@ -9,15 +10,7 @@ from llama_index.core.schema import MetadataMode
 from llama_index_lora_embed import LoraEmbedding
 from tests.conftest import WORDS
 
-pytestmark = [pytest.mark.slow, pytest.mark.extended]
-ray = pytest.importorskip("ray", reason="make test-all installs it")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.slow, pytest.mark.extended, pytest.mark.usefixtures("cluster")]
 
 
 def test_an_ingestion_pipeline_of_ray_gives_the_same_vectors(adapter):
