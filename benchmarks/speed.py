@@ -53,8 +53,8 @@ def run_one(job: Job, python: str, timeout: float | None) -> Run:
     folder.mkdir(parents=True)
     job_file, log_file = folder / "job.json", folder / "log.txt"
     job_file.write_text(json.dumps(job.to_dict()), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1",
-                   "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if job.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if job.threads:

@@ -136,6 +136,11 @@ class LoraTrainingArguments(SentenceTransformerTrainingArguments):
 
     lora_device: str | None = None
 
+    @property
+    def recomputes_activations(self) -> bool:
+        """Whether activations are computed again in the backward pass, under transformers' older or newer name of it."""
+        return bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", None))
+
     @cached_property
     def _setup_devices(self) -> torch.device:
         device: torch.device = super()._setup_devices

@@ -249,7 +249,7 @@ def _hidden_state_cache(
     loss, args = plan.inputs["loss"], trainer.args
     if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or settings.base_dropout:
         return None
-    if args.gradient_checkpointing or args.activation_checkpointing:
+    if args.recomputes_activations:
         return None
     cache = HiddenStateCache.of(model, int(settings.frozen_cache_mb * 2**20), run_dir)
     if cache is None:

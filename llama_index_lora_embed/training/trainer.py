@@ -133,8 +133,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         except torch.OutOfMemoryError as error:
             collator: Any = self.data_collator
             chunk = getattr(collator, "mini_batch_size", None)
-            checkpointing = self.args.gradient_checkpointing or self.args.activation_checkpointing
-            gradcache = isinstance(collator, GroupCollator) and not checkpointing
+            gradcache = isinstance(collator, GroupCollator) and not self.args.recomputes_activations
             size = self.args.per_device_train_batch_size
             raise out_of_memory(size, longest, error, mini_batch_size=chunk, gradcache=gradcache) from error
         if distributed.highest(int(not torch.isfinite(loss))):
