@@ -33,7 +33,8 @@ class EmbeddingAdapterSettings(Settings):
     learning_rate: Above0 = 1e-3
     """Peak of AdamW's schedule (llama-index-finetuning: 2e-5)."""
     warmup_ratio: ShareBelow1 = 0.1
-    """Share of all steps over which the rate rises from 0; it then falls to 0."""
+    """Share of all steps over which the rate rises, from 1/(n + 1) of its peak in the first of n.
+    It then falls to 0."""
     max_grad_norm: Above0 = 1.0
     """Gradients are clipped to this norm."""
     temperature: Above0 = 0.02

@@ -43,7 +43,8 @@ class TrainingSettings(Settings):
     learning_rate: Above0 = 1e-3
     """Peak of AdamW's schedule. 1e-3 for a LoRA of rank 16, on the same folds."""
     warmup_ratio: ShareBelow1 = 0.1
-    """Share of all steps over which the rate rises from 0; a fixed number of steps can outlast a short run."""
+    """Share of all steps over which the rate rises, from 1/(n + 1) of its peak in the first of n; a fixed number of
+    steps can outlast a short run."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's; 0 because LoRA's low rank already limits the change."""
     max_grad_norm: Above0 = 1.0
@@ -81,7 +82,8 @@ class TrainingSettings(Settings):
     file. 0 computes them in every step."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"bf16" computes training steps under bfloat16 autocast, "fp32" does not, "auto" uses bf16 where the processor
-    or GPU has instructions for it. Weights stay float32 either way."""
+    or GPU has instructions for it and, on a processor, a short trial finds them faster. Weights stay float32 either
+    way, and a resumed run keeps the precision of its checkpoint."""
     evaluation_steps: AtLeast0 = 50
     """Steps between evaluations, besides step 0 and the end of each epoch; 0 for epochs only. A step within a fifth of
     this number from an epoch's end is left to the evaluation there."""

@@ -107,7 +107,7 @@ def evaluate_model(
         return vectors(texts, "document")
 
     with ExitStack() as stack:
-        stack.enter_context(autocast(resolve_precision(precision, model.device), model.device))
+        stack.enter_context(autocast(resolve_precision(precision, model.device, model), model.device))
         if fused_attention:
             stack.enter_context(blocked_attention(model))
         if dataset.kind == "pairs":

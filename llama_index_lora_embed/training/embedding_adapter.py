@@ -133,7 +133,7 @@ def run_steps(
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
             order = torch.randperm(count, generator=generator).tolist()
         rows = order[at * batch : (at + 1) * batch]
-        rate = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
+        rate = (step + 1) / (warmup + 1) if step < warmup else (total - step) / (total - warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         given = data.queries[rows]

@@ -20,7 +20,7 @@ from llama_index_lora_embed.core.errors import warn_user
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.lora import fused_lora
-from llama_index_lora_embed.models.kernels.precision import resolve_precision
+from llama_index_lora_embed.models.kernels.precision import resolve_precision, settle_precision
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.arguments import training_arguments
 from llama_index_lora_embed.training.auto_batch_size import StepSize, largest_that_fits
@@ -125,7 +125,7 @@ def train(
         add_lora(model, lora_config, settings)
     start = adapter_weights(model)
     check_scalable(start, settings.adapter_scale)
-    precision = resolve_precision(settings.precision, model.device)
+    precision = resolve_precision(settings.precision, model.device, model)
     checkpointing = bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing"))
     plan = training_plan(
         model,
@@ -144,9 +144,16 @@ def train(
         run_record["teacher_scores"] = plan.teacher_scores
     if plan.negatives is not None:
         run_record["negatives"] = plan.negatives
-    checkpoint, changed = distributed.on_main(
-        lambda: open_run(run_dir, run_record, output.resume_from_checkpoint, output.allow_changes)
+    measured = {"precision"} if settings.precision == "auto" else set()
+    (checkpoint, changed), precision = distributed.on_main(
+        lambda: (
+            open_run(run_dir, run_record, output.resume_from_checkpoint, output.allow_changes, measured),
+            run_record["precision"],
+        )
     )
+    run_record["precision"] = precision
+    if measured and model.device.type == "cpu":
+        settle_precision(precision, model)
     evaluate_anew = bool(changed & _EVALUATION_SETTINGS)
 
     def trainer_for(step: StepSize) -> LoraTrainer:

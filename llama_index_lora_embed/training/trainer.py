@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import GradientCheckpointingLayer, PrinterCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -76,13 +79,18 @@ class LoraTrainer(SentenceTransformerTrainer):
         """Add none: the adapter's README is written with the manifest."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning-rate schedule over the steps that are really taken.
+        """The learning-rate schedule over the steps that are really taken, with a warmup in which every step learns.
 
-        transformers rounds the warmup up, so that a run of one step would have rate 0.
+        Step i of a warmup of n steps, counted from 1, has i/(n + 1) of the peak; transformers starts at 0, and rounds
+        the warmup up, so that a run of one step would have rate 0.
         """
         if self.warmup_ratio is not None:
             self.args.warmup_steps = round(self.warmup_ratio * num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(scheduler, LambdaLR) and (warmup := self.args.get_warmup_steps(num_training_steps)):
+            scheduler.lr_lambdas = [partial(_factor, warmup, factor) for factor in scheduler.lr_lambdas]
+            _set_rates(scheduler)
+        return scheduler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches by this package's samplers.
@@ -272,11 +280,22 @@ class LoraTrainer(SentenceTransformerTrainer):
         if checkpoint is None or not hasattr(scheduler, "lr_lambdas"):
             return
         scheduler.base_lrs = [group.get("initial_lr", self.args.learning_rate) for group in fresh]
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
-        for group, options, rate in zip(optimizer.param_groups, fresh, rates, strict=True):
-            group.update({**options, "lr": rate})
-        scheduler._last_lr = rates
+        for group, options in zip(optimizer.param_groups, fresh, strict=True):
+            group.update(options)
+        _set_rates(scheduler)
+
+
+def _factor(warmup: int, factor: Callable[[int], float], step: int) -> float:
+    """Share of the peak rate after `step` steps; `factor` is that of transformers, which starts at 0."""
+    return (step + 1) / (warmup + 1) if step < warmup else factor(step)
+
+
+def _set_rates(scheduler: LambdaLR) -> None:
+    """Set the rates of a scheduler's present step."""
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def out_of_memory(

@@ -82,7 +82,7 @@ def try_steps(
         train_further(model)
     else:
         add_lora(model, lora_config, settings)
-    precision = resolve_precision(settings.precision, model.device)
+    precision = resolve_precision(settings.precision, model.device, model)
     plan = training_plan(model, dataset, groups, None, settings, config.objective)
     size = _BATCH_SIZE if settings.batch_size == "auto" else settings.batch_size
     assert isinstance(size, int)

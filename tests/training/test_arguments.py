@@ -38,7 +38,7 @@ def test_the_rate_rises_over_a_tenth_of_the_steps_and_falls_linearly(tiny_model,
     rates = watch(monkeypatch, rate)
     engine(tiny_model, tmp_path / "run", epochs=10).finetune()
     assert len(rates) == 30
-    assert rates[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert rates[:4] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])
     assert rates[15] == pytest.approx(15 / 27)
 
 
@@ -107,7 +107,9 @@ def test_training_stops_when_nothing_more_is_gained(tiny_model, tmp_path):
 
 
 def test_the_best_step_can_be_chosen_by_another_measure(tiny_model, tmp_path):
-    result = engine(tiny_model, tmp_path / "run", best_metric="hit@1", evaluation_steps=1).finetune()
+    result = engine(
+        tiny_model, tmp_path / "run", best_metric="hit@1", evaluation_steps=1, learning_rate=2e-2
+    ).finetune()
     by_step = {entry["step"]: entry["metrics"]["hit@1"] for entry in result.history}
     assert by_step[result.best_step] > by_step[0]
     with pytest.raises(ConfigError, match=r"best_metric='ndgc'.*hit@1"):
@@ -190,10 +192,19 @@ def test_a_sampler_of_the_users_own_goes_with_a_loss_of_their_own(tiny_model, tm
     assert made.finetune(batch_sampler="no_duplicates").steps > 0
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+def test_every_step_of_a_warmup_learns(tiny_model, tmp_path, monkeypatch, schedule):
+    rates = watch(monkeypatch, rate)
+    engine(tiny_model, tmp_path / "run", epochs=2, save_checkpoints=False).finetune(
+        warmup_steps=4, lr_scheduler_type=schedule
+    )
+    assert rates[:5] == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1])
+
+
 def test_warmup_can_be_told_as_a_share_of_the_steps(tiny_model, tmp_path, monkeypatch):
     rates = watch(monkeypatch, rate)
     engine(tiny_model, tmp_path / "run", epochs=4, save_checkpoints=False).finetune(warmup_ratio=0.5)
-    assert rates[:7] == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert rates[:7] == pytest.approx([1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7, 1])
     assert json.loads((tmp_path / "run" / "finetune.json").read_text())["settings"]["warmup_ratio"] == 0.5
 
 

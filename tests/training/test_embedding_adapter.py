@@ -210,6 +210,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
             pass
 
 
+def test_every_step_of_a_warmup_learns() -> None:
+    adapter = LinearLayer(D, D)
+    optimizer, settings = adamw([*adapter.parameters()]), SETTINGS.replace(warmup_ratio=0.2)
+    peak = optimizer.param_groups[0]["lr"]
+    rates = [optimizer.param_groups[0]["lr"] / peak for _ in run_steps(adapter, frozen(), settings, optimizer)]
+    assert rates[:5] == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1])  # of 20 steps
+
+
 def test_the_negatives_are_those_that_did_better_on_folds() -> None:
     scored = []
 

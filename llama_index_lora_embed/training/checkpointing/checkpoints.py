@@ -134,11 +134,16 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def open_run(
-    run_dir: Path, run: dict[str, Any], resume: bool | str, allow_changes: Collection[str] = ()
+    run_dir: Path,
+    run: dict[str, Any],
+    resume: bool | str,
+    allow_changes: Collection[str] = (),
+    measured: Collection[str] = (),
 ) -> tuple[Path | None, set[str]]:
     """Prepare a run directory: choose the checkpoint to resume from, or move the files of an older run aside.
 
-    `run` holds what decides the result of this run, by name; `allow_changes` names what may differ from the checkpoint.
+    `run` holds what decides the result of this run, by name; `allow_changes` names what may differ from the checkpoint,
+    `measured` what was found by measuring, so that a checkpoint's value takes the place of this run's.
     `resume` is True for the newest checkpoint, or the path of one; in the run directories of other mining rounds than
     that checkpoint's, the newest is taken.
 
@@ -165,6 +170,7 @@ def open_run(
                 "Resume with the version that wrote it, or start without resume_from_checkpoint.",
             )
         then = record["run"]
+        run.update({name: then[name] for name in measured if name in then})
         changed = {name for name in then.keys() | run.keys() if then.get(name) != run.get(name)}
         if refused := sorted(changed - set(allow_changes)):
             raise ConfigError(

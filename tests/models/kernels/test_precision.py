@@ -4,7 +4,9 @@ import os
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
+from llama_index_lora_embed.models.kernels import precision
 from llama_index_lora_embed.models.kernels.precision import autocast, resolve_precision
 from tests.helpers.gradients import gradients, prepared
 
@@ -27,11 +29,28 @@ def test_parity_with_torch_in_float32(tiny_model):
 
 
 @pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16", "avx512"])
-def test_auto_is_bfloat16_only_where_a_cpu_computes_it_natively(monkeypatch, capability):
+@pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
+def test_auto_is_bfloat16_only_where_a_cpu_computes_it_natively_and_faster(monkeypatch, tiny_model, capability, faster):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    assert resolve_precision("auto", CPU) == ("bf16" if "bf16" in capability else "fp32")
+    timed = []
+
+    def seconds(size, dtype):
+        timed.append(size)
+        return 1.0 if dtype == faster else 2.0
+
+    monkeypatch.setattr(precision, "_CHOSEN", {})
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    expected = "bf16" if "bf16" in capability and faster == torch.bfloat16 else "fp32"
+    model = SentenceTransformer(tiny_model, device="cpu")
+    for _ in range(2):  # timed once
+        assert resolve_precision("auto", CPU, model) == expected
+    assert len(timed) == (2 if "bf16" in capability else 0)
     assert resolve_precision("auto", torch.device("mps")) == "fp32"
     assert [resolve_precision(wanted, CPU) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
+
+
+def test_products_of_both_precisions_are_timed():
+    assert all(0 < precision._seconds((64, 32), dtype) < 1 for dtype in (torch.bfloat16, torch.float32))
 
 
 def test_kernel_caches_are_bounded_unless_the_user_has_set_them(monkeypatch):

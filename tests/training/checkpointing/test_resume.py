@@ -10,17 +10,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 
 from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings
 from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.models.kernels import precision
 from llama_index_lora_embed.training.checkpointing.checkpoints import checkpoints, latest_checkpoint, read_record
 from llama_index_lora_embed.training.checkpointing.resume import RECORDED, describe
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.conftest import make_dataset, make_engine
 from tests.helpers.teachers import shared_words
-from tests.helpers.training import checkpointing_engine
+from tests.helpers.training import checkpointing_engine, stop_at
 
 MNRL = losses.MultipleNegativesRankingLoss
 MINING = MiningSettings(num_negatives=1, relative_margin=None, show_progress_bar=False)
@@ -184,6 +186,26 @@ def test_a_named_checkpoint_is_continued_instead_of_the_newest(tiny_model, tmp_p
     assert loaded == [*["checkpoint-5"] * 3, "checkpoint-12"]
     assert checkpointing_engine(tiny_model, path, resume_from_checkpoint="run.run/checkpoint-5").finetune().steps == 12
     assert loaded[-1] == "checkpoint-5"
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_found_by_trying(tiny_model, tmp_path, monkeypatch):
+    def on_a_machine(faster):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+        monkeypatch.setattr(precision, "_CHOSEN", {})
+        monkeypatch.setattr(precision, "_seconds", lambda size, dtype: 1.0 if dtype == faster else 2.0)
+
+    on_a_machine(torch.bfloat16)
+    whole = checkpointing_engine(tiny_model, tmp_path / "whole").finetune()
+    stop_at(monkeypatch, 6, checkpointing_engine(tiny_model, tmp_path / "run").finetune)
+    on_a_machine(torch.float32)
+    again = checkpointing_engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True).finetune()
+    assert (whole.precision, again.precision) == ("bf16", "bf16")
+    assert again.fingerprint == whole.fingerprint
+    assert again.history == whole.history
+    assert checkpointing_engine(tiny_model, tmp_path / "new").finetune().precision == "bf16", "of this process"
+    monkeypatch.setattr(precision, "_CHOSEN", {})
+    with pytest.raises(ConfigError, match="precision: 'bf16' then, 'fp32' now"):
+        checkpointing_engine(tiny_model, tmp_path / "run", resume_from_checkpoint=True, precision="fp32").finetune()
 
 
 def test_a_checkpoint_that_is_not_of_this_run_or_damaged_is_refused(tiny_model, tmp_path):
