@@ -24,7 +24,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.extended: $(VENV)/.dev
-	$(PIP) --editable '.[ray]' 'mteb>=2' 'langchain-huggingface>=0.3' 'litellm>=1.100' # for tests with other libraries
+	$(PIP) --editable '.[ray]' 'moto[server]>=5' 's3fs>=2025' 'mteb>=2' 'langchain-huggingface>=0.3' 'litellm>=1.100' # for tests with other libraries
 	touch $@
 
 # make demo, or make demo DOCS=path/to/folder QUERY="a question"

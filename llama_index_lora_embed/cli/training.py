@@ -1,4 +1,4 @@
-"""`train`, `doctor` and `config-schema`."""
+"""`train`, `tune`, `doctor` and `config-schema`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,34 @@ import typer
 
 from llama_index_lora_embed.cli.command import ERROR, InterruptedWithHint, Outcome, command
 from llama_index_lora_embed.cli.flags import takes_config
-from llama_index_lora_embed.cli.options import LLM, LLM_OPTIONS, REQUIRE, exit_code, llm_of
+from llama_index_lora_embed.cli.options import (
+    ADDRESS,
+    LAUNCHER,
+    LLM,
+    LLM_OPTIONS,
+    MAX_FAILURES,
+    NUM_WORKERS,
+    REQUIRE,
+    STORAGE,
+    USE_GPU,
+    exit_code,
+    launcher_of,
+    llm_of,
+)
 from llama_index_lora_embed.config import FinetuneConfig
 
 DRY_RUN = Annotated[
     bool,
     typer.Option("--dry-run", help="Say what the run will do and how long it will take; train and write nothing."),
+]
+
+SPACE = Annotated[
+    str | None,
+    typer.Option(
+        metavar="YAML",
+        help="Settings with their values, such as '{lora_r: [8, 16], learning_rate: {low: 0.0001, high: 0.001}}'. "
+        "By default learning rate, rank, batch size and temperature.",
+    ),
 ]
 
 
@@ -30,7 +52,12 @@ def register(app: typer.Typer) -> None:
         "lora-embed train --config run.yaml --epochs 2 --model-output-path runs/short --require no-worse",
         "lora-embed train --dataset train.json --val-dataset val.json --model-id base --model-output-path runs/flags",
         "lora-embed train --nodes documents --model-id base --model-output-path runs/nodes --json",
+        "lora-embed train --config run.yaml --launcher torchrun --num-workers 2",
     )(train)
+    command(
+        app,
+        "lora-embed tune --config run.yaml --trials 2 --folds 2 --space '{lora_r: [4, 8], temperature: [0.02, 0.05]}'",
+    )(tune)
     command(app, "lora-embed config-schema", name="config-schema")(config_schema)
     command(app, "lora-embed doctor --config run.yaml", "lora-embed doctor --model-id base")(doctor)
 
@@ -43,6 +70,12 @@ def train(
     llm: LLM = None,
     llm_options: LLM_OPTIONS = None,
     require: REQUIRE = None,
+    launcher: LAUNCHER = None,
+    num_workers: NUM_WORKERS = None,
+    use_gpu: USE_GPU = False,
+    storage_path: STORAGE = None,
+    address: ADDRESS = None,
+    max_failures: MAX_FAILURES = None,
 ) -> Outcome:
     """Train an adapter, evaluate it against the base, and write it.
 
@@ -57,6 +90,7 @@ def train(
     if dry_run:
         plan = planned(config, llm=llm_of(llm, llm_options))
         return Outcome(plan, str(plan))
+    started_by = launcher_of(launcher, num_workers, use_gpu, storage_path, address, max_failures)
     bars = sys.stderr.isatty()
     if not bars:
         config = config.replace(training=config.training.replace(show_progress_bar=False))
@@ -64,9 +98,48 @@ def train(
         warnings.filterwarnings("ignore", message=verdict.value)
     started = time.time()
     try:
-        result = run_finetune(config, llm=llm_of(llm, llm_options), callbacks=[] if bars else [ProgressLines()])
+        result = run_finetune(
+            config,
+            llm=llm_of(llm, llm_options),
+            callbacks=[] if bars or launcher == "ray" else [ProgressLines()],
+            launcher=started_by,
+        )
     except KeyboardInterrupt:
-        raise InterruptedWithHint(_how_to_resume(config, started)) from None
+        again = "The same command with --resume-from-checkpoint true goes on from the last checkpoint in the storage."
+        raise InterruptedWithHint(again if launcher == "ray" else _how_to_resume(config, started)) from None
+    return Outcome(result, str(result), *exit_code(result.comparison, require))
+
+
+@takes_config()
+def tune(
+    config: FinetuneConfig,
+    *,
+    space: SPACE = None,
+    trials: Annotated[int, typer.Option(help="Choices of settings to try.")] = 20,
+    folds: Annotated[int, typer.Option(help="Parts of the training data, each evaluated on once per choice.")] = 3,
+    require: REQUIRE = None,
+    launcher: LAUNCHER = None,
+    num_workers: NUM_WORKERS = None,
+    use_gpu: USE_GPU = False,
+    storage_path: STORAGE = None,
+    address: ADDRESS = None,
+    max_failures: MAX_FAILURES = None,
+) -> Outcome:
+    """Choose settings of the training on folds of the training data, and train with them.
+
+    The validation data has no part in the choice, and gives the verdict. The same command goes on with a sweep that
+    was interrupted.
+    """
+    from llama_index_lora_embed.config.files import parse_yaml_mapping
+    from llama_index_lora_embed.engines.tune import tune as tuned
+
+    config = config.replace(training=config.training.replace(show_progress_bar=False))
+    values = None if space is None else parse_yaml_mapping(space, "--space")
+    started_by = launcher_of(launcher, num_workers, use_gpu, storage_path, address, max_failures)
+    try:
+        result = tuned(config, values, trials=trials, folds=folds, launcher=started_by, show=print)
+    except KeyboardInterrupt:
+        raise InterruptedWithHint("The same command goes on with the sweep.") from None
     return Outcome(result, str(result), *exit_code(result.comparison, require))
 
 

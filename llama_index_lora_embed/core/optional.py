@@ -25,6 +25,7 @@ _EXTRA_OF = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "openvino": "openvino",
+    "optuna": "tune",
     "prometheus_client": "server",
     "psycopg": "postgresql",
     "pydantic_settings": "server",

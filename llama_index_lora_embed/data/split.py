@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from llama_index_lora_embed.core.errors import SplitError, warn_user
+from llama_index_lora_embed.config.base import is_int
+from llama_index_lora_embed.core.errors import ConfigError, SplitError, warn_user
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.grouping import check_fraction, groups_sharing
 from llama_index_lora_embed.data.text import normalise
@@ -119,6 +120,55 @@ def split_by_source(
     held_out: list[str] = []
     while groups[1:] and len(held_out) < wanted:
         held_out += groups.pop()
+    return _sides(dataset, held_out, [query_id for group in groups for query_id in group], max_passages, rng)
+
+
+def folds_by_source(
+    dataset: EmbeddingQAFinetuneDataset, count: int, *, seed: int = 0, max_passages: int | None = None
+) -> list[tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset]]:
+    """Splits as by `split_by_source`, such that each query is a validation query in one of them.
+
+    Args:
+        dataset: Dataset.
+        count: Number of folds, at least 2.
+        seed: Random seed of the order in which documents are dealt out.
+        max_passages: Maximum size of each validation corpus.
+
+    Returns:
+        (training, validation) of each fold.
+
+    Raises:
+        ConfigError: `count` is below 2.
+        SplitError: There are fewer groups of queries that are tied together than folds.
+    """
+    if not is_int(count, 2):
+        raise ConfigError(f"folds={count!r}", "a whole number of at least 2", "3 trains three times for each choice.")
+    groups = _tied_groups(dataset)
+    if len(groups) < count:
+        raise SplitError(
+            f"queries about {len(groups)} source document(s), or groups of them that are tied together",
+            f"at least {count}, one for each fold",
+            "Add documents, or take fewer folds.",
+        )
+    rng = random.Random(seed)
+    rng.shuffle(groups)
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for group in sorted(groups, key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    return [
+        _sides(dataset, part, [i for other in parts if other is not part for i in other], max_passages, rng)
+        for part in parts
+    ]
+
+
+def _sides(
+    dataset: EmbeddingQAFinetuneDataset,
+    held_out: list[str],
+    trained: list[str],
+    max_passages: int | None,
+    rng: random.Random,
+) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset]:
+    """Training and validation from the ids of their queries."""
     answers = {i for q in held_out for i in dataset.relevant_docs[q]}
     held_sources = {dataset.source_of(i) for i in answers}
     others = [i for i in dataset.corpus if i not in answers]
@@ -127,7 +177,7 @@ def split_by_source(
     val = dataset.subset(held_out, answers.union(others))
     # passages without queries are not trained on, but they belong to the corpus that is indexed
     passages = [i for i in dataset.corpus if dataset.source_of(i) not in held_sources]
-    return dataset.subset((query_id for group in groups for query_id in group), passages), val
+    return dataset.subset(trained, passages), val
 
 
 def halves(dataset: EmbeddingQAFinetuneDataset) -> tuple[list[str], list[str]]:

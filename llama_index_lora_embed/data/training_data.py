@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
-from llama_index_lora_embed.data.split import split_by_source
+from llama_index_lora_embed.data.split import folds_by_source, split_by_source
 
 TrainingData: TypeAlias = EmbeddingQAFinetuneDataset | LabelledPairs
 """Queries with their passages, or labelled pairs; both have `kind`, `check(name)`, `digest()`, `order_digest()` and
@@ -55,6 +56,20 @@ def hold_out(
             "documents: neighbouring passages may have been trained on."
         )
     return *split_by_source(data, fraction, seed=seed, max_passages=max_passages), note
+
+
+def folds_of(
+    data: TrainingData, count: int, *, seed: int, max_passages: int
+) -> Sequence[tuple[TrainingData, TrainingData]]:
+    """(training, validation) of each fold: by `folds_by_source`, or as many splits of labelled pairs with other seeds.
+
+    Raises:
+        ConfigError: `count` is below 2.
+        SplitError: Too much is tied together.
+    """
+    if isinstance(data, LabelledPairs):
+        return [data.split(1 / count, seed + number) for number in range(count)]
+    return folds_by_source(data, count, seed=seed, max_passages=max_passages)
 
 
 def without_trained(train: TrainingData, val: TrainingData) -> tuple[TrainingData | None, str]:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from llama_index_lora_embed.data.stored_vectors import FloatArray, StoredVectors
+    from llama_index_lora_embed.engines.launcher import Launcher
     from llama_index_lora_embed.models.adapter_directory import Manifest
     from llama_index_lora_embed.training.arguments import UserArguments
 
@@ -56,6 +57,7 @@ def run_finetune(
     lora_config: LoraConfig | None = None,
     teacher: Any | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    launcher: Launcher | None = None,
     **train_kwargs: Any,
 ) -> FinetuneResult:
     """Run a configuration: read or take the data, train, evaluate, write the adapter directory.
@@ -73,6 +75,8 @@ def run_finetune(
         lora_config: peft's configuration instead of `config.lora_config`.
         teacher: What `LoraFinetuneEngine` takes, instead of `config.teacher`.
         callbacks: transformers' callbacks.
+        launcher: Trains in other processes: `ProcessLauncher` (torchrun, accelerate) or `distributed.RayLauncher`. Data
+            is read, generated and checked here; None trains here, too.
         **train_kwargs: More sentence-transformers training arguments, see `LoraFinetuneEngine.finetune`.
 
     Returns:
@@ -80,7 +84,7 @@ def run_finetune(
 
     Raises:
         ConfigError: There is no data, or arguments are wrong; all of them are named.
-        LoraEmbedError: As `LoraFinetuneEngine` and its `finetune`.
+        LoraEmbedError: As `LoraFinetuneEngine` and its `finetune`, and as the launcher.
     """
     run = run_of(
         config,
@@ -93,7 +97,11 @@ def run_finetune(
         lora_config=lora_config,
         teacher=teacher,
     )
-    return run.execute(callbacks, train_kwargs)
+    if launcher is None:
+        return run.execute(callbacks, train_kwargs)
+    result = launcher.launch(run, callbacks, train_kwargs)
+    _warn_unless_better(result)
+    return result
 
 
 def run_of(
@@ -266,10 +274,13 @@ class FinetuneRun:
         callbacks: Sequence[TrainerCallback],
         train_kwargs: dict[str, Any],
         load: Callable[[], Loaded] | None = None,
+        *,
+        warn: bool = True,
     ) -> FinetuneResult:
         """Train, keep the step that evaluated best, write the adapter directory; see `LoraFinetuneEngine.finetune`.
 
-        `load` hands over what training starts from, if that may be loaded already.
+        `load` hands over what training starts from, if that may be loaded already. `warn` says whether users see the
+        warnings of this process.
         """
         from llama_index_lora_embed.models.adapter_directory import check_output
         from llama_index_lora_embed.training import distributed
@@ -287,9 +298,8 @@ class FinetuneRun:
         with only_run(run_dir):
             result = self._train_and_write(target, run_dir, arguments, load or self.load)
         result = replace(result, wall_seconds=time.perf_counter() - started)
-        # what a user must not overlook
-        if distributed.is_main() and (result.verdict.value != "BETTER" or result.best_step == 0):
-            warn_user(result.summary)
+        if warn and distributed.is_main():
+            _warn_unless_better(result)
         return result
 
     def _train_and_write(
@@ -374,6 +384,12 @@ class FinetuneRun:
         if problems:
             raise ConfigError("a lora_config that cannot be trained", "fields of peft.LoraConfig", "Correct:", problems)
         return made
+
+
+def _warn_unless_better(result: FinetuneResult) -> None:
+    """Say what a user must not overlook."""
+    if result.verdict.value != "BETTER" or result.best_step == 0:
+        warn_user(result.summary)
 
 
 def prepare(

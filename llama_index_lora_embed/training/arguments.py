@@ -138,7 +138,7 @@ class LoraTrainingArguments(SentenceTransformerTrainingArguments):
 
     @property
     def recomputes_activations(self) -> bool:
-        """Whether activations are computed again in the backward pass, under transformers' older or newer name of it."""
+        """Whether activations are computed again in the backward pass, by transformers' older or newer name."""
         return bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", None))
 
     @cached_property

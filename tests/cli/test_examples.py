@@ -7,7 +7,10 @@ from tests.helpers.cli import examples, lora_embed
 INPUT = {"lora-embed label": "3\n0\n" * 200}
 
 
-ELSEWHERE = ("lora-embed serve", "lora-embed worker")  # they run until they are stopped: test_serve.py
+ELSEWHERE = (
+    *("lora-embed serve", "lora-embed worker"),  # they run until they are stopped: test_serve.py
+    "lora-embed train --config run.yaml --launcher torchrun --num-workers 2",  # tests/engines/test_launcher.py
+)
 
 
 @pytest.mark.slow

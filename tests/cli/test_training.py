@@ -1,5 +1,6 @@
 """`train` and `config-schema`: the same run as in Python, flags over files, exit codes, Ctrl-C."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -77,6 +78,41 @@ def test_a_run_without_evaluation_meets_no_requirement(workplace):
     assert done.exit_code == 3
     assert "below --require no-worse" in done.stderr
     assert "NOT EVALUATED" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--num-workers 2", "--num-workers without --launcher torchrun, accelerate or ray"),
+        ("--launcher torchrun --use-gpu", "--use-gpu without --launcher ray"),
+        ("--launcher accelerate --num-workers 0", "num_workers=0: expected a whole number of at least 1"),
+    ],
+)
+def test_options_of_a_launcher_that_do_not_fit_are_refused(workplace, flags, told):
+    for command in ("train", "tune"):
+        done = lora_embed(f"{command} --config run.yaml {flags}")
+        assert done.exit_code == 1
+        assert told in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+def test_two_processes_train_and_one_json_object_is_printed(workplace):
+    line = [sys.executable, "-m", "llama_index_lora_embed.cli", "train", "--config", "run.yaml", "--json"]
+    more = ["--launcher", "torchrun", "--num-workers", "2", "--batch-size", "4", "--precision", "fp32"]
+    done = subprocess.run([*line, *more], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert Path(found["adapter_path"]) == workplace / "runs/new"
+    assert found["steps"] == 18
+    assert done.stderr.count("step 0 of 18") == 1, "one process tells progress"
+
+
+def test_a_wrong_space_of_a_sweep_is_refused(workplace):
+    done = lora_embed("tune --config run.yaml --space '{lora_r: [0], epoch: [1]}'")
+    assert done.exit_code == 1
+    assert "lora_r=0: expected a whole number of at least 1" in done.stderr
+    assert "epoch: expected one of tune, batch_size, epochs" in done.stderr
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError
 from llama_index_lora_embed.data import near_duplicates, split_by_source
-from llama_index_lora_embed.data.split import split_report
+from llama_index_lora_embed.data.split import folds_by_source, split_report
 from tests.conftest import make_dataset
 
 
@@ -183,3 +183,20 @@ def test_passages_are_hashed_once_for_a_dataset_its_parts_and_its_copies(monkeyp
     assert again == train
     assert again.near_duplicates() == {}
     assert len(hashed) == 43 + len(train.corpus)
+
+
+def test_folds_hold_each_query_once_and_share_no_document_with_their_training():
+    dataset = make_dataset(passages=30)
+    folds = folds_by_source(dataset, 3, seed=1)
+    held = [query for _, val in folds for query in val.queries]
+    assert sorted(held) == sorted(dataset.queries)
+    for train, val in folds:
+        assert {*train.queries} | {*val.queries} == {*dataset.queries}
+        documents = [{side.source_of(i) for i in side.answer_ids()} for side in (train, val)]
+        assert not documents[0] & documents[1]
+        assert 14 <= len(val.queries) <= 26
+
+
+def test_more_folds_than_documents_are_refused():
+    with pytest.raises(SplitError, match="at least 40, one for each fold"):
+        folds_by_source(make_dataset(passages=30), 40)
