@@ -153,7 +153,7 @@ def _how_to_resume(config: FinetuneConfig, started: float) -> str:
     return f"The checkpoint {newest} is kept; the same command with --resume-from-checkpoint true goes on from it."
 
 
-@takes_config("data", "base", "training", "output")
+@takes_config("preset", "data", "base", "training", "output")
 def doctor(config: FinetuneConfig) -> Outcome:
     """Look at versions, hardware, precision, disk, model and data: what a run will do, and how long it will take.
 

@@ -8,11 +8,13 @@ from llama_index_lora_embed.config.embedding_adapter import EmbeddingAdapterSett
 from llama_index_lora_embed.config.finetune import (
     DEFAULT_BASE,
     POOLING_MODES,
+    PRESETS,
     SHORTEST_WINDOW,
     BaseModelSettings,
     DataSettings,
     FinetuneConfig,
     OutputSettings,
+    Preset,
 )
 from llama_index_lora_embed.config.mining import MiningSettings
 from llama_index_lora_embed.config.objective import DISTILLED, FOR_PAIRS, IN_BATCH, OBJECTIVES, ObjectiveSettings
@@ -35,6 +37,7 @@ __all__ = [
     "NEAR_DUPLICATE",
     "OBJECTIVES",
     "POOLING_MODES",
+    "PRESETS",
     "SHORTEST_WINDOW",
     "STAMP_ID",
     "VERSIONS_NAME",
@@ -46,6 +49,7 @@ __all__ = [
     "MiningSettings",
     "ObjectiveSettings",
     "OutputSettings",
+    "Preset",
     "QueryFilterSettings",
     "QueryGeneratorSettings",
     "Settings",

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from llama_index_lora_embed.config.base import (
     NOT_IN_RESULT,
@@ -31,6 +32,7 @@ POOLING_MODES: tuple[str, ...] = get_args(Pooling)
 SHORTEST_WINDOW = 16
 """Tokens; a shorter window would hold little more than its special tokens and the prompt."""
 DEFAULT_BASE = "BAAI/bge-small-en"
+DEFAULT_WINDOW: int | Literal["auto"] | None = None
 
 
 class DataSettings(Settings):
@@ -83,9 +85,11 @@ class BaseModelSettings(Settings):
     """Overrides the base's passage prompt."""
     pooling: Pooling | None = None
     """Overrides the base's pooling; for an adapter to continue, only if it is of peft alone and records none."""
-    window: Annotated[int, Field(ge=SHORTEST_WINDOW)] | None = None
+    window: Annotated[int, Field(ge=SHORTEST_WINDOW)] | Literal["auto"] | None = DEFAULT_WINDOW
     """Read texts that are longer than this many tokens whole, in windows of this length whose vectors are averaged;
-    None truncates them at `max_seq_length`. Worth it where most nodes are truncated."""
+    None truncates them at `max_seq_length`. "auto" takes windows as long as the base's positions allow where these
+    truncate many of the passages (`training.lengths.choose_window`), and none elsewhere; result, manifest and
+    checkpoints record which. An adapter that is trained further keeps its own."""
     quantized: bool = False
     """Train on the base in 4 bit (QLoRA), which needs a CUDA GPU and the extra `quantized`."""
 
@@ -108,6 +112,25 @@ class OutputSettings(Settings):
     lists them."""
 
 
+@dataclass(frozen=True)
+class Preset:
+    """What `preset` sets, by the fields' own names."""
+
+    epochs: int = TrainingSettings().epochs
+    batch_size: int | Literal["auto"] = TrainingSettings().batch_size
+    lora_layers: float = TrainingSettings().lora_layers
+    window: int | Literal["auto"] | None = DEFAULT_WINDOW
+    val_fraction: float = DataSettings().val_fraction
+
+
+PRESETS = {
+    "fast": Preset(epochs=2, lora_layers=0.5),
+    "balanced": Preset(),
+    "best": Preset(epochs=5, batch_size=64, lora_layers=0.66, window="auto", val_fraction=0.05),
+}
+"""Presets by name; "balanced" is the defaults (benchmarks/README.md, "Experiments on quality")."""
+
+
 class FinetuneConfig(Settings):
     """Everything that decides a run.
 
@@ -120,6 +143,10 @@ class FinetuneConfig(Settings):
         (2, 'BAAI/bge-small-en-v1.5')
     """
 
+    preset: Annotated[Literal["fast", "balanced", "best"], NOT_IN_RESULT] = "balanced"
+    """Values for a few fields that are not given (`PRESETS`): "fast" trains half of the layers for half of the time,
+    "balanced" stands for the defaults, "best" takes longer and more memory. The gentler defaults for synthetic queries
+    win over it."""
     data: DataSettings = DataSettings()
     """What is trained on and evaluated with."""
     base: BaseModelSettings = BaseModelSettings()
@@ -142,6 +169,17 @@ class FinetuneConfig(Settings):
     """How the adapter is trained."""
     output: OutputSettings = OutputSettings()
     """Where the adapter is written."""
+
+    @model_validator(mode="after")
+    def _fill_in_preset(self) -> FinetuneConfig:
+        """Give fields that are not set the preset's values. They still count as not set, so that it can be changed."""
+        for field, value in asdict(PRESETS[self.preset]).items():
+            group = getattr(self, _GROUP_OF[field])
+            if field not in group.model_fields_set and getattr(group, field) != value:
+                filled = group.model_copy(update={field: value})
+                filled.model_fields_set.discard(field)
+                self.__dict__[_GROUP_OF[field]] = filled  # the configuration is frozen
+        return self
 
     @classmethod
     def from_arguments(cls, **arguments: Any) -> FinetuneConfig:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from llama_index.core.schema import BaseNode
 
@@ -35,8 +37,22 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.engines.starting_model import Loaded
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
 _C = FinetuneConfig()
 _T = _C.training
+
+
+def _noting_what_is_given(init: Callable[P, None]) -> Callable[P, None]:
+    """An `__init__` that keeps the arguments it is called with: a preset gives way to these, even at their defaults."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def noting(*args: P.args, **kwargs: P.kwargs) -> None:
+        engine: Any = args[0]
+        engine._given = signature.bind_partial(*args, **kwargs).arguments
+        init(*args, **kwargs)
+
+    return noting
 
 
 class LoraFinetuneEngine:
@@ -81,10 +97,12 @@ class LoraFinetuneEngine:
         OutputDirectoryError: The output path cannot be written or holds something else.
     """
 
+    _given: dict[str, Any]
     _loaded: Loaded | None = None
     _trained = False
     _tuned: SentenceTransformer | None = None
 
+    @_noting_what_is_given
     def __init__(
         self,
         dataset: TrainingData | Any,
@@ -104,6 +122,7 @@ class LoraFinetuneEngine:
         checkpoint_save_steps: int = _T.checkpoint_save_steps,
         checkpoint_save_total_limit: int = _T.checkpoint_save_total_limit,
         *,
+        preset: Literal["fast", "balanced", "best"] = _C.preset,
         tune: Literal["both", "query"] = _T.tune,
         negatives: Literal["auto", "corpus", "answered"] = _T.negatives,
         lora_config: LoraConfig | None = None,
@@ -124,7 +143,7 @@ class LoraFinetuneEngine:
         query_prompt: str | None = None,
         passage_prompt: str | None = None,
         pooling: str | None = None,
-        window: int | None = None,
+        window: int | Literal["auto"] | None = _C.base.window,
         quantized: bool = _C.base.quantized,
         best_metric: str | None = None,
         early_stopping_patience: int = _T.early_stopping_patience,
@@ -136,7 +155,7 @@ class LoraFinetuneEngine:
         cache_folder: str | None = None,
         seed: int = _T.seed,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "dataset", "val_dataset")}
+        given = {name: value for name, value in self._given.items() if name not in ("self", "dataset", "val_dataset")}
         self._run = prepare(_arguments(given), dataset, val_dataset, **_objects(given))
 
     @property
@@ -198,7 +217,7 @@ class LoraFinetuneEngine:
         *,
         llm: LLM | None = None,
         val_dataset: TrainingData | Any | None = None,
-        val_fraction: float = _C.data.val_fraction,
+        val_fraction: float | None = None,
         query_generators: Iterable[QueryGenerator] | None = None,
         filters: QueryFilterSettings | None = _C.data.filters,
         **kwargs: Any,
@@ -213,7 +232,7 @@ class LoraFinetuneEngine:
                 `<model_output_path>.queries.jsonl`, so that a run that was interrupted pays for none of them twice.
             val_dataset: Human-written queries to evaluate with, about the same nodes or others; generated queries
                 that it also holds are not trained on. None holds out `val_fraction` of the generated ones.
-            val_fraction: 0 trains without a verdict.
+            val_fraction: 0 trains without a verdict; None is the preset's, 0.1 by default.
             query_generators: Generators to run; None takes `llm`, or else titles, first sentences and definitions
                 (`default_query_generators`), which need no LLM.
             filters: Which queries are dropped, see `QueryFilterSettings`; None keeps all. Where an LLM wrote some, the
@@ -228,7 +247,8 @@ class LoraFinetuneEngine:
             ConfigError: Wrong arguments.
         """
         kwargs |= {"model_id": model_id, "model_output_path": model_output_path, "filters": filters}
-        kwargs["val_fraction"] = val_fraction
+        if val_fraction is not None:
+            kwargs["val_fraction"] = val_fraction
         engine = cls.__new__(cls)
         engine._run = run_from_nodes(_arguments(kwargs), nodes, val_dataset, query_generators, llm, **_objects(kwargs))
         return engine

@@ -41,6 +41,7 @@ class FinetuneResult:
         best_step: Step of the weights in the directory, the latest of those within a standard error of the best; 0
             means that training gained nothing.
         max_seq_length: Tokens that the model in the directory reads of a text.
+        window: Tokens of the windows in which it reads them; None without windows.
         base_change: The base with the run's length, windows, prompts or pooling; None where it reads the validation
             data as the base as installed does.
         steps: Steps trained.
@@ -83,6 +84,7 @@ class FinetuneResult:
     selected_on: tuple[int, int] | None = None
     evaluation_seconds: float = 0.0
     wall_seconds: float = 0.0
+    window: int | None = None
 
     @classmethod
     def of(
@@ -123,6 +125,7 @@ class FinetuneResult:
             trained_on=verdict.trained_on,
             selected_on=None if best.subset is None else (len(best.subset["queries"]), len(best.subset["passages"])),
             evaluation_seconds=best.seconds,
+            window=manifest.window,
         )
 
     def compare(self) -> RetrievalComparison:

@@ -267,7 +267,10 @@ class FinetuneRun:
 
         check_device(self.config)
         distributed.join(self.config.training.device)
-        return StartingModel(self.config).load()
+        data = self.dataset
+        # a loss of the user's own may not allow windows, so that they must be asked for
+        passages = data.corpus.values() if isinstance(data, EmbeddingQAFinetuneDataset) and self.loss is None else ()
+        return StartingModel(self.config).load(passages)
 
     def execute(
         self,
@@ -307,6 +310,7 @@ class FinetuneRun:
     ) -> FinetuneResult:
         from llama_index_lora_embed.engines.evaluator import StepEvaluator, default_metric
         from llama_index_lora_embed.engines.run_verdict import RunVerdict
+        from llama_index_lora_embed.models.windows import window_of
         from llama_index_lora_embed.training import distributed
         from llama_index_lora_embed.training.checkpointing.resume import lora_fields, record
         from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
@@ -316,8 +320,10 @@ class FinetuneRun:
         config = arguments.config
         settings, val = config.training, self.val_dataset
         teacher = teacher_of(config, self.teacher)
-        start = StartingModel(config)
         model, base, parent, installed = load()
+        if config.base.window == "auto":  # the decision is what checkpoints and the manifest record
+            config = config.replace(base=config.base.replace(window=None if parent else window_of(model)))
+        start = StartingModel(config)
         lora_config = self._lora_config()
         if lora_config is not None:  # with peft's defaults left out, whoever wrote them
             config = config.replace(lora_config=lora_fields(lora_config))

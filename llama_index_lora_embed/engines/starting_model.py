@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -36,8 +36,11 @@ class StartingModel:
         base = self.config.base
         return None if base.continue_from is not None and base.model_id == DEFAULT_BASE else base.model_id
 
-    def load(self) -> Loaded:
+    def load(self, passages: Collection[str] = ()) -> Loaded:
         """The model, its base, the adapter that is continued, if any, and how it is installed.
+
+        Args:
+            passages: Where `window` is "auto", their lengths decide whether the model gets windows.
 
         Raises:
             ConfigError: The continued adapter was trained for other sides than `tune` says.
@@ -49,7 +52,8 @@ class StartingModel:
         from llama_index_lora_embed.models.lora_adapter import load_adapter
         from llama_index_lora_embed.models.opened_adapter import open_adapter
         from llama_index_lora_embed.models.pooling import records_pooling
-        from llama_index_lora_embed.models.windows import check_prompts
+        from llama_index_lora_embed.models.windows import add_windows, check_prompts
+        from llama_index_lora_embed.training.lengths import choose_window
 
         settings, query_side = self.config.base, self.config.training.tune == "query"
         parent: dict[str, Any] | None = None
@@ -71,7 +75,7 @@ class StartingModel:
                 )
             base = adapter.base
             # an adapter of peft alone takes both for those that it was trained with
-            made_with: dict[str, Any] = {"pooling": settings.pooling, "window": settings.window}
+            made_with: dict[str, Any] = {"pooling": settings.pooling, "window": self._window}
             model, fingerprint = load_adapter(adapter, merge=False, **made_with, **self._loading())
             parent = {"path": settings.continue_from, "fingerprint": fingerprint}
         else:
@@ -80,7 +84,7 @@ class StartingModel:
             # otherwise the given mode is all that is known, or that of the index, which stays as it is
             pooling = None if named and not query_side else settings.pooling
             load = partial(base_model.load_base, base, pooling=pooling, **self._loading())
-            if settings.window is None and settings.pooling == pooling:
+            if self._window is None and settings.pooling == pooling:
                 model = load(quantized=settings.quantized)
             else:
                 model, load_anew = self.load_base(base), load
@@ -90,6 +94,11 @@ class StartingModel:
         for name, prompt in (("query", settings.query_prompt), ("document", settings.passage_prompt)):
             if prompt is not None:
                 model.prompts[name] = prompt
+        if parent is None and self._may_choose_window:
+            window = choose_window(model, passages)
+            if window is not None:
+                add_windows(model, window)
+                installed = replace(installed, load=load)
         check_prompts(model)
         return model, base, parent, installed
 
@@ -140,9 +149,23 @@ class StartingModel:
             **self._loading(),
         )
 
+    @property
+    def _window(self) -> int | None:
+        """The window that the configuration names; None where there is none, or the passages decide."""
+        window = self.config.base.window
+        return None if window == "auto" else window
+
+    @property
+    def _may_choose_window(self) -> bool:
+        """Whether the passages decide: not where an index or a length is given, or where a second base is too large."""
+        base, training = self.config.base, self.config.training
+        fixed = training.tune == "query" or training.max_seq_length is not None or base.quantized
+        return base.window == "auto" and not fixed
+
     def _options(self) -> dict[str, Any]:
         settings = self.config.base
-        return {name: getattr(settings, name) for name in ("pooling", "window", "query_prompt", "passage_prompt")}
+        names = ("pooling", "query_prompt", "passage_prompt")
+        return {"window": self._window, **{name: getattr(settings, name) for name in names}}
 
     def _loading(self) -> dict[str, Any]:
         from llama_index_lora_embed.training import distributed

@@ -210,7 +210,7 @@ def _tune_problems(config: FinetuneConfig, pairs: bool, loss: Any) -> list[str]:
         ("guide=True", objective.guide, "expected False: masks of passages that are alike are in effect"),
         ("matryoshka_dims", objective.matryoshka_dims is not None, passages.format("None")),
         ("max_seq_length", training.max_seq_length is not None, passages.format("None")),
-        ("window", base.window is not None, passages.format("None")),
+        ("window", base.window not in (None, "auto"), passages.format("None")),
         ("quantized=True", base.quantized, "expected False: the base must embed passages as the index does"),
     ]  # fmt: skip
     return [f'{name} with tune="query": {expected}' for name, wrong, expected in found if wrong]
@@ -243,7 +243,7 @@ def _continue_problems(config: FinetuneConfig, lora_config: Any) -> list[str]:
             )
     given = {"lora_config": lora_config or config.lora_config, "quantized": base.quantized or None}
     if (folder / "modules.json").exists():  # an adapter of peft alone records neither
-        given |= {"pooling": base.pooling, "window": base.window}
+        given |= {"pooling": base.pooling, "window": None if base.window == "auto" else base.window}
     return problems + [
         f"{name} with continue_from: expected None, because the adapter keeps what it was made with"
         for name, value in given.items()

@@ -124,6 +124,11 @@ class Manifest:
         """Number of training queries by origin, which a verdict asks for; None where that is not recorded."""
         return self.dataset.get("origins")
 
+    @property
+    def window(self) -> int | None:
+        """Tokens of the windows in which texts are read; None without windows."""
+        return next((module["window"] for module in self.pooling if module["type"] == "JoinWindows"), None)
+
     @classmethod
     def read(cls, directory: Path) -> Manifest | None:
         """The directory's manifest; None for a plain sentence-transformers adapter, which has none.

@@ -216,6 +216,25 @@ def check_prompts(model: SentenceTransformer, prompts: Mapping[str, str | None] 
             model.preprocess(["a " * window], prompt=prompt)
 
 
+def takes_windows(model: SentenceTransformer) -> bool:
+    """Whether `add_windows` can be called on a model, and would let it read more of a text."""
+    if window_of(model) is not None or _after_which(model) is None or longest_input(model) >= LONGEST_TEXT:
+        return False
+    try:
+        _special_tokens(model.tokenizer)
+    except ConfigError:
+        return False
+    return True
+
+
+def _after_which(model: SentenceTransformer) -> int | None:
+    """Position of a text encoder's pooling; None for another kind of model."""
+    first: Any = model[0]
+    if type(first) is not Transformer or "message" in first.modalities:
+        return None
+    return next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
+
+
 def add_windows(model: SentenceTransformer, window: int) -> None:
     """Make a model split long texts into windows, in place, and raise its `max_seq_length` to `longest_text`.
 
@@ -241,8 +260,8 @@ def add_windows(model: SentenceTransformer, window: int) -> None:
             "Leave window=None, or start from the base model without windows.",
         )
     first: Any = model[0]
-    at = next((i for i, module in enumerate(model) if isinstance(module, Pooling)), None)
-    if type(first) is not Transformer or at is None or "message" in first.modalities:
+    at = _after_which(model)
+    if at is None:
         raise ConfigError(
             f"window={window} for a model of {', '.join(type(module).__name__ for module in model)}",
             "a text encoder: a Transformer and a Pooling, without a chat template",

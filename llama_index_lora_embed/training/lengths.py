@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from llama_index_lora_embed.core.errors import ConfigError
-from llama_index_lora_embed.models.tokens import count_tokens
-from llama_index_lora_embed.models.windows import longest_text, window_of
+from llama_index_lora_embed.models.tokens import count_tokens, longest_input
+from llama_index_lora_embed.models.windows import longest_text, takes_windows, window_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _KEPT = 512  # a base's own limit is not lowered below this; above it the data decide
+_SAMPLED = 2000  # passages that decide on windows
+MOSTLY_CUT = 1 / 3
+"""Share of truncated passages above which windows are taken: 47 % of tenk_train's are longer than MiniLM's 512 tokens,
+and windows gained on its folds; 11 % of medquad_train's are (benchmarks/README.md, "Experiments on quality")."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Truncation:
     """How many of the training texts are longer than the base's own limit and than this run's, in tokens.
 
     `window` is the one that would read longer texts completely; None where none would, or nothing is truncated.
+    `read_in` is the one that texts are read in; None without windows.
     """
 
     texts: int
@@ -31,12 +37,15 @@ class Truncation:
     cut_after: int
     longest: int
     window: int | None = None
+    read_in: int | None = None
 
     def __str__(self) -> str:
+        length = f"max_seq_length={self.length_after}"
+        if self.read_in is not None:
+            length += f" in windows of {self.read_in} tokens"
         return (
             f"{self.cut_before} of {self.texts} texts are longer than the model's own limit of {self.length_before} "
-            f"tokens; with max_seq_length={self.length_after}, {self.cut_after} are truncated (the longest has "
-            f"{self.longest} tokens)."
+            f"tokens; with {length}, {self.cut_after} are truncated (the longest has {self.longest} tokens)."
         ) + ("" if self.window is None else f" window={self.window} reads them whole, if the base is a plain encoder.")
 
 
@@ -84,7 +93,23 @@ def choose_length(
         cut_after=cut_after,
         longest=max(lengths, default=0),
         window=limit if cut_after and wanted == limit and not windows else None,
+        read_in=window_of(model),
     )
+
+
+def choose_window(model: SentenceTransformer, passages: Collection[str]) -> int | None:
+    """Tokens of the windows that `window="auto"` stands for; None for no windows.
+
+    They are taken where more than `MOSTLY_CUT` of the passages are longer than the model's positions allow, and are as
+    long as these: shorter ones change the vectors of shorter passages too. Of many passages evenly spaced ones decide,
+    so that the same corpus always has the same windows. None for a model that cannot have windows, or has its own.
+    """
+    if not passages or not takes_windows(model):
+        return None
+    limit = longest_input(model)
+    sample = islice(passages, 0, None, math.ceil(len(passages) / _SAMPLED))
+    lengths = count_tokens(model, sample, model.prompts.get("document") or "")
+    return limit if sum(length > limit for length in lengths) > MOSTLY_CUT * len(lengths) else None
 
 
 def _quantile(lengths: list[int], coverage: float) -> int:

@@ -180,6 +180,7 @@ def test_every_keyword_of_the_engine_is_a_field_with_the_same_default():
         for group in (config.data, config.base, config.training, config.output)
         for name in type(group).model_fields
     }
+    leaves["preset"] = config.preset
     parameters = inspect.signature(LoraFinetuneEngine.__init__).parameters
     assert len(parameters) - 1 >= 16 + 20
     for name, parameter in parameters.items():

@@ -3,8 +3,8 @@ from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed.core.errors import ConfigError
 from llama_index_lora_embed.models.tokens import count_tokens, longest_input
-from llama_index_lora_embed.models.windows import add_windows
-from llama_index_lora_embed.training.lengths import choose_length
+from llama_index_lora_embed.models.windows import add_windows, takes_windows
+from llama_index_lora_embed.training.lengths import MOSTLY_CUT, choose_length, choose_window
 
 
 @pytest.fixture
@@ -84,3 +84,29 @@ def test_roberta_positions_start_after_the_padding(tmp_path):
         config = transformers_model.config
 
     assert longest_input(Wrapper()) == 32
+
+
+def mixed(cut, whole=100):
+    return [words(100)] * cut + [words(20)] * (whole - cut)
+
+
+def test_windows_are_chosen_where_many_passages_are_longer_than_the_positions(model):
+    most = int(100 * MOSTLY_CUT)
+    assert choose_window(model, mixed(most)) is None
+    assert choose_window(model, mixed(most + 1)) == 64
+    assert choose_window(model, []) is None
+    model.prompts["document"] = "passage " * 50
+    assert choose_window(model, mixed(0)) == 64, "the prompt counts"
+
+
+def test_of_many_passages_a_sample_of_all_decides_on_windows(model):
+    passages = mixed(2_000, 4_500)
+    assert choose_window(model, sorted(passages)) == choose_window(model, sorted(passages, reverse=True)) == 64
+
+
+def test_a_model_that_cannot_have_windows_or_has_its_own_gets_none(model):
+    without_pooling = SentenceTransformer(modules=[model[0]], device="cpu")
+    assert not takes_windows(without_pooling)
+    assert choose_window(without_pooling, mixed(100)) is None
+    add_windows(model, 32)
+    assert choose_window(model, mixed(100)) is None

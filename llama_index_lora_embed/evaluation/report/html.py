@@ -179,6 +179,7 @@ def _run_tables(facts: RunFacts) -> list[Table]:
         "verdict of the run": manifest.verdict,
         "prompts": ", ".join(f"{name}: {prompt!r}" for name, prompt in manifest.prompts.items()),
         "max_seq_length": manifest.max_seq_length,
+        "window": manifest.window,
     }
     sections = {
         "Run": run,

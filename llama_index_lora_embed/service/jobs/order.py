@@ -30,7 +30,7 @@ ALLOWED_ARGUMENTS = (
     *("adapter_scale", "base_dropout", "batch_size", "best_metric", "early_stopping_patience", "epochs"),
     *("evaluation_steps", "learning_rate", "length_coverage", "lora_alpha", "lora_layers", "lora_r", "max_grad_norm"),
     *("max_seq_length", "mining", "objective", "precision", "seed", "selection_passages", "temperature", "tune"),
-    *("warmup_ratio", "weight_decay"),
+    *("preset", "warmup_ratio", "weight_decay"),
     *("filters", "max_eval_passages", "on_overlap", "use_all_docs", "val_fraction"),
     *("passage_prompt", "pooling", "query_prompt", "window"),
 )
