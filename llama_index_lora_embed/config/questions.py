@@ -38,7 +38,8 @@ class LLMSettings(Settings):
     """Concurrent requests; None for 32, or 1 where the LLM has no asynchronous methods of its own (most local
     models)."""
     attempts: AtLeast1 = 5
-    """Attempts at a request until it has a usable answer."""
+    """Attempts at a request until it has a usable answer. What is given up gets as many again at the end of the run,
+    and in the next run; where the LLM answered nothing usable that often, one each, up to twice this number."""
     timeout: Above0 | None = 120.0
     """Seconds until a call counts as failed; None never gives up, as do LLMs that only have synchronous methods.
     Waiting for the LLM's rate limiter does not count."""
@@ -47,7 +48,7 @@ class LLMSettings(Settings):
     max_backoff: Above0 = 60.0
     """Longest wait between retries, in seconds."""
     on_failure: Literal["continue", "fail"] = "continue"
-    """"continue" counts a request without a usable answer and goes on, "fail" ends the run."""
+    """"continue" names requests without a usable answer in the report, "fail" ends the run at the first."""
     max_requests: AtLeast1 | None = None
     """Calls after which a run stops cleanly; None for no limit."""
     max_tokens: AtLeast1 | None = None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from llama_index_lora_embed.data.llm.journal import Journal
 logger = logging.getLogger(__name__)
 # A run ends when so many requests failed and none was answered: the key is wrong, or there is no network.
 _MAX_FAILURES_WITHOUT_ANSWER = 8
+_NAMED = 10  # requests named in a report
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Request:
     """What else decides the answer, for the journal's key."""
     output_cls: type[BaseModel] | None = None
     """Class of a structured answer; None for plain text."""
+    name: str = ""
+    """What it is about, for the report: the id of a node."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,11 @@ class LLMReport:
         from_journal: Requests that an earlier run had answered.
         unusable: Calls whose answer held nothing usable (empty, refusals, noise).
         errors: Calls that raised or timed out.
-        given_up: Requests without a usable answer after all attempts.
+        given_up: Requests without a usable answer after all attempts; the next run takes them up.
         prompt_tokens: Tokens of the prompts, as far as the LLM reports them.
         completion_tokens: Tokens of the answers, as far as the LLM reports them.
         stopped: Why the run stopped early, or "".
+        unanswered: Names of the requests that were given up: ids of nodes.
     """
 
     requests: int = 0
@@ -65,11 +69,14 @@ class LLMReport:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     stopped: str = ""
+    unanswered: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        names = ", ".join(self.unanswered[:_NAMED]) + (", ..." if len(self.unanswered) > _NAMED else "")
+        given_up = f"{self.given_up} given up" + (f" for this run ({names})" if names else "")
         text = (
             f"{self.answered} answered with {self.requests} calls ({self.unusable} unusable answers, {self.errors} "
-            f"errors), {self.from_journal} from the journal, {self.given_up} given up; "
+            f"errors), {self.from_journal} from the journal, {given_up}; "
             f"{self.prompt_tokens} + {self.completion_tokens} tokens as far as the LLM reported them"
         )
         return f"{text}; stopped: {self.stopped}" if self.stopped else text
@@ -83,7 +90,9 @@ class LLMClient:
     """Sends requests to an LLM, as many at a time as the settings allow, and keeps every answer in a journal.
 
     An answer counts once the journal has it on disk; a request that the journal has an answer to is not sent again.
-    Unusable answers are journalled too, because they were paid for: they count as attempts in later runs. The LLM's own
+    Requests without an answer are sent once more at the end of a run, and in the next one. Unusable answers are
+    journalled too, because they were paid for: they count as attempts, beyond which each pass makes one, and none after
+    twice as many. The LLM's own
     `rate_limiter` is honoured. An LLM without asynchronous methods of its own is called in threads and without a
     timeout, because a thread cannot be stopped. `is_usable` tells whether the text of an answer holds anything usable.
     """
@@ -98,7 +107,9 @@ class LLMClient:
         self.in_flight = settings.in_flight or (1 if self.synchronous else 32)
         self.report = LLMReport()
         self._requested: set[str] = set()
+        self._failed: list[Request] = []
         self._failures = 0
+        self._answers = False  # even before the first answer is on disk
         self._unwritten: list[dict[str, Any]] = []
         self._writing = asyncio.Lock()
         # The client itself waits for the rate limiter, so that the wait does not count as a slow answer.
@@ -123,19 +134,29 @@ class LLMClient:
             LLMError: The first requests all failed; or one did, and `on_failure` is "fail".
             JournalError: An answer could not be written.
         """
-        queue = iter(requests)
-        with tqdm(total=total, desc="LLM requests", disable=not self.settings.show_progress, unit="node") as bar:
-            workers = [asyncio.create_task(self._work(queue, bar)) for _ in range(self.in_flight)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-                await asyncio.shield(self._flush())  # answers that arrived while the run was being stopped
+        try:
+            with tqdm(total=total, desc="LLM requests", disable=not self.settings.show_progress, unit="node") as bar:
+                await self._in_flight(partial(self._work, iter(requests), bar))
+            await self._in_flight(partial(self._work_again, iter(self._failed[:])))
+        finally:
+            await asyncio.shield(self._flush())  # answers that arrived while the run was being stopped
+            unanswered = tuple(request.name for request in self._failed if self.key(request) not in self.journal)
+            self.report = replace(self.report, given_up=len(unanswered), unanswered=unanswered)
+        if unanswered:
+            logger.warning("LLM requests: %s", self.report)
         if self.report.stopped:
             logger.warning("LLM requests stopped early: %s", self.report.stopped)
         return self.report
+
+    async def _in_flight(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do the same work as many times at once as requests may be in flight."""
+        workers = [asyncio.ensure_future(work()) for _ in range(self.in_flight)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
     async def _work(self, queue: Iterator[Request], bar: Any) -> None:
         for request in queue:
@@ -144,16 +165,26 @@ class LLMClient:
             key = self.key(request)
             if key not in self._requested:  # nodes with the same text share one request
                 self._requested.add(key)
+                refused = self.journal.unusable_answers(key) >= self.settings.attempts
                 if key in self.journal:
                     self._count(from_journal=1)
-                else:
-                    await self._complete(request, key)
+                elif (error := await self._complete(request, key)) is not None:
+                    self._failed.append(request)
+                    self._check_hope(error, refused)
             bar.update()
 
-    async def _complete(self, request: Request, key: str) -> None:
-        """Send a request until it has a usable answer or no attempts are left."""
-        attempts = self.settings.attempts - self.journal.unusable_answers(key)
-        last: Exception = _UnusableAnswerError(f"{self.settings.attempts} unusable answers in earlier runs")
+    async def _work_again(self, failed: Iterator[Request]) -> None:
+        """Send requests that failed once more, as the next run would: most of an API's failures are over by then."""
+        for request in failed:
+            if self.report.stopped:
+                return
+            await self._complete(request, self.key(request))
+
+    async def _complete(self, request: Request, key: str) -> Exception | None:
+        """Send a request until it has a usable answer or no attempts are left; returns why there is none."""
+        most, unusable = self.settings.attempts, self.journal.unusable_answers(key)
+        attempts = max(most - unusable, int(unusable < 2 * most))
+        last: Exception = _UnusableAnswerError(f"{unusable} unusable answers in earlier runs")
         for attempt in range(attempts):
             if attempt > 0:
                 wait = self.settings.backoff * 2.0 ** min(attempt - 1, 64)
@@ -164,13 +195,14 @@ class LLMClient:
                 if self._limiter is not None:
                     await self._limiter.async_acquire()
                 if self._limit_reached():  # after the wait, during which other requests were sent
-                    return
-                return await self._attempt(request, key)
+                    return None
+                await self._attempt(request, key)
+                return None
             except LoraEmbedError:
                 raise
             except Exception as error:
                 last = error
-        self._give_up(last)
+        return last
 
     async def _attempt(self, request: Request, key: str) -> None:
         self._count(requests=1)
@@ -202,6 +234,7 @@ class LLMClient:
             usable = isinstance(text, str) and self.is_usable(text)
         except Exception:  # the answer was paid for and is kept, whatever it is that cannot be parsed
             usable = False
+        self._answers |= usable
         record = {"key": key, "ok": usable, "answer": answer, **tokens}
         record |= {"text": request.text_hash, "llm": self.identity, "settings": request.settings}
         self._unwritten.append(record)
@@ -245,20 +278,22 @@ class LLMClient:
                 self.report = replace(self.report, stopped=f"{name}={limit} is reached")
         return bool(self.report.stopped)
 
-    def _give_up(self, error: Exception) -> None:
-        """Count a request without a usable answer; raise if the run is to end with it."""
-        self._count(given_up=1)
+    def _check_hope(self, error: Exception, refused: bool) -> None:
+        """Raise if the run is to end with a request without a usable answer.
+
+        An LLM that refuses some nodes still works if it answered others, now or in earlier runs; `refused` says whether
+        it refused this one in them.
+        """
         logger.info("no usable answer to a request: %s", error)
-        # An LLM that refuses some nodes still works if it answered others, now or in earlier runs.
-        refusal = isinstance(error, _UnusableAnswerError) and (self.report.from_journal or self.report.unusable == 0)
+        refusal = isinstance(error, _UnusableAnswerError) and (self.report.from_journal or refused)
         self._failures += 0 if refusal else 1
-        hopeless = self.report.answered == 0 and self._failures >= _MAX_FAILURES_WITHOUT_ANSWER
+        hopeless = not self._answers and self._failures >= _MAX_FAILURES_WITHOUT_ANSWER
         if hopeless or self.settings.on_failure == "fail":
             hint = "Check its key, its address and its model name."
             if isinstance(error, _UnusableAnswerError):
                 hint = "It answers, but not as the prompt asks: take a larger model, or another prompt."
             raise LLMError(
-                f"no usable answer from {self.llm.class_name()} to {self.report.given_up} request(s), the last with "
+                f"no usable answer from {self.llm.class_name()} to {len(self._failed)} request(s), the last with "
                 f"{type(error).__name__}: {error}",
                 "answers to requests about nodes",
                 f"{hint} Journalled answers are kept.",

@@ -163,6 +163,7 @@ class LLMQueryGenerator(NodeQueryGenerator):
             text_hash=text_hash,
             settings="structured" if structured else "text",
             output_cls=SearchQueries if structured else None,
+            name=node.node_id,
         )
 
 
@@ -203,7 +204,7 @@ def drop_unanswered_queries(
     def request(query_id: str) -> Request:
         passage = printable(dataset.corpus[dataset.relevant_docs[query_id][0]])
         variables = {"context_str": truncate(passage, llm), "query_str": dataset.queries[query_id]}
-        return Request(PromptTemplate(JUDGE_PROMPT), variables, digest(passage), "judge")
+        return Request(PromptTemplate(JUDGE_PROMPT), variables, digest(passage), "judge", name=query_id)
 
     with Journal(journal) as opened:
         client = LLMClient(llm, opened, settings or LLMSettings(), lambda text: _verdict(text) is not None)

@@ -140,4 +140,5 @@ def _request(pool: Pool, query_id: str, passage_id: str, llm: LLM) -> Request:
         variables={"context_str": truncate(passage, llm), "query_str": printable(pool.queries[query_id])},
         text_hash=digest(passage),
         settings="grade",
+        name=f"{query_id}/{passage_id}",
     )

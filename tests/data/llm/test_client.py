@@ -94,11 +94,68 @@ def test_a_hanging_call_times_out_and_is_repeated(journal):
 def test_unusable_answers_were_paid_for_and_count_as_attempts_in_later_runs(journal):
     llm = FakeLLM(answers=["I'm sorry, I cannot help with that."])
     settings = LLMSettings(attempts=3, in_flight=1, backoff=0.001, show_progress=False)
-    for _ in range(2):
+    for calls in (4, 6, 6):  # three and one, one and one, and then the LLM is taken to refuse this node
         llm_generator = generator(llm, journal, settings=settings)
         assert list(llm_generator.generate(some_nodes(1))) == []
-        assert llm_generator.report.given_up == 1
-    assert llm.calls == 3
+        assert llm_generator.report.unanswered == ("n0",)
+        assert llm.calls == calls
+
+
+class Random(FakeLLM):
+    """An LLM of whose calls a share fails: some of these hold nothing usable, and the others raise."""
+
+    share: float = 0.15
+    refusing: float = 0.5
+    seed: int = 0
+    good: list[str] = []  # noqa: RUF012
+
+    def answer(self, prompt):
+        draw = random.Random(f"{self.seed}-{self.calls}").random()
+        self.calls += 1
+        if draw < self.share * self.refusing:
+            return "I'm sorry, but I can't help with that."
+        if draw < self.share:
+            return ConnectionError("reset by peer")
+        self.good.append(prompt)
+        return calm_answer(prompt)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_15_percent_of_calls_failing_all_nodes_are_answered(journal, seed):
+    llm = Random(seed=seed)
+    llm_generator = generator(llm, journal)
+    assert len({query.node_id for query in llm_generator.generate(some_nodes(600))}) == 600
+    report = llm_generator.report
+    assert (report.answered, report.given_up, report.unanswered) == (600, 0, ())
+    assert report.errors + report.unusable > 50
+    assert len(llm.good) == len(set(llm.good)) == 600, "no answer was paid for twice"
+
+
+def test_what_is_given_up_is_named_and_taken_up_by_the_next_run_without_repeating_an_answer(journal):
+    nodes, settings = some_nodes(300), LLMSettings(attempts=2, backoff=0.001, max_backoff=0.01, show_progress=False)
+    llm, answered, given_up = Random(share=0.6, refusing=0), set(), set()
+    while len(answered) < 300:
+        llm_generator = generator(llm, journal, settings=settings)
+        queries = {query.node_id for query in llm_generator.generate(nodes)}
+        report = llm_generator.report
+        assert set(report.unanswered) == {node.node_id for node in nodes} - queries
+        assert report.given_up == len(report.unanswered)
+        assert report.from_journal == len(answered)
+        assert queries > answered
+        given_up |= set(report.unanswered)
+        answered, llm.share, llm.refusing = queries, 0.15, 0.5
+    assert len(given_up) > 10, "the LLM would test nothing"
+    assert len(llm.good) == len(set(llm.good)) == 300, "no answer was paid for twice"
+
+
+def test_the_report_of_the_nodes_names_the_ones_that_were_given_up(journal):
+    class OneBad(FakeLLM):
+        def answer(self, prompt):
+            return ConnectionError("down") if "machine number 3 " in prompt else calm_answer(prompt)
+
+    settings = LLMSettings(attempts=2, backoff=0.001, show_progress=False)
+    _, report = dataset_from_nodes(some_nodes(6), [generator(OneBad(), journal, settings=settings)])
+    assert "1 given up for this run (n3)" in str(report)
 
 
 def test_one_bad_node_is_skipped_or_ends_the_run(journal):
@@ -136,9 +193,10 @@ def test_nodes_that_were_refused_before_do_not_end_the_next_run(journal):
     settings = LLMSettings(attempts=2, in_flight=4, backoff=0.001, show_progress=False)
     first = list(generator(llm, journal, settings=settings).generate(some_nodes(20)))
     assert len(first) == 20
-    calls = llm.calls
-    assert list(generator(llm, journal, settings=settings).generate(some_nodes(20))) == first
-    assert llm.calls == calls
+    assert llm.calls == 10 + 10 * 3, "each of those that were refused once more at the end of the run"
+    for calls in (50, 50):  # and once more in the next, but not in every run
+        assert list(generator(llm, journal, settings=settings).generate(some_nodes(20))) == first
+        assert llm.calls == calls
 
 
 def test_a_wait_for_the_rate_limiter_is_not_a_timeout(journal):

@@ -164,12 +164,12 @@ def test_nonsense_is_requested_again_and_passages_without_a_grade_are_unjudged(j
     result = judged(llm, journal, settings=settings)
     ungraded = result.report.ungraded
     assert ungraded > 0
-    assert llm.calls == 2 * (result.report.pooled - ungraded) + 3 * ungraded
+    assert llm.calls == 2 * (result.report.pooled - ungraded) + (3 + 1) * ungraded, "once more at the end of the run"
     assert all("p3" not in found for found in result.grades.values())
     listed = (result.dataset.relevant_docs, result.dataset.judged_irrelevant)
     assert not any("p3" in ids for field in listed for ids in field.values()), "it is neither"
     judged(llm, journal, settings=settings)
-    assert llm.calls == 2 * (result.report.pooled - ungraded) + 3 * ungraded, "unusable answers were paid for too"
+    assert llm.calls == 2 * (result.report.pooled - ungraded) + (3 + 3) * ungraded, "unusable answers were paid for too"
 
 
 def test_an_answer_that_is_no_text_counts_as_unusable(journal):
