@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,9 @@ from llama_index_lora_embed.training.lora import check_finite, restore_weights
 from llama_index_lora_embed.training.objectives.collator import GroupCollator
 from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler, GroupBatchSampler
 
+if TYPE_CHECKING:
+    from llama_index_lora_embed.training.arguments import LoraTrainingArguments
+
 _LOSS_WEIGHTS = "loss.safetensors"
 _SHORT = 64  # tokens below which texts are not worth shortening
 
@@ -51,6 +54,8 @@ class LoraTrainer(SentenceTransformerTrainer):
         discard_evaluations: Do not load a checkpoint's evaluations, which cannot be compared with new ones.
         **kwargs: As for SentenceTransformerTrainer.
     """
+
+    args: LoraTrainingArguments
 
     def __init__(
         self,
