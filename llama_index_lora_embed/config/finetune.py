@@ -164,7 +164,9 @@ class FinetuneConfig(Settings):
     teacher: Annotated[ModelText | None, NOT_IN_RESULT] = None
     """Cross-encoder with one score (folder, or id on the Hub) that scores each query's passage and hard negatives
     before training; its scores are learnt (`objective`), and kept in `<model_output_path>.teacher.jsonl`. Checkpoints
-    record the digest of the scores."""
+    record the digest of the scores. With `tune="query"`: a model that was tuned on both sides (an adapter's folder or
+    Hub id); the queries learn to find in the index what it finds, without labels, and from sentences of the passages,
+    too."""
     training: TrainingSettings = TrainingSettings()
     """How the adapter is trained."""
     output: OutputSettings = OutputSettings()

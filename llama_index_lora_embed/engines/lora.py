@@ -83,7 +83,10 @@ class LoraFinetuneEngine:
         mining: See `config.MiningSettings`; None mines no hard negatives, unless there is a teacher.
         teacher: Cross-encoder with one score: folder, Hub id, `CrossEncoder`, or a function that returns a number for
             each (query, passage) of a list. It scores each query's passage and mined hard negatives before training,
-            and its scores are learnt: by default as in CADET, with `objective="margin_mse"` as in GPL.
+            and its scores are learnt: by default as in CADET, with `objective="margin_mse"` as in GPL. With
+            `tune="query"`: a model that was tuned on both sides (an adapter's folder or Hub id, or a `BaseEmbedding`),
+            which embeds all passages once. The queries learn to find in the index what it finds. Give both runs the
+            same `val_dataset`: a verdict on queries that the teacher was trained on is too kind.
 
     Other arguments are fields of `config.TrainingSettings` and `config.DataSettings`.
 

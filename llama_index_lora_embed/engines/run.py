@@ -30,7 +30,7 @@ from llama_index_lora_embed.data.training_data import TrainingData, hold_out, re
 from llama_index_lora_embed.engines.generate import generators_of, journal_of, queries_for
 from llama_index_lora_embed.engines.result import FinetuneResult, write_run
 from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel
-from llama_index_lora_embed.engines.teacher import teacher_of
+from llama_index_lora_embed.engines.teacher import query_teacher_of, teacher_of
 from llama_index_lora_embed.engines.validation import check_device, check_loss, check_run
 
 if TYPE_CHECKING:
@@ -319,7 +319,8 @@ class FinetuneRun:
 
         config = arguments.config
         settings, val = config.training, self.val_dataset
-        teacher = teacher_of(config, self.teacher)
+        query_side = settings.tune == "query"
+        teacher = None if query_side else teacher_of(config, self.teacher)
         model, base, parent, installed = load()
         if config.base.window == "auto":  # the decision is what checkpoints and the manifest record
             config = config.replace(base=config.base.replace(window=None if parent else window_of(model)))
@@ -327,7 +328,9 @@ class FinetuneRun:
         lora_config = self._lora_config()
         if lora_config is not None:  # with peft's defaults left out, whoever wrote them
             config = config.replace(lora_config=lora_fields(lora_config))
-        passages = start.frozen_passages(model, self._stored_vectors()) if settings.tune == "query" else None
+        passages = None
+        if query_side:
+            passages = start.frozen_passages(model, self._stored_vectors(), query_teacher_of(config, self.teacher))
         evaluator = evaluate_as_installed = None
         if val is not None:
             # the base as installed has the same vectors of passages where they stay as they are

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.models.base_model import BaseInfo
     from llama_index_lora_embed.training.objectives.corpus_targets import CorpusTargets
     from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
+    from llama_index_lora_embed.training.objectives.query_distillation import QueryTeacher
 
 Loaded: TypeAlias = "tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None, AsInstalled]"
 """A model, its base, path and fingerprint of the adapter that is continued, if any, and the model as installed."""
@@ -102,12 +103,15 @@ class StartingModel:
         check_prompts(model)
         return model, base, parent, installed
 
-    def frozen_passages(self, model: SentenceTransformer, stored: Mapping[str, Vectors]) -> FrozenPassages:
+    def frozen_passages(
+        self, model: SentenceTransformer, stored: Mapping[str, Vectors], teacher: QueryTeacher | None = None
+    ) -> FrozenPassages:
         """Stored vectors of passages, and the base's by a model that `load` has returned, whatever its adapter becomes.
 
         Args:
             model: As from `load`.
             stored: Vectors of an index, by text.
+            teacher: What the queries learn from instead of labels.
         """
         import torch
 
@@ -125,7 +129,7 @@ class StartingModel:
             queries = torch.from_numpy(encode(model, texts, "query", fused=False)).to(vectors)
             return negatives_by_linear_map(queries, vectors, targets, self.config.training.seed)
 
-        return FrozenPassages(passages, stored, choose_negatives)
+        return FrozenPassages(passages, stored, choose_negatives, teacher)
 
     def load_base(self, base: BaseInfo, *, quantized: bool | None = None) -> SentenceTransformer:
         """The base alone, in 4 bit or in full precision; None is what the configuration says."""

@@ -52,7 +52,7 @@ def run_from_store(
             'tune="query", because its vectors stay as they are',
             "To tune both sides, pass the nodes: LoraFinetuneEngine.from_nodes(nodes, ...).",
         )
-    # refuses a loss and a teacher
+    # refuses a loss
     config = check_run(arguments, dataset, val_dataset, loss=loss, lora_config=lora_config, teacher=teacher).config
     # every passage is searched: their vectors are there
     config = config.replace(data=config.data.replace(max_eval_passages=len(stored)))
@@ -63,10 +63,10 @@ def run_from_store(
         embedding = _StoredPassages(base, stored)
         nodes = [node for node, has_text in zip(stored.nodes, stored.has_text, strict=True) if has_text]
         run = run_from_nodes(
-            config, nodes, val, query_generators, llm, loss=loss, lora_config=lora_config, embed_model=embedding
+            config, nodes, val, query_generators, llm, lora_config=lora_config, embed_model=embedding, teacher=teacher
         )
     else:
-        run = prepare(config, train, val, loss=loss, lora_config=lora_config)
+        run = prepare(config, train, val, lora_config=lora_config, teacher=teacher)
     # the passages that a split takes out of the training set are in the index all the same
     train, val = _over(stored, run.dataset), _over(stored, run.val_dataset)
     return replace(run, dataset=train or run.dataset, val_dataset=val, stored=stored)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
 from llama_index_lora_embed.config import DISTILLED, FinetuneConfig
+from llama_index_lora_embed.core.concurrency import run_async
 from llama_index_lora_embed.models.base_model import check_local
 from llama_index_lora_embed.models.cross_encoder import check_cross_encoder
 
 if TYPE_CHECKING:
+    from llama_index_lora_embed.evaluation.embeddings import FloatArray
+    from llama_index_lora_embed.training.objectives.query_distillation import QueryTeacher
     from llama_index_lora_embed.training.teacher import Teacher
 
 
@@ -37,14 +42,45 @@ def teacher_of(config: FinetuneConfig, given: Any | None) -> Teacher | None:
     )
 
 
-def check_local_teacher(name: str) -> None:
+def query_teacher_of(config: FinetuneConfig, given: Any | None) -> QueryTeacher | None:
+    """The tuned model that queries learn from where they alone are trained; None where there is none.
+
+    Raises:
+        LoraEmbedError: As `open_embedding`.
+    """
+    source = config.teacher if given is None else given
+    if source is None:
+        return None
+    from llama_index_lora_embed.embedding.open_embedding import open_embedding
+    from llama_index_lora_embed.evaluation.embeddings import Embedder, Side
+    from llama_index_lora_embed.training.objectives.query_distillation import QueryTeacher
+
+    model, name = source, type(source).__name__
+    if isinstance(source, str):
+        training = config.training
+        options = {"device": training.device, "trust_remote_code": training.trust_remote_code}
+        model = open_embedding(source, cache_folder=config.base.cache_folder, **options)
+        name = Path(source).name
+    embedder = Embedder(model, None, None, config.training.show_progress_bar)
+
+    def encode(side: Side) -> Callable[[list[str]], FloatArray]:
+        return lambda texts: run_async(embedder.embed(texts, side), suspends=False)
+
+    return QueryTeacher(name, encode("query"), encode("passage"))
+
+
+def check_local_teacher(name: str, *, query_side: bool = False) -> None:
     """What a teacher's folder shows by its files; one on the Hub is checked when training starts.
+
+    Args:
+        name: Folder or Hub id.
+        query_side: Whether only queries are trained, from an embedding model.
 
     Raises:
         ModelNotFoundError: There is no such folder.
         ConfigError: It is no cross-encoder with one score.
     """
-    if (folder := check_local(name)) is not None:
+    if (folder := check_local(name)) is not None and not query_side:
         check_cross_encoder(folder, name)
 
 
@@ -53,11 +89,16 @@ def teacher_problems(config: FinetuneConfig, teacher: Any, *, pairs: bool, own_l
     if teacher is None:
         return config.objective.without_teacher()
     name, names = config.objective.name, " or ".join(map(repr, DISTILLED))
+    if config.training.tune == "query":
+        problems = [f"a teacher with objective {name!r}: expected no objective"] if name is not None else []
+        if isinstance(teacher, (str, BaseEmbedding)):
+            return problems
+        expected = "expected a model that was tuned on both sides: an adapter's folder or Hub id, or a BaseEmbedding"
+        return [*problems, f'teacher of type {type(teacher).__name__} with tune="query": {expected}']
     found = [
         ("labelled pairs", pairs, "queries and passages, which it gives scores"),
         ("a loss", own_loss, "one of the two"),
         (f"objective {name!r}", name not in (None, *DISTILLED), names),
-        ('tune="query"', config.training.tune == "query", "one of the two; every step sees the whole corpus there"),
     ]
     problems = [f"a teacher with {what}: expected {expected}" for what, wrong, expected in found if wrong]
     return problems if isinstance(teacher, str) else problems + _object_problems(teacher)

@@ -73,7 +73,8 @@ def check_run(
         val_dataset: Validation data, or None.
         loss: None, a sentence-transformers loss, or a callable that makes one from the model.
         lora_config: None or a `peft.LoraConfig`.
-        teacher: None, a `CrossEncoder`, or a function of (query, passage) pairs, instead of `config.teacher`.
+        teacher: None, a `CrossEncoder`, or a function of (query, passage) pairs, instead of `config.teacher`; with
+            `tune="query"` an embedding model.
 
     Raises:
         LoraEmbedError: The one kind of problem there is; for several kinds a ConfigError that lists them all.
@@ -98,7 +99,8 @@ def check_run(
 
     teacher = config.teacher if teacher is None else teacher
     problems += teacher_problems(config, teacher, pairs=kind == "pairs", own_loss=loss is not None)
-    if teacher is not None:
+    query_side = config.training.tune == "query"
+    if teacher is not None and not query_side:
         config = attempt(config.for_teacher, errors) or config
 
     attempt(lambda: base_model.check_local(config.base.model_id), errors)
@@ -106,7 +108,7 @@ def check_run(
     if config.base.continue_from is not None:
         attempt(lambda: base_model.check_local(str(config.base.continue_from)), errors)
     if isinstance(teacher, str):
-        attempt(lambda: check_local_teacher(teacher), errors)
+        attempt(lambda: check_local_teacher(teacher, query_side=query_side), errors)
     if problems:
         errors.append(ConfigError(f"{len(problems)} wrong argument(s)", "those named", "Correct them:", problems))
     train = None if dataset is None else attempt(lambda: coerce_training_data(dataset, "dataset"), errors)

@@ -217,8 +217,9 @@ def train(
     selection.restore_best(model, start)
     model.eval()
     steps, learnt = int(trainer.state.global_step), None
-    if teacher is not None and plan.teacher_scores is not None:
-        learnt = {"name": teacher.name, "scores": plan.teacher_scores}
+    learnt_from = passages.teacher if passages is not None else teacher
+    if learnt_from is not None and plan.teacher_scores is not None:
+        learnt = {"name": learnt_from.name, "scores": plan.teacher_scores}
     return TrainingOutcome(selection, truncation, steps, elapsed, precision, learnt, plan.negatives)
 
 

@@ -215,7 +215,7 @@ def test_a_teacher_is_checked_before_an_llm_is_paid(tiny_model, nodes, out):
         ({"teacher": None, "objective": "margin_mse"}, "objective 'margin_mse' without a teacher"),
         ({"teacher": None, "objective": ObjectiveSettings(contrastive_weight=0.2)}, "contrastive_weight=0.2"),
         ({"batch_size": 1}, "batch_size=1"),
-        ({"tune": "query"}, 'a teacher with tune="query"'),
+        ({"tune": "query", "objective": None}, 'teacher of type function with tune="query"'),
     ],
     ids=["objective", "loss", "pairs", "guide", "none", "weight", "batch", "tune"],
 )

@@ -17,6 +17,7 @@ from llama_index_lora_embed.training.examples import TrainingGroup
 from llama_index_lora_embed.training.negatives.false_negatives import FalseNegatives
 from llama_index_lora_embed.training.objectives.corpus_targets import CorpusTargets, corpus_targets
 from llama_index_lora_embed.training.objectives.full_corpus import full_corpus_loss
+from llama_index_lora_embed.training.objectives.query_distillation import QueryTeacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,6 +33,7 @@ class FrozenPassages:
         stored: Vectors that an index holds, by text.
         choose_negatives: Takes the texts of the training queries, the vectors of all columns and their targets, and
             returns "corpus" or "answered"; None for "corpus".
+        teacher: Tuned model that the queries learn from, instead of from labels; None for labels.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class FrozenPassages:
         encode: Callable[[list[str]], FloatArray],
         stored: Mapping[str, FloatArray] | None = None,
         choose_negatives: Callable[[list[str], Tensor, CorpusTargets], str] | None = None,
+        teacher: QueryTeacher | None = None,
     ) -> None:
+        self.teacher = teacher
         self._encode = encode
         self.choose_negatives = choose_negatives or (lambda *_: "corpus")
         self._vectors = dict(stored or {})

@@ -66,6 +66,12 @@ def full_corpus_loss(queries: Tensor, passages: Tensor, targets: Targets, temper
     return loss
 
 
+def unit_scores(queries: Tensor, passages: Tensor, temperature: float) -> Tensor:
+    """Cosine similarities [q, p] divided by τ, in float32 also under autocast; arguments as for `full_corpus_loss`."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return nn.functional.normalize(queries.float(), dim=-1) @ passages.T / temperature
+
+
 class _FullCorpusSoftmax(torch.autograd.Function):
     """The loss of queries of length 1, whose gradient is computed with it."""
 

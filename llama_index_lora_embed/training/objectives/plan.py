@@ -48,6 +48,7 @@ from llama_index_lora_embed.training.objectives.distillation import (
 )
 from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages, frozen_passages_loss
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
+from llama_index_lora_embed.training.objectives.query_distillation import query_distillation_loss
 from llama_index_lora_embed.training.objectives.samplers import ExampleBatchSampler, ExampleTraits, GroupBatchSampler
 from llama_index_lora_embed.training.teacher import Teacher
 
@@ -100,7 +101,7 @@ def training_plan(
         objective: Fits data and loss (`ObjectiveSettings.misfits`); None for the default.
         teacher: Scores the passages, if the objective learns from one.
         gradient_checkpointing: Whether the trainer will use it; then there is no GradCache.
-        passages: Vectors of the passages, where only queries are trained.
+        passages: Vectors of the passages, where only queries are trained, and their teacher.
 
     Raises:
         ConfigError: The objective or the loss cannot be used with this model, or the teacher's scores cannot be used.
@@ -117,6 +118,12 @@ def training_plan(
         loss = _pair_loss(name, settings) if loss is None else loss
         return _columns_plan(model, rows, loss, queries=() if dataset.symmetric else ("text1",))
     false_negatives = find_false_negatives(dataset, groups, objective, whole_corpus=passages is not None)
+    if passages is not None and passages.teacher is not None:
+        texts, distilled, digest = query_distillation_loss(
+            model, dataset, passages, passages.teacher, settings.temperature, settings.seed
+        )
+        rows = [{"anchor": text, "label": at} for at, text in enumerate(texts)]
+        return replace(_columns_plan(model, rows, distilled), teacher_scores=digest)
     if passages is not None:
         query_ids, frozen, negatives = frozen_passages_loss(model, dataset, groups, false_negatives, passages, settings)
         rows = [{"anchor": dataset.queries[i], "label": at} for at, i in enumerate(query_ids)]
