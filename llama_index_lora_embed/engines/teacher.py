@@ -16,7 +16,7 @@ from llama_index_lora_embed.models.base_model import check_local
 from llama_index_lora_embed.models.cross_encoder import check_cross_encoder
 
 if TYPE_CHECKING:
-    from llama_index_lora_embed.evaluation.embeddings import FloatArray
+    from llama_index_lora_embed.evaluation.search import FloatArray
     from llama_index_lora_embed.training.objectives.query_distillation import QueryTeacher
     from llama_index_lora_embed.training.teacher import Teacher
 
@@ -55,10 +55,11 @@ def query_teacher_of(config: FinetuneConfig, given: Any | None) -> QueryTeacher 
     from llama_index_lora_embed.evaluation.embeddings import Embedder, Side
     from llama_index_lora_embed.training.objectives.query_distillation import QueryTeacher
 
-    model, name = source, type(source).__name__
+    model: Any = source
+    name = type(source).__name__
     if isinstance(source, str):
         training = config.training
-        options = {"device": training.device, "trust_remote_code": training.trust_remote_code}
+        options: dict[str, Any] = {"device": training.device, "trust_remote_code": training.trust_remote_code}
         model = open_embedding(source, cache_folder=config.base.cache_folder, **options)
         name = Path(source).name
     embedder = Embedder(model, None, None, config.training.show_progress_bar)

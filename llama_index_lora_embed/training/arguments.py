@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from sentence_transformers import SentenceTransformerTrainingArguments
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from llama_index_lora_embed.config import IN_BATCH, FinetuneConfig, TrainingSettings
 from llama_index_lora_embed.config.base import AtLeast0, AtLeast1, Settings
@@ -136,11 +136,6 @@ class LoraTrainingArguments(SentenceTransformerTrainingArguments):
 
     lora_device: str | None = None
 
-    @property
-    def recomputes_activations(self) -> bool:
-        """Whether activations are computed again in the backward pass, by transformers' older or newer name."""
-        return bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", None))
-
     @cached_property
     def _setup_devices(self) -> torch.device:
         device: torch.device = super()._setup_devices
@@ -151,6 +146,11 @@ class LoraTrainingArguments(SentenceTransformerTrainingArguments):
                 torch.cuda.set_device(wanted)
                 return wanted
         return device
+
+
+def recomputes_activations(args: TrainingArguments) -> bool:
+    """Whether activations are computed again in the backward pass, by transformers' older or newer name."""
+    return bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", None))
 
 
 def training_arguments(

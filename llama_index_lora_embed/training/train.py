@@ -22,7 +22,7 @@ from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.lora import fused_lora
 from llama_index_lora_embed.models.kernels.precision import resolve_precision, settle_precision
 from llama_index_lora_embed.training import distributed
-from llama_index_lora_embed.training.arguments import training_arguments
+from llama_index_lora_embed.training.arguments import recomputes_activations, training_arguments
 from llama_index_lora_embed.training.auto_batch_size import StepSize, largest_that_fits
 from llama_index_lora_embed.training.callbacks import Evaluator, RunLog
 from llama_index_lora_embed.training.checkpointing.checkpoints import LOG_NAME, open_run, read_record
@@ -257,7 +257,7 @@ def _hidden_state_cache(
     loss, args = plan.inputs["loss"], trainer.args
     if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or settings.base_dropout:
         return None
-    if args.recomputes_activations:
+    if recomputes_activations(args):
         return None
     cache = HiddenStateCache.of(model, int(settings.frozen_cache_mb * 2**20), run_dir)
     if cache is None:

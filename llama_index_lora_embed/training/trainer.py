@@ -28,6 +28,7 @@ from llama_index_lora_embed.models.adapter_directory import WEIGHTS_NAME
 from llama_index_lora_embed.models.kernels.precision import autocast
 from llama_index_lora_embed.models.windows import COUNTS
 from llama_index_lora_embed.training import distributed
+from llama_index_lora_embed.training.arguments import recomputes_activations
 from llama_index_lora_embed.training.checkpointing.checkpoints import step_of, write_checkpoint
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
 from llama_index_lora_embed.training.lora import check_finite, restore_weights
@@ -146,7 +147,7 @@ class LoraTrainer(SentenceTransformerTrainer):
         except torch.OutOfMemoryError as error:
             collator: Any = self.data_collator
             chunk = getattr(collator, "mini_batch_size", None)
-            gradcache = isinstance(collator, GroupCollator) and not self.args.recomputes_activations
+            gradcache = isinstance(collator, GroupCollator) and not recomputes_activations(self.args)
             size = self.args.per_device_train_batch_size
             raise out_of_memory(size, longest, error, mini_batch_size=chunk, gradcache=gradcache) from error
         if distributed.highest(int(not torch.isfinite(loss))):

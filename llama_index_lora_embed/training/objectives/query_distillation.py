@@ -66,7 +66,7 @@ class QueryDistillationLoss(nn.Module):
     passages: Tensor
 
     def __init__(
-        self, model: SentenceTransformer, vectors: Tensor, queries: Tensor, passages: Tensor, temperature: float
+        self, model: SentenceTransformer, vectors: Tensor, queries: Tensor, passages: Tensor, *, temperature: float
     ) -> None:
         super().__init__()
         self.model: nn.Module = model
@@ -121,8 +121,8 @@ def query_distillation_loss(
     digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass"))
     for array in found:
         digest.update(array.tobytes())
-    tensors = [torch.from_numpy(array).to(model.device) for array in (vectors_of(passages), *found)]
-    return texts, QueryDistillationLoss(model, *tensors, temperature), digest.hexdigest()
+    vectors, *learnt = (torch.from_numpy(array).to(model.device) for array in (vectors_of(passages), *found))
+    return texts, QueryDistillationLoss(model, vectors, *learnt, temperature=temperature), digest.hexdigest()
 
 
 def _sentences(passages: list[str], rng: random.Random) -> list[str]:
