@@ -99,10 +99,10 @@ def main() -> None:
             engine = LoraFinetuneEngine(args.data / f"{args.train}.json", **settings)
         result = engine.finetune()
         print(result, engine.data_report or "", *result.mined, sep="\n")
-        base, length = load(args.model), result.truncation.length_after
+        base, window, length = load(args.model), result.truncation.read_in, result.truncation.length_after
         changed = {}
-        if args.window or length != base.max_seq_length:
-            changed["base_as_the_run_reads"] = evaluate(load(args.model, args.window, length), test)
+        if window or length != base.max_seq_length:
+            changed["base_as_the_run_reads"] = evaluate(load(args.model, window, length), test)
         report = {
             "train": args.train or f"{args.nodes} (documents only)",
             "test": args.test,
@@ -113,6 +113,7 @@ def main() -> None:
             "tuned": evaluate(load(result.adapter_path), test)
             if settings.get("tune", "both") == "both"
             else query_side(engine, test),
+            "window": window,
             "best_step": result.best_step,
             "steps": result.steps,
             "train_seconds": round(result.train_seconds),

