@@ -10,7 +10,9 @@ of it. Each method runs at its defaults, its step chosen on a tenth of its queri
 without `--test` at random, because the queries of such sets share passages.
 
 The methods that leave vectors as they are ("query": LoRA on the query side, "linear" and "low-rank": maps) get the
-passages of the training set as an index of the base, whose vectors were computed before (`from_vector_store`).
+passages of the training set as an index of the base, whose vectors were computed before (`from_vector_store`). "taught"
+is "query" with the model of "both", from the same call, as its teacher, 8 epochs, and an index that holds the passages
+of the test as well, without their queries.
 `seconds` is the wall time of `finetune()` with evaluations, and `train_seconds` that of the steps. The test is used
 once for each row. `--vectors` keeps the base's vectors of passages for the next call.
 """
@@ -21,6 +23,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import tempfile
 import time
 import warnings
@@ -44,7 +47,7 @@ from llama_index_lora_embed.data import StoredVectors
 from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
 
 BASE = str(get_model_path())
-METHODS = ("both", "query", "linear", "low-rank")
+METHODS = ("both", "query", "taught", "linear", "low-rank")
 
 
 def read(folder: Path, train: str, test: str | None) -> tuple[EmbeddingQAFinetuneDataset, EmbeddingQAFinetuneDataset]:
@@ -76,7 +79,7 @@ def engine_of(method: str, data: EmbeddingQAFinetuneDataset, index: StoredVector
     settings = {"device": "cpu", **settings}
     if method == "both":
         return LoraFinetuneEngine(data, BASE, path, show_progress_bar=False, **settings)
-    if method == "query":
+    if method in ("query", "taught"):
         return LoraFinetuneEngine.from_vector_store(index, data, BASE, path, show_progress_bar=False, **settings)
     base = LoraEmbedding(base_model=BASE, device="cpu")
     layer = LowRankLayer(index.vectors.shape[1]) if method == "low-rank" else None
@@ -109,12 +112,19 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="folder that keeps the base's vectors of passages")
     parser.add_argument("--out", type=Path, help="append each row to this file")
     args = parser.parse_args()
+    if "taught" in args.methods and "both" not in args.methods[: args.methods.index("taught")]:
+        parser.error("--methods: taught needs both before it")
     warnings.simplefilter("ignore")  # of verdicts, which are in the rows
     train, test = read(args.data, args.train, args.test)
+    kept = tempfile.TemporaryDirectory()
     base = LoraEmbedding(base_model=BASE, device="cpu")
     nodes = [TextNode(id_=i, text=text) for i, text in train.corpus.items()]
     index = StoredVectors(nodes, passage_vectors(base, train, args.vectors))
     passages = passage_vectors(base, test, args.vectors)
+    both = {**train.corpus, **test.corpus}
+    stored = np.concatenate([index.vectors, passages[[i not in train.corpus for i in test.corpus]]])
+    everything = StoredVectors([TextNode(id_=i, text=text) for i, text in both.items()], stored)
+    teacher = f"{kept.name}/both"
     untuned = tuned_ndcg("none", base, test, passages)
     for labels in args.labels or [len(train.queries)]:
         ids = sorted(train.queries)
@@ -126,11 +136,16 @@ def main() -> None:
             given["val_dataset"] = train.subset(sorted(ids[:held_out]), train.corpus)
         for method in args.methods:
             with tempfile.TemporaryDirectory() as folder:
-                engine = engine_of(method, part, index, f"{folder}/adapter", **given)
+                own, searched = given, index
+                if method == "taught":
+                    own, searched = {"teacher": teacher, "epochs": 8, **given}, everything
+                engine = engine_of(method, part, searched, f"{folder}/adapter", **own)
                 started = time.perf_counter()
                 result = engine.finetune()
                 seconds = time.perf_counter() - started
-                lora = method in ("both", "query")
+                lora = method in ("both", "query", "taught")
+                if method == "both":
+                    shutil.copytree(f"{folder}/adapter", teacher, dirs_exist_ok=True)
                 model = engine.get_finetuned_model(device="cpu") if lora else engine.get_finetuned_model()
                 tuned = tuned_ndcg(method, model, test, passages)
                 written = sum(p.stat().st_size for p in Path(f"{folder}/adapter").rglob("*") if p.is_file())
