@@ -2,20 +2,29 @@
 
     python benchmarks/evaluation_at_scale.py
     python benchmarks/evaluation_at_scale.py --passages 100000 1000000
+    python benchmarks/evaluation_at_scale.py --on-disk --passages 10000 100000 1000000
 
-The vectors are random, have 384 dimensions and are created before the clock starts. Each evaluation runs in its own
-process, in turns. The output is the time of search and metrics, the peak memory of the process beyond the vectors, and
-the largest difference between the metrics of both packages.
+With --on-disk the passages are a memory-mapped file, and FAISS is compared with exact search: an inverted file of
+sqrt(passages) lists, of which some are probed. The vectors lie around 2,000 centres then. Memory is what the process
+holds beyond what it held before, without the pages of the file, which the system takes back when it needs them.
+
+Otherwise the vectors are random, have 384 dimensions and are created before the clock starts. Each evaluation runs in
+its own process, in turns. The output is the time of search and metrics, the peak memory of the process beyond the
+vectors, and the largest difference between the metrics of both packages.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -78,6 +87,87 @@ def theirs(dataset: Any, near: np.ndarray, far: np.ndarray) -> dict[str, float]:
             ("hit@1", "hit@5", "hit@10", "mrr@10", "ndcg@10", "map@100", "recall@10", "precision@10")}  # fmt: skip
 
 
+def write_clustered(folder: Path, queries: int, passages: int) -> None:
+    """Passages around centres as `passages.npy`, and queries near the first of them as `queries.npy`."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((2000, DIMENSIONS), dtype=np.float32)
+    file = np.lib.format.open_memmap(folder / "passages.npy", "w+", np.float32, (passages, DIMENSIONS))
+    for start in range(0, passages, 10_000):
+        block = centres[rng.integers(0, len(centres), min(10_000, passages - start))]
+        block = block + rng.standard_normal(block.shape, dtype=np.float32)
+        file[start : start + len(block)] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    near = file[:queries] + 0.06 * rng.standard_normal((queries, DIMENSIONS), dtype=np.float32)
+    np.save(folder / "queries.npy", near / np.linalg.norm(near, axis=1, keepdims=True))
+
+
+class Measured:
+    """Seconds by the clock and of the processor, and the most memory held at a time in MB beyond the start."""
+
+    def __enter__(self) -> Measured:
+        self.times = time.perf_counter(), time.process_time()
+        self.start = self.peak = _anonymous()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._over.wait(0.02):
+            self.peak = max(self.peak, _anonymous())
+
+    def __exit__(self, *_: object) -> None:
+        by_clock, of_processor = time.perf_counter() - self.times[0], time.process_time() - self.times[1]
+        self._over.set()
+        self._thread.join()
+        mb = max(self.peak, _anonymous()) - self.start
+        self.figures = {"seconds": by_clock, "processor": of_processor, "mb": mb}
+
+
+def _anonymous() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def on_disk(folder: Path) -> None:
+    """Print times and memory of exact evaluation, and of FAISS with its recall of the ten nearest passages."""
+    import faiss
+
+    from llama_index_lora_embed import EmbeddingQAFinetuneDataset
+    from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
+
+    faiss.omp_set_num_threads(1)
+    near, far = np.load(folder / "queries.npy"), np.load(folder / "passages.npy", mmap_mode="r")
+    with Measured() as measured:
+        dataset = EmbeddingQAFinetuneDataset(
+            queries={f"q{i}": f"query {i}" for i in range(len(near))},
+            corpus={f"p{i:07d}": f"passage {i}" for i in range(len(far))},
+            relevant_docs={f"q{i}": [f"p{i:07d}"] for i in range(len(near))},
+        )
+    say("ids and texts", **measured.figures)
+    with Measured() as measured:
+        evaluation = evaluate_encoders(lambda texts: near, lambda texts: far, dataset)
+    say("exact evaluation", **measured.figures, **{"hit@1": evaluation.metrics["hit@1"]})
+    exact = [{int(passage_id[1:]) for passage_id in ranking[:10]} for ranking in evaluation.rankings.values()]
+    lists = int(math.sqrt(len(far)))
+    with Measured() as measured:
+        index = faiss.index_factory(DIMENSIONS, f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        step = max(1, len(far) // (lists * 40))
+        index.train(np.array(far[::step]))
+        for start in range(0, len(far), 50_000):
+            index.add(np.array(far[start : start + 50_000]))
+    say("faiss build", **measured.figures)
+    for probes in (1, 4, 16, 64):
+        index.nprobe = probes
+        with Measured() as measured:
+            _, rows = index.search(near, 10)
+        recall = np.mean([len(right & {*row}) / 10 for right, row in zip(exact, rows.tolist(), strict=True)])
+        say(f"faiss, {probes} lists", **measured.figures, **{"recall@10": float(recall)})
+
+
+def say(name: str, **figures: float) -> None:
+    print(f"  {name:18}" + ", ".join(f"{key} {value:,.3f}" for key, value in figures.items()), flush=True)
+
+
 def child(who: str, queries: int, passages: int) -> None:
     import torch  # noqa: F401  # imported before memory is measured
 
@@ -95,8 +185,18 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--passages", type=int, nargs="+", default=[100_000])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--on-disk", action="store_true", help="passages in a file, and FAISS")
+    parser.add_argument("--folder", help="where the file is made; None for the system's temporary folder")
     parser.add_argument("--child", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.on_disk:
+        for passages in args.passages:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                write_clustered(Path(folder), args.queries, passages)
+                print(f"{args.queries} queries, {passages} passages on disk:", flush=True)
+                code = f"from evaluation_at_scale import *; on_disk(Path({folder!r}))"
+                subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+        return None
     if args.child:
         return child(args.child, args.queries, args.passages[0])
     for passages in args.passages:

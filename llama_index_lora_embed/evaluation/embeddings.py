@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from llama_index_lora_embed.config.base import is_int
@@ -34,6 +35,8 @@ _PROBE = "Which of these 12 Words does it read? " + " ".join(
     f"Part {i} of a long text, {i * 7} of it." for i in range(90)
 )
 _SAME_MODEL = 0.9999  # cosine of two probe vectors of one model; APIs are not exact to the last digit
+_BLOCK = 16_384  # rows of vectors
+_UNIT = 1e-5  # how far the length of a vector in float32 is from 1 that was scaled to 1
 _EXAMPLES = 3  # ids that a message names
 
 _T = TypeVar("_T")
@@ -228,25 +231,47 @@ def check_num_workers(num_workers: Any) -> None:
 def unit_vectors(vectors: Any, ids: Sequence[str], name: str) -> FloatArray:
     """Check vectors [ids, dimensions] and scale them to length 1; zeros stay zeros.
 
-    A writable float32 array is scaled in place. `name`, what the vectors are of, is for error messages.
+    A writable float32 array is scaled in place. An array that is memory-mapped for reading (`np.load(path,
+    mmap_mode="r")`) stays on disk if its vectors have length 1, and is copied otherwise. `name`, what the vectors are
+    of, is for error messages.
 
     Raises:
         ConfigError: Their number is not that of the ids.
         NonFiniteLossError: Some are NaN or infinite.
     """
-    array: FloatArray = np.require(vectors, np.float32, ["W"])
+    mapped = isinstance(vectors, np.memmap) and vectors.dtype == np.float32 and not vectors.flags.writeable
+    if mapped and vectors.ndim == 2 and _have_unit_length(vectors):
+        array: FloatArray = vectors
+    else:
+        array, mapped = np.require(vectors, np.float32, ["W"]), False
     if array.ndim != 2 or len(array) != len(ids):
         raise ConfigError(
             f"{name} vectors of shape {array.shape}", f"one vector for each of {len(ids)} texts", "Check the encoder."
         )
-    bad = [ids[row] for row in np.flatnonzero(~np.isfinite(array).all(axis=1)).tolist()]
+    bad = [ids[start + row] for start, block in _blocks(array) for row in np.flatnonzero(~_are_finite(block)).tolist()]
     if bad:
         raise NonFiniteLossError(
             f"NaN or infinity in {len(bad)} of {len(array)} {name} vectors ({examples(bad)})",
             "finite numbers",
             "Lower the learning_rate of a model in training; load any other model in float32.",
         )
-    return unit_norm(array, out=array)
+    if not mapped:
+        for _, block in _blocks(array):
+            unit_norm(block, out=block)
+    return array
+
+
+def _blocks(array: FloatArray) -> Iterator[tuple[int, FloatArray]]:
+    """(first row, rows): what is computed of all at once would take as much memory as the vectors."""
+    return ((start, array[start : start + _BLOCK]) for start in range(0, len(array), _BLOCK))
+
+
+def _are_finite(block: FloatArray) -> NDArray[np.bool_]:
+    return np.asarray(np.isfinite(block).all(axis=1))
+
+
+def _have_unit_length(array: FloatArray) -> bool:
+    return all(bool(np.allclose(np.linalg.norm(block, axis=1), 1, atol=_UNIT)) for _, block in _blocks(array))
 
 
 def examples(ids: Sequence[str]) -> str:

@@ -146,6 +146,9 @@ def evaluate_encoders(
 ) -> RetrievalEvaluation:
     """Evaluate two functions from n texts to a float array [n, dimensions], which is scaled in place.
 
+    Passages that do not fit into memory are a file: `lambda texts: np.load(path, mmap_mode="r")` of float32 vectors of
+    length 1, in the order of the sorted passage ids.
+
     Raises:
         ConfigError: Vectors of queries and passages differ in length, or their number is not that of the texts.
         DatasetError: The dataset is empty or has dangling ids.
@@ -185,7 +188,10 @@ def evaluation_of(
 def evaluation_digest(dataset: EmbeddingQAFinetuneDataset) -> str:
     """SHA-256 (hex) of queries, corpus and judgments, which decide the metrics."""
     content = [dataset.queries, dataset.corpus, relevance(dataset)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True).iterencode(content):  # at once, it would be a copy of the corpus
+        digest.update(piece.encode())
+    return digest.hexdigest()
 
 
 def relevance(dataset: EmbeddingQAFinetuneDataset) -> dict[str, dict[str, float]]:

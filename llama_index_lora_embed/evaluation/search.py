@@ -24,7 +24,7 @@ def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDAr
 
     Args:
         queries: [queries, dimensions], at least one.
-        passages: [passages, dimensions].
+        passages: [passages, dimensions]; they may be memory-mapped, and are read block by block.
         depth: Number of passages for each query.
 
     Returns:
@@ -45,8 +45,10 @@ def nearest(queries: FloatArray, passages: FloatArray, depth: int) -> tuple[NDAr
     for part in torch.split(torch.from_numpy(queries), _QUERIES):
         scores, rows = torch.empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.int64)
         for start in range(0, len(passages), _PASSAGES):
+            block = passages[start : start + _PASSAGES]
+            block = block if block.flags.writeable else np.array(block)  # torch warns of arrays that it cannot write
             with torch.autocast("cpu", enabled=False):  # scores are float32 whatever the precision of training
-                similarities = part @ torch.from_numpy(passages[start : start + _PASSAGES]).T
+                similarities = part @ torch.from_numpy(block).T
             values, columns = _highest(similarities, depth)
             # earlier rows come first, and a stable sort keeps them there
             scores, rows = torch.cat([scores, values], dim=1), torch.cat([rows, columns + start], dim=1)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from llama_index_lora_embed.config import LLMSettings
 from llama_index_lora_embed.core.errors import LLMError, LoraEmbedError
 from llama_index_lora_embed.data.llm.identity import digest, is_synchronous, llm_identity, usage
-from llama_index_lora_embed.data.llm.journal import Journal
+from llama_index_lora_embed.data.llm.journal import Answers
 
 logger = logging.getLogger(__name__)
 # A run ends when so many requests failed and none was answered: the key is wrong, or there is no network.
@@ -97,7 +97,7 @@ class LLMClient:
     timeout, because a thread cannot be stopped. `is_usable` tells whether the text of an answer holds anything usable.
     """
 
-    def __init__(self, llm: LLM, journal: Journal, settings: LLMSettings, is_usable: Callable[[str], bool]) -> None:
+    def __init__(self, llm: LLM, journal: Answers, settings: LLMSettings, is_usable: Callable[[str], bool]) -> None:
         self.llm = llm
         self.journal = journal
         self.settings = settings

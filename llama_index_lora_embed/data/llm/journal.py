@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -25,6 +25,30 @@ from llama_index_lora_embed.core.files import whole_file
 logger = logging.getLogger(__name__)
 _FORMAT = "llama-index-lora-embed journal"
 _VERSION = 1
+
+
+class Answers(Protocol):
+    """What requests need of a journal: that of this process, or one that another process has open."""
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a usable answer under this key."""
+        ...
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The record of the usable answer under a key, or None."""
+        ...
+
+    def unusable_answers(self, key: str) -> int:
+        """The number of answers under this key with nothing usable in them."""
+        ...
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write records and wait until they are on disk."""
+        ...
+
+    def __enter__(self) -> Answers: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class Journal:

@@ -21,7 +21,7 @@ from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.filters.language import detect
 from llama_index_lora_embed.data.llm.client import LLMClient, LLMReport, Request
 from llama_index_lora_embed.data.llm.identity import digest
-from llama_index_lora_embed.data.llm.journal import Journal
+from llama_index_lora_embed.data.llm.journal import Answers, Journal
 from llama_index_lora_embed.data.llm.passages import printable, truncate
 from llama_index_lora_embed.data.origins import LLM_WRITTEN
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, attach_queries, embed_text
@@ -82,6 +82,7 @@ class LLMQueryGenerator(NodeQueryGenerator):
     name: ClassVar[str] = LLM_WRITTEN
 
     _report: LLMReport = PrivateAttr(default_factory=LLMReport)
+    _open_answers: Answers | None = PrivateAttr(default=None)
 
     def __init__(self, llm: LLM, **kwargs: Any) -> None:
         super().__init__(llm=llm, **kwargs)
@@ -114,6 +115,10 @@ class LLMQueryGenerator(NodeQueryGenerator):
         """The requests of the last run and their results."""
         return self._report
 
+    def use_journal(self, journal: Answers | None) -> None:
+        """Keep answers in a journal that is open already, for example in another process; None opens `journal`."""
+        self._open_answers = journal
+
     def generate(self, nodes: Sequence[BaseNode], *, seed: int = 0) -> Iterator[GeneratedQuery]:
         """Yield queries for every node with text, in the order of the nodes; the seed has no effect.
 
@@ -129,7 +134,7 @@ class LLMQueryGenerator(NodeQueryGenerator):
         structured = self.structured
         if structured is None:
             structured = self.llm.metadata.is_function_calling_model and self.settings.max_tokens is None
-        with await _open_journal(self.journal, wait) as journal:
+        with self._open_answers or await _open_journal(self.journal, wait) as journal:
             client = LLMClient(self.llm, journal, self.settings, lambda text: bool(self._parse(text)))
             try:
                 await client.complete_all((self._request(node, structured) for node in nodes), total=len(nodes))

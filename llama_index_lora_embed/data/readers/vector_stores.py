@@ -93,7 +93,7 @@ def _matrix(rows: Sequence[Any]) -> FloatArray:
     return np.asarray(rows, dtype=np.float32).reshape(len(rows), -1 if rows else 0)
 
 
-def _node(entry_id: str, metadata: Mapping[str, Any], text: str | None) -> BaseNode:
+def node_of_entry(entry_id: str, metadata: Mapping[str, Any], text: str | None) -> BaseNode:
     """The node of an entry. Of one that LlamaIndex has not written, the text alone was embedded."""
     from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
@@ -111,7 +111,7 @@ def _read_chroma(collection: Any, store: Any) -> _Read:
     while True:
         page = collection.get(limit=_PAGE, offset=len(nodes), include=["embeddings", "documents", "metadatas"])
         entries = zip(page["ids"], page["metadatas"], page["documents"], strict=True)
-        nodes += [_node(entry_id, metadata or {}, text) for entry_id, metadata, text in entries]
+        nodes += [node_of_entry(entry_id, metadata or {}, text) for entry_id, metadata, text in entries]
         rows += list(page["embeddings"])
         if len(page["ids"]) < _PAGE:
             break
@@ -157,7 +157,7 @@ def _read_qdrant(vectors: Any, store: Any) -> _Read:
         for point in (point for point in points if str(point.id) != STAMP_ID):
             payload = dict(point.payload or {})
             text = None if "_node_content" in payload else payload.pop(vectors.text_key, None)
-            nodes.append(_node(str(point.id), payload, text))
+            nodes.append(node_of_entry(str(point.id), payload, text))
             of_name = isinstance(point.vector, dict)
             rows.append(point.vector[vectors.dense_vector_name] if of_name else point.vector)
         if offset is None:

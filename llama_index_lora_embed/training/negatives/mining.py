@@ -124,6 +124,14 @@ def mine_hard_negatives(
     wanted = {q: settings.num_negatives - len(curated.get(q, [])) for q in dataset.queries}
     wanted = {query_id: number for query_id, number in wanted.items() if number > 0}
     found = _choose_all(false_negatives, model, wanted, settings) if wanted else {}
+    return with_negatives(dataset, found, settings)
+
+
+def with_negatives(
+    dataset: EmbeddingQAFinetuneDataset, found: dict[str, Choice], settings: MiningSettings
+) -> tuple[EmbeddingQAFinetuneDataset, MiningReport]:
+    """A copy of the dataset with what was chosen for its queries after their own hard negatives, and the report."""
+    curated = dataset.hard_negatives or {}
     negatives: dict[str, list[str]] = {}
     for query_id in dataset.queries:
         mined = [i for i, _ in found[query_id].negatives] if query_id in found else []
@@ -133,7 +141,7 @@ def mine_hard_negatives(
     return result, _report(result, found, settings)
 
 
-class _Candidates(NamedTuple):
+class Candidates(NamedTuple):
     """A query's least similar positive, and the passages most similar to the query, most similar first."""
 
     positive_id: str
@@ -141,7 +149,7 @@ class _Candidates(NamedTuple):
     closest: list[tuple[str, float]]
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
     """A query's least similar positive, its negatives, most similar first, and excluded passages by reason."""
 
     positive_id: str
@@ -152,7 +160,7 @@ class _Choice(NamedTuple):
 
 def _choose_all(
     false_negatives: FalseNegatives, model: SentenceTransformer, wanted: dict[str, int], settings: MiningSettings
-) -> dict[str, _Choice]:
+) -> dict[str, Choice]:
     """Look at a few candidates of every query, and at all up to `range_max` where these were too few."""
     import torch
 
@@ -164,16 +172,16 @@ def _choose_all(
     widest = min(settings.range_max, len(corpus.distinct))
     # ten candidates per negative, like sentence-transformers where margins are set
     narrow = min(settings.range_min + 10 * settings.num_negatives, widest)
-    found: dict[str, _Choice] = {}
+    found: dict[str, Choice] = {}
     for window in dict.fromkeys((narrow, widest)):
         pending = [q for q in wanted if q not in found or len(found[q].negatives) < wanted[q]]
         for query_id, candidates in _closest(corpus, query_rows, passage_rows, pending, window, settings.memory_mb):
             guard = false_negatives.guard(query_id)
-            found[query_id] = _choose(query_id, candidates, guard, wanted[query_id], settings)
+            found[query_id] = choose(query_id, candidates, guard, wanted[query_id], settings)
     return found
 
 
-def _choose(query_id: str, candidates: _Candidates, guard: Guard, wanted: int, settings: MiningSettings) -> _Choice:
+def choose(query_id: str, candidates: Candidates, guard: Guard, wanted: int, settings: MiningSettings) -> Choice:
     """Go down the candidates until there are as many negatives as wanted."""
     corpus = guard.corpus
     own = {corpus.alike[i] for i in corpus.dataset.relevant_docs[query_id]}
@@ -193,12 +201,12 @@ def _choose(query_id: str, candidates: _Candidates, guard: Guard, wanted: int, s
             negatives.append((passage_id, score))
         else:
             excluded[reason] += 1
-    return _Choice(candidates.positive_id, candidates.positive_score, negatives, excluded)
+    return Choice(candidates.positive_id, candidates.positive_score, negatives, excluded)
 
 
 def _closest(
     corpus: Corpus, queries: dict[str, Tensor], passages: Tensor, query_ids: list[str], window: int, memory_mb: float
-) -> Iterator[tuple[str, _Candidates]]:
+) -> Iterator[tuple[str, Candidates]]:
     """The `window` most similar passages of each query without its positives; equal scores in the corpus's order."""
     import torch
 
@@ -215,7 +223,7 @@ def _closest(
             of_positives = (queries[query_id] * passages[list(positives)]).sum(dim=1).tolist()
             lowest, at = min(zip(of_positives, positives, strict=True), key=lambda scored: scored[0])
             closest = [(corpus.distinct[at], -negated) for negated, at in ranked]
-            yield query_id, _Candidates(corpus.distinct[at], lowest, closest)
+            yield query_id, Candidates(corpus.distinct[at], lowest, closest)
 
 
 def encode(
@@ -244,7 +252,7 @@ def encode(
     return embeddings
 
 
-def _report(dataset: EmbeddingQAFinetuneDataset, found: dict[str, _Choice], settings: MiningSettings) -> MiningReport:
+def _report(dataset: EmbeddingQAFinetuneDataset, found: dict[str, Choice], settings: MiningSettings) -> MiningReport:
     counts = [len((dataset.hard_negatives or {}).get(query_id, [])) for query_id in dataset.queries]
     excluded: Counter[str] = sum((choice.excluded for choice in found.values()), Counter())
     mined = (
