@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import time
+from typing import Any
 
 from llama_index_lora_embed.service.settings import ServiceSettings
 
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    """What the caller passed as `extra`; Ray adds attributes with an underscore to the records of every logger."""
+    return {name: value for name, value in vars(record).items() if name not in _OWN and not name.startswith("_")}
 
 
 class JsonFormatter(logging.Formatter):
@@ -22,7 +28,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
-            **{name: value for name, value in vars(record).items() if name not in _OWN},
+            **_extra(record),
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
@@ -31,7 +37,7 @@ class JsonFormatter(logging.Formatter):
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        extra = " ".join(f"{name}={value}" for name, value in vars(record).items() if name not in _OWN)
+        extra = " ".join(f"{name}={value}" for name, value in _extra(record).items())
         return super().format(record) + (f" [{extra}]" if extra else "")
 
 

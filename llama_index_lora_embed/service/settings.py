@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,6 +57,15 @@ class ServiceSettings(BaseSettings):
     along is never run."""
     device: Device | None = None
     """torch device of a worker and of the server's embeddings; none takes a GPU if there is one."""
+    executor: Literal["local", "ray"] = "local"
+    """"ray" has a worker send jobs to Ray Jobs instead of training them. The database, the queue and `data_dir` must be
+    the same on all nodes of the cluster."""
+    ray_address: Text | None = None
+    """Address of the cluster's dashboard, such as `http://head:8265`; none takes that of this machine."""
+    ray_cpus: Above0 = 1.0
+    """CPUs that a job on Ray takes."""
+    ray_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that a job on Ray takes."""
     max_jobs_per_token: AtLeast1 = 10
     """Jobs of one token that may be queued, running or paused at once."""
     max_queued_jobs: AtLeast1 = 100
@@ -122,6 +132,13 @@ class ServiceSettings(BaseSettings):
                 "heartbeats"
             )
         return self
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that give another process these settings."""
+        values = self.model_dump(mode="json", include=self.model_fields_set, exclude_none=True)
+        values["data_dir"] = str(self.folder)
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+        return {f"{self.model_config['env_prefix']}{name}".upper(): text for name, text in texts.items()}
 
     def without_folders(self, message: str) -> str:
         """A message without the folders of this machine, which are nobody else's business."""

@@ -85,7 +85,7 @@ def test_checkpoints_lie_on_an_object_store(tiny_model, tmp_path):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1200,
         )
     finally:
         server.stop()

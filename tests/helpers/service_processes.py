@@ -135,6 +135,60 @@ def until(condition: Any, seconds: float, what: str) -> Any:
     raise AssertionError(f"{what}: not within {seconds} s")
 
 
+def api_of(env: dict[str, str]) -> Any:
+    """A client that sends a request again while the server is down, as clients do."""
+    import httpx
+
+    base = f"http://127.0.0.1:{env['LORA_EMBED_PORT']}"
+
+    def send(method: str, path: str, **more: Any) -> Any:
+        def attempt() -> Any:
+            try:
+                answer = httpx.request(method, base + path, timeout=10, **more)
+            except httpx.TransportError:
+                return None
+            return answer if answer.status_code < 500 else None
+
+        return until(attempt, 30, f"{method} {path}")
+
+    return send
+
+
+def status_of(api: Any, job_id: str) -> str:
+    """The status of a job."""
+    return str(api("GET", f"/v1/finetune/{job_id}").json()["status"])
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The files that make an adapter."""
+    return {name: (folder / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
+
+
+def settings_of(env: dict[str, str]) -> Any:
+    """The settings that an environment gives a process."""
+    import pytest
+
+    from llama_index_lora_embed.service.settings import ServiceSettings
+
+    names = {name: value for name, value in env.items() if name.startswith("LORA_EMBED_")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        return ServiceSettings()
+
+
+def calm_run(env: dict[str, str], job_id: str, output: Path) -> dict[str, bytes]:
+    """The files of an undisturbed run of a job's data and arguments."""
+    from llama_index_lora_embed.engines import run_finetune
+    from llama_index_lora_embed.service.jobs.order import config_of
+    from llama_index_lora_embed.service.services import Services
+
+    with Services(settings_of(env)) as services:
+        config = config_of(services.jobs.get(job_id), services.settings)
+    run_finetune(config.replace(output=config.output.replace(model_output_path=str(output))))
+    return files_of(output)
+
+
 def _main() -> None:
     import torch
 

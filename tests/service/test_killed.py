@@ -8,13 +8,21 @@ import time
 import httpx
 import pytest
 
-from llama_index_lora_embed.engines import run_finetune
-from llama_index_lora_embed.service.jobs.order import config_of
 from llama_index_lora_embed.service.services import Services
-from llama_index_lora_embed.service.settings import ServiceSettings
 from tests.helpers.servers import postgresql, redis_server
 from tests.helpers.service import job_request, sse_events
-from tests.helpers.service_processes import Forks, Processes, commands, environment, until
+from tests.helpers.service_processes import (
+    Forks,
+    Processes,
+    api_of,
+    calm_run,
+    commands,
+    environment,
+    files_of,
+    settings_of,
+    status_of,
+    until,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")]
 SERVER, WORKER = "llama_index_lora_embed.service", "llama_index_lora_embed.service.jobs.worker"
@@ -24,47 +32,6 @@ SERVER, WORKER = "llama_index_lora_embed.service", "llama_index_lora_embed.servi
 def forks():
     with Forks() as made:
         yield made
-
-
-def api_of(env):
-    """A client that sends a request again while the server is down, as clients do."""
-    base = f"http://127.0.0.1:{env['LORA_EMBED_PORT']}"
-
-    def send(method, path, **more):
-        def attempt():
-            try:
-                answer = httpx.request(method, base + path, timeout=10, **more)
-            except httpx.TransportError:
-                return None
-            return answer if answer.status_code < 500 else None
-
-        return until(attempt, 30, f"{method} {path}")
-
-    return send
-
-
-def status_of(api, job_id):
-    return api("GET", f"/v1/finetune/{job_id}").json()["status"]
-
-
-def files_of(folder):
-    return {name: (folder / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
-
-
-def settings_of(env):
-    names = {name: value for name, value in env.items() if name.startswith("LORA_EMBED_")}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
-        return ServiceSettings()
-
-
-def calm_run(env, job_id, output):
-    """The files of an undisturbed run of a job's data and arguments."""
-    with Services(settings_of(env)) as services:
-        config = config_of(services.jobs.get(job_id), services.settings)
-    run_finetune(config.replace(output=config.output.replace(model_output_path=str(output))))
-    return files_of(output)
 
 
 def test_ten_kills_at_random_moments_end_no_job_twice_and_leave_the_adapters_of_calm_runs(tiny_model, tmp_path, forks):

@@ -12,7 +12,7 @@ def test_a_line_has_what_the_caller_passed_and_the_exception():
     try:
         raise OSError("disk")
     except OSError:
-        logger.exception("job %s failed", "a", extra={"job": "a", "attempt": 2})
+        logger.exception("job %s failed", "a", extra={"job": "a", "attempt": 2, "_of_a_library": 1})
     line = JsonFormatter().format(records[0])
     assert "\n" not in line
     entry = json.loads(line)

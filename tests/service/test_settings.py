@@ -41,3 +41,12 @@ def test_a_loopback_host_may_do_without_tokens(host):
 def test_a_lease_outlives_a_heartbeat():
     with pytest.raises(ConfigError, match="at least two heartbeats"):
         ServiceSettings(lease_s=5, heartbeat_s=4)
+
+
+def test_the_environment_gives_the_same_settings(tmp_path, monkeypatch):
+    settings = ServiceSettings(
+        data_dir=tmp_path, allowed_models={"a": "b"}, executor="ray", queue_url=None, ray_gpus=0.5, device="cpu"
+    )
+    for name, text in settings.environment().items():
+        monkeypatch.setenv(name, text)
+    assert ServiceSettings() == settings

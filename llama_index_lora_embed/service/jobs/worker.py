@@ -1,7 +1,8 @@
 """The worker: a process that takes jobs from the queue and trains one at a time.
 
 `python -m llama_index_lora_embed.service.jobs.worker`, with the settings of the server. It may be killed at any moment:
-its lease expires, the job goes back to the queue, and the next attempt goes on from the last checkpoint.
+its lease expires, the job goes back to the queue, and the next attempt goes on from the last checkpoint. With the id
+of a job and the version of the package it trains that job and ends: so it is started by Ray Jobs.
 
 Training runs in the main thread, because the package stops at a checkpoint on signals: SIGTERM, which stops the worker,
 and SIGINT, which the thread of the heartbeat raises when the job is to be cancelled or paused, has had its time, or is
@@ -18,6 +19,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,9 +31,11 @@ from typing import TYPE_CHECKING, Any
 import filelock
 from sqlalchemy.exc import SQLAlchemyError
 
+from llama_index_lora_embed import __version__
 from llama_index_lora_embed.config import LOCK_NAME, MANIFEST_NAME
 from llama_index_lora_embed.core.errors import ConfigError, DeviceMemoryError, LoraEmbedError
 from llama_index_lora_embed.service.jobs.order import config_of, without_paths
+from llama_index_lora_embed.service.jobs.ray_jobs import RayDispatcher
 from llama_index_lora_embed.service.jobs.report import write_report
 from llama_index_lora_embed.service.jobs.state import (
     Checkpointed,
@@ -64,12 +68,13 @@ class Worker:
 
     Args:
         services: Of the process.
+        exclusive: Whether no other worker of this machine may use the same accelerator; on Ray, Ray sees to that.
 
     Raises:
         ConfigError: Another worker of this machine uses the same accelerator.
     """
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, *, exclusive: bool = True) -> None:
         self.services = services
         self.settings = services.settings
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -79,7 +84,8 @@ class Worker:
         device = (self.settings.device or "auto").replace(":", "-")
         self._lock = filelock.FileLock(services.settings.folder / f"worker-{socket.gethostname()}-{device}.lock")
         try:
-            self._lock.acquire(timeout=0)
+            if exclusive:
+                self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise ConfigError(
                 f"another worker of this machine on the device {self.settings.device or 'that torch chooses'!r}",
@@ -113,6 +119,19 @@ class Worker:
                     jobs = None if jobs is None else jobs - 1
         self._lock.release()
         logger.info("worker %s has stopped", self.name)
+
+    def run_one(self, job_id: str) -> None:
+        """Train one job, unless it is not queued any more."""
+        with self._signals():
+            _load_training()
+            while not self.stopping:
+                if self._is_trained_elsewhere(job_id):
+                    time.sleep(1)
+                    continue
+                job = self.services.jobs.lease(job_id, self.name, self.settings.lease_s)
+                if job is not None:
+                    self.attempt(job)
+                return
 
     def attempt(self, job: JobState) -> None:
         """Train a job that was leased to this worker, and report how it ended."""
@@ -383,15 +402,27 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def main() -> None:
-    """Run a worker with the settings of the environment."""
+def main(job_id: str | None = None, version: str | None = None) -> None:
+    """Run a worker with the settings of the environment.
+
+    Args:
+        job_id: Train this job alone.
+        version: Of the package that has sent the job; another one here is an error.
+    """
     from llama_index_lora_embed.service.services import Services
 
     settings = ServiceSettings()
     configure_logging(settings)
+    if version not in (None, __version__):
+        sys.exit(f"llama-index-lora-embed {__version__} on this node, but {version} at the service: install the same")
     with Services(settings) as services:
-        Worker(services).run()
+        if job_id is not None:
+            Worker(services, exclusive=False).run_one(job_id)
+        elif settings.executor == "ray":
+            RayDispatcher(services).run()
+        else:
+            Worker(services).run()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

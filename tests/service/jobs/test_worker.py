@@ -13,7 +13,7 @@ from llama_index_lora_embed.engines import run as run_module
 from llama_index_lora_embed.service.data import inline_rows
 from llama_index_lora_embed.service.jobs.order import config_of, order
 from llama_index_lora_embed.service.jobs.state import CancelRequested, PauseRequested, ResumeRequested, RunDeleted
-from llama_index_lora_embed.service.jobs.worker import Worker
+from llama_index_lora_embed.service.jobs.worker import Worker, main
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.training.trainer import LoraTrainer
 from tests.helpers.service import pairs_of
@@ -114,6 +114,26 @@ def test_a_stopped_job_goes_on_from_its_checkpoint_to_the_same_adapter(services,
     job = services.jobs.get(job_id)
     assert (job.status, job.attempt, job.error) == ("succeeded", 2, None)
     assert same(services, job_id, calm)
+
+
+def test_a_worker_for_one_job_trains_it_beside_others_and_ends(services, calm):
+    first, second = ordered(services), ordered(services)
+    other = Worker(services)  # uses the same accelerator
+    Worker(services, exclusive=False).run_one(second)
+    assert (services.jobs.get(first).status, services.jobs.get(second).status) == ("queued", "succeeded")
+    assert same(services, second, calm)
+    Worker(services, exclusive=False).run_one(second)
+    assert services.jobs.get(second).attempt == 1, "it is not queued any more"
+    assert other.settings is services.settings
+
+
+def test_a_worker_of_another_version_trains_nothing(services, monkeypatch):
+    for name, text in services.settings.environment().items():
+        monkeypatch.setenv(name, text)
+    job_id = ordered(services)
+    with pytest.raises(SystemExit, match=r"on this node, but 0\.0\.0 at the service"):
+        main(job_id, "0.0.0")
+    assert services.jobs.get(job_id).status == "queued"
 
 
 def test_sigterm_stops_the_worker_at_a_checkpoint_and_returns_the_job(services, monkeypatch, calm):
