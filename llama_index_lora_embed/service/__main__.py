@@ -8,6 +8,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from llama_index_lora_embed.service.app import create_app
+from llama_index_lora_embed.service.connections import timed_protocol
 from llama_index_lora_embed.service.logs import configure_logging
 from llama_index_lora_embed.service.settings import ServiceSettings
 
@@ -22,6 +23,7 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=timed_protocol(settings.client_timeout_s),
                 log_config=None,
                 access_log=False,
                 server_header=False,

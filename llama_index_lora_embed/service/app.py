@@ -77,7 +77,9 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     app.state.page_vectors = PassageVectors()
     app.state.metrics = Metrics(services)
     larger = {"/v1/files": settings.max_upload_bytes, "/jobs": 2 * settings.max_upload_bytes}
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, larger=larger)
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_body_bytes, patience_s=settings.client_timeout_s, larger=larger
+    )
     if settings.auth == "off":
         app.add_middleware(LoopbackOnly)
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)

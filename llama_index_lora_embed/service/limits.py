@@ -1,4 +1,4 @@
-"""What a request may be: the size of its body, the rate of its token, and JSON that the whole service can read."""
+"""What a request may be: size and speed of its body, the rate of its token, JSON that all of the service can read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
+import anyio
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,6 +22,7 @@ from llama_index_lora_embed.service.errors import ServiceError, error_body
 from llama_index_lora_embed.service.security import caller_of
 
 _FORM_BYTES = 2**16  # what a multipart form adds to the file in it
+_SLOWEST = 1000  # bytes per second that a body must come with, after the first seconds
 _DRAINED = 2**24  # bytes of a refused body that are read, so that clients that send it all see the answer
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -62,51 +64,51 @@ class Rates:
 
 
 class BodyLimit:
-    """Middleware that refuses bodies that are too large, by their header or while they arrive, or compressed.
+    """Middleware that refuses bodies that are too large, by their header or while they arrive, compressed, or too slow.
 
     It also refuses addresses with a zero byte, which PostgreSQL cannot look up.
 
     Args:
         app: The next ASGI application.
         max_bytes: Of a body.
+        patience_s: Seconds in which a body has to arrive, and one more for each 1,000 bytes of it.
         larger: Path to the largest body of POST requests to it, for uploads.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, larger: Mapping[str, int]) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, patience_s: float, larger: Mapping[str, int]) -> None:
         self._app = app
+        self._patience_s = patience_s
         self._max_bytes = max_bytes
         self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with 404, 413 or 415, or pass the request on."""
+        """Answer with 404, 408, 413 or 415, or pass the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         limit = self._max_bytes
         if scope["method"] == "POST" and scope["path"] in self._larger:
             limit = self._larger[scope["path"]] + _FORM_BYTES
-        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-            await self._refuse(404, "Nothing is at an address with a zero byte.", "not_found", scope, receive, send)
-            return
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-            message = "Compressed bodies are not read; send the body as it is, without Content-Encoding."
-            await self._refuse(415, message, "unsupported_encoding", scope, receive, send)
-            return
-        too_large = f"The body is larger than {limit} bytes, the most that this service reads here."
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > limit:
-            await self._refuse(413, too_large, "body_too_large", scope, receive, send)
-            return
-        seen, unread, started = 0, True, False
+        began, seen, unread, started = time.monotonic(), 0, True, False
 
-        async def limited_receive() -> Message:
+        async def timed_receive() -> Message:
             nonlocal seen, unread
-            message = await receive()
+            if not unread:  # what comes then is the end of the connection, which may take its time
+                return await receive()
+            try:
+                with anyio.fail_after(began + self._patience_s + seen / _SLOWEST - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                unread = False
+                raise self._too_slow() from None
             seen += len(message.get("body", b""))
             unread = bool(message.get("more_body"))
+            return message
+
+        async def limited_receive() -> Message:
+            message = await timed_receive()
             if seen > limit:
-                raise _TooLarge
+                raise _too_large(limit)
             return message
 
         async def watched_send(message: Message) -> None:
@@ -115,19 +117,51 @@ class BodyLimit:
             await send(message)
 
         try:
+            if (refused := _refusal(scope, limit)) is not None:
+                raise refused
             await self._app(scope, limited_receive, watched_send)
-        except _TooLarge:
-            if not started:
-                await self._refuse(413, too_large, "body_too_large", scope, receive, send, unread=unread)
+        except _Refused as refused:
+            if started:
+                return
+            with suppress(_Refused):
+                if unread:
+                    await _drain(timed_receive)
+            answer = JSONResponse(error_body(*refused.error), refused.error[1], {"Connection": "close"})
+            await answer(scope, receive, send)
 
-    @staticmethod
-    async def _refuse(
-        status: int, message: str, code: str, scope: Scope, receive: Receive, send: Send, *, unread: bool = True
-    ) -> None:
-        if unread:
-            await _drain(receive)
-        answer = JSONResponse(error_body(message, status, code), status, {"Connection": "close"})
-        await answer(scope, receive, send)
+    def _too_slow(self) -> _Refused:
+        message = (
+            f"The body has not arrived within {self._patience_s:g} s, and one more for each {_SLOWEST} bytes of it."
+        )
+        return _Refused(message, 408, "body_too_slow")
+
+
+class _Refused(BaseException):
+    """Not an `Exception`, which FastAPI would turn into an answer of its own while it reads a body.
+
+    Attributes:
+        error: Message, status and code.
+    """
+
+    def __init__(self, message: str, status: int, code: str) -> None:
+        self.error = (message, status, code)
+
+
+def _too_large(limit: int) -> _Refused:
+    message = f"The body is larger than {limit} bytes, the most that this service reads here."
+    return _Refused(message, 413, "body_too_large")
+
+
+def _refusal(scope: Scope, limit: int) -> _Refused | None:
+    """What address and headers say already."""
+    if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+        return _Refused("Nothing is at an address with a zero byte.", 404, "not_found")
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+        message = "Compressed bodies are not read; send the body as it is, without Content-Encoding."
+        return _Refused(message, 415, "unsupported_encoding")
+    length = headers.get(b"content-length", b"")
+    return _too_large(limit) if length.isdigit() and int(length[:20]) > limit else None
 
 
 async def _drain(receive: Receive) -> None:
@@ -137,10 +171,6 @@ async def _drain(receive: Receive) -> None:
         part = await receive()
         drained += len(part.get("body", b"")) + 1
         unread = bool(part.get("more_body"))
-
-
-class _TooLarge(BaseException):
-    """Not an `Exception`, which FastAPI would turn into an answer of its own while it reads a body."""
 
 
 class StrictRoute(APIRoute):
@@ -153,7 +183,7 @@ class StrictRoute(APIRoute):
         async def strict(request: Request) -> Response:
             if request.method == "POST":  # others have no body, and their callers are looked up as a dependency
                 try:
-                    await run_in_threadpool(caller_of, request)
+                    await caller_of(request)
                 except ServiceError:
                     await _drain(request.receive)
                     raise

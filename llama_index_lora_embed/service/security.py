@@ -8,13 +8,14 @@ import ipaddress
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from fastapi import Request
 from sqlmodel import Field, SQLModel, col, select
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,6 +27,8 @@ TokenScope = Literal["train", "read", "embed", "admin"]
 SCOPES: tuple[TokenScope, ...] = get_args(TokenScope)
 """What a token may do: "train" creates and changes jobs, files and adapters, "read" reads them and lists models,
 "embed" embeds and evaluates, and "admin" may do all of it, with what belongs to other tokens as well."""
+_KNOWN_S = 1.0  # for which a token that was found is not looked up again
+_MOST_KNOWN = 1000
 _PREFIX = "lora-embed-"  # so that scanners of repositories find a token that was published by mistake
 
 
@@ -72,11 +75,12 @@ class Tokens:
     """The table of API tokens.
 
     A token is 256 random bits and is stored as SHA-256. It cannot be guessed, so that a slow password hash would add
-    nothing.
+    nothing. Where it was found it is known for a second, which is how long one works on that another process revokes.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._known: dict[str, tuple[Caller, float]] = {}  # by digest, with the time until when
         database.create_tables()
 
     def create(self, name: str, scopes: Sequence[str]) -> tuple[ApiToken, str]:
@@ -119,6 +123,7 @@ class Tokens:
         """
         with self._database.write() as session:
             row = session.get(ApiToken, token_id)
+            self._known.clear()
             if row is not None:
                 row.revoked = row.revoked or time.time()
                 session.add(row)
@@ -131,19 +136,30 @@ class Tokens:
 
         The row is found by the digest, which tells an attacker who measures times nothing about tokens.
         """
+        if (known := self.recent(secret)) is not None:
+            return known
         digest = _digest(secret)
         with self._database.read() as session:
             row = session.exec(select(ApiToken).where(ApiToken.sha256 == digest)).first()
         if row is None or row.revoked is not None or not hmac.compare_digest(row.sha256, digest):
             return None
-        return Caller(row.id, frozenset(scope for scope in SCOPES if scope in row.scopes.split()))
+        caller = Caller(row.id, frozenset(scope for scope in SCOPES if scope in row.scopes.split()))
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[digest] = caller, time.monotonic() + _KNOWN_S
+        return caller
+
+    def recent(self, secret: str) -> Caller | None:
+        """Who a token belongs to that was verified within the last second, without asking the database."""
+        caller, until = self._known.get(_digest(secret), (None, 0.0))
+        return caller if time.monotonic() < until else None
 
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def require(*scopes: TokenScope) -> Callable[[Request], Caller]:
+def require(*scopes: TokenScope) -> Callable[[Request], Awaitable[Caller]]:
     """A dependency of routes: the caller, who must have one of these scopes, and has not sent too many requests.
 
     Example:
@@ -154,8 +170,8 @@ def require(*scopes: TokenScope) -> Callable[[Request], Caller]:
         ServiceError: 401, there is no valid token; 403, it has none of the scopes; 429, too many requests.
     """
 
-    def dependency(request: Request) -> Caller:
-        caller = caller_of(request)
+    async def dependency(request: Request) -> Caller:
+        caller = await caller_of(request)
         request.app.state.services.rates.take(caller.id)
         check_scope(caller, *scopes)
         return caller
@@ -163,7 +179,7 @@ def require(*scopes: TokenScope) -> Callable[[Request], Caller]:
     return dependency
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:
     """Who sends a request; the token is looked up once.
 
     Raises:
@@ -171,7 +187,7 @@ def caller_of(request: Request) -> Caller:
     """
     if not hasattr(request.state, "caller"):
         services = request.app.state.services
-        known = LOCAL if services.settings.auth == "off" else _authenticated(request, services.tokens)
+        known = LOCAL if services.settings.auth == "off" else await _authenticated(request, services.tokens)
         request.state.caller = known
     caller: Caller = request.state.caller
     return caller
@@ -190,9 +206,11 @@ def check_scope(caller: Caller, *scopes: TokenScope) -> None:
         )
 
 
-def _authenticated(request: Request, tokens: Tokens) -> Caller:
+async def _authenticated(request: Request, tokens: Tokens) -> Caller:
     kind, _, secret = request.headers.get("authorization", "").partition(" ")
-    caller = tokens.verify(secret.strip()) if kind.lower() == "bearer" else None
+    caller, secret = None, secret.strip()
+    if kind.lower() == "bearer":
+        caller = tokens.recent(secret) or await run_in_threadpool(tokens.verify, secret)
     if caller is None:
         raise ServiceError(
             "a wrong API token" if kind else "a request without an API token",

@@ -78,6 +78,9 @@ class ServiceSettings(BaseSettings):
     """Size of a request's body, uploads excepted."""
     max_upload_bytes: AtLeast1 = 512 * 2**20
     """Size of an uploaded file."""
+    client_timeout_s: Above0 = 30.0
+    """Seconds that a client has for the headers of a request, and again for its body, which has one more for each 1,000
+    bytes; slower ones are refused, so that they hold neither connections nor memory."""
     max_texts: AtLeast1 = 2048
     """Texts per request for embeddings; 2048 is OpenAI's limit."""
     max_characters: AtLeast1 = 2_000_000

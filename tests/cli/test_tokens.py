@@ -8,6 +8,7 @@ from fastapi.testclient import TestClient
 from llama_index_lora_embed.service.app import create_app
 from llama_index_lora_embed.service.settings import ServiceSettings
 from tests.helpers.cli import lora_embed, result_of
+from tests.helpers.service_processes import until
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def test_a_token_is_printed_once_and_the_service_takes_it_until_it_is_revoked():
         assert listed == {**made, "token": None}
         assert made["token"] not in lora_embed("token list").output
         assert result_of(f"token revoke {made['id']}") == {"id": made["id"], "revoked": True}
-        assert client.get("/v1/models", headers=headers).status_code == 401
+        until(lambda: client.get("/v1/models", headers=headers).status_code == 401, 10, "the token is refused")
     assert "revoked" in lora_embed("token list").output
 
 

@@ -36,7 +36,7 @@ def client() -> TestClient:
     app = FastAPI()
     app.state.services = SimpleNamespace(settings=ServiceSettings(auth="off"))
     app.include_router(router)
-    app.add_middleware(BodyLimit, max_bytes=MOST, larger={"/v1/files": 10_000})
+    app.add_middleware(BodyLimit, max_bytes=MOST, patience_s=30, larger={"/v1/files": 10_000})
     install_error_handlers(app)
     return TestClient(app)
 

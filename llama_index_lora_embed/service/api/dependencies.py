@@ -10,7 +10,7 @@ from llama_index_lora_embed.service.security import Caller, require
 from llama_index_lora_embed.service.services import Services
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     found: Services = request.app.state.services
     return found
 
