@@ -17,6 +17,7 @@ from llama_index_lora_embed.service.api import (
     openai_embeddings,
     openai_files,
     openai_jobs,
+    openai_models,
 )
 from llama_index_lora_embed.service.errors import install_error_handlers
 from llama_index_lora_embed.service.jobs.sweep import SweepThread
@@ -35,6 +36,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     openai_files.router,
     openai_jobs.router,
     openai_embeddings.router,
+    openai_models.router,
     health.router,
     *web.ROUTERS,
 )

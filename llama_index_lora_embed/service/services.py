@@ -84,10 +84,9 @@ class Services:
         """Do what a decision commands; the sweep makes up for what fails here."""
         for command in commands:
             try:
-                if command == "enqueue":
-                    self.queue.put(job_id)
-                else:
-                    self.delete_run(job_id)
+                {"enqueue": self.queue.put, "delete_run": self.delete_run, "delete_model": self.delete_model}[command](
+                    job_id
+                )
             except Exception as error:  # the event is stored, and a queue may be down for a while
                 logger.warning("%s of job %s is left to the next sweep: %s", command, job_id, error)
 
@@ -98,6 +97,13 @@ class Services:
         run_dir = self.settings.models_dir / f"{job_id}.run"
         for folder in (self.settings.jobs_dir / job_id, run_dir, *run_dir.parent.glob(f"{job_id}.run.*")):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def delete_model(self, job_id: str) -> None:
+        """Delete adapter and report of a job."""
+        import shutil
+
+        shutil.rmtree(self.settings.models_dir / job_id, ignore_errors=True)
+        self.settings.report(job_id).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the connections."""

@@ -12,7 +12,7 @@ import pytest
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import TextNode
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
 
 from llama_index_lora_embed import LoraEmbedding
 from llama_index_lora_embed.service.app import create_app
@@ -77,6 +77,8 @@ def check_loop(loop, service, tiny_model):
     expected = embed_model.get_text_embedding_batch(TEXTS)
     assert distance(loop["vectors"], expected) < 1e-5
     assert distance(loop["floats"], expected) < 1e-5
+    step = service.settings.models_dir / f"{job['id']}.run.step-{loop['checkpoints'][0]}"
+    assert distance(loop["checkpoint"], LoraEmbedding(step, device="cpu").get_text_embedding(TEXTS[0])) < 1e-5
     base = LoraEmbedding(base_model=tiny_model, device="cpu").get_text_embedding(TEXTS[0])
     assert distance(loop["base"], base) < 1e-5
     assert distance(loop["base"], expected[0]) > 1e-3
@@ -214,3 +216,14 @@ def test_what_a_job_refuses_is_said_once_and_not_tried_again(app, adapter):
         with pytest.raises(BadRequestError, match="cannot be cancelled"):
             client.fine_tuning.jobs.cancel(job.id)
         assert faulty.seen == 1
+
+
+def test_openais_client_deletes_a_model(app, adapter):
+    with served(app) as url:
+        name = fine_tuned_model(succeeded_job(app.state.services, adapter))
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        deleted = client.models.delete(name)
+        assert (deleted.id, deleted.object, deleted.deleted) == (name, "model", True)
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        with pytest.raises(NotFoundError):
+            client.models.retrieve(name)

@@ -45,7 +45,7 @@ def fine_tune_and_embed(client: OpenAI, path: str) -> dict[str, Any]:
     )
     ended = finished(client, job.id)
     events = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=3)]  # page by page
-    checkpoints = [point.step_number for point in client.fine_tuning.jobs.checkpoints.list(job.id)]
+    points = list(client.fine_tuning.jobs.checkpoints.list(job.id))
     assert ended.status == "succeeded", (ended.error, events)
     tuned = client.embeddings.create(model=ended.fine_tuned_model, input=TEXTS)
     floats = client.embeddings.create(model=ended.fine_tuned_model, input=TEXTS, encoding_format="float")
@@ -53,7 +53,10 @@ def fine_tune_and_embed(client: OpenAI, path: str) -> dict[str, Any]:
         "job": ended.model_dump(),
         "file": file.model_dump(),
         "events": events,
-        "checkpoints": checkpoints,
+        "checkpoints": [point.step_number for point in points],
+        "checkpoint": client.embeddings.create(model=points[0].fine_tuned_model_checkpoint, input=TEXTS[0])
+        .data[0]
+        .embedding,
         "vectors": [item.embedding for item in tuned.data],
         "floats": [item.embedding for item in floats.data],
         "tokens": tuned.usage.prompt_tokens,

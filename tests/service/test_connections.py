@@ -16,7 +16,7 @@ from sqlmodel import Session
 from llama_index_lora_embed.service.__main__ import Server
 from llama_index_lora_embed.service.app import create_app
 from llama_index_lora_embed.service.jobs.state import Failed, JobError, JobSpec
-from llama_index_lora_embed.service.jobs.store import JobEventRow
+from llama_index_lora_embed.service.jobs.tables import JobEventRow
 from llama_index_lora_embed.service.settings import ServiceSettings
 from tests.helpers.service_processes import free_port, until
 

@@ -120,7 +120,7 @@ def metrics(adapter: str, version: str, caller: Reader, services: ServicesOf) ->
 @router.post("/{adapter}/promote")
 def promote(adapter: str, body: Promote, caller: Trainer, services: ServicesOf) -> dict[str, Any]:
     """Use a version: the adapter's name stands for it from now on."""
-    registry = _own(services, adapter, caller)
+    registry = own_registry(services, adapter, caller)
     found = _found(registry, body.version)
     if body.gate and not (gate := registry.gate(found.name)):
         raise ServiceError(
@@ -137,7 +137,7 @@ def promote(adapter: str, body: Promote, caller: Trainer, services: ServicesOf) 
 @router.post("/{adapter}/rollback")
 def rollback(adapter: str, caller: Trainer, services: ServicesOf) -> dict[str, Any]:
     """Use the version again that was in use before the current one."""
-    _own(services, adapter, caller).roll_back()
+    own_registry(services, adapter, caller).roll_back()
     return _adapter(services, adapter)
 
 
@@ -162,7 +162,7 @@ def _existing(services: Services, adapter: str) -> RunRegistry:
     return services.models.registry(adapter)
 
 
-def _own(services: Services, adapter: str, caller: Caller) -> RunRegistry:
+def own_registry(services: Services, adapter: str, caller: Caller) -> RunRegistry:
     """The versions of an adapter that the caller may change."""
     registry = _existing(services, adapter)
     _check_owner(registry.path, caller)

@@ -26,7 +26,7 @@ from llama_index_lora_embed.service.jobs.state import (
     ResumeRequested,
     Status,
 )
-from llama_index_lora_embed.service.jobs.store import StoredEvent
+from llama_index_lora_embed.service.jobs.tables import StoredEvent
 from llama_index_lora_embed.service.limits import StrictRoute
 from llama_index_lora_embed.service.models import fine_tuned_model
 from llama_index_lora_embed.service.services import Services
@@ -125,7 +125,7 @@ def shown(job: JobState) -> Job:
         job_id=job.id,
         status=job.status,
         model=job.spec.model,
-        fine_tuned_model=fine_tuned_model(job) if job.status == "succeeded" else None,
+        fine_tuned_model=fine_tuned_model(job) if job.has_model else None,
         progress={**done, "fraction": round(fraction, 4)},
         metrics=metrics,
         verdict=result.get("verdict"),
@@ -268,7 +268,7 @@ def _sse(stored: StoredEvent) -> ServerSentEvent:
         data.update(event.progress.model_dump())
     data.update(event.model_dump(include={"result", "error", "step", "attempt"}))
     kind = {"succeeded": "complete", "cancelled": "complete", "failed": "error"}.get(stored.status, "progress")
-    if event.kind == "run_deleted":
+    if event.kind in ("run_deleted", "model_deleted"):
         kind = "progress"
     return ServerSentEvent(event=kind, id=str(stored.sequence), data=data)
 

@@ -1,4 +1,4 @@
-"""OpenAI's embeddings and models: /v1/embeddings, /v1/models."""
+"""OpenAI's embeddings: /v1/embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llama_index_lora_embed.service.api.dependencies import ServicesOf
 from llama_index_lora_embed.service.embedding import Embedded, ServedModel, Side
 from llama_index_lora_embed.service.errors import ServiceError
 from llama_index_lora_embed.service.limits import StrictRoute
-from llama_index_lora_embed.service.models import ModelCard, side_of, unknown_model
+from llama_index_lora_embed.service.models import side_of
 from llama_index_lora_embed.service.security import Caller, require
 from llama_index_lora_embed.service.services import Services
 from llama_index_lora_embed.service.settings import ServiceSettings
@@ -24,8 +24,6 @@ router = APIRouter(prefix="/v1", tags=["OpenAI: embeddings"], route_class=Strict
 
 Embedder = Annotated[Caller, Depends(require("embed"))]
 """A caller who may embed and evaluate."""
-User = Annotated[Caller, Depends(require("embed", "read"))]
-"""A caller who may know names of models."""
 
 
 class EmbeddingsRequest(BaseModel):
@@ -52,21 +50,6 @@ async def embeddings(body: EmbeddingsRequest, caller: Embedder, services: Servic
     model, side = await run_in_threadpool(find_model, services, body.model, caller, body.input_type)
     embedded = await services.batcher.embed(model, texts, side, dimensions=body.dimensions)
     return await run_in_threadpool(_answer, body, embedded)
-
-
-@router.get("/models")
-def models(caller: User, services: ServicesOf) -> dict[str, Any]:
-    """The models that the caller can name."""
-    return {"object": "list", "data": [_model(card) for card in services.models.cards(caller.owner)]}
-
-
-@router.get("/models/{model:path}")
-def model(model: str, caller: User, services: ServicesOf) -> dict[str, Any]:
-    """One of the models."""
-    for card in services.models.cards(caller.owner):
-        if card.name == model:
-            return _model(card)
-    raise unknown_model(model)
 
 
 def find_model(services: Services, name: str, caller: Caller, side: Side | None = None) -> tuple[ServedModel, Side]:
@@ -138,13 +121,3 @@ def _answer(body: EmbeddingsRequest, embedded: Embedded) -> Response:
             "truncated_texts": embedded.truncated,
         }
     )
-
-
-def _model(card: ModelCard) -> dict[str, Any]:
-    return {
-        "id": card.name,
-        "object": "model",
-        "created": card.created,
-        "owned_by": "llama-index-lora-embed",
-        "parent": card.parent,
-    }

@@ -30,7 +30,7 @@ from llama_index_lora_embed.service.jobs.state import (
     ResumeRequested,
     Succeeded,
 )
-from llama_index_lora_embed.service.jobs.store import StoredEvent
+from llama_index_lora_embed.service.jobs.tables import StoredEvent
 from llama_index_lora_embed.service.limits import StrictRoute
 from llama_index_lora_embed.service.models import fine_tuned_model
 from llama_index_lora_embed.service.services import Services
@@ -194,7 +194,7 @@ def events(
 def checkpoints(
     job_id: str, caller: Reader, services: ServicesOf, after: str | None = None, limit: Limit = 10
 ) -> dict[str, Any]:
-    """The checkpoints of a job, newest first: places to resume from, which cannot be embedded with."""
+    """The checkpoints of a job, newest first; once it has succeeded, the last two can be embedded with."""
     job = services.jobs.get(job_id, caller.owner)
     before = _sequence("ftckpt-", after)
     found, more = services.jobs.history(job_id, before=before, limit=limit, kinds=["checkpointed"])
@@ -222,7 +222,7 @@ def shown(job: JobState) -> dict[str, Any]:
         "finished_at": None if job.ended is None else int(job.ended),
         "estimated_finish": None,
         "model": job.spec.model,
-        "fine_tuned_model": fine_tuned_model(job) if job.status == "succeeded" else None,
+        "fine_tuned_model": fine_tuned_model(job) if job.has_model else None,
         "organization_id": job.spec.owner,
         "status": _STATUSES.get(job.status, job.status),
         "training_file": job.spec.extra.get("training_file", ""),
@@ -296,6 +296,7 @@ def _message(job: JobState, event: Event) -> tuple[str, Mapping[str, Any]]:
         "resume_requested": "The job is to go on",
         "cancel_requested": "The job is to be cancelled",
         "run_deleted": "Training data and checkpoints were deleted",
+        "model_deleted": "The model was deleted",
     }
     return words[event.kind], {}
 

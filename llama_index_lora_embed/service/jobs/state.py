@@ -1,8 +1,9 @@
 """The life of a job as a pure function: `decide(state, event)` is the next state and what is to be done.
 
 A job's state is nothing but the fold of its events, so that a restart replays them. Events come from clients (created,
-..._requested), from workers (leased, progress, ...) and from the sweep (lease_expired, run_deleted). A worker's events
-carry the attempt that its lease was given for: the fencing token, by which events of an earlier attempt change nothing.
+..._requested, model_deleted), from workers (leased, progress, ...) and from the sweep (lease_expired, run_deleted). A
+worker's events carry the attempt that its lease was given for: the fencing token, by which events of an earlier attempt
+change nothing.
 
     queued -> running -> succeeded | failed
     queued <- running                    worker stopped or died; training resumes from its checkpoint
@@ -27,8 +28,9 @@ LIVE: tuple[Status, ...] = ("queued", "paused", *HELD)
 """Statuses in which a job has not ended."""
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 """Statuses in which a job has ended; "succeeded" for good, the others until the job is resumed."""
-Command = Literal["enqueue", "delete_run"]
-"""What is to be done after an event was stored: put the job's id into the queue; delete its data and checkpoints."""
+Command = Literal["enqueue", "delete_run", "delete_model"]
+"""What is to be done after an event was stored: put the job's id into the queue; delete its data and checkpoints;
+delete its adapter and report."""
 
 
 class Frozen(BaseModel):
@@ -110,6 +112,8 @@ class JobState(Frozen):
     """Of a job that failed."""
     run_deleted: bool = False
     """Whether training data and checkpoints were deleted, because the job ended long ago."""
+    model_deleted: bool = False
+    """Whether a client has deleted the adapter."""
     created: float
     """Seconds since 1970, as all times."""
     started: float | None = None
@@ -120,6 +124,11 @@ class JobState(Frozen):
     """When the job ended; None while it has not, or has been resumed."""
     seconds: float = 0.0
     """Seconds that earlier attempts took."""
+
+    @property
+    def has_model(self) -> bool:
+        """Whether there is an adapter to embed with."""
+        return self.status == "succeeded" and not self.model_deleted
 
     @property
     def wish(self) -> Literal["cancel", "pause"] | None:
@@ -216,6 +225,12 @@ class RunDeleted(_Event):
     kind: Literal["run_deleted"] = "run_deleted"
 
 
+class ModelDeleted(_Event):
+    """A client wants the adapter to be deleted."""
+
+    kind: Literal["model_deleted"] = "model_deleted"
+
+
 Event: TypeAlias = (
     Created
     | Leased
@@ -229,6 +244,7 @@ Event: TypeAlias = (
     | CancelRequested
     | ResumeRequested
     | RunDeleted
+    | ModelDeleted
 )
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 """Reads an event from JSON: `EVENT.validate_json(text)`."""
@@ -286,6 +302,8 @@ def decide(state: JobState | None, event: Event) -> Decision:
         if state.status not in ENDED or state.run_deleted:
             return Decision(state)
         return Decision(_with(state, run_deleted=True), ("delete_run",))
+    if isinstance(event, ModelDeleted):
+        return Decision(_with(state, model_deleted=True), ("delete_model",)) if state.has_model else Decision(state)
     if state.status not in HELD or event.attempt != state.attempt:
         return Decision(state)
     return _from_worker(state, event)

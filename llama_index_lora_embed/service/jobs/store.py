@@ -10,11 +10,9 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
 
-from sqlalchemy import BigInteger, Column, ColumnElement, Integer, Text, UniqueConstraint, func
-from sqlmodel import Field, Session, SQLModel, col, delete, select
+from sqlalchemy import ColumnElement, func
+from sqlmodel import Session, col, delete, select
 
 from llama_index_lora_embed.service.database import Database, is_id, lock, new_id, select_page
 from llama_index_lora_embed.service.errors import ServiceError, not_found
@@ -29,77 +27,23 @@ from llama_index_lora_embed.service.jobs.state import (
     JobState,
     Leased,
     LeaseExpired,
-    Status,
     decide,
     replay,
+)
+from llama_index_lora_embed.service.jobs.tables import (
+    JobEventRow,
+    JobRow,
+    LeaseRow,
+    StoredEvent,
+    columns_of,
+    event_row,
+    state_of,
+    stored_event,
 )
 
 logger = logging.getLogger(__name__)
 _DEDUPLICATE_S = 120.0
 _LOOK_S = 0.2
-
-
-class JobEventRow(SQLModel, table=True):
-    """An event of a job; rows are only added."""
-
-    __tablename__ = "job_event"
-    __table_args__ = (UniqueConstraint("job_id", "sequence"),)
-
-    id: int | None = Field(
-        default=None, sa_column=Column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
-    )
-    job_id: str = Field(index=True, max_length=64)
-    sequence: int
-    time: float
-    kind: str
-    status: str
-    data: str = Field(sa_column=Column(Text, nullable=False))
-
-
-class JobRow(SQLModel, table=True):
-    """The projection of a job: its state after its last event."""
-
-    __tablename__ = "job"
-
-    id: str = Field(primary_key=True, max_length=64)
-    owner: str = Field(index=True)
-    status: str = Field(index=True)
-    created: float = Field(index=True)
-    ended: float | None = None
-    sequence: int
-    request_digest: str | None = Field(default=None, index=True)
-    state: str = Field(sa_column=Column(Text, nullable=False))
-
-
-class LeaseRow(SQLModel, table=True):
-    """Which worker a job is leased to, and until when."""
-
-    __tablename__ = "lease"
-
-    job_id: str = Field(primary_key=True, max_length=64)
-    worker: str
-    attempt: int
-    expires: float = Field(index=True)
-
-
-@dataclass(frozen=True)
-class StoredEvent:
-    """An event with its place.
-
-    Attributes:
-        sequence: Number within the job, from 1.
-        status: The job's status after it.
-        event: What happened.
-    """
-
-    sequence: int
-    status: Status
-    event: Event
-
-    @property
-    def id(self) -> str:
-        """The prefix "ftevent-" and the sequence; unique within the job."""
-        return f"ftevent-{self.sequence:024d}"
 
 
 class JobStore:
@@ -161,13 +105,13 @@ class JobStore:
                     JobRow.created > created.time - _DEDUPLICATE_S,
                 )
                 if row := session.exec(query.order_by(col(JobRow.created).desc())).first():
-                    return _state_of(row), False
+                    return state_of(row), False
             live = col(JobRow.status).in_(LIVE)
             _refuse(session, max_per_owner, "jobs of this token that have not ended", live, JobRow.owner == spec.owner)
             _refuse(session, max_queued, "queued jobs", col(JobRow.status) == "queued")
             state = decide(None, created).state
-            session.add(JobRow(**_columns(state), sequence=1, request_digest=request_digest))
-            session.add(_event_row(state, 1, created))
+            session.add(JobRow(**columns_of(state), sequence=1, request_digest=request_digest))
+            session.add(event_row(state, 1, created))
         return state, True
 
     def append(self, job_id: str, event: Event) -> Decision:
@@ -197,7 +141,7 @@ class JobStore:
             row = session.get(JobRow, job_id) if is_id(job_id) else None
             if row is None or owner not in (None, row.owner):
                 raise not_found("job", job_id, "GET /v1/finetune lists your jobs.")
-            return _state_of(row)
+            return state_of(row)
 
     def list(
         self,
@@ -228,14 +172,14 @@ class JobStore:
         query = select_page(query, col(JobRow.created), col(JobRow.id), place, limit)
         with self.database.read() as session:
             rows = session.exec(query).all()
-        return [_state_of(row) for row in rows[:limit]], len(rows) > limit
+        return [state_of(row) for row in rows[:limit]], len(rows) > limit
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[StoredEvent]:
         """Events of a job with a sequence above `after`, oldest first; empty if there is no such job."""
         query = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.sequence > after)
         with self.database.read() as session:
             rows = session.exec(query.order_by(col(JobEventRow.sequence)).limit(limit)).all()
-        return [_stored(row) for row in rows]
+        return [stored_event(row) for row in rows]
 
     def latest(self) -> int:
         """A number that grows with every event of any job; read at most every 0.2 s, whoever asks.
@@ -267,7 +211,7 @@ class JobStore:
             query = query.where(col(JobEventRow.kind).in_(kinds))
         with self.database.read() as session:
             rows = session.exec(query.order_by(col(JobEventRow.sequence).desc()).limit(limit + 1)).all()
-        return [_stored(row) for row in rows[:limit]], len(rows) > limit
+        return [stored_event(row) for row in rows[:limit]], len(rows) > limit
 
     def counts(self) -> dict[str, int]:
         """Number of jobs by status; statuses without a job are left out."""
@@ -287,7 +231,7 @@ class JobStore:
             row = session.get(JobRow, job_id, with_for_update=True)
             if row is None or row.status != "queued":
                 return None
-            event = Leased(attempt=_state_of(row).attempt + 1, worker=worker)
+            event = Leased(attempt=state_of(row).attempt + 1, worker=worker)
             state = self._append(session, row, event).state
             lease = LeaseRow(job_id=job_id, worker=worker, attempt=state.attempt, expires=event.time + seconds)
             session.merge(lease)
@@ -302,7 +246,7 @@ class JobStore:
                 return None
             lease.expires = time.time() + seconds
             session.add(lease)
-            return _state_of(row)
+            return state_of(row)
 
     def expired(self) -> Sequence[tuple[str, int]]:
         """(job id, attempt) of the leases that have expired."""
@@ -324,6 +268,12 @@ class JobStore:
         with self.database.read() as session:
             return session.exec(select(JobRow.id).where(col(JobRow.ended) < moment)).all()
 
+    def without_model(self) -> Sequence[str]:
+        """Ids of the jobs whose model was deleted."""
+        with self.database.read() as session:
+            query = select(JobRow).where(col(JobRow.state).contains('"model_deleted":true'))
+            return [row.id for row in session.exec(query).all() if state_of(row).model_deleted]
+
     def known(self, job_ids: Collection[str]) -> set[str]:
         """Those of the ids that are jobs."""
         job_ids = [job_id for job_id in job_ids if is_id(job_id)]
@@ -344,7 +294,7 @@ class JobStore:
                 row = self._row(session, job_id)
                 query = select(JobEventRow.data).where(JobEventRow.job_id == job_id)
                 log = session.exec(query.order_by(col(JobEventRow.sequence))).all()
-                columns = _columns(replay([EVENT.validate_json(data) for data in log]))
+                columns = columns_of(replay([EVENT.validate_json(data) for data in log]))
                 if any(getattr(row, name) != value for name, value in columns.items()):
                     row.sqlmodel_update(columns)
                     session.add(row)
@@ -359,15 +309,15 @@ class JobStore:
         return row
 
     def _append(self, session: Session, row: JobRow, event: Event) -> Decision:
-        before = _state_of(row)
+        before = state_of(row)
         decision = decide(before, event)
         state = decision.state
         if state is before:
             return decision
-        row.sqlmodel_update(_columns(state))
+        row.sqlmodel_update(columns_of(state))
         row.sequence += 1
         session.add(row)
-        session.add(_event_row(state, row.sequence, event))
+        session.add(event_row(state, row.sequence, event))
         if before.status in HELD and state.status not in HELD:
             session.exec(delete(LeaseRow).where(col(LeaseRow.job_id) == row.id))
         return decision
@@ -386,33 +336,3 @@ def _refuse(session: Session, limit: int | None, what: str, *conditions: ColumnE
             code="too_many_jobs",
             headers={"Retry-After": "60"},
         )
-
-
-def _columns(state: JobState) -> dict[str, Any]:
-    return {
-        "id": state.id,
-        "owner": state.spec.owner,
-        "status": state.status,
-        "created": state.created,
-        "ended": state.ended,
-        "state": state.model_dump_json(),
-    }
-
-
-def _state_of(row: JobRow) -> JobState:
-    return JobState.model_validate_json(row.state)
-
-
-def _stored(row: JobEventRow) -> StoredEvent:
-    return StoredEvent(row.sequence, cast(Status, row.status), EVENT.validate_json(row.data))
-
-
-def _event_row(state: JobState, sequence: int, event: Event) -> JobEventRow:
-    return JobEventRow(
-        job_id=state.id,
-        sequence=sequence,
-        time=event.time,
-        kind=event.kind,
-        status=state.status,
-        data=event.model_dump_json(),
-    )

@@ -77,6 +77,8 @@ class Sweep:
             for job_id in services.jobs.ended_before(now - settings.keep_runs_s):
                 if services.apply(job_id, RunDeleted()).run_deleted:
                     services.delete_run(job_id)  # again, if a kill came between the event and the deletion
+        for job_id in services.jobs.without_model():
+            services.delete_model(job_id)  # again, as above
         sweep_folders(services)
 
 

@@ -75,7 +75,7 @@ def rollback(request: Request, adapter: str, services: ServicesOf, caller: PageT
 
 def succeeded_jobs(services: Services, owner: str | None) -> list[JobState]:
     """The newest jobs of an owner that have a model."""
-    return services.jobs.list(owner, limit=_JOBS, statuses=["succeeded"])[0]
+    return [job for job in services.jobs.list(owner, limit=_JOBS, statuses=["succeeded"])[0] if job.has_model]
 
 
 def _page(

@@ -138,14 +138,3 @@ def test_wrong_values_are_named(client):
     assert refused(client, encoding_format="int8")["param"] == "encoding_format"
     assert refused(client, input_type="document")["param"] == "input_type"
     assert refused(client, model=None)["param"] == "model"
-
-
-def test_models_are_listed_with_their_parents(client, tuned):
-    listed = client.get("/v1/models").json()
-    assert listed["object"] == "list"
-    assert [(model["id"], model["object"], model["parent"]) for model in listed["data"]] == [
-        ("tiny", "model", None),
-        (tuned, "model", "tiny"),
-    ]
-    assert client.get(f"/v1/models/{tuned}").json() == listed["data"][1]
-    assert client.get("/v1/models/unknown").status_code == 404

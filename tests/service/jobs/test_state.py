@@ -15,6 +15,7 @@ from llama_index_lora_embed.service.jobs.state import (
     JobSpec,
     Leased,
     LeaseExpired,
+    ModelDeleted,
     PauseRequested,
     Progress,
     Progressed,
@@ -41,6 +42,7 @@ EVENTS = st.one_of(
     st.builds(CancelRequested),
     st.builds(ResumeRequested),
     st.builds(RunDeleted),
+    st.builds(ModelDeleted),
     st.just(CREATED),
 )
 

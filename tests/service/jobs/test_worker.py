@@ -160,7 +160,7 @@ def test_a_worker_that_lost_its_lease_stops_at_its_step_and_commits_nothing(serv
 
     def lose():
         with services.database.write() as session:
-            from llama_index_lora_embed.service.jobs.store import LeaseRow
+            from llama_index_lora_embed.service.jobs.tables import LeaseRow
 
             lease = session.get(LeaseRow, job_id)
             lease.expires = 0.0
