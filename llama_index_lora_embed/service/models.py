@@ -70,7 +70,7 @@ def side_of(name: str) -> tuple[str, Side | None]:
 class Models:
     """What names of models stand for, by owner.
 
-    A job's model is the job's owner's alone, and "<model>:ckpt-step-<step>" is one of its checkpoints. An adapter is for
+    A job's model is the job's owner's alone; "<model>:ckpt-step-<step>" is one of its checkpoints. An adapter is for
     every token: "<adapter>" is the version in use, "<adapter>@<version>" any version.
 
     Args:

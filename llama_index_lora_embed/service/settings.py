@@ -115,7 +115,7 @@ class ServiceSettings(BaseSettings):
     """Age at which an uploaded file is deleted; none keeps all. Jobs have a copy of their data."""
     keep_runs_s: Above0 | None = 30 * DAY
     """Time after a job's end at which its training data and checkpoints are deleted; none keeps all. Adapters are kept
-    until they are deleted by hand."""
+    until their model is deleted."""
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -56,7 +56,7 @@ def test_ten_kills_at_random_moments_end_no_job_twice_and_leave_the_adapters_of_
                 processes.start(name)
             if number in (2, 4):
                 jobs.append(api("POST", "/v1/finetune", json=bodies[len(jobs)]).json()["job_id"])
-        until(lambda: statuses() <= {"succeeded", "failed"}, 120, "the end of all jobs")
+        until(lambda: statuses() <= {"completed", "failed"}, 120, "the end of all jobs")
     attempts = 0
     with Services(settings_of(env)) as services:
         assert len(services.jobs.list()[0]) == len(set(jobs)) == 3
@@ -89,7 +89,7 @@ def test_a_worker_that_was_frozen_longer_than_its_lease_commits_nothing(tiny_mod
         time.sleep(2)
         assert status_of(api, job_id) == "queued", "the frozen process still holds the run directory"
         os.kill(processes.pids["frozen"], signal.SIGCONT)
-        until(lambda: status_of(api, job_id) == "succeeded", 60, "the end")
+        until(lambda: status_of(api, job_id) == "completed", 60, "the end")
     with Services(settings_of(env)) as services:
         events = services.jobs.events(job_id)
         assert services.jobs.get(job_id).attempt >= 2
@@ -129,11 +129,11 @@ def test_a_full_disk_fails_the_job_and_service_and_worker_live(tiny_model, tmp_p
         processes.start("worker", file_limit_mb=2)
         large = api("POST", "/v1/finetune", json=job_request(lora_r=1024, epochs=1)).json()["job_id"]
         small = api("POST", "/v1/finetune", json=job_request(epochs=1)).json()["job_id"]
-        until(lambda: status_of(api, large) in ("failed", "succeeded"), 60, "the end of the large job")
+        until(lambda: status_of(api, large) in ("failed", "completed"), 60, "the end of the large job")
         error = api("GET", f"/v1/finetune/{large}").json()["error"]
         assert error["code"] == "disk_full"
         assert "disk is full" in error["message"]
-        until(lambda: status_of(api, small) == "succeeded", 60, "the end of the small job")
+        until(lambda: status_of(api, small) == "completed", 60, "the end of the small job")
         assert api("GET", "/ready").status_code == 200
         assert processes.alive("worker")
 
@@ -151,7 +151,7 @@ def test_on_postgresql_and_redis_a_killed_worker_costs_nothing(tiny_model, tmp_p
             for name in ("worker", "server"):
                 processes.kill(name)
                 processes.start(name)
-            until(lambda: status_of(api, job_id) == "succeeded", 60, "the end")
+            until(lambda: status_of(api, job_id) == "completed", 60, "the end")
             stream = api("GET", f"/v1/finetune/{job_id}/events").text
         models = settings_of(env).models_dir
         assert not (tmp_path / "data" / "service.db").exists()

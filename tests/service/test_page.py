@@ -47,7 +47,7 @@ def test_the_commands_of_the_page_train_a_model(tmp_path):
     stream, _, shown = done.stdout.rpartition("\n\n")
     assert sse_events(stream)[-1]["event"] == "complete"
     job = json.loads(shown)
-    assert job["status"] == "succeeded"
+    assert job["status"] == "completed"
     assert job["verdict"]
 
 

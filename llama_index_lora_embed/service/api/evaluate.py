@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
@@ -32,31 +32,37 @@ _METRICS = {
     "map": "map@100",
 }
 """Names of the answer to those of `evaluation.metrics`."""
+_ID = ("_id", "id", "query_id", "passage_id", "doc_id")
+_TEXT = ("text", "query", "passage", "content")
+_QUERY_ID = ("query_id", "query-id", "qid")
+_PASSAGE_ID = ("corpus_id", "corpus-id", "passage_id", "doc_id", "pid")
+_GRADE = ("score", "grade", "relevance", "label")
 
 
 class EvaluationData(BaseModel):
-    """Queries, corpus and relevance, by ids; the ids of a list are its places, from 0."""
+    """Queries, corpus and relevance, by ids, in the forms that are usual; the ids of a list are its places, from 0."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    queries: dict[str, str] | list[str]
-    """Query id to text."""
-    corpus: dict[str, str] | list[str]
-    """Passage id to text."""
+    queries: dict[str, Any] | list[Any]
+    """Query id to text; a list of texts; or a list of rows with an id and a text (`{"_id", "text"}`, as in BEIR)."""
+    corpus: dict[str, Any] | list[Any]
+    """The same for passages, where a text may be `{"title", "text"}`, which are read as one."""
     relevance: dict[str, Any] | list[Any]
-    """Query id to the id of its relevant passage, a list of ids, or a mapping of ids to grades from 0 to 1; 0 is a
-    passage that was judged irrelevant."""
+    """Query id to the id of its relevant passage, a list of ids, or a mapping of ids to grades; or rows
+    `{"query_id", "corpus_id", "score"}`. A grade of 0 or less is of a passage that was judged irrelevant; where grades
+    exceed 1, all are divided by the largest, which changes no metric."""
 
     def dataset(self, settings: ServiceSettings) -> EmbeddingQAFinetuneDataset:
         """The package's dataset.
 
         Raises:
             DatasetError: It is empty, or ids are wrong; all of them are named.
-            ServiceError: It is too large, or a value of `relevance` is none of the three.
+            ServiceError: It is too large, or something in it has none of the forms.
         """
         from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 
-        queries, corpus, relevance = map(_by_id, (self.queries, self.corpus, self.relevance))
+        queries, corpus = _texts(self.queries, "queries"), _texts(self.corpus, "corpus")
         if (count := len(queries) + len(corpus)) > settings.max_evaluation_texts:
             raise ServiceError(
                 f"{count} queries and passages",
@@ -64,7 +70,7 @@ class EvaluationData(BaseModel):
                 "Evaluate on fewer, or with the Python package: evaluate_retrieval(LoraEmbedding(path), dataset).",
                 param="corpus",
             )
-        grades = {query_id: _grades(query_id, value) for query_id, value in relevance.items()}
+        grades = _all_grades(self.relevance)
         below_1 = {q: {i: g for i, g in found.items() if 0 < g < 1} for q, found in grades.items()}
         irrelevant = {q: [i for i, g in found.items() if g == 0] for q, found in grades.items()}
         return EmbeddingQAFinetuneDataset(
@@ -116,23 +122,63 @@ async def evaluate_served(
     return await run_in_threadpool(evaluate_encoders, of_queries, of_passages, dataset)
 
 
-def _by_id(values: dict[str, Any] | list[Any]) -> dict[str, Any]:
-    return values if isinstance(values, dict) else {str(place): value for place, value in enumerate(values)}
+def _texts(values: dict[str, Any] | list[Any], param: str) -> dict[str, str]:
+    """Id to text."""
+    found: dict[str, str] = {}
+    for place, value in values.items() if isinstance(values, dict) else enumerate(values):
+        row = value if isinstance(value, dict) else {"text": value}
+        row_id, text, title = _first(row, _ID), _first(row, _TEXT), row.get("title") or ""
+        if not isinstance(text, str) or not isinstance(title, str) or not isinstance(row_id, (str, int, type(None))):
+            raise ServiceError(
+                f"{param}[{place!r:.80}]",
+                "a text, or an object with a text",
+                'For example {"p1": "a text"}, ["a text"] or [{"id": "p1", "text": "a text"}].',
+                param=param,
+            )
+        key = str(place if row_id is None or isinstance(values, dict) else row_id)
+        if key in found:
+            raise ServiceError(f"the id {key!r:.80} twice in {param}", "each id once", "Correct it.", param=param)
+        found[key] = f"{title} {text}" if title else text
+    return found
+
+
+def _all_grades(relevance: dict[str, Any] | list[Any]) -> dict[str, dict[str, float]]:
+    """Query id to passage id to grade, from 0 to 1."""
+    grades: dict[str, dict[str, float]] = {}
+    if isinstance(relevance, list) and relevance and all(_is_judgement(row) for row in relevance):
+        for row in relevance:
+            query_id, passage_id, grade = (
+                str(_first(row, _QUERY_ID)),
+                str(_first(row, _PASSAGE_ID)),
+                _first(row, _GRADE),
+            )
+            grades.setdefault(query_id, {}).update(_grades(query_id, {passage_id: 1 if grade is None else grade}))
+    else:
+        rows = relevance.items() if isinstance(relevance, dict) else enumerate(relevance)
+        grades = {str(query_id): _grades(str(query_id), value) for query_id, value in rows}
+    largest = max((grade for found in grades.values() for grade in found.values()), default=0.0)
+    return {q: {i: grade / max(1.0, largest) for i, grade in found.items()} for q, found in grades.items()}
+
+
+def _is_judgement(row: Any) -> bool:
+    return isinstance(row, dict) and _first(row, _QUERY_ID) is not None and _first(row, _PASSAGE_ID) is not None
+
+
+def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _grades(query_id: str, value: Any) -> dict[str, float]:
-    """Passage id to grade."""
+    """Passage id to grade, 0 or more."""
     if isinstance(value, (str, int)):
         value = [value]
     if isinstance(value, list) and all(isinstance(i, (str, int)) for i in value):
         return {str(i): 1.0 for i in value}
-    if isinstance(value, dict) and all(
-        isinstance(g, (int, float)) and not isinstance(g, bool) and 0 <= g <= 1 for g in value.values()
-    ):
-        return {str(i): float(g) for i, g in value.items()}
+    if isinstance(value, dict) and all(isinstance(g, (int, float)) and not isinstance(g, bool) for g in value.values()):
+        return {str(i): max(0.0, float(g)) for i, g in value.items()}
     raise ServiceError(
         f"relevance of query {query_id!r:.80}",
-        "an id, a list of ids, or a mapping of ids to grades from 0 to 1",
+        "an id, a list of ids, or a mapping of ids to grades",
         'For example {"q1": ["p1", "p2"]} or {"q1": {"p1": 1, "p2": 0.5}}.',
         param="relevance",
     )

@@ -35,6 +35,8 @@ router = APIRouter(prefix="/v1/finetune", tags=["finetune"], route_class=StrictR
 _POLL_S = 0.5
 _ASK_S = 5.0  # PostgreSQL may show an event after a later one, whose number was seen already
 _RETRY_MS = 2000
+ShownStatus = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "completed", "failed"]
+"""A job's status in the words of this face, in which OpenAI's "succeeded" is "completed"."""
 Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
 
 
@@ -72,8 +74,8 @@ class Job(BaseModel):
 
     job_id: str
     """Its id."""
-    status: str
-    """queued, running, pausing, paused, cancelling, cancelled, succeeded or failed."""
+    status: ShownStatus
+    """queued, running, pausing, paused, cancelling, cancelled, completed or failed."""
     model: str
     """Name of the base model."""
     fine_tuned_model: str | None
@@ -81,7 +83,7 @@ class Job(BaseModel):
     progress: dict[str, Any]
     """`step` of `total`, and `fraction` from 0 to 1."""
     metrics: dict[str, Any]
-    """`loss` and `learning_rate` of training; once it succeeded, metrics of `base` and `tuned`."""
+    """`loss` and `learning_rate` of training; once it has completed, metrics of `base` and `tuned`."""
     verdict: str | None
     """BETTER, LIKELY BETTER, NO CLEAR DIFFERENCE, WORSE or NOT EVALUATED."""
     summary: str | None
@@ -123,7 +125,7 @@ def shown(job: JobState) -> Job:
     fraction = 1.0 if job.status == "succeeded" else progress.step / max(1, progress.total) if progress else 0.0
     return Job(
         job_id=job.id,
-        status=job.status,
+        status=_shown_status(job.status),
         model=job.spec.model,
         fine_tuned_model=fine_tuned_model(job) if job.has_model else None,
         progress={**done, "fraction": round(fraction, 4)},
@@ -141,7 +143,11 @@ def shown(job: JobState) -> Job:
     )
 
 
-@router.post("", status_code=201)
+def _shown_status(status: Status) -> ShownStatus:
+    return "completed" if status == "succeeded" else status
+
+
+@router.post("")
 def create(body: FinetuneRequest, services: ServicesOf, caller: Trainer) -> Job:
     """Create a job. Everything that is wrong with the request is answered at once (400).
 
@@ -175,10 +181,11 @@ def jobs(
     caller: Reader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
-    status: Status | None = None,
+    status: ShownStatus | None = None,
 ) -> JobList:
     """Jobs of the caller's token, newest first; with the scope admin those of all tokens."""
-    found, more = services.jobs.list(caller.owner, after=after, limit=limit, statuses=[status] if status else None)
+    statuses = None if status is None else ["succeeded" if status == "completed" else status]
+    found, more = services.jobs.list(caller.owner, after=after, limit=limit, statuses=statuses)
     return JobList(data=[shown(job) for job in found], has_more=more)
 
 
@@ -235,12 +242,12 @@ async def events(
 ) -> AsyncIterator[ServerSentEvent]:
     """The job's events as they happen, from its first one or from the one after `Last-Event-ID`.
 
-    Types are `progress`, `heartbeat` where there is no news, `complete` when the job has succeeded or was cancelled,
+    Types are `progress`, `heartbeat` where there is no news, `complete` when the job has completed or was cancelled,
     and `error` when it failed; the stream ends with the last two.
     """
     store, last, quiet, asked, seen = services.jobs, start, 0.0, 0.0, -1
     status = (await to_thread.run_sync(store.get, job_id)).status
-    yield ServerSentEvent(event="heartbeat", data={"status": status}, retry=_RETRY_MS)
+    yield ServerSentEvent(event="heartbeat", data={"status": _shown_status(status)}, retry=_RETRY_MS)
     while not request.app.state.stopping.is_set():
         latest = await to_thread.run_sync(store.latest)
         found: Sequence[StoredEvent] = ()
@@ -254,7 +261,7 @@ async def events(
             if status in ENDED:
                 return
             if quiet >= services.settings.sse_heartbeat_s:
-                yield ServerSentEvent(event="heartbeat", data={"status": status})
+                yield ServerSentEvent(event="heartbeat", data={"status": _shown_status(status)})
                 quiet = 0.0
             await anyio.sleep(_POLL_S)
             quiet, asked = quiet + _POLL_S, asked + _POLL_S
@@ -263,7 +270,7 @@ async def events(
 def _sse(stored: StoredEvent) -> ServerSentEvent:
     """An event as a client sees it."""
     event = stored.event
-    data: dict[str, Any] = {"job_event": event.kind, "status": stored.status, "time": event.time}
+    data: dict[str, Any] = {"job_event": event.kind, "status": _shown_status(stored.status), "time": event.time}
     if isinstance(event, Progressed):
         data.update(event.progress.model_dump())
     data.update(event.model_dump(include={"result", "error", "step", "attempt"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Request, Response
@@ -24,7 +25,7 @@ from llama_index_lora_embed.service.web.pages import (
     status_of,
 )
 from llama_index_lora_embed.service.web.passages import pasted_lines
-from llama_index_lora_embed.service.web.search import card_of, passages_from, sources, tuned_models
+from llama_index_lora_embed.service.web.search import Choices, PassageFields, PassageForm
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 _QUERIES = 100
@@ -37,7 +38,7 @@ def _store(services: Services) -> LabelStore:
 @router.get("/label", name="labellings_page")
 def labellings(request: Request, services: ServicesOf, caller: PageEmbedder) -> Response:
     """The visitor's labellings, and the form that begins one."""
-    return _page(request, services, caller, {"model": "", "source": "", "passages": "", "queries": ""}, [])
+    return _page(request, services, caller, Choices.of(services, caller), {**asdict(PassageForm()), "queries": ""}, [])
 
 
 @router.post("/label", dependencies=FORM)
@@ -45,25 +46,23 @@ def begin(
     request: Request,
     services: ServicesOf,
     caller: PageEmbedder,
-    model: Annotated[str, Form()] = "",
-    source: Annotated[str, Form()] = "",
-    passages: Annotated[str, Form()] = "",
+    fields: PassageFields,
     queries: Annotated[str, Form()] = "",
 ) -> Response:
     """Pool what base and tuned model and BM25 find for each query."""
-    given = {"model": model, "source": source, "passages": passages, "queries": queries}
+    given = {**asdict(fields), "queries": queries}
+    choices = Choices.of(services, caller)
     try:
         asked = pasted_lines(queries, "queries", services, _QUERIES)
-        card = card_of(services, caller, model)
-        nodes = passages_from(services, caller, source, passages)
+        card = choices.card(fields)
+        nodes = choices.passages(services, caller, fields)
         models = {
             name: ServedEmbedding(batcher=services.batcher, served=services.models.find(name, caller.owner))
             for name in (str(card.parent), card.name)
         }
         info = _store(services).begin(caller.id, card.name, asked, nodes, models)
     except LoraEmbedError as error:
-        status = status_of(error)
-        return _page(request, services, caller, given, problems_of(request, error), status)
+        return _page(request, services, caller, choices, given, problems_of(request, error), status_of(error))
     return redirect(request, "labelling_page", labelling_id=info.id)
 
 
@@ -141,7 +140,13 @@ def dataset(labelling_id: str, services: ServicesOf, caller: PageEmbedder) -> Re
 
 
 def _page(
-    request: Request, services: Services, caller: Caller, given: dict[str, str], problems: list[str], status: int = 200
+    request: Request,
+    services: Services,
+    caller: Caller,
+    choices: Choices,
+    given: dict[str, str],
+    problems: list[str],
+    status: int = 200,
 ) -> Response:
     return render(
         request,
@@ -149,7 +154,7 @@ def _page(
         status,
         given=given,
         problems=problems,
-        models=tuned_models(services, caller),
-        sources=sources(services, caller),
+        models=choices.models,
+        sources=choices.sources,
         labellings=_store(services).list(caller.owner),
     )

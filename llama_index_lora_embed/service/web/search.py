@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Form, Request, Response
+from fastapi import APIRouter, Depends, Form, Request, Response
 from llama_index.core.schema import MetadataMode
 
 from llama_index_lora_embed.core.arrays import unit_norm
@@ -41,10 +41,73 @@ class Found:
     other: int
 
 
+@dataclass(frozen=True)
+class PassageForm:
+    """The fields that the forms of `/try` and `/label` share.
+
+    Attributes:
+        model: Name of a tuned model.
+        source: Id of the job whose passages are meant; "" for pasted ones.
+        passages: Pasted, one on each line.
+    """
+
+    model: Annotated[str, Form()] = ""
+    source: Annotated[str, Form()] = ""
+    passages: Annotated[str, Form()] = ""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a visitor can choose in these forms, looked up once for a page.
+
+    Attributes:
+        models: The tuned models.
+        sources: The jobs whose passages can be taken: id to the name of the model.
+    """
+
+    models: list[ModelCard]
+    sources: dict[str, str]
+
+    @classmethod
+    def of(cls, services: Services, caller: Caller) -> Choices:
+        """Those of a visitor."""
+        models = [card for card in services.models.cards(caller.owner) if card.parent is not None]
+        jobs = succeeded_jobs(services, caller.owner) if caller.may("read") else []
+        return cls(models, {job.id: fine_tuned_model(job) for job in jobs if not job.run_deleted})
+
+    def card(self, form: PassageForm) -> ModelCard:
+        """The tuned model of a form.
+
+        Raises:
+            ServiceError: 404, there is no such model.
+        """
+        for card in self.models:
+            if card.name == form.model:
+                return card
+        raise unknown_model(form.model)
+
+    def passages(self, services: Services, caller: Caller, form: PassageForm) -> list[BaseNode]:
+        """The passages of a form: pasted ones, or those of a job.
+
+        Raises:
+            ServiceError: There are none, too many, or the job is not the visitor's.
+        """
+        if not form.source:
+            return nodes_of(pasted_lines(form.passages, "passages", services))
+        if form.source not in self.sources:
+            got = f"job {form.source!r:.80}"
+            raise ServiceError(got, "a job of the list", "Choose one, or paste passages.", param="source")
+        return passages_of_job(services, services.jobs.get(form.source, caller.owner))
+
+
+PassageFields = Annotated[PassageForm, Depends()]
+"""The fields of a form as a dependency of its route."""
+
+
 @router.get("/try")
 def form(request: Request, services: ServicesOf, caller: PageEmbedder, model: str = "") -> Response:
     """The form."""
-    return _page(request, services, caller, {"model": model, "source": "", "passages": "", "query": ""})
+    return _page(request, Choices.of(services, caller), {**asdict(PassageForm(model=model)), "query": ""})
 
 
 @router.post("/try", dependencies=FORM)
@@ -52,28 +115,25 @@ def search(
     request: Request,
     services: ServicesOf,
     caller: PageEmbedder,
-    model: Annotated[str, Form()] = "",
-    source: Annotated[str, Form()] = "",
-    passages: Annotated[str, Form()] = "",
+    fields: PassageFields,
     query: Annotated[str, Form()] = "",
 ) -> Response:
     """Rank the passages with the tuned model and with its base."""
-    given = {"model": model, "source": source, "passages": passages, "query": query}
+    given = {**asdict(fields), "query": query}
+    choices = Choices.of(services, caller)
     try:
         asked = pasted_lines(query, "queries", services, 1)
-        chosen = card_of(services, caller, model)
-        nodes = passages_from(services, caller, source, passages)
+        chosen = choices.card(fields)
+        nodes = choices.passages(services, caller, fields)
         texts = [node.get_content(MetadataMode.EMBED) for node in nodes]
         kept: PassageVectors = request.app.state.page_vectors
         ranked = [_ranked(services, kept, name, caller, asked[0], texts) for name in (str(chosen.parent), chosen.name)]
     except LoraEmbedError as error:
-        status = status_of(error)
-        return _page(request, services, caller, given, problems_of(request, error), status)
+        return _page(request, choices, given, problems_of(request, error), status_of(error))
     (base, base_scores), (tuned, tuned_scores) = ranked
     return _page(
         request,
-        services,
-        caller,
+        choices,
         given,
         sides=[
             (str(chosen.parent), _found(base, base_scores, tuned, texts)),
@@ -81,43 +141,6 @@ def search(
         ],
         count=len(texts),
     )
-
-
-def tuned_models(services: Services, caller: Caller) -> list[ModelCard]:
-    """The tuned models that a visitor can name."""
-    return [card for card in services.models.cards(caller.owner) if card.parent is not None]
-
-
-def card_of(services: Services, caller: Caller, name: str) -> ModelCard:
-    """The tuned model of a form.
-
-    Raises:
-        ServiceError: 404, there is no such model.
-    """
-    for card in tuned_models(services, caller):
-        if card.name == name:
-            return card
-    raise unknown_model(name)
-
-
-def sources(services: Services, caller: Caller) -> dict[str, str]:
-    """The jobs whose passages a visitor can choose: id to the name of the model."""
-    if not caller.may("read"):
-        return {}
-    return {job.id: fine_tuned_model(job) for job in succeeded_jobs(services, caller.owner) if not job.run_deleted}
-
-
-def passages_from(services: Services, caller: Caller, source: str, pasted: str) -> list[BaseNode]:
-    """The passages of a form: pasted ones, or those of a job.
-
-    Raises:
-        ServiceError: There are none, too many, or the job is not the visitor's.
-    """
-    if not source:
-        return nodes_of(pasted_lines(pasted, "passages", services))
-    if source not in sources(services, caller):
-        raise ServiceError(f"job {source!r:.80}", "a job of the list", "Choose one, or paste passages.", param="source")
-    return passages_of_job(services, services.jobs.get(source, caller.owner))
 
 
 def _ranked(
@@ -139,8 +162,7 @@ def _found(ranks: list[int], scores: list[float], others: list[int], texts: list
 
 def _page(
     request: Request,
-    services: Services,
-    caller: Caller,
+    choices: Choices,
     given: dict[str, str],
     problems: list[str] | None = None,
     status: int = 200,
@@ -148,5 +170,4 @@ def _page(
     count: int = 0,
 ) -> Response:
     values: dict[str, Any] = {"given": given, "problems": problems or [], "sides": sides or [], "count": count}
-    models, jobs = tuned_models(services, caller), sources(services, caller)
-    return render(request, "try.html.j2", status, models=models, sources=jobs, **values)
+    return render(request, "try.html.j2", status, models=choices.models, sources=choices.sources, **values)

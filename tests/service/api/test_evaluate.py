@@ -64,6 +64,41 @@ def test_grades_count_in_ndcg_and_0_is_irrelevant(client, data):
     assert any("unjudged" in note for note in answer["notes"])
 
 
+def test_beirs_forms_are_those_of_plain_texts(client, data):
+    plain = evaluated(client, **body(data))
+    corpus = {i: {"title": text.split()[0], "text": " ".join(text.split()[1:])} for i, text in data.corpus.items()}
+    rows = [{"_id": i, "text": text} for i, text in data.queries.items()]
+    judged = [{"query-id": q, "corpus-id": i, "score": 2} for q, ids in data.relevant_docs.items() for i in ids]
+    nested = {q: dict.fromkeys(ids, 2) for q, ids in data.relevant_docs.items()}
+    for changes in ({"corpus": corpus}, {"queries": rows}, {"relevance": judged}, {"relevance": nested}):
+        answer = evaluated(client, **body(data, **changes))
+        assert [answer[name] for name in NAMES] == pytest.approx([plain[name] for name in NAMES]), changes
+
+
+def test_grades_above_1_are_weighed_by_the_largest(client, data):
+    other = {q: next(i for i in data.corpus if i not in ids) for q, ids in data.relevant_docs.items()}
+    grades = [
+        {q: {ids[0]: high, other[q]: low} for q, ids in data.relevant_docs.items()} for high, low in ((1, 0.5), (4, 2))
+    ]
+    found = [evaluated(client, **body(data, relevance=relevance)) for relevance in grades]
+    assert found[0]["ndcg_at_10"] == pytest.approx(found[1]["ndcg_at_10"])
+    negative = {q: {ids[0]: 1, other[q]: -1} for q, ids in data.relevant_docs.items()}
+    assert evaluated(client, **body(data, relevance=negative))["mrr"] == evaluated(client, **body(data))["mrr"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"corpus": {"p0": 3}},
+        {"corpus": [{"title": "w1"}]},
+        {"queries": [None]},
+        {"queries": [{"id": "a", "text": "w1"}] * 2},
+    ],
+)
+def test_texts_that_are_none_or_double_are_named(client, data, changes):
+    assert refused(client, **body(data, **changes))["param"] in changes
+
+
 def test_wrong_ids_are_all_named(client, data):
     relevance = {**data.relevant_docs, "q0-0": ["p0", "p99"], "q77": ["p1"]}
     error = refused(client, **body(data, relevance=relevance))
@@ -71,7 +106,7 @@ def test_wrong_ids_are_all_named(client, data):
     assert any("q77" in problem for problem in error["problems"])
 
 
-@pytest.mark.parametrize("value", [None, 1.5, [["p0"]], {"p0": 2}, {"p0": "high"}, {"p0": True}, [None]])
+@pytest.mark.parametrize("value", [None, 1.5, [["p0"]], {"p0": "high"}, {"p0": True}, [None]])
 def test_relevance_that_is_none_names_the_query(client, data, value):
     error = refused(client, **body(data, relevance={**data.relevant_docs, "q1-0": value}))
     assert error["param"] == "relevance"

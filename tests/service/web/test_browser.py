@@ -98,7 +98,7 @@ def test_a_whole_job_by_clicking(service, browser, tmp_path, width, scheme):
     clicks.menu("Jobs")
     page.goto(first)
     page.locator(".verdict").wait_for()  # the page loads itself anew at the end
-    assert page.get_by_role("status").inner_text() == "succeeded"
+    assert page.get_by_role("status").inner_text() == "completed"
     page.locator("[data-part=loss]").wait_for()
     clicks.fits()
     page.get_by_role("link", name="Report").click()

@@ -124,7 +124,7 @@ def test_a_finished_job_shows_verdict_metrics_and_report(trainer, services):
     assert {"sandbox", "default-src 'none'"} <= set(policy)
     assert not any("script" in rule or "connect" in rule for rule in policy)
     assert trainer.client.get(f"/jobs/progress?ids={job_id},nothing").json() == {
-        job_id: {"status": "succeeded", "fraction": 1.0, "verdict": "BETTER"}
+        job_id: {"status": "completed", "fraction": 1.0, "verdict": "BETTER"}
     }
 
 

@@ -71,6 +71,14 @@ def test_base_and_tuned_find_what_the_package_finds(visitor, job, tiny_model, ad
     assert len(visitor.client.app.state.page_vectors._kept) == 2, "the same passages are embedded once"
 
 
+def test_a_search_looks_the_models_up_once(visitor, job, services, monkeypatch):
+    real, looked_up = services.models.cards, []
+    monkeypatch.setattr(services.models, "cards", lambda owner: looked_up.append(owner) or real(owner))
+    page = visitor.send("/try", {"model": name(job), "passages": "w1 w2\nw3 w4", "query": "w1"}, "/try")
+    assert page.status_code == 200
+    assert len(looked_up) == 2, "once for the form, once for its answer"
+
+
 def test_texts_are_escaped(visitor, job):
     given = {"model": name(job), "passages": f"{EVIL}\nother", "query": f'"{EVIL}'}
     page = visitor.send("/try", given, "/try")

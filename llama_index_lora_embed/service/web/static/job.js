@@ -1,7 +1,7 @@
 // A job's page: progress and loss curve from its event stream.
 "use strict";
 
-const ENDED = ["succeeded", "failed", "cancelled"];
+const ENDED = ["completed", "failed", "cancelled"];
 const [WIDTH, HEIGHT, MARGIN, MOST] = [600, 200, 6, 600]; // of the plot, and points that are drawn
 const page = document.getElementById("job");
 const part = (name) => page.querySelector(`[data-part="${name}"]`);
@@ -12,7 +12,7 @@ let [status, latest, drawing, settling] = [page.dataset.status, null, false, 0];
 function draw() {
   drawing = false;
   if (latest) {
-    part("bar").value = page.dataset.status === "succeeded" ? 1 : latest.step / Math.max(1, latest.total);
+    part("bar").value = page.dataset.status === "completed" ? 1 : latest.step / Math.max(1, latest.total);
     const loss = latest.loss === null ? "" : `, loss ${latest.loss.toPrecision(4)}`;
     const rate = latest.learning_rate === null ? "" : `, learning rate ${latest.learning_rate.toExponential(2)}`;
     part("numbers").textContent = `step ${latest.step} of ${latest.total}${loss}${rate}`;

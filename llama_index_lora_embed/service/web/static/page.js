@@ -22,7 +22,7 @@ addEventListener("pageshow", (event) => {
 const list = document.querySelector("[data-live]");
 if (list) {
   const live = new Set(list.dataset.live.split(",").filter(Boolean));
-  const ended = ["succeeded", "failed", "cancelled"];
+  const ended = ["completed", "failed", "cancelled"];
   const follow = async () => {
     if (!document.hidden) {
       const answer = await fetch("/jobs/progress?ids=" + [...live].join(","));
