@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -50,6 +51,21 @@ def test_compose_starts_server_and_worker_with_settings_that_are_valid(monkeypat
         assert made.queue_url == "redis://redis:6379/0"
     assert services["server"]["ports"] == [f"127.0.0.1:{made.port}:{made.port}"], "not for strangers, without TLS"
     assert int(services["server"]["stop_grace_period"].removesuffix("s")) > made.shutdown_s
+
+
+COMPOSE = next((words for words in (["docker", "compose"], ["docker-compose"]) if shutil.which(words[0])), [])
+
+
+@pytest.mark.skipif(not COMPOSE, reason="needs docker compose, which reads the file without a daemon")
+def test_compose_reads_its_file_and_asks_for_a_password(tmp_path):
+    command = [*COMPOSE, "--file", str(DEPLOY / "docker-compose.yml"), "config"]
+    asked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert asked.returncode != 0
+    assert "write it into .env" in asked.stderr
+    given = {**os.environ, "POSTGRES_PASSWORD": "secret"}
+    read = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr
+    assert set(yaml.safe_load(read.stdout)["services"]) == {"server", "worker", "postgres", "redis"}
 
 
 def test_the_image_installs_extras_that_exist_and_sets_settings_that_exist():
