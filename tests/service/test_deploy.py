@@ -53,7 +53,14 @@ def test_compose_starts_server_and_worker_with_settings_that_are_valid(monkeypat
     assert int(services["server"]["stop_grace_period"].removesuffix("s")) > made.shutdown_s
 
 
-COMPOSE = next((words for words in (["docker", "compose"], ["docker-compose"]) if shutil.which(words[0])), [])
+def _works(command: list[str]) -> bool:
+    """Whether it is installed; `docker` may lack its plugin."""
+    if shutil.which(command[0]) is None:
+        return False
+    return subprocess.run([*command, "version"], capture_output=True).returncode == 0
+
+
+COMPOSE = next(filter(_works, (["docker", "compose"], ["docker-compose"])), [])
 
 
 @pytest.mark.skipif(not COMPOSE, reason="needs docker compose, which reads the file without a daemon")
