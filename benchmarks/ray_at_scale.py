@@ -1,6 +1,6 @@
 """What Ray workers do on this machine: the figures of docs/scale.md.
 
-    taskset -c 0,1 python benchmarks/ray_at_scale.py workers            # nodes per second of one worker and of two
+    taskset -c 0,1 python benchmarks/ray_at_scale.py workers [--busy]   # nodes per second of one worker and of two
     python benchmarks/ray_at_scale.py driver --nodes 10000 100000       # memory of the process that starts the run
     python benchmarks/ray_at_scale.py journal                           # answers per second through one journal
     python benchmarks/ray_at_scale.py corpus --nodes 1000 10000 100000 1000000
@@ -73,6 +73,16 @@ class MiniLM(BaseEmbedding):
         return self._get_text_embedding(query)
 
 
+class Busy(MadeUp):
+    """Vectors that take 20 ms of one core each, without a model that takes seconds to load."""
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        started = time.process_time()
+        while time.process_time() - started < 0.02:
+            sum(range(1000))
+        return [float(len(text))] * 32
+
+
 class AtOnce(CustomLLM):
     """An LLM that answers after `latency` seconds."""
 
@@ -114,7 +124,7 @@ def rate(folder: Path, nodes_per_part: float, workers: int) -> float:
     return (len(times) - workers) * nodes_per_part / (times[-1] - times[workers - 1])
 
 
-def workers(count: int) -> None:
+def workers(count: int, model: BaseEmbedding) -> None:
     connect(num_cpus=2, object_store_memory=100_000_000)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +132,7 @@ def workers(count: int) -> None:
         size = source.stat().st_size // 24
         for number in (1, 2):
             out = Path(folder) / f"out{number}"
-            report = embed_dataset(source, MiniLM(), out, num_workers=number, part_bytes=size)
+            report = embed_dataset(source, model, out, num_workers=number, part_bytes=size)
             found[number] = rate(out, count / report.parts, number)
             print(f"{number} worker(s) of one core: {found[number]:.1f} nodes per second", flush=True)
     print(f"{found[2] / found[1]:.2f} times as many; {count} texts of 100 words")
@@ -205,10 +215,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["workers", "driver", "journal", "corpus", "chroma"])
     parser.add_argument("--nodes", type=int, nargs="+")
+    parser.add_argument("--busy", action="store_true", help="workers: a loop of 20 ms for each text instead of a model")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what == "workers":
-        workers((args.nodes or [1200])[0])
+        workers((args.nodes or [1200])[0], Busy() if args.busy else MiniLM())
     elif args.what == "journal":
         journal((args.nodes or [2000])[0])
     elif args.child:
