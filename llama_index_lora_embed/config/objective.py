@@ -45,10 +45,10 @@ class ObjectiveSettings(Settings):
     default where there is a teacher. "margin_mse": the differences of these scores between the passage and each
     negative (Hofstätter et al. 2020, arXiv 2010.02666; GPL, Wang et al. 2021, arXiv 2112.07577)."""
     mini_batch_size: AtLeast1 | Literal["auto"] | None = "auto"
-    """Texts encoded at once, so that a batch of any size fits into memory, at the price of encoding nearly each text
-    twice (GradCache; Gao et al. 2021, arXiv 2101.06983). "auto" does so on a processor with 8 passages or 32 queries
-    at once: on tenk half the memory for a quarter more time (benchmarks/README.md). None keeps the activations of
-    the whole batch."""
+    """Texts encoded at once, so that a batch of any size fits into memory, at the price of encoding texts twice
+    (GradCache; Gao et al. 2021, arXiv 2101.06983). "auto" does so on a processor with 8 passages or 32 queries at once,
+    or fewer, and encodes only those twice whose activations `TrainingSettings.memory_mb` does not hold. None keeps the
+    activations of the whole batch."""
     guide: bool = False
     """Ignore in-batch negatives that the untuned base finds closer to the query than its own passage (GISTEmbed;
     Solatorio 2024, arXiv 2402.16829). Hard negatives of the dataset are kept."""

@@ -141,6 +141,7 @@ class LoraFinetuneEngine:
         fused_lora: bool = _T.fused_lora,
         fused_attention: bool = _T.fused_attention,
         frozen_cache_mb: float = _T.frozen_cache_mb,
+        memory_mb: int | Literal["auto"] = _T.memory_mb,
         val_fraction: float = _C.data.val_fraction,
         on_overlap: Literal["drop", "raise"] = _C.data.on_overlap,
         query_prompt: str | None = None,

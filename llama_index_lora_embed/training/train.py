@@ -20,6 +20,7 @@ from llama_index_lora_embed.core.errors import warn_user
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.lora import fused_lora
+from llama_index_lora_embed.models.kernels.packing import packed_layers
 from llama_index_lora_embed.models.kernels.precision import resolve_precision, settle_precision
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.arguments import recomputes_activations, training_arguments
@@ -38,6 +39,7 @@ from llama_index_lora_embed.training.lora import (
     check_scalable,
     train_further,
 )
+from llama_index_lora_embed.training.memory import bound_memory
 from llama_index_lora_embed.training.objectives.frozen_passages import FrozenPassages
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from llama_index_lora_embed.training.objectives.plan import TrainingPlan, training_plan
@@ -197,6 +199,9 @@ def train(
             stack.enter_context(fused_lora(model))
         if settings.fused_attention:
             stack.enter_context(blocked_attention(model))
+            if not checkpointing:  # which computes layers again outside of their pass
+                stack.enter_context(packed_layers(model))
+        bound_memory(model, plan, settings.memory_mb)
         stack.enter_context(stop)
         done = False
         started, evaluating = time.perf_counter(), selection.seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -18,11 +17,13 @@ from llama_index_lora_embed.config import FinetuneConfig, TrainingSettings
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.lora import fused_lora
+from llama_index_lora_embed.models.kernels.packing import packed_layers
 from llama_index_lora_embed.models.kernels.precision import resolve_precision
 from llama_index_lora_embed.training.arguments import training_arguments
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
 from llama_index_lora_embed.training.examples import TrainingGroup
 from llama_index_lora_embed.training.lora import add_lora, train_further
+from llama_index_lora_embed.training.memory import bound_memory, highest_memory_mb
 from llama_index_lora_embed.training.objectives.plan import training_plan
 from llama_index_lora_embed.training.trainer import LoraTrainer
 
@@ -97,11 +98,13 @@ def try_steps(
             **plan.inputs,
             args=training_arguments(settings, Path(folder), size, plan, {}),
         )
+        bound_memory(model, plan, settings.memory_mb)
         steps, loader = trainer.total_steps(), trainer.get_train_dataloader()
         if settings.fused_lora:
             stack.enter_context(fused_lora(model))
         if settings.fused_attention:
             stack.enter_context(blocked_attention(model))
+            stack.enter_context(packed_layers(model))
         times: list[float] = []
         for batch in cycle(loader):
             started = time.perf_counter()
@@ -119,17 +122,3 @@ def try_steps(
     return Trial(
         steps, len(loader), size, sum(counted) / len(counted), len(times), precision, highest_memory_mb(model.device)
     )
-
-
-def highest_memory_mb(device: torch.device) -> float | None:
-    """Megabytes that were in use at most: on a CUDA device, or by this process; None where that is not known."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device)) / 2**20
-    if device.type != "cpu":
-        return None
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

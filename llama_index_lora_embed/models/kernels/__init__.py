@@ -4,12 +4,14 @@ Each module has one switch and one parity test (in `tests/models/kernels/`), and
 
 | module | used in | replaces | switch |
 |---|---|---|---|
-| `attention` | training, evaluation | torch's attention in bfloat16 | `fused_attention=False` |
+| `attention` | training, evaluation | torch's attention in bfloat16, and of packed texts | `fused_attention=False` |
+| `packing` | training | padding in an encoder's layers | `fused_attention=False` |
+| `activations` | training | float32 activations for the backward pass | `ObjectiveSettings(mini_batch_size=None)` |
 | `lora` | training | peft's forward of a LoRA layer | `fused_lora=False` |
 | `precision` | training, evaluation | float32 | `precision="fp32"` |
 | `linear` | embedding, evaluation | torch's float32 matrix product | `torch.backends.mkldnn.enabled = False` |
 | `parallel` | embedding, evaluation | one forward pass on all threads | `torch.set_num_threads(1)` |
 
-The first three switches are fields of `TrainingSettings` and keywords of `LoraFinetuneEngine`; `lora` and `precision`
-work on GPUs, too.
+`fused_attention`, `fused_lora` and `precision` are fields of `TrainingSettings` and keywords of `LoraFinetuneEngine`;
+`lora` and `precision` work on GPUs, too.
 """

@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llama_index_lora_embed.models.kernels.packing import Span, packed_spans
+
 NAME = "lora_embed_blocks"
 """Name of this attention in transformers' `AttentionInterface`."""
 # Scores per block: 12 heads of 448 tokens, 5 MB in bfloat16. The fastest of 12 to 96 heads of that length.
@@ -29,27 +31,27 @@ _MAX_SCORES = 12 * 448 * 448
 _MIN_TOKENS_ALONE = 128
 _thread = threading.local()
 
-Span = tuple[int, int]  # first and last token (exclusive) of a text
 Index = tuple[slice, slice, slice]  # texts, heads, tokens
+Block = tuple[Index, Tensor | None]  # with its padding
 
 
 class _BlockedAttention(torch.autograd.Function):
     """softmax(q kᵀ) v with the scores of only one block in memory.
 
-    Arguments of `apply`: q (already scaled), k, v [texts, heads, tokens, dimensions] and the span of each text. With
+    Arguments of `apply`: q (already scaled), k, v [texts, heads, tokens, dimensions] and the blocks. With
     P = softmax(q kᵀ) and g = do: dv = Pᵀ g, dP = g vᵀ, dS = P ∘ (dP - Σ P ∘ dP), dq = dS k, dk = dSᵀ q. The backward
     pass recomputes P.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
         out = _zeros_by_token(v)
         with torch.autocast("cpu", enabled=False):
-            for index, padding in _blocks(spans, q.shape[1]):
+            for index, padding in blocks:
                 probabilities = _probabilities(_flat(q[index]), _flat(k[index]), padding)
                 _write(torch.bmm(probabilities, _flat(v[index])), out, index)
         ctx.save_for_backward(q, k, v)
-        ctx.spans = spans
+        ctx.blocks = blocks
         return out
 
     @staticmethod
@@ -57,7 +59,7 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         dq, dk, dv = (_zeros_by_token(x) for x in (q, k, v))
         with torch.autocast("cpu", enabled=False):
-            for index, padding in _blocks(ctx.spans, q.shape[1]):
+            for index, padding in ctx.blocks:
                 queries, keys, values, g = (_flat(x[index]) for x in (q, k, v, grad.to(v.dtype)))
                 probabilities = _probabilities(queries, keys, padding)
                 _write(torch.bmm(g.transpose(1, 2), probabilities).transpose(1, 2), dv, index)
@@ -66,6 +68,39 @@ class _BlockedAttention(torch.autograd.Function):
                 _write(torch.bmm(d_scores, keys), dq, index)
                 _write(torch.bmm(queries.transpose(1, 2), d_scores).transpose(1, 2), dk, index)
         return dq, dk, dv, None
+
+
+class _AttentionByText(torch.autograd.Function):
+    """torch's attention in float32 for the texts of a packed row, one after the other.
+
+    Arguments of `apply`: q, k, v [1, heads, tokens, dimensions], the span of each text, and the scale of the scores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: list[Span], scale: float) -> Tensor:
+        out = _zeros_by_token(v)
+        sums = []  # logarithms of the softmax's sums, for the backward pass
+        for start, end in spans:
+            parts = (x[:, :, start:end] for x in (q, k, v))
+            made, logarithm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts, scale=scale)
+            out[:, :, start:end] = made
+            sums.append(logarithm)
+        ctx.save_for_backward(q, k, v, out, *sums)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *sums = ctx.saved_tensors
+        gradients = [_zeros_by_token(x) for x in (q, k, v)]
+        for (start, end), logarithm in zip(ctx.spans, sums, strict=True):
+            parts = (x[:, :, start:end] for x in (grad, q, k, v, out))
+            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *parts, logarithm, 0.0, False, scale=ctx.scale
+            )
+            for whole, part in zip(gradients, made, strict=True):
+                whole[:, :, start:end] = part
+        return *gradients, None, None
 
 
 def _zeros_by_token(like: Tensor) -> Tensor:
@@ -85,7 +120,7 @@ def _write(block: Tensor, out: Tensor, index: Index) -> None:
     target.copy_(block.unflatten(0, target.shape[:2]))  # type: ignore[no-untyped-call]
 
 
-def _blocks(spans: list[Span], heads: int) -> Iterator[tuple[Index, Tensor | None]]:
+def _blocks(spans: list[Span], heads: int) -> Iterator[Block]:
     """Index of each block in [texts, heads, tokens], and its padding mask, bool [texts · heads, 1, tokens].
 
     Short neighbours share a block of at most `_MAX_SCORES` scores; a text with more scores is split by heads.
@@ -174,17 +209,25 @@ def attention(
         and not kwargs.get("output_attentions")
         and query.shape == key.shape
         and query.shape[:3] == value.shape[:3]
-        and query.dtype == torch.bfloat16
+        and query.dtype in (torch.bfloat16, torch.float32)
         and not (attention_mask is None and causal)
     )
-    spans = _spans(query, attention_mask) if supported else None
-    if spans is None:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    packed = packed_spans(query) if supported else None
+    if packed is not None and query.dtype == torch.float32:
+        by_text: Tensor = _AttentionByText.apply(query, key, value, packed, scaling)  # type: ignore[no-untyped-call]
+        return by_text.transpose(1, 2), None
+    if packed is not None:
+        blocks = [block for span in packed for block in _blocks([span], query.shape[1])]
+    else:
+        spans = _spans(query, attention_mask) if supported and query.dtype == torch.bfloat16 else None
+        blocks = [] if spans is None else list(_blocks(spans, query.shape[1]))
+    if not blocks:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return result
-    scaled = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    out: Tensor = _BlockedAttention.apply(scaled, key, value, spans)  # type: ignore[no-untyped-call]
+    out: Tensor = _BlockedAttention.apply(query * scaling, key, value, blocks)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
 
 

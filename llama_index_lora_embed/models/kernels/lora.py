@@ -26,7 +26,9 @@ _ADAPTER = "default"
 class _FrozenLinearWithLora(torch.autograd.Function):
     """y = W x + b + s B (A x), with gradients for x, A and B, in the dtype of x.
 
-    With g = dy: dB = s gᵀ(A x), dA = s (g B)ᵀ x, dx = g W + s (g B) A.
+    With g = dy: dB = s gᵀ(A x), dA = s (g B)ᵀ x, dx = g W + s (g B) A. In float32 y = (W + s B A) x + b where there are
+    so many tokens that adding B A to the weight takes less time than adding B (A x) to the output; in bfloat16 the sum
+    would round the small change away.
     """
 
     @staticmethod
@@ -34,24 +36,33 @@ class _FrozenLinearWithLora(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        small = flat @ down.T.to(x.dtype)
-        y = F.linear(flat, weight, bias)
-        y.addmm_(small, up.T.to(x.dtype), alpha=scale)
-        ctx.save_for_backward(flat, small, weight, down, up)
         ctx.scale = scale
+        ctx.merged = x.dtype == weight.dtype == torch.float32 and len(flat) * sum(weight.shape) >= 3 * weight.numel()
+        if ctx.merged:
+            y = F.linear(flat, torch.addmm(weight, up, down, alpha=scale), bias)
+            ctx.save_for_backward(flat, weight, down, up)
+        else:
+            small = flat @ down.T.to(x.dtype)
+            y = F.linear(flat, weight, bias)
+            y.addmm_(small, up.T.to(x.dtype), alpha=scale)
+            ctx.save_for_backward(flat, weight, down, up, small)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, small, weight, down, up = ctx.saved_tensors
+        flat, weight, down, up, *rest = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
+        small = rest[0] if rest else flat @ down.T
         back = (g @ up.to(g.dtype)).mul_(ctx.scale)
-        d_up = (g.T @ small).to(up.dtype).mul_(ctx.scale)
+        d_up = (small.T @ g).T.to(up.dtype).mul_(ctx.scale)
         d_down = (back.T @ flat).to(down.dtype)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = g @ weight
-            d_x.addmm_(back, down.to(g.dtype))
+            if ctx.merged:
+                d_x = g @ torch.addmm(weight, up, down, alpha=ctx.scale)
+            else:
+                d_x = g @ weight
+                d_x.addmm_(back, down.to(g.dtype))
             d_x = d_x.view(*grad.shape[:-1], d_x.shape[-1])
         return d_x, None, None, d_down, d_up, None
 
@@ -79,7 +90,7 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
     """Replace peft's forward of a model's LoRA layers by the fused step.
 
     Layers with DoRA, dropout, a LoRA bias, several adapters, hooks or a base other than `nn.Linear` (a quantised one,
-    for example) keep peft's forward, and so does every forward pass without gradients in float32.
+    for example) keep peft's forward, and so does every forward pass in inference mode in float32.
 
     Args:
         model: A model with an adapter named "default"; it is changed in place and restored on exit.
@@ -156,7 +167,9 @@ def _forward_of(layer: LoraLinear, last_cast: _LastCast, frozen: _FrozenLinear) 
         up: Any = self.lora_B[_ADAPTER].weight
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
-        fused = (torch.is_grad_enabled() or autocast) and down.requires_grad and not (args or kwargs)
+        # the first pass of a chunk, without gradients, must give the same digits as the second
+        training = torch.is_grad_enabled() or not torch.is_inference_mode_enabled()
+        fused = (training or autocast) and down.requires_grad and not (args or kwargs)
         if not fused or self.disable_adapters or self.merged or list(self.active_adapters) != [_ADAPTER]:
             if not autocast:
                 frozen.restore()

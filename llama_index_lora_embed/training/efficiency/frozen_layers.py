@@ -132,10 +132,10 @@ class HiddenStateCache:
                 states = self._below(inner, own)[0].cpu()
                 self.store.put(number, states)
             cached.append(states)
-        rows = torch.cat(cached)
+        rows = torch.cat(cached).to(mask.device, torch.float32)
         padded = torch.zeros(*mask.shape, rows.shape[-1], dtype=torch.float32, device=mask.device)
-        padded[mask] = rows.to(mask.device, torch.float32)
-        with self._skip_frozen(padded):
+        padded[mask] = rows
+        with self._skip_frozen(padded, rows[None]):
             return model(features)
 
     def agrees(self, model: nn.Module, chunk: dict[str, Any], tolerance: float) -> bool:
@@ -172,10 +172,12 @@ class HiddenStateCache:
         return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
     @contextmanager
-    def _skip_frozen(self, states: Tensor) -> Iterator[None]:
-        """Within it the frozen layers do nothing, and the first trained one gets `states`."""
+    def _skip_frozen(self, padded: Tensor, packed: Tensor) -> Iterator[None]:
+        """Within it the frozen layers do nothing, and the first trained one gets the states in the shape of its own."""
 
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            own = args[0] if args else kwargs["hidden_states"]
+            states = packed if own.shape == packed.shape else padded
             if args:
                 return (states, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": states}

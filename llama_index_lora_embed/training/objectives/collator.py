@@ -19,7 +19,9 @@ from llama_index_lora_embed.training.negatives.false_negatives import FalseNegat
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-_CHUNK_SIZE = 8  # passages encoded at once; sorted by length, short ones are not padded to the batch's longest
+_CHUNK_SIZE = 8  # passages encoded at once, at most
+CHUNK_TOKENS = 1280  # and tokens of them: what a pass works with is as large as half a model
+_CHARACTERS = 4.5  # of a token, in English
 # labels that are no relevance; a guide may turn NEGATIVE into IGNORED, but not CURATED
 NEGATIVE, IGNORED, CURATED = 0.0, -1.0, -2.0
 
@@ -49,7 +51,11 @@ class GroupCollator:
         false_negatives: What is ignored; None uses the defaults of `ObjectiveSettings` without near-duplicates.
         soft: Whether all of a query's passages in the batch are its targets.
         teacher_scores: Query id to text of a passage to its score.
-        mini_batch_size: Texts in a chunk (windows, where long texts have several); None for 8 passages or 32 queries.
+        mini_batch_size: Texts in a chunk (windows, where long texts have several); None for 8 passages or 32 queries
+            of about `chunk_tokens` tokens together.
+
+    Attributes:
+        chunk_tokens: Less than the default for little memory.
 
     Raises:
         ConfigError: A batch has fewer groups than there are processes.
@@ -77,6 +83,7 @@ class GroupCollator:
         self.soft = soft
         self.teacher_scores = teacher_scores
         self.mini_batch_size = mini_batch_size
+        self.chunk_tokens = CHUNK_TOKENS
         self.rank = rank
         self.world = world
 
@@ -156,12 +163,15 @@ class GroupCollator:
     def _chunks(self, texts: list[str], prompt: str, size: int) -> Iterator[list[str]]:
         """Neighboring texts of at most `size` windows together; a text without windows counts as one."""
         chunk: list[str] = []
-        left = size
+        longest = self.model.max_seq_length or self.chunk_tokens
+        left, tokens = size, 0.0
         for text, needed in zip(texts, windows_in(self.model, texts, prompt), strict=True):
-            if chunk and needed > left:
+            own = min(longest, (len(prompt) + len(text)) / _CHARACTERS)
+            full = self.mini_batch_size is None and tokens + own > self.chunk_tokens
+            if chunk and (needed > left or full):
                 yield chunk
-                chunk, left = [], size
+                chunk, left, tokens = [], size, 0.0
             chunk.append(text)
-            left -= needed
+            left, tokens = left - needed, tokens + own
         if chunk:
             yield chunk

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.efficiency.frozen_layers import HiddenStateCache
-from llama_index_lora_embed.training.efficiency.gradcache import cached_loss, embed, embed_all, unwrapped
+from llama_index_lora_embed.training.efficiency.gradcache import (
+    KeptActivations,
+    cached_loss,
+    embed,
+    embed_all,
+    unwrapped,
+)
 from llama_index_lora_embed.training.objectives.collator import IGNORED, NEGATIVE
 
 if TYPE_CHECKING:
@@ -55,6 +61,7 @@ class MaskedInfoNCELoss(nn.Module):
 
     Attributes:
         hidden_state_cache: Computes the frozen layers once per text; None computes them in every step.
+        kept: Which chunks are not encoded twice, where `cached`; None for the largest.
         alone: Whether this process's embeddings stand in for those of the others: a trial step takes as much memory as
             a real one, and must not wait for a process that has run out of it.
     """
@@ -75,6 +82,7 @@ class MaskedInfoNCELoss(nn.Module):
         self.guide_margin = guide_margin
         self.dims = tuple(dims)
         self.hidden_state_cache: HiddenStateCache | None = None
+        self.kept: KeptActivations | None = None
         self.alone = False
 
     def forward(self, features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
@@ -94,7 +102,7 @@ class MaskedInfoNCELoss(nn.Module):
             return self._loss_of(*self._gather(embeddings, labels), labels)
 
         if self.cached:
-            return cached_loss(self.model, chunks, loss_of, self.hidden_state_cache)
+            return cached_loss(self.model, chunks, loss_of, self.hidden_state_cache, self.kept)
         return loss_of(embed_all(self.model, chunks, self.hidden_state_cache))
 
     def _loss_of(self, queries: Tensor, passages: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from sentence_transformers import SentenceTransformer
 
 from llama_index_lora_embed.config import ObjectiveSettings
-from llama_index_lora_embed.models.kernels.lora import fused_lora
+from llama_index_lora_embed.models.kernels.lora import _FrozenLinearWithLora, fused_lora
 from tests.architectures import ARCHITECTURES
 from tests.conftest import make_dataset
 from tests.helpers.gradients import assert_same, gradients, prepared
@@ -22,6 +22,20 @@ def test_parity_with_peft_on_every_architecture(name, tmp_path):
         assert changed == 2 * len(ARCHITECTURES[name].targets)
         assert_same(gradients(model, loss, batch), plain)
     assert_same(gradients(model, loss, batch), plain)
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_weights_with_the_lora_added_give_the_gradients_of_the_formula(tokens):
+    torch.manual_seed(0)
+    x, down, up = (torch.randn(shape, requires_grad=True) for shape in ((tokens, 24), (4, 24), (40, 4)))
+    weight, bias = torch.randn(40, 24), torch.randn(40)
+    made = _FrozenLinearWithLora.apply(x, weight, bias, down, up, 0.5)
+    assert made.grad_fn.merged == (tokens == 200)
+    expected = torch.nn.functional.linear(x, weight, bias) + 0.5 * (x @ down.T) @ up.T
+    g = torch.randn(tokens, 40)
+    assert torch.allclose(made, expected, atol=1e-4)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (x, down, up), g) for y in (made, expected)), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
 def test_parity_with_peft_under_autocast_with_less_memory(tiny_model):

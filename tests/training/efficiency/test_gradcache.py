@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_index_lora_embed.training.efficiency.gradcache import KeptActivations
 from llama_index_lora_embed.training.objectives.info_nce import MaskedInfoNCELoss
 from tests.conftest import make_dataset
 from tests.helpers.gradients import LOSS_FORMS, batch_of, distance, gradient, mined, model_with_lora
@@ -143,6 +144,27 @@ def test_the_largest_chunk_is_encoded_once_and_all_others_twice(tiny_model):
     expected = 2 * [chunk["input_ids"].shape for chunk in chunks]
     expected.remove(max(expected, key=lambda shape: shape.numel()))
     assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize(("share", "twice"), [(0.0, "all but one"), (0.5, "some"), (1.01, "none")])
+def test_as_many_chunks_are_encoded_once_as_the_bytes_allow(tiny_model, share, twice):
+    model = model_with_lora(tiny_model)
+    features, label = batch_of(model, mined(), mini_batch_size=6)
+    chunks = list(features)
+    loss = MaskedInfoNCELoss(model, 0.05, cached=True)
+    loss.kept = KeptActivations(model, 0)
+    expected = gradient(model, loss(chunks, label))  # the first step learns how much they take
+    loss.kept.clear()
+    tokens = sum(int(chunk["attention_mask"].sum()) for chunk in chunks)
+    loss.kept.limit = int(share * tokens * loss.kept.per_token)
+    passes = []
+    model[0].register_forward_pre_hook(lambda module, inputs: passes.append(1))
+    assert torch.equal(gradient(model, loss(chunks, label)), expected), "bit for bit, for exact resume"
+    again = len(passes) - len(chunks)
+    assert again in {"all but one": [len(chunks) - 1], "some": range(1, len(chunks) - 1), "none": [0]}[twice]
+    loss.kept.limit = int(share * tokens * loss.kept.per_token)
+    first, _ = (loss(chunks, label) for _ in range(2))
+    assert distance(gradient(model, first), expected) < 1e-6, "another loss has used the memory meanwhile"
 
 
 def test_without_gradients_it_is_the_plain_value(tiny_model):
