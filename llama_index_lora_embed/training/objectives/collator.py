@@ -52,7 +52,7 @@ class GroupCollator:
         soft: Whether all of a query's passages in the batch are its targets.
         teacher_scores: Query id to text of a passage to its score.
         mini_batch_size: Texts in a chunk (windows, where long texts have several); None for 8 passages or 32 queries
-            of about `chunk_tokens` tokens together.
+            and, on a CPU, about `chunk_tokens` tokens together.
 
     Attributes:
         chunk_tokens: Less than the default for little memory.
@@ -164,10 +164,11 @@ class GroupCollator:
         """Neighboring texts of at most `size` windows together; a text without windows counts as one."""
         chunk: list[str] = []
         longest = self.model.max_seq_length or self.chunk_tokens
+        limited = self.mini_batch_size is None and self.model.device.type == "cpu"
         left, tokens = size, 0.0
         for text, needed in zip(texts, windows_in(self.model, texts, prompt), strict=True):
             own = min(longest, (len(prompt) + len(text)) / _CHARACTERS)
-            full = self.mini_batch_size is None and tokens + own > self.chunk_tokens
+            full = limited and tokens + own > self.chunk_tokens
             if chunk and (needed > left or full):
                 yield chunk
                 chunk, left, tokens = [], size, 0.0
