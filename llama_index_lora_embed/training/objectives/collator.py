@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 _CHUNK_SIZE = 8  # passages encoded at once, at most
+_CHUNK_SIZE_ON_ACCELERATORS = 64  # because there each pass waits for the launch of its kernels
 CHUNK_TOKENS = 1280  # and tokens of them: what a pass works with is as large as half a model
 _CHARACTERS = 4.5  # of a token, in English
 # labels that are no relevance; a guide may turn NEGATIVE into IGNORED, but not CURATED
@@ -52,7 +53,7 @@ class GroupCollator:
         soft: Whether all of a query's passages in the batch are its targets.
         teacher_scores: Query id to text of a passage to its score.
         mini_batch_size: Texts in a chunk (windows, where long texts have several); None for 8 passages or 32 queries
-            and, on a CPU, about `chunk_tokens` tokens together.
+            of about `chunk_tokens` tokens together, on accelerators for 64 or 256 of any length.
 
     Attributes:
         chunk_tokens: Less than the default for little memory.
@@ -113,8 +114,9 @@ class GroupCollator:
             scores = [[self.teacher_scores[query_id].get(text, math.nan) for text in texts] for query_id, _ in rows]
             label = torch.stack([label, torch.tensor(scores)])
         batch: dict[str, Any] = {"label": label}
-        self._add(batch, "q", [self.dataset.queries[query_id] for query_id, _ in rows], "query", 4 * _CHUNK_SIZE)
-        self._add(batch, "p", [text for _, text in passages], "document", _CHUNK_SIZE)
+        size = _CHUNK_SIZE if self.model.device.type == "cpu" else _CHUNK_SIZE_ON_ACCELERATORS
+        self._add(batch, "q", [self.dataset.queries[query_id] for query_id, _ in rows], "query", 4 * size)
+        self._add(batch, "p", [text for _, text in passages], "document", size)
         return batch
 
     def _passages(self, groups: list[TrainingGroup]) -> list[tuple[str, str]]:
