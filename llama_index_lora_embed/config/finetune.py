@@ -32,7 +32,7 @@ POOLING_MODES: tuple[str, ...] = get_args(Pooling)
 SHORTEST_WINDOW = 16
 """Tokens; a shorter window would hold little more than its special tokens and the prompt."""
 DEFAULT_BASE = "BAAI/bge-small-en"
-DEFAULT_WINDOW: int | Literal["auto"] | None = None
+DEFAULT_WINDOW: int | Literal["auto"] | None = "auto"
 
 
 class DataSettings(Settings):
@@ -124,9 +124,9 @@ class Preset:
 
 
 PRESETS = {
-    "fast": Preset(epochs=2, lora_layers=0.5),
+    "fast": Preset(epochs=2, batch_size=32, lora_layers=0.5, window=None),
     "balanced": Preset(),
-    "best": Preset(epochs=5, batch_size=64, lora_layers=0.66, window="auto", val_fraction=0.05),
+    "best": Preset(epochs=8, val_fraction=0.05),
 }
 """Presets by name; "balanced" is the defaults (benchmarks/README.md, "Experiments on quality")."""
 
@@ -145,8 +145,7 @@ class FinetuneConfig(Settings):
 
     preset: Annotated[Literal["fast", "balanced", "best"], NOT_IN_RESULT] = "balanced"
     """Values for a few fields that are not given (`PRESETS`): "fast" trains half of the layers for half of the time,
-    "balanced" stands for the defaults, "best" takes longer and more memory. The gentler defaults for synthetic queries
-    win over it."""
+    "balanced" stands for the defaults, "best" takes longer. The defaults for heuristic queries win over it."""
     data: DataSettings = DataSettings()
     """What is trained on and evaluated with."""
     base: BaseModelSettings = BaseModelSettings()

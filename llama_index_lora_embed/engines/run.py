@@ -227,7 +227,8 @@ def _with_defaults(config: FinetuneConfig, written: bool, *, plain_lora: bool) -
     further = config.base.continue_from is not None or (config.mining is not None and config.mining.rounds > 1)
     if further or config.lora_config is not None or not plain_lora:
         given = {"adapter_scale": 1.0, **given}
-    return config.replace(training=TrainingSettings.for_heuristic_queries(**given))
+    base = config.base if "window" in config.base.model_fields_set else config.base.replace(window=None)
+    return config.replace(base=base, training=TrainingSettings.for_heuristic_queries(**given))
 
 
 @dataclass(frozen=True)
@@ -429,6 +430,9 @@ def prepare(
     checked = check_run(config, {} if dataset is None else dataset, val_dataset, **objects)
     config, train, val = checked.config, checked.dataset, checked.val_dataset
     assert train is not None
+    if config.preset == "balanced" and (train.kind == "pairs" or config.training.tune == "query"):
+        given = {name: getattr(config.training, name) for name in config.training.model_fields_set}
+        config = config.replace(training=TrainingSettings.for_pairs_or_queries_alone(**given))
     note = checked.overlap_note
     if val is None and config.data.val_fraction:
         training, data = config.training, config.data

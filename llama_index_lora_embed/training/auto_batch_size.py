@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llama_index_lora_embed.config import TrainingSettings
 from llama_index_lora_embed.core.errors import DeviceMemoryError
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.objectives.collator import GroupCollator
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
-_LARGEST = TrainingSettings().batch_size
+LARGEST = 32
+"""Passages in the largest step that is tried."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def largest_that_fits(trainer_for: Callable[[StepSize], LoraTrainer], gradcache:
     Raises:
         DeviceMemoryError: Not even the smallest step fits.
     """
-    assert isinstance(_LARGEST, int)
-    sizes, size = [StepSize(_LARGEST)], _LARGEST // 2
+    assert isinstance(LARGEST, int)
+    sizes, size = [StepSize(LARGEST)], LARGEST // 2
     while size >= (1 if gradcache else 2):
-        sizes.append(StepSize(_LARGEST, size) if gradcache else StepSize(size))
+        sizes.append(StepSize(LARGEST, size) if gradcache else StepSize(size))
         size //= 2
     for step in sizes:
         trainer = trainer_for(step)

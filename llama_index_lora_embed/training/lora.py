@@ -184,8 +184,10 @@ def upper_modules(model: SentenceTransformer, share: float) -> list[str]:
         match = re.match(r"^(?:.*?\.)?(\d+)\.(.+)$", name)
         if match and isinstance(module, torch.nn.Linear) and (match[2] in targets or name in targets):
             found.append((int(match[1]), name))
-    layers = 1 + max(number for number, _ in found)
+    layers = 1 + max((number for number, _ in found), default=0)  # none have numbers where a model shares its layers
     first = layers - max(1, math.ceil(share * layers))
+    if first == 0:
+        return targets
     return [name for number, name in found if number >= first]
 
 

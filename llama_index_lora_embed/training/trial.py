@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llama_index_lora_embed.config import FinetuneConfig, TrainingSettings
+from llama_index_lora_embed.config import FinetuneConfig
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
 from llama_index_lora_embed.models.kernels.lora import fused_lora
 from llama_index_lora_embed.models.kernels.packing import packed_layers
 from llama_index_lora_embed.models.kernels.precision import resolve_precision
 from llama_index_lora_embed.training.arguments import training_arguments
+from llama_index_lora_embed.training.auto_batch_size import LARGEST
 from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
 from llama_index_lora_embed.training.examples import TrainingGroup
 from llama_index_lora_embed.training.lora import add_lora, train_further
 from llama_index_lora_embed.training.memory import bound_memory, highest_memory_mb
 from llama_index_lora_embed.training.objectives.plan import training_plan
 from llama_index_lora_embed.training.trainer import LoraTrainer
-
-_BATCH_SIZE = TrainingSettings().batch_size
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def try_steps(
         add_lora(model, lora_config, settings)
     precision = resolve_precision(settings.precision, model.device, model)
     plan = training_plan(model, dataset, groups, None, settings, config.objective)
-    size = _BATCH_SIZE if settings.batch_size == "auto" else settings.batch_size
+    size = LARGEST if settings.batch_size == "auto" else settings.batch_size
     assert isinstance(size, int)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         trainer = LoraTrainer(

@@ -2,10 +2,11 @@
 
 import itertools
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 
-from llama_index_lora_embed import FinetuneConfig, LoraFinetuneEngine
+from llama_index_lora_embed import FinetuneConfig, LabelledPairs, LoraFinetuneEngine
 from llama_index_lora_embed.config import PRESETS, DataSettings, TrainingSettings
 from llama_index_lora_embed.config.overrides import config_from
 from llama_index_lora_embed.core import ConfigError
@@ -101,7 +102,9 @@ def test_the_defaults_for_synthetic_queries_win_over_a_preset(tmp_path, nodes):
     for name, config in made.items():
         assert config.training.epochs == gentle.epochs
         assert config.training.adapter_scale == gentle.adapter_scale
-        assert config.training.batch_size == PRESETS[name].batch_size
+        assert config.training.batch_size == gentle.batch_size
+        assert config.training.lora_layers == gentle.lora_layers == 1
+        assert config.base.window is None
         assert config.data.val_fraction == PRESETS[name].val_fraction
     given = LoraFinetuneEngine.from_nodes(nodes, "base", str(tmp_path / "a"), preset="best", epochs=3, val_fraction=0.5)
     assert (given.config.training.epochs, given.config.data.val_fraction) == (3, 0.5)
@@ -122,3 +125,14 @@ def test_a_run_with_a_preset_resumes_with_it_or_its_values_and_with_no_other(tin
         assert engine(resume_from_checkpoint=True, **same).finetune().fingerprint == first.fingerprint
     with pytest.raises(ConfigError, match="epochs"):
         engine(resume_from_checkpoint=True, preset="best").finetune()
+
+
+def test_pairs_and_queries_alone_keep_their_own_defaults_but_take_presets_and_given_values(tmp_path):
+    pairs = LabelledPairs(["a", "b", "c"], ["d", "e", "f"], [0.0, 1.0, 0.5])
+    own = TrainingSettings.for_pairs_or_queries_alone()
+    for data, more in ((pairs, {}), (make_dataset(), {"tune": "query"})):
+        engine = partial(LoraFinetuneEngine, data, "base", str(tmp_path / "a"), val_fraction=0, **more)
+        for name in ("epochs", "batch_size", "lora_layers"):
+            assert getattr(engine().config.training, name) == getattr(own, name)
+            assert getattr(engine(preset="fast").config.training, name) == getattr(PRESETS["fast"], name)
+        assert engine(epochs=TrainingSettings().epochs).config.training.epochs == TrainingSettings().epochs
