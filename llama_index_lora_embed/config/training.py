@@ -35,7 +35,8 @@ class TrainingSettings(Settings):
     """Passages per step, each with all its queries; every other passage of the batch is a negative. 64 was chosen
     together with `epochs` and `lora_layers`. "auto" takes 32, and where the device's memory does not hold such a step,
     computes it in chunks (GradCache) as large as fit; with a loss of your own, halves it until it fits. Labelled pairs:
-    pairs per step. `tune="query"`: queries per step. These two keep other defaults (`for_pairs_or_queries_alone`)."""
+    pairs per step. `tune="query"`: queries per step. These two, and small
+    datasets, keep other defaults (`for_small_batches`)."""
     epochs: AtLeast1 = 5
     """Passes over the training passages. 5 (llama-index-finetuning: 2) in batches of 64: on folds of tenk_train,
     nDCG@10 was 0.770 with windows, and 0.760 with 4 epochs in batches of 32 on all layers without; the best evaluation
@@ -139,6 +140,10 @@ class TrainingSettings(Settings):
         return cls(**{"length_coverage": 0.5, **values})
 
     @classmethod
-    def for_pairs_or_queries_alone(cls, **values: Any) -> TrainingSettings:
-        """Defaults for labelled pairs and `tune="query"`, on which those for queries and passages were not tried."""
+    def for_small_batches(cls, **values: Any) -> TrainingSettings:
+        """Defaults for labelled pairs, `tune="query"`, and fewer than 200 passages with queries.
+
+        Larger batches were not tried on the former, and would leave the latter one or two steps in an epoch; they were
+        tried on 250 passages and more.
+        """
         return cls(**{"batch_size": 32, "epochs": 4, "lora_layers": 1.0, **values})

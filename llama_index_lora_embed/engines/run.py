@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.models.adapter_directory import Manifest
     from llama_index_lora_embed.training.arguments import UserArguments
 
+_FEW_PASSAGES = 200  # with queries; fewer get `TrainingSettings.for_small_batches`
+
 
 def run_finetune(
     config: FinetuneConfig,
@@ -430,9 +432,10 @@ def prepare(
     checked = check_run(config, {} if dataset is None else dataset, val_dataset, **objects)
     config, train, val = checked.config, checked.dataset, checked.val_dataset
     assert train is not None
-    if config.preset == "balanced" and (train.kind == "pairs" or config.training.tune == "query"):
+    small = train.kind == "pairs" or config.training.tune == "query" or len(train.answer_ids()) < _FEW_PASSAGES
+    if config.preset == "balanced" and small:
         given = {name: getattr(config.training, name) for name in config.training.model_fields_set}
-        config = config.replace(training=TrainingSettings.for_pairs_or_queries_alone(**given))
+        config = config.replace(training=TrainingSettings.for_small_batches(**given))
     note = checked.overlap_note
     if val is None and config.data.val_fraction:
         training, data = config.training, config.data

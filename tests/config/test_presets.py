@@ -129,10 +129,19 @@ def test_a_run_with_a_preset_resumes_with_it_or_its_values_and_with_no_other(tin
 
 def test_pairs_and_queries_alone_keep_their_own_defaults_but_take_presets_and_given_values(tmp_path):
     pairs = LabelledPairs(["a", "b", "c"], ["d", "e", "f"], [0.0, 1.0, 0.5])
-    own = TrainingSettings.for_pairs_or_queries_alone()
+    own = TrainingSettings.for_small_batches()
     for data, more in ((pairs, {}), (make_dataset(), {"tune": "query"})):
         engine = partial(LoraFinetuneEngine, data, "base", str(tmp_path / "a"), val_fraction=0, **more)
         for name in ("epochs", "batch_size", "lora_layers"):
             assert getattr(engine().config.training, name) == getattr(own, name)
             assert getattr(engine(preset="fast").config.training, name) == getattr(PRESETS["fast"], name)
         assert engine(epochs=TrainingSettings().epochs).config.training.epochs == TrainingSettings().epochs
+
+
+def test_few_passages_are_trained_in_smaller_batches(tmp_path):
+    def batch_size(passages, **given):
+        data = make_dataset(passages=passages)
+        return LoraFinetuneEngine(data, "base", str(tmp_path / "a"), val_fraction=0, **given).config.training.batch_size
+
+    assert [batch_size(passages) for passages in (199, 200)] == [32, 64]
+    assert batch_size(199, batch_size=64) == 64
