@@ -95,6 +95,14 @@ def reused(
     return [run for run in earlier["runs"] if (name_of(run), run["seed"]) not in requested]
 
 
+def settings_of(contender: str, given: list[str]) -> list[str]:
+    """Those of the given settings that a contender has: (d) and (d2) all, (b) and (b2) float32, the others none."""
+    module = CONTENDERS[contender].module
+    if module == "ours":
+        return given
+    return [name for name in given if name == "fp32" and module == "plain_trainer"] or ["default"]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
@@ -106,7 +114,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument(
-        "--settings", nargs="+", default=["default"], help="settings of (d) and (d2), see speed/ours.py"
+        "--settings",
+        nargs="+",
+        default=["default"],
+        help="settings of (d) and (d2), see speed/ours.py; fp32 also of (b), (b2)",
     )
     parser.add_argument("--points", type=int, default=4, help="evaluations per epoch, for b, c and d")
     parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
@@ -143,11 +154,7 @@ def main() -> None:
         arguments = {"data": "toy" if args.smoke else args.data.name, "train": args.train, "test": args.test,
                      "model": args.model or "all-MiniLM-L6-v2", "device": args.device, "seeds": seeds,
                      "points": args.points, "threads": args.threads, "smoke": args.smoke}  # fmt: skip
-        requested = [
-            (key, setting)
-            for key in args.contenders
-            for setting in (args.settings if CONTENDERS[key].module == "ours" else ["default"])
-        ]
+        requested = [(key, setting) for key in args.contenders for setting in settings_of(key, args.settings)]
         # all environments first, so that no installation disturbs a run
         pythons = {
             env: environments.python_of(env, args.envs) if env else sys.executable

@@ -54,6 +54,7 @@ def lora(target_modules: list[str] | str) -> LoraConfig:
 
 def run(job: Job, recorder: Recorder) -> None:
     like_for_like = job.contender == "b2"
+    bf16 = has_bf16(job.device) and job.setting != "fp32"
     data = read_dataset(job.train)
     rows = pairs(one_query_each(data) if like_for_like else data)
     recorder.begin()
@@ -70,7 +71,7 @@ def run(job: Job, recorder: Recorder) -> None:
             per_device_train_batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE,
             warmup_steps=0.1,
-            bf16=has_bf16(job.device),
+            bf16=bf16,
             batch_sampler=BatchSamplers.NO_DUPLICATES,
             save_strategy="no",
             report_to="none",
@@ -86,7 +87,7 @@ def run(job: Job, recorder: Recorder) -> None:
     )
     with recorder.paused():
         recorder.facts = {
-            "precision": "bf16" if has_bf16(job.device) else "fp32",
+            "precision": "bf16" if bf16 else "fp32",
             "max_seq_length": model.max_seq_length,
             "tokens_per_epoch": count_tokens(
                 model.tokenizer, [text for row in rows for text in row], model.max_seq_length

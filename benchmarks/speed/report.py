@@ -118,11 +118,16 @@ def ratios(summary: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         for other in ("a", "b", "c"):
             add(f"{name}: time to (a)'s nDCG@10, of ({other})'s", needed, of(other, "to target s"), part)
             add(f"{name}: peak memory, of ({other})'s", of(name, "peak MB"), of(other, "peak MB"), "{:.0%}".format)
+            add(
+                f"{name}: training tokens per second, of ({other})'s", of(name, "tokens/s"), of(other, "tokens/s"), part
+            )
             if needed and other in summary and not of(other, "to target s"):
                 lines.append(f"{name}: ({other}) does not reach (a)'s nDCG@10 in half of its runs or more")
     for name in [key for key in summary if key.partition(":")[0] == "d2"]:
-        add(f"{name}: training tokens per second, of (b2)'s, like for like", of(name, "tokens/s"),
-            of("b2", "tokens/s"), "{:.2f} times".format)  # fmt: skip
+        same = name.replace("d2", "b2")
+        other = same if same in summary else "b2"
+        add(f"{name}: training tokens per second, of ({other})'s, like for like", of(name, "tokens/s"),
+            of(other, "tokens/s"), "{:.2f} times".format)  # fmt: skip
     return lines
 
 
