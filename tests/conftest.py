@@ -192,7 +192,7 @@ def nodes() -> list[TextNode]:
 def adapter(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter directory that the engine trained on the tiny model. Copy it before changing it."""
     path = tmp_path_factory.mktemp("run") / "adapter"
-    engine = make_engine(tiny_model, path, epochs=6)
+    engine = make_engine(tiny_model, path, epochs=6, learning_rate=1e-2)
     result = engine.finetune()
     assert result.best_step > 0, "the fixture must have learnt something"
     return path

@@ -37,7 +37,7 @@ def test_every_field_is_a_flag_with_its_description():
 
 
 def test_wrong_values_of_file_and_flags_are_told_together(workplace):
-    text = Path("run.yaml").read_text().replace("epochs: 6", "epochs: 0")
+    text = Path("run.yaml").read_text().replace("epochs: 8", "epochs: 0")
     Path("wrong.yaml").write_text(text)
     done = lora_embed("train --config wrong.yaml --learning-rate fast --mining.rounds 0 --objective.guide")
     assert done.exit_code == 1
@@ -55,7 +55,7 @@ def test_a_run_says_its_progress_in_lines_where_there_is_no_terminal(workplace):
     done = lora_embed("train --config run.yaml")
     assert done.exit_code == 0, done.output
     steps = [line for line in done.stderr.splitlines() if line.startswith("step ")]
-    assert steps[0].startswith("step 0 of 18: hit@5 ")
+    assert steps[0].startswith("step 0 of 24: hit@5 ")
     assert any("loss" in line and "learning rate" in line for line in steps)
     assert done.stdout.splitlines()[0].startswith("BETTER on 20 human-written queries")
     assert "runs/new" in done.stdout
@@ -63,13 +63,13 @@ def test_a_run_says_its_progress_in_lines_where_there_is_no_terminal(workplace):
 
 @pytest.mark.parametrize(
     ("epochs", "rate", "requirement", "code"),
-    [(6, 5e-3, "better", 0), (6, 5e-3, "no-worse", 0), (1, 1e-9, "better", 3), (1, 1e-9, "no-worse", 0)],
+    [(8, 5e-3, "better", 0), (8, 5e-3, "no-worse", 0), (1, 1e-9, "better", 3), (1, 1e-9, "no-worse", 0)],
 )
 def test_a_verdict_below_what_is_required_is_exit_code_3(workplace, epochs, rate, requirement, code):
     found = result_of(
         f"train --config run.yaml --epochs {epochs} --learning-rate {rate} --require {requirement}", code=code
     )
-    assert found["verdict"] == ("BETTER" if epochs == 6 else "NO CLEAR DIFFERENCE")
+    assert found["verdict"] == ("BETTER" if epochs == 8 else "NO CLEAR DIFFERENCE")
 
 
 def test_a_run_without_evaluation_meets_no_requirement(workplace):
@@ -104,8 +104,8 @@ def test_two_processes_train_and_one_json_object_is_printed(workplace):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert Path(found["adapter_path"]) == workplace / "runs/new"
-    assert found["steps"] == 18
-    assert done.stderr.count("step 0 of 18") == 1, "one process tells progress"
+    assert found["steps"] == 24
+    assert done.stderr.count("step 0 of 24") == 1, "one process tells progress"
 
 
 def test_a_wrong_space_of_a_sweep_is_refused(workplace):

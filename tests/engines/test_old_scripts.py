@@ -33,8 +33,8 @@ def loaded(monkeypatch):
     models = []
     load = StartingModel.load
 
-    def counted(self):
-        models.append(load(self))
+    def counted(self, *args):
+        models.append(load(self, *args))
         return models[-1]
 
     monkeypatch.setattr(StartingModel, "load", counted)

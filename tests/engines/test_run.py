@@ -10,6 +10,7 @@ from llama_index_lora_embed import FinetuneConfig, LoraEmbedding, LoraFinetuneEn
 from llama_index_lora_embed.core.errors import ConfigError, DatasetError, SplitError
 from llama_index_lora_embed.data import GeneratedQuery
 from llama_index_lora_embed.data.readers.nodes import read_nodes
+from llama_index_lora_embed.engines.run import run_of
 from tests.conftest import make_dataset, make_engine
 from tests.helpers.llms import FakeLLM
 
@@ -40,7 +41,7 @@ def test_a_configuration_file_trains_what_the_engine_trains(tiny_model, tmp_path
     assert result.tuned_metrics == expected.tuned_metrics
     manifests = [json.loads((tmp_path / n / "finetune.json").read_text()) for n in ("from_file", "engine")]
     assert manifests[0]["settings"] == manifests[1]["settings"]
-    assert engine.config.digest() == FinetuneConfig.from_file(tmp_path / "run.yaml").digest()
+    assert engine.config.digest() == run_of(FinetuneConfig.from_file(tmp_path / "run.yaml")).config.digest()
     assert LoraEmbedding(tmp_path / "from_file").fingerprint == result.fingerprint
 
 

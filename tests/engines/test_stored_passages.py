@@ -212,7 +212,7 @@ def test_wrong_arguments_and_wrong_models_are_found_before_training(
         LoraFinetuneEngine.from_vector_store(collection, data, tiny_model, out, tune="both")
     with pytest.raises(ConfigError, match="epochs"):
         LoraFinetuneEngine.from_vector_store(collection, data, tiny_model, out, epochs=-1)
-    with pytest.raises(ConfigError, match='a teacher with tune="query"'):
+    with pytest.raises(ConfigError, match='teacher of type type with tune="query"'):
         LoraFinetuneEngine.from_vector_store(collection, data, tiny_model, out, teacher=list)
     with pytest.raises(LoraEmbedError, match="labelled pairs with tune"):
         LoraFinetuneEngine.from_vector_store(collection, LabelledPairs(["a"], ["b"], [1.0]), tiny_model, out)

@@ -76,7 +76,7 @@ def furnish(folder: Path, base: str, adapter: Path, nodes: list[TextNode]) -> No
     config = {
         "data": {"dataset": "train.json", "val_dataset": "val.json"},
         "base": {"model_id": "base"},
-        "training": {"epochs": 6, "batch_size": 8, "learning_rate": 5e-3, "device": "cpu"},
+        "training": {"epochs": 8, "batch_size": 8, "learning_rate": 5e-3, "device": "cpu"},
         "output": {"model_output_path": "runs/new"},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))

@@ -76,10 +76,9 @@ def test_gradient_checkpointing_changes_memory_and_not_what_is_learnt(tiny_model
                 self.hooks.__exit__(None, None, None)
 
     plain, checkpointed = Kept(), Kept()
-    engine(tiny_model, tmp_path / "plain", precision="fp32").finetune(callbacks=[plain])
-    engine(tiny_model, tmp_path / "less", precision="fp32").finetune(
-        callbacks=[checkpointed], gradient_checkpointing=True
-    )
+    whole = {"precision": "fp32", "objective": ObjectiveSettings(mini_batch_size=None)}
+    engine(tiny_model, tmp_path / "plain", **whole).finetune(callbacks=[plain])
+    engine(tiny_model, tmp_path / "less", **whole).finetune(callbacks=[checkpointed], gradient_checkpointing=True)
     assert all(
         torch.allclose(w, weights(tmp_path / "less")[n], atol=1e-6) for n, w in weights(tmp_path / "plain").items()
     )
