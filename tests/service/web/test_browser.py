@@ -53,7 +53,8 @@ class Clicks:
         self.fits()
 
     def fits(self):
-        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width, self.page.url
+        page = self.page.locator("html")  # waits for it, where a page is about to open
+        assert page.evaluate("element => element.scrollWidth") <= self.width, self.page.url
 
     def start_job(self, data, suffix, epochs):
         self.menu("Jobs")
