@@ -101,8 +101,8 @@ def train_python(nodes: Sequence[BaseNode], base: str, out: Path) -> LoraFinetun
     """An engine on the recorded queries, validated on one half of the test questions.
 
     Nodes without recorded queries are found by their title or first sentence, so that training does not push them away.
-    Three epochs on the upper half of the layers, and float32, which is faster than bfloat16 on some processors, keep the
-    run under four minutes; the README's figures are of batches of 32 without windows.
+    Three epochs on the upper half of the layers, and float32, which is faster than bfloat16 on some processors, keep
+    the run under four minutes; the README's figures are of batches of 32 without windows.
     """
     validation, _ = test_questions(nodes)
     generator = FirstOf(recorded_query_generator(out), TitleQueryGenerator(max_nodes_per_title=1), LeadQueryGenerator())
