@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 from llama_index.core.schema import BaseNode, MetadataMode, TextNode
 
+from llama_index_lora_embed.config.base import is_int
 from llama_index_lora_embed.core.errors import (
     AdapterError,
     BaseModelMismatchError,
@@ -365,8 +366,8 @@ class _Run:
         problems = [
             f"{name}={value!r}: expected {expected}"
             for name, value, expected, right in (
-                ("num_workers", self.num_workers, "a whole number of at least 1", _is_count(self.num_workers)),
-                ("part_bytes", self.part_bytes, "a whole number of at least 1", _is_count(self.part_bytes)),
+                ("num_workers", self.num_workers, "a whole number of at least 1", is_int(self.num_workers, 1)),
+                ("part_bytes", self.part_bytes, "a whole number of at least 1", is_int(self.part_bytes, 1)),
                 ("cpus_per_worker", self.cpus, "a number of at least 0", self.cpus >= 0),
                 ("gpus_per_worker", self.gpus, "a number of at least 0", self.gpus >= 0),
             )
@@ -437,10 +438,6 @@ def _next(rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
             "Check their memory (smaller part_bytes, fewer workers on a node) and the logs of Ray. "
             "The same call goes on where this one stopped.",
         ) from error
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _read_back(output: Output, number: int, report: PartsReport, vector_store: Any | None) -> PartsReport:

@@ -88,16 +88,14 @@ class TuneResult:
 
     def __str__(self) -> str:
         name = metric_label(self.metric)
-        chosen = ", ".join(f"{key}={_short(value)}" for key, value in self.values.items())
         lines = [
             f"{self.comparison} This data had no part in any choice.",
-            f"chosen of {len(self.trials)}: {chosen}",
+            f"chosen of {len(self.trials)}: {_named(self.values)}",
             f"{name} on the folds it was chosen on: {self.gain:+.3f}; on folds that had no part in the choice: "
             f"{self.nested_gain:+.3f} (optimism {self.optimism:+.3f})",
         ]
         for trial in sorted(self.trials, key=lambda trial: -_mean(trial.tuned)):
-            values = ", ".join(f"{key}={_short(value)}" for key, value in trial.values.items())
-            lines.append(f"  {trial.error or f'{_mean(trial.gains):+.3f}'}  {values}")
+            lines.append(f"  {trial.error or f'{_mean(trial.gains):+.3f}'}  {_named(trial.values)}")
         return "\n".join([*lines, f"adapter in {self.result.adapter_path}"])
 
 
@@ -334,10 +332,12 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else float("-inf")
 
 
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _named(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
 
 
 def _told(trial: Trial) -> str:
-    values = ", ".join(f"{name}={_short(value)}" for name, value in trial.values.items())
-    return f"{values}: {trial.error or f'{_mean(trial.tuned):.3f} ({_mean(trial.gains):+.3f} over the base)'}"
+    outcome = trial.error or f"{_mean(trial.tuned):.3f} ({_mean(trial.gains):+.3f} over the base)"
+    return f"{_named(trial.values)}: {outcome}"

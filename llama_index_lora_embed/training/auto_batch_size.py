@@ -45,7 +45,6 @@ def largest_that_fits(trainer_for: Callable[[StepSize], LoraTrainer], gradcache:
     Raises:
         DeviceMemoryError: Not even the smallest step fits.
     """
-    assert isinstance(LARGEST, int)
     sizes, size = [StepSize(LARGEST)], LARGEST // 2
     while size >= (1 if gradcache else 2):
         sizes.append(StepSize(LARGEST, size) if gradcache else StepSize(size))

@@ -92,9 +92,9 @@ class LLMClient:
     An answer counts once the journal has it on disk; a request that the journal has an answer to is not sent again.
     Requests without an answer are sent once more at the end of a run, and in the next one. Unusable answers are
     journalled too, because they were paid for: they count as attempts, beyond which each pass makes one, and none after
-    twice as many. The LLM's own
-    `rate_limiter` is honoured. An LLM without asynchronous methods of its own is called in threads and without a
-    timeout, because a thread cannot be stopped. `is_usable` tells whether the text of an answer holds anything usable.
+    twice as many. The LLM's own `rate_limiter` is honoured. An LLM without asynchronous methods of its own is called in
+    threads and without a timeout, because a thread cannot be stopped. `is_usable` tells whether the text of an answer
+    holds anything usable.
     """
 
     def __init__(self, llm: LLM, journal: Answers, settings: LLMSettings, is_usable: Callable[[str], bool]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_index_lora_embed.config import MiningSettings
-from llama_index_lora_embed.core.arrays import unit_norm
+from llama_index_lora_embed.core.arrays import cosine, unit_norm
 from llama_index_lora_embed.core.errors import DatasetError
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.questions.base import embed_text
@@ -117,13 +117,9 @@ def _candidates(
     relevant = corpus.dataset.relevant_docs[query_id]
     own = {corpus.first[i] for i in relevant}
     scores = {
-        corpus.first[node.node_id]: _cosine(vector, stored)
+        corpus.first[node.node_id]: cosine(vector, stored)
         for node, stored in nearest
         if corpus.first[node.node_id] not in own
     }
-    lowest, at = min((_cosine(vector, positives[i].vector), i) for i in relevant)
+    lowest, at = min((cosine(vector, positives[i].vector), i) for i in relevant)
     return Candidates(at, lowest, sorted(scores.items(), key=lambda item: -item[1]))
-
-
-def _cosine(unit: FloatArray, other: FloatArray) -> float:
-    return float(unit @ other) / max(float(np.linalg.norm(other)), 1e-12)
