@@ -11,12 +11,15 @@ twice. Tokens per second are these tokens divided by the time from the first ste
 second count, taken at the embedding table; it is lower where hidden states of frozen layers are cached, higher where a
 step is computed twice, and should equal the first count otherwise.
 
-Memory is the peak of the process (`ru_maxrss`), on a GPU the peak of torch's allocations. Evaluations run in batches of
-16 texts, so that the peak should be that of training; `peak_in_evaluation` is true where it was not.
+Memory is the peak of the process, on a GPU the peak of torch's allocations, with a contender's own evaluations. Those of
+the curve alone are left out on Linux, where a peak can be forgotten (VmHWM and /proc/self/clear_refs, and memory that
+they freed goes back to the system); `peak_in_evaluation` is true where an evaluation set the peak.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import json
 import resource
@@ -41,6 +44,16 @@ def peak_mb() -> float:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forget_peak() -> None:
+    """Let `peak_mb` begin again from what is held now; a processor's stays elsewhere than on Linux."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if sys.platform == "linux":
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def has_bf16(device: str = "cpu") -> bool:
@@ -114,7 +127,7 @@ class Recorder:
         self._round = 0
         self._embedded = 0
         self._counting = False
-        self._raised_to = 0.0
+        self._raised_to = self._highest = 0.0
         self.facts: dict[str, Any] = {}
 
     def begin(self) -> None:
@@ -146,6 +159,11 @@ class Recorder:
                 if peak_mb() > before:
                     self._raised_to = peak_mb()
 
+    def peak(self) -> float:
+        """Peak memory of the contender so far, in MB."""
+        self._highest = max(self._highest, peak_mb())
+        return self._highest
+
     def event(self, name: str, **values: Any) -> None:
         """Write a line; it is kept if the process is stopped."""
         line = {"event": name, "seconds": round(self.seconds, 3), **values}
@@ -170,7 +188,7 @@ class Recorder:
         self, model: Any, step: int, epoch: float, name: str = "evaluated", own: bool = False
     ) -> dict[str, float]:
         """Evaluate a sentence-transformers model on the test set, once per step; `own` as for `paused`."""
-        seconds, peak, key = self.seconds, peak_mb(), (self._round, step)
+        seconds, peak, key, raised = self.seconds, self.peak(), (self._round, step), self._raised_to
         if name != "evaluated" or key not in self._evaluated:
             with self.paused(), torch.autocast(model.device.type, enabled=False):
                 training = [module for module in model.modules() if module.training]
@@ -179,6 +197,9 @@ class Recorder:
                 self._took[key] = time.perf_counter() - started
                 for module in training:  # encoding switches the model to eval mode
                     module.training = True
+            if not own:
+                forget_peak()
+                self._raised_to = raised
             values = {ours: round(float(self._evaluated[key][theirs]), 4) for ours, theirs in METRICS.items()}
             self.event(
                 name,
@@ -209,7 +230,7 @@ class Recorder:
                 continue
         self.event("done", seconds=round(seconds, 3), evaluation_seconds=round(self._paused_seconds, 3),
                    own_evaluation_seconds=round(self._own_seconds, 3),
-                   peak_mb=round(peak_mb()), peak_in_evaluation=peak_mb() <= self._raised_to,
+                   peak_mb=round(self.peak()), peak_in_evaluation=self.peak() <= self._raised_to,
                    tokens_embedded=self._embedded, threads=torch.get_num_threads(),
                    python=".".join(map(str, sys.version_info[:3])), versions=versions, **self.facts)  # fmt: skip
 

@@ -78,13 +78,13 @@ class TrainingSettings(Settings):
     """Compute a LoRA layer's training step in few large operations (`models.kernels.lora`)."""
     fused_attention: bool = True
     """On processors with bfloat16, compute attention in blocks that fit their cache (`models.kernels.attention`)."""
-    frozen_cache_mb: Annotated[float, Field(ge=0)] = 1024.0
+    frozen_cache_mb: Annotated[float, Field(ge=0)] = 64.0
     """Megabytes of memory for the hidden states below the first adapted layer; more of them go into a temporary
-    file. 0 computes them in every step."""
+    file, from which a step reads some megabytes. 0 computes them in every step."""
     memory_mb: AtLeast1 | Literal["auto"] = "auto"
     """Megabytes that the process may hold while it trains on a processor. A step is computed in chunks (GradCache), of
     which as many keep their activations as that allows; the others are encoded twice, and with little memory chunks
-    are smaller. "auto" keeps up to five times the bytes of the model's weights, but no more than an eighth of the
+    are smaller. "auto" keeps up to three times the bytes of the model's weights, but no more than an eighth of the
     machine's memory."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """"bf16" computes training steps under bfloat16 autocast, "fp32" does not, "auto" uses bf16 where the processor

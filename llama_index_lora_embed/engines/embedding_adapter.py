@@ -133,6 +133,7 @@ class EmbeddingAdapterFinetuneEngine:
         val = None if val_dataset is None else attempt(lambda: _queries(val_dataset, "val_dataset"), errors)
         raise_together(errors)
         assert train is not None
+        register_legacy_base_class(type(self))
         self._embed_model = embed_model
         self._train_kwargs = train_kwargs
         self.adapter_model = adapter_model
@@ -382,6 +383,3 @@ def _resolved(name: str) -> BaseEmbedding:
     if (Path(name).expanduser() / CONFIG_NAME).exists():
         return LoraEmbedding(name)
     return LoraEmbedding(base_model=name)
-
-
-register_legacy_base_class(EmbeddingAdapterFinetuneEngine)

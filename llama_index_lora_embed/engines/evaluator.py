@@ -22,6 +22,7 @@ from llama_index_lora_embed.models.kernels.precision import autocast, resolve_pr
 from llama_index_lora_embed.models.tokens import check_texts, count_tokens
 from llama_index_lora_embed.training.checkpointing.selection import Subset
 from llama_index_lora_embed.training.lora import merged_adapter
+from llama_index_lora_embed.training.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -107,6 +108,7 @@ def evaluate_model(
         return vectors(texts, "document")
 
     with ExitStack() as stack:
+        stack.callback(return_freed_memory)
         stack.enter_context(autocast(resolve_precision(precision, model.device, model), model.device))
         if fused_attention:
             stack.enter_context(blocked_attention(model))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
-import logging
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
@@ -19,8 +18,6 @@ from llama_index_lora_embed.config import (
     ObjectiveSettings,
     QueryFilterSettings,
 )
-from llama_index_lora_embed.core.errors import MissingExtraError
-from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.data import BuildReport, QueryGenerator
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.engines.result import FinetuneResult
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
     from llama_index_lora_embed.embedding import LoraEmbedding
     from llama_index_lora_embed.engines.starting_model import Loaded
 
-logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 _C = FinetuneConfig()
 _T = _C.training
@@ -159,6 +155,7 @@ class LoraFinetuneEngine:
         cache_folder: str | None = None,
         seed: int = _T.seed,
     ) -> None:
+        register_legacy_base_class(type(self))
         given = {name: value for name, value in self._given.items() if name not in ("self", "dataset", "val_dataset")}
         self._run = prepare(_arguments(given), dataset, val_dataset, **_objects(given))
 
@@ -253,6 +250,7 @@ class LoraFinetuneEngine:
         kwargs |= {"model_id": model_id, "model_output_path": model_output_path, "filters": filters}
         if val_fraction is not None:
             kwargs["val_fraction"] = val_fraction
+        register_legacy_base_class(cls)
         engine = cls.__new__(cls)
         engine._run = run_from_nodes(_arguments(kwargs), nodes, val_dataset, query_generators, llm, **_objects(kwargs))
         return engine
@@ -302,6 +300,7 @@ class LoraFinetuneEngine:
         from llama_index_lora_embed.engines.stored_passages import run_from_store
 
         kwargs |= {"model_id": model_id, "model_output_path": model_output_path}
+        register_legacy_base_class(cls)
         engine = cls.__new__(cls)
         engine._run = run_from_store(
             _arguments(kwargs), store, dataset, val_dataset, query_generators, llm, **_objects(kwargs)
@@ -391,23 +390,12 @@ def _objects(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def register_legacy_base_class(engine: type) -> None:
-    """Make a class a virtual subclass of llama-index-finetuning's engine base class, if that package imports.
+    """Make a class a virtual subclass of llama-index-finetuning's engine base class, if that package was imported.
+
+    It is not imported here, because that takes a second and 50 MB.
 
     Args:
         engine: The class.
     """
-    try:
-        if importlib.util.find_spec("llama_index.finetuning") is None:
-            return
-        root = logging.getLogger()
-        handlers, level = root.handlers[:], root.level
-        old = require("llama_index.finetuning")
-        root.handlers[:] = handlers  # importing it sends every library's INFO to stdout
-        root.setLevel(level)
-    except (MissingExtraError, ValueError) as error:  # installed, but its own dependencies moved on
-        logger.info("llama-index-finetuning does not import: %s", error)
-        return
-    old.types.BaseEmbeddingFinetuneEngine.register(engine)
-
-
-register_legacy_base_class(LoraFinetuneEngine)
+    if (old := sys.modules.get("llama_index.finetuning.types")) is not None:
+        old.BaseEmbeddingFinetuneEngine.register(engine)

@@ -51,6 +51,10 @@ class _Memory:
         """Drop all tensors; the memory is used again."""
         self._used = [0] * len(self._blocks)
 
+    def free(self) -> None:
+        """Give the memory back to the system; nothing of it may be in use."""
+        self._blocks, self._used = [], []
+
     def store(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy of a flat tensor in a dtype."""
         size = flat.numel() * dtype.itemsize
@@ -85,6 +89,11 @@ class Activations:
         """Drop what is kept, when all backward passes have been computed."""
         self.bytes = 0
         self._memory.clear()
+
+    def free(self) -> None:
+        """Drop what is kept, and its memory."""
+        self.bytes = 0
+        self._memory.free()
 
     @contextmanager
     def halved(self) -> Iterator[None]:

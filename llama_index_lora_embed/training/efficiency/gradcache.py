@@ -112,6 +112,8 @@ def cached_loss(
             with same, torch.enable_grad(), autocast(), keeping(_size(chunk)):
                 again = embed(model if number == len(chunks) - 1 else inner, chunk, hidden_state_cache)
             again.backward(gradients[number] * incoming)  # type: ignore[no-untyped-call]
+        if kept is not None and not graphs:
+            kept.free()
 
     result = loss.detach().requires_grad_()
     result.register_hook(second_pass)  # type: ignore[no-untyped-call]
@@ -128,7 +130,7 @@ class KeptActivations:
     Attributes:
         per_token: Bytes of activations per token, the most that so many tokens as in the largest chunk took so far; 0
             before the first step, which keeps that chunk alone.
-        step: Number of losses whose activations have been kept.
+        step: Number of times that what was kept has been dropped: who notes it knows later whether it is still there.
     """
 
     def __init__(self, model: nn.Module, limit: int) -> None:
@@ -144,7 +146,6 @@ class KeptActivations:
         What was kept before is dropped.
         """
         self.clear()
-        self.step += 1
         order = sorted(sizes, key=lambda number: -sizes[number])
         self._most = sizes[order[0]] if order else 0
         kept = 1
@@ -153,11 +154,20 @@ class KeptActivations:
         return set(order[:kept])
 
     def clear(self) -> None:
-        """Drop what is kept."""
+        """Drop what is kept; its memory is used again."""
+        self._learn()
+        self.activations.clear()
+
+    def free(self) -> None:
+        """Drop what is kept, after a step, so that an evaluation does not find its memory taken."""
+        self._learn()
+        self.activations.free()
+
+    def _learn(self) -> None:
         if self._tokens and self._tokens >= self._most:
             self.per_token = max(self.per_token, self.activations.bytes / self._tokens)
         self._tokens = 0
-        self.activations.clear()
+        self.step += 1
 
     @contextmanager
     def keeping(self, tokens: int) -> Iterator[None]:

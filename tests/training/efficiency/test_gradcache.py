@@ -163,8 +163,22 @@ def test_as_many_chunks_are_encoded_once_as_the_bytes_allow(tiny_model, share, t
     again = len(passes) - len(chunks)
     assert again in {"all but one": [len(chunks) - 1], "some": range(1, len(chunks) - 1), "none": [0]}[twice]
     loss.kept.limit = int(share * tokens * loss.kept.per_token)
-    first, _ = (loss(chunks, label) for _ in range(2))
-    assert distance(gradient(model, first), expected) < 1e-6, "another loss has used the memory meanwhile"
+    first, second = (loss(chunks, label) for _ in range(2))
+    for one in (first, second):
+        assert distance(gradient(model, one), expected) < 1e-6, "the other loss has used the memory meanwhile"
+
+
+def test_a_step_leaves_nothing_in_memory_for_an_evaluation(tiny_model):
+    model = model_with_lora(tiny_model)
+    features, label = batch_of(model, mined(), mini_batch_size=6)
+    loss = MaskedInfoNCELoss(model, 0.05, cached=True)
+    loss.kept = KeptActivations(model, 1 << 30)
+    for _ in range(2):  # the second keeps all chunks
+        step = loss(list(features), label)
+        assert loss.kept.activations.bytes
+        step.backward()
+        assert not loss.kept.activations.bytes
+        assert not loss.kept.activations._memory._blocks
 
 
 def test_without_gradients_it_is_the_plain_value(tiny_model):
