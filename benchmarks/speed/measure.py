@@ -11,9 +11,9 @@ twice. Tokens per second are these tokens divided by the time from the first ste
 second count, taken at the embedding table; it is lower where hidden states of frozen layers are cached, higher where a
 step is computed twice, and should equal the first count otherwise.
 
-Memory is the peak of the process, on a GPU the peak of torch's allocations, with a contender's own evaluations. Those of
-the curve alone are left out on Linux, where a peak can be forgotten (VmHWM and /proc/self/clear_refs, and memory that
-they freed goes back to the system); `peak_in_evaluation` is true where an evaluation set the peak.
+Memory is the peak of the process, on a GPU the peak of torch's allocations, with a contender's own evaluations. Those
+of the curve alone are left out on Linux, where a peak can be forgotten (/proc/self/clear_refs, after what they freed
+went back to the system); `peak_in_evaluation` is true where an evaluation set the peak.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def highest_memory_mb(device: torch.device) -> float | None:
 def return_freed_memory() -> None:
     """Give memory that was freed back to the system, where the C library is glibc.
 
-    glibc keeps it for the thread that freed it: after an evaluation of tenk_train with MiniLM on two threads, 235 to 500
-    MB that training on the main thread cannot use.
+    glibc keeps it for the thread that freed it: after an evaluation of tenk_train with MiniLM on two threads, 235 to
+    500 MB that training on the main thread cannot use.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
