@@ -119,7 +119,7 @@ def parse() -> argparse.Namespace:
         default=["default"],
         help="settings of (d) and (d2), see speed/ours.py; fp32 also of (b), (b2)",
     )
-    parser.add_argument("--points", type=int, default=4, help="evaluations per epoch, for b, c and d")
+    parser.add_argument("--points", type=int, default=4, help="evaluations per epoch; of (d) at 0 one at the end")
     parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
     parser.add_argument("--timeout", type=float, help="minutes after which a run is stopped, evaluations included")
     parser.add_argument("--envs", type=Path, default=Path.home() / ".cache" / "llama-index-lora-embed-bench")

@@ -246,11 +246,13 @@ class Curve(TrainerCallback):
     Args:
         recorder: The recorder of the run.
         points: Evaluations per epoch.
+        last_only: Evaluate after the last step alone.
     """
 
-    def __init__(self, recorder: Recorder, points: int) -> None:
+    def __init__(self, recorder: Recorder, points: int, last_only: bool = False) -> None:
         self.recorder = recorder
         self.points = points
+        self.last_only = last_only
         self.every = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -267,7 +269,8 @@ class Curve(TrainerCallback):
             self.recorder.event("loss", step=state.global_step, loss=round(float(logs["loss"]), 4))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.recorder.evaluate(model, state.global_step, state.epoch)
+        if not self.last_only or state.global_step >= state.max_steps:
+            self.recorder.evaluate(model, state.global_step, state.epoch)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.facts |= {"steps": state.global_step, "epochs": round(state.epoch, 3)}

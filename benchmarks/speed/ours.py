@@ -109,7 +109,7 @@ def run(job: Job, recorder: Recorder) -> None:
     engine = LoraFinetuneEngine(
         dataset, job.model, f"{job.folder}/adapter", device=job.device, seed=job.seed, **settings
     )
-    curve = Curve(recorder, 1 if like_for_like else job.points)
+    curve = Curve(recorder, 1 if like_for_like else job.points, last_only=not job.points)
     result = engine.finetune(callbacks=[Facts(recorder, engine.dataset), curve], logging_steps=1)
     assert evaluations[0] >= len(result.history), "the engine evaluated without pausing the clock"
     recorder.facts |= {
