@@ -2,6 +2,7 @@
 
 from llama_index_lora_embed.data.build import BuildReport, dataset_from_nodes
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
+from llama_index_lora_embed.data.deduplicate import NearDuplicatesReport, drop_near_duplicates
 from llama_index_lora_embed.data.filters.rules import QueryFilterReport, filter_queries
 from llama_index_lora_embed.data.generate import agenerate_qa_embedding_pairs, generate_qa_embedding_pairs
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
@@ -31,6 +32,7 @@ __all__ = [
     "LabelledPairs",
     "LeadQueryGenerator",
     "MetadataQueryGenerator",
+    "NearDuplicatesReport",
     "NeighbourQueryGenerator",
     "NodeQueryGenerator",
     "QueryFilterReport",
@@ -42,6 +44,7 @@ __all__ = [
     "agenerate_qa_embedding_pairs",
     "dataset_from_nodes",
     "dataset_from_pairs",
+    "drop_near_duplicates",
     "drop_unanswered_queries",
     "filter_queries",
     "generate_qa_embedding_pairs",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from llama_index_lora_embed.config import NEAR_DUPLICATE
 from llama_index_lora_embed.core.errors import ConfigError
+from llama_index_lora_embed.core.scratch import scratch_array
 from llama_index_lora_embed.data.text import normalise, tokens_of
 
 _SHINGLE = 3
@@ -21,9 +23,11 @@ _RECALL = 0.99  # of pairs at the threshold itself; those above it are found mor
 _SLACK = 0.1  # four standard errors of an estimate of 0.9 from 128 permutations
 _MOST_VERIFIED = 32  # texts of one template are candidates by the thousand; the likeliest are enough
 _SHINGLES_KEPT = 1 << 14  # texts; a kilobyte each, as passages go
+_BLOCK = 1 << 12  # texts whose bands are hashed at once
 _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 
 Shingles = NDArray[np.uint64]
+KeyedText = tuple[str, str]  # a key and a text; only texts with the same key are compared
 
 
 class Sketches:
@@ -34,24 +38,27 @@ class Sketches:
 
     Args:
         characters: Compare characters in every text. Queries have too few shingles of words.
+        keep: Keep the signatures, 700 bytes and the text for each.
     """
 
-    def __init__(self, characters: bool = False) -> None:
+    def __init__(self, characters: bool = False, keep: bool = True) -> None:
         self._characters = characters
-        self._signatures: dict[tuple[str, str], bytes] = {}
+        self._keep = keep
+        self._signatures: dict[KeyedText, bytes] = {}
         self._shingles = lru_cache(maxsize=_SHINGLES_KEPT)(_shingles)
 
     def shingles(self, key: str, text: str) -> Shingles:
         """The text's shingles; texts with different keys have none in common."""
         return self._shingles(text, self._characters) ^ np.uint64(_hash(key))
 
-    def signatures(self, keyed_texts: Sequence[tuple[str, str]]) -> NDArray[np.uint32]:
-        """MinHash signatures [texts, permutations] of (key, text) pairs."""
-        for pair in keyed_texts:
-            if pair not in self._signatures:
-                self._signatures[pair] = _signature(self.shingles(*pair)).tobytes()
-        joined = b"".join(self._signatures[pair] for pair in keyed_texts)
-        return np.frombuffer(joined, dtype=np.uint32).reshape(-1, _PERMUTATIONS)
+    def signature(self, key: str, text: str) -> NDArray[np.uint32]:
+        """MinHash signature [permutations] of a text with its key."""
+        if (known := self._signatures.get((key, text))) is not None:
+            return np.frombuffer(known, dtype=np.uint32)
+        made = _signature(self.shingles(key, text))
+        if self._keep:
+            self._signatures[key, text] = made.tobytes()
+        return made
 
     # a dataset compares, copies and pickles this together with its fields, but it is a cache and no part of the data
     def __eq__(self, other: object) -> bool:
@@ -60,8 +67,8 @@ class Sketches:
     def __deepcopy__(self, memo: dict[int, Any]) -> Sketches:
         return self
 
-    def __reduce__(self) -> tuple[type[Sketches], tuple[bool]]:
-        return Sketches, (self._characters,)
+    def __reduce__(self) -> tuple[type[Sketches], tuple[bool, bool]]:
+        return Sketches, (self._characters, self._keep)
 
 
 def near_duplicate_groups(
@@ -70,6 +77,7 @@ def near_duplicate_groups(
     *,
     within: Mapping[str, str] | None = None,
     sketches: Sketches | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> dict[str, str]:
     """Group texts that are equal or nearly so.
 
@@ -82,56 +90,156 @@ def near_duplicate_groups(
     and more often where many texts come from one template.
 
     Args:
-        texts: Id to text.
+        texts: Id to text. Texts are looked up when they are needed, so that a mapping may read them from a disk.
         threshold: Jaccard index from which two texts count as the same, above 0 and at most 1.
         within: Id to a key; only texts with the same key are compared. None compares all.
-        sketches: Signatures to use and to add to; None starts with none.
+        sketches: Signatures to use and to add to; None keeps none.
+        folder: Where to keep signatures and bands, about 700 bytes for each text, in temporary files without a name;
+            None keeps them in memory.
 
     Returns:
         Id to the id of the first text of its group, for all ids (first ones too) of groups of two or more.
 
     Raises:
         ConfigError: `threshold` is not above 0 and at most 1.
+        OutputDirectoryError: `folder` cannot be written, or has no room.
     """
+    ids, keys = list(texts), within or {}
+    firsts = first_alike(
+        len(ids), lambda number: (keys.get(ids[number], ""), texts[ids[number]]), threshold, sketches, folder
+    )
+    later = np.flatnonzero(firsts != np.arange(len(ids)))
+    return {ids[number]: ids[firsts[number]] for number in np.union1d(later, firsts[later]).tolist()}
+
+
+def first_alike(
+    count: int,
+    text_of: Callable[[int], KeyedText],
+    threshold: float = NEAR_DUPLICATE,
+    sketches: Sketches | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> NDArray[np.int64]:
+    """`near_duplicate_groups` by number: the first text of each one's group, which may be itself [texts].
+
+    With a folder, the memory is about 60 bytes for each text, and more where most of them share a band.
+
+    Args:
+        count: Number of texts.
+        text_of: The key and the text of a number.
+        threshold: As there, and so are the others, and the errors.
+        sketches: See there.
+        folder: See there.
+    """
+    check_threshold(threshold)
+    firsts = _first_equal(map(text_of, range(count)), count)
+    distinct = np.flatnonzero(firsts == np.arange(count))
+    for later, earlier in _similar_pairs(distinct, text_of, sketches or Sketches(keep=False), threshold, folder):
+        firsts[later] = earlier
+    return firsts[firsts]
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise a `ConfigError` unless this is above 0 and at most 1."""
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold={threshold!r}", "a number above 0, at most 1", "0.9 is usual for passages.")
-    keys = {i: (within or {}).get(i, "") for i in texts}
-    seen: dict[bytes, str] = {}
-    first_of = {
-        i: seen.setdefault(hashlib.sha256(f"{keys[i]}\0{normalise(text)}".encode("utf-8", "replace")).digest(), i)
-        for i, text in texts.items()
-    }
-    distinct = [i for i, first in first_of.items() if i == first]
-    keyed_texts = [(keys[i], texts[i]) for i in distinct]
-    pairs = _similar_pairs(keyed_texts, sketches or Sketches(), threshold)
-    merged = {distinct[later]: distinct[earlier] for later, earlier in pairs}
-    groups = {i: merged.get(first, first) for i, first in first_of.items()}
-    shared = {first for i, first in groups.items() if i != first}
-    return {i: first for i, first in groups.items() if first in shared}
+
+
+def _first_equal(keyed_texts: Iterable[KeyedText], count: int) -> NDArray[np.int64]:
+    """For each text the number of the first that is equal to it, ignoring case and spaces [texts]."""
+    digests = (
+        hashlib.sha256(f"{key}\0{normalise(text)}".encode("utf-8", "replace")).digest()[:16]
+        for key, text in keyed_texts
+    )
+    halves = np.fromiter(digests, dtype="V16", count=count).view(np.uint64).reshape(-1, 2)
+    firsts = np.arange(count)
+    places, heads = _repeated(halves[:, 0], halves[:, 1])
+    firsts[places] = np.repeat(places[heads], np.diff(heads, append=len(places)))
+    return firsts
+
+
+def _repeated(*columns: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The places of values (in one column, or spread over several) that occur more than once.
+
+    Returns:
+        The places, equal values side by side and in ascending order, and where among them each value begins.
+    """
+    order = np.lexsort(columns)
+    as_before = np.zeros(len(order) + 1, dtype=bool)
+    as_before[1:-1] = True
+    for column in columns:
+        ordered = column[order]
+        as_before[1:-1] &= ordered[1:] == ordered[:-1]
+    repeated = as_before[:-1] | as_before[1:]
+    return order[repeated], np.flatnonzero(~as_before[:-1][repeated])
 
 
 def _similar_pairs(
-    keyed_texts: Sequence[tuple[str, str]], sketches: Sketches, threshold: float
+    numbers: NDArray[np.int64],
+    text_of: Callable[[int], KeyedText],
+    sketches: Sketches,
+    threshold: float,
+    folder: str | os.PathLike[str] | None,
 ) -> Iterator[tuple[int, int]]:
-    """(index of a text, index of the earlier text that it is similar to)."""
-    if len(keyed_texts) < 2:
+    """(number of a text, number of the earlier text that it is similar to)."""
+    if len(numbers) < 2:
         return
-    signatures = sketches.signatures(keyed_texts)
-    bands = _shared_bands(signatures, *_bands(threshold))
-    index: dict[tuple[int, int], list[int]] = {}
-    for number in np.flatnonzero(bands.any(axis=1)).tolist():
-        own = sketches.shingles(*keyed_texts[number])
-        met = [(band, value) for band, value in enumerate(bands[number].tolist()) if value]
-        candidates = sorted({other for at in met for other in index.get(at, ())})
-        for other in _likeliest(candidates, signatures, number, threshold):
-            theirs = sketches.shingles(*keyed_texts[other])
+    count, rows = _bands(threshold)
+    signatures = scratch_array((len(numbers), _PERMUTATIONS), np.uint32, folder)
+    bands = scratch_array((count, len(numbers)), np.int64, folder)
+    _fill(signatures, bands, rows, (sketches.signature(*text_of(int(number))) for number in numbers))
+    lists = scratch_array((_list_places(bands),), np.int64, folder)
+
+    def shingles_of(row: int) -> Shingles:
+        return sketches.shingles(*text_of(int(numbers[row])))
+
+    for row in map(int, np.flatnonzero(bands.any(axis=0))):
+        begins = bands[:, row]
+        begins = begins[begins > 0]
+        lengths = lists[begins]
+        met = [lists[at + 1 : at + 1 + n] for at, n in zip(begins.tolist(), lengths.tolist(), strict=True) if n]
+        found = np.sort(np.concatenate([lists[:0], *met]))
+        candidates = found[np.diff(found, prepend=-1) > 0]  # np.unique hashes, which takes longer
+        likely = _likeliest(candidates, signatures, row, threshold)
+        own = shingles_of(row) if likely else np.empty(0, np.uint64)
+        for other in likely:
+            theirs = shingles_of(other)
             common = np.intersect1d(own, theirs, assume_unique=True).size
             if common / (own.size + theirs.size - common) >= threshold:
-                yield number, other
+                yield int(numbers[row]), int(numbers[other])
                 break
         else:
-            for at in met:
-                index.setdefault(at, []).append(number)
+            lists[begins + 1 + lengths] = row
+            lists[begins] = lengths + 1
+
+
+def _fill(
+    signatures: NDArray[np.uint32], bands: NDArray[np.int64], rows: int, made: Iterator[NDArray[np.uint32]]
+) -> None:
+    """Write signatures [texts, permutations], and a hash of each of their bands [bands, texts]."""
+    multipliers = np.cumprod(np.full(rows, _MULTIPLIERS[0]))  # sums wrap around at 64 bits, as in shingles
+    for start in range(0, len(signatures), _BLOCK):
+        block = signatures[start : start + _BLOCK]
+        for row, signature in zip(block, made, strict=False):
+            row[:] = signature
+        cells = block[:, : len(bands) * rows].reshape(-1, len(bands), rows) * multipliers
+        bands[:, start : start + _BLOCK] = cells.sum(axis=2, dtype=np.uint64).view(np.int64).T
+
+
+def _list_places(bands: NDArray[np.int64]) -> int:
+    """Replace the hashes of bands [bands, texts] by the place of a list, the same for the same band.
+
+    All lists are in one array, each after a cell for its length. The place is 0 where no other text has the band.
+
+    Returns:
+        The length of that array.
+    """
+    length = 1
+    for band in bands:
+        places, heads = _repeated(band)
+        band[:] = 0
+        band[places] = np.repeat(length + heads + np.arange(len(heads)), np.diff(heads, append=len(places)))
+        length += len(places) + len(heads)
+    return length
 
 
 def _signature(shingles: Shingles) -> NDArray[np.uint32]:
@@ -149,25 +257,16 @@ def _permutations() -> Any:
     return MinHash(num_perm=_PERMUTATIONS, scheme="affine32").permutations
 
 
-def _shared_bands(signatures: NDArray[Any], bands: int, rows: int) -> NDArray[np.int64]:
-    """[texts, bands]: a number above 0 that texts with an equal band share, 0 where no other text has it."""
-    keys = np.zeros((len(signatures), bands), dtype=np.int64)
-    for band in range(bands):
-        part = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])
-        _, place, often = np.unique(
-            part.view(np.dtype((np.void, part.itemsize * rows))).ravel(), return_inverse=True, return_counts=True
-        )
-        keys[:, band] = np.where(often[place] > 1, place + 1, 0)
-    return keys
-
-
-def _likeliest(candidates: list[int], signatures: NDArray[Any], number: int, threshold: float) -> Sequence[int]:
+def _likeliest(
+    candidates: NDArray[np.int64], signatures: NDArray[np.uint32], row: int, threshold: float
+) -> Sequence[int]:
     """The candidates worth a comparison, likeliest first, earliest first among equals."""
-    if not candidates:
+    if not len(candidates):
         return []
-    estimates = (signatures[candidates] == signatures[number]).mean(axis=1)
+    estimates = (signatures[candidates] == signatures[row]).mean(axis=1)
     order = np.argsort(-estimates, kind="stable")[:_MOST_VERIFIED]
-    return [candidates[i] for i in order if estimates[i] >= threshold - _SLACK]
+    likely: list[int] = candidates[order[estimates[order] >= threshold - _SLACK]].tolist()
+    return likely
 
 
 def _bands(threshold: float) -> tuple[int, int]:

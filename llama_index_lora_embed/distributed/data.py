@@ -29,6 +29,7 @@ from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.data.build import check_arguments, default_query_generators
 from llama_index_lora_embed.data.llm.client import LLMReport
 from llama_index_lora_embed.data.questions.base import QueryGenerator, attach_queries, embed_text
+from llama_index_lora_embed.data.readers.parts import NODE_COLUMN, Part, Row, Source, plan_parts, read_part
 from llama_index_lora_embed.distributed.cluster import (
     check_resources,
     check_storage,
@@ -37,12 +38,11 @@ from llama_index_lora_embed.distributed.cluster import (
     connect,
 )
 from llama_index_lora_embed.distributed.journal import llm_generators, shared_journals, use_journals
-from llama_index_lora_embed.distributed.parts import NODE_COLUMN, Output, Part, Row, plan_parts, read_part
+from llama_index_lora_embed.distributed.parts import Output
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-    Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _PART_BYTES = 1 << 20
 _RETRIES = 20  # of a part whose worker died; a part that kills its worker each time would be repeated forever
@@ -347,7 +347,7 @@ class _Worker:
             return {"counts": ["{}"], "error": [ray.cloudpickle.dumps(error)]}
 
     def _run(self, part: Part) -> dict[str, int]:
-        return self._job.run(read_part(part, *self._columns), self._output, part)
+        return self._job.run(list(read_part(part, *self._columns)), self._output, part)
 
 
 @dataclass(frozen=True)

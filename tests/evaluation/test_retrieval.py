@@ -1,7 +1,5 @@
 import asyncio
-import os
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from llama_index_lora_embed.core.errors import ConfigError, DatasetError, NonFin
 from llama_index_lora_embed.evaluation import aevaluate_retrieval
 from llama_index_lora_embed.evaluation.retrieval import evaluate_encoders
 from tests.conftest import make_dataset
+from tests.helpers.datasets import data_file
 from tests.helpers.evaluation import WordCountEmbedding
 
 NAMES = {
@@ -22,7 +21,6 @@ NAMES = {
     **{f"{name}@{k}": f"{name}@{k}" for name in ("recall", "precision") for k in (1, 5, 10)},
     **{name: name for name in ("mrr@10", "ndcg@10", "map@100")},
 }
-DATA = Path(os.environ.get("LORA_EMBED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 class TableModel:
@@ -57,9 +55,7 @@ def random_judgments(seed):
 
 def tenk():
     """A dataset, and truncated counts of hashed words as vectors of its texts, which give many ties."""
-    if not (DATA / "tenk_val.json").exists():
-        pytest.skip(f"tenk_val.json is not in {DATA}; LORA_EMBED_DATA names another folder")
-    dataset = EmbeddingQAFinetuneDataset.from_json(DATA / "tenk_val.json")
+    dataset = EmbeddingQAFinetuneDataset.from_json(data_file("tenk_val.json"))
     table = {}
     for text in [*dataset.corpus.values(), *dataset.queries.values()]:
         counts = np.zeros(16, dtype=np.float32)
