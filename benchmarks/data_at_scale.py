@@ -1,10 +1,14 @@
-"""Time and memory of heuristic query generators, filters and the split, as the corpus grows.
+"""Time and memory of making data, as the corpus grows.
 
-    python benchmarks/data_at_scale.py --nodes 10000 100000
+    python benchmarks/data_at_scale.py --nodes 10000 100000                  # generators, filters and the split
+    python benchmarks/data_at_scale.py near-duplicates --nodes 10000 100000  # in memory and on disk
+    python benchmarks/data_at_scale.py sample --nodes 100000 1000000         # of a stream of pairs, and all of it
 
-Each size runs in its own process, on nodes of 120 random words: ten per document, every twentieth a near-duplicate,
+Each size runs in its own process. The nodes have 120 random words: ten per document, every twentieth a near-duplicate,
 every second with a title. Memory is the peak of the process above its size before the nodes were created; the nodes'
-own share is reported as well.
+own share is reported as well. The others work on a JSONL file of queries and texts, of 120 and of 30 random words,
+where every twentieth differs from the one before in its last word; their memory is the peak of what is not a page of a
+file.
 """
 
 from __future__ import annotations
@@ -16,13 +20,25 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
 from llama_index_lora_embed.config import QueryFilterSettings
-from llama_index_lora_embed.data import NeighbourQueryGenerator, dataset_from_nodes, split_by_source, split_report
+from llama_index_lora_embed.data import (
+    NeighbourQueryGenerator,
+    dataset_from_nodes,
+    dataset_from_pairs,
+    drop_near_duplicates,
+    split_by_source,
+    split_report,
+)
 from llama_index_lora_embed.data.build import default_query_generators
+from llama_index_lora_embed.data.near_duplicates import near_duplicate_groups
 
 WORDS = [f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu", "se", "ran") for b in ("b", "d", "st", "v", "nd") for c in
          ("en", "ior", "al", "um", "esh", "ity", "os", "ance")]  # fmt: skip
@@ -81,17 +97,79 @@ def measure(count: int) -> dict[str, object]:
     }
 
 
+def anonymous_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def measured(work: Callable[[], int]) -> dict[str, float]:
+    """Seconds, megabytes above those before, and what the work returns."""
+    before = peak = anonymous_mb()
+    over = threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not over.wait(0.02):
+            peak = max(peak, anonymous_mb())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    started = time.process_time()
+    found = work()
+    over.set()
+    thread.join()
+    return {"seconds": round(time.process_time() - started, 1), "mb": round(peak - before), "found": found}
+
+
+def rows_file(folder: str, count: int, words: int) -> Path:
+    rng, path, text = random.Random(0), Path(folder) / "rows.jsonl", ""
+    with open(path, "w") as file:
+        for number in range(count):
+            if number % 20 != 19:
+                text = " ".join(rng.choices(WORDS, k=words))
+            row = {"id": number, "query": f"{number} {text[:40]}", "text": f"{text} {number}"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def near_duplicates(count: int) -> dict[str, object]:
+    near_duplicate_groups({node.node_id: node.text for node in make_nodes(100)})  # imports
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = rows_file(folder, count, 120)
+        on_disk = measured(lambda: drop_near_duplicates(path, f"{folder}/out").dropped)
+        size = path.stat().st_size
+
+        def in_memory() -> int:
+            rows = map(json.loads, path.read_text().splitlines())
+            groups = near_duplicate_groups({str(row["id"]): row["text"] for row in rows})
+            return sum(i != first for i, first in groups.items())
+
+        return {"rows": count, "file_mb": size >> 20, "on disk": on_disk, "in memory": measured(in_memory)}
+
+
+def sample(count: int) -> dict[str, object]:
+    import datasets
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = str(rows_file(folder, count, 30))
+        stream = datasets.load_dataset("json", data_files=path, split="train", streaming=True)
+        drawn = measured(lambda: len(dataset_from_pairs(stream, max_queries=5000, other_passages=20_000)[0].corpus))
+        return {"rows": count, "sample": drawn, "all": measured(lambda: len(dataset_from_pairs(stream)[0].corpus))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["nodes", "near-duplicates", "sample"], default="nodes")
     parser.add_argument("--nodes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--one", action="store_true", help="measure the first size in this process")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.nodes[0])))
+        work = {"nodes": measure, "near-duplicates": near_duplicates, "sample": sample}[args.what]
+        print(json.dumps(work(args.nodes[0])))
         return
     runs = []
     for count in args.nodes:
-        command = [sys.executable, __file__, "--one", "--nodes", str(count)]
+        command = [sys.executable, __file__, args.what, "--one", "--nodes", str(count)]
         runs.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     machine = f"{platform.machine()}, Python {platform.python_version()}"
     print(json.dumps({"runs": runs, "machine": machine}, indent=2))

@@ -94,6 +94,8 @@ def namespace(base, trained, nodes, tmp_path, monkeypatch) -> dict[str, Any]:
     rows = [f"w{i} w{i + 1},w{i} w{i + 2 + 50 * (i % 2)},{1 - i % 2}" for i in range(40)]
     Path("pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
     Path("query_log.csv").write_text("typed,clicked\nw1 w2,w1 w2 w3 w4\nw5 w6,w5 w6 w7 w8\n")
+    Path("nodes.jsonl").write_text("".join(f"{node.to_json()}\n" for node in [*nodes, nodes[0]]))
+    Path("log.jsonl").write_text('{"query": "w1 w2", "passage": "w1 w2 w3 w4"}\n')
     for name in ("handbook", "legal", "hr"):
         shutil.copytree(trained, f"runs/{name}")
     peft_adapter(base, Path("runs/peft"))
@@ -194,6 +196,12 @@ def check_index(names: dict[str, Any], printed: str) -> None:
     assert names["index"].as_retriever(similarity_top_k=2).retrieve("w1 w2")
 
 
+def check_scale(names: dict[str, Any], printed: str) -> None:
+    assert printed.startswith("1 of 13 rows repeat an earlier one")
+    assert Path("distinct/dropped.csv").read_text().count("\n") == 2
+    assert names["pairs_report"].pairs == 1
+
+
 def check_serving(names: dict[str, Any], printed: str) -> None:
     assert names["certificate"].median_cosine > 0.9999
     theirs = SentenceTransformer("runs/merged", device="cpu").encode("w1").tolist()
@@ -210,6 +218,7 @@ CHECKS = {
     "docs/embedding.md": check_embedding,
     "docs/deployment.md": check_deployment,
     "docs/serving.md": check_serving,
+    "docs/scale.md": check_scale,
     "docs/evaluation.md": check_evaluation,
     "docs/coming-from-llama-index-finetuning.md": check_coming_from,
     "docs/troubleshooting.md": check_troubleshooting,

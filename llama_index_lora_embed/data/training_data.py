@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from llama_index_lora_embed.core.errors import DatasetError
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, warn_user
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.labelled_pairs import LabelledPairs
+from llama_index_lora_embed.data.questions.query_log import dataset_from_pairs
+from llama_index_lora_embed.data.readers.labelled import choose_columns
 from llama_index_lora_embed.data.split import folds_by_source, split_by_source
 
 TrainingData: TypeAlias = EmbeddingQAFinetuneDataset | LabelledPairs
@@ -26,6 +28,35 @@ def coerce_training_data(value: Any, name: str) -> TrainingData:
     if isinstance(value, LabelledPairs):
         return value.check(name)
     return EmbeddingQAFinetuneDataset.coerce(value, name).check(name)
+
+
+def from_huggingface(value: Any, name: str) -> Any:
+    """A Hugging Face dataset, read as training data; any other value as it is.
+
+    Two columns of the same kind with a label (sentence1, sentence2, score) are labelled pairs. Others are read by
+    `dataset_from_pairs`: anchor, positive and negatives, or query, passage and label. What is read is in memory;
+    `dataset_from_pairs(value, max_queries=...)` takes a sample.
+
+    Raises:
+        ConfigError: The columns are not recognised.
+        DatasetError: It is a dict of splits, or has rows that cannot be used.
+    """
+    if not type(value).__module__.startswith("datasets."):
+        return value
+    if isinstance(value, Mapping):
+        shown = ", ".join(map(repr, value))
+        hint = f"Pass one of them, such as dataset[{next(iter(value), None)!r}]."
+        raise DatasetError(f"{name} of the splits {shown}", "one split", hint)
+    try:
+        roles = choose_columns(value.column_names or list(next(iter(value), {})), None)[3]
+    except ConfigError:
+        roles = True
+    if not roles:
+        return LabelledPairs.from_rows(value, source=name)
+    dataset, report = dataset_from_pairs(value)
+    if report.skipped:
+        warn_user(f"{report.skipped.total()} rows or texts of {name} are not used ({report.counts}).")
+    return dataset
 
 
 def read_training_data(path: str | os.PathLike[str], kind: Literal["queries", "pairs"]) -> TrainingData:

@@ -23,7 +23,7 @@ from llama_index_lora_embed.core.errors import (
 from llama_index_lora_embed.core.files import absolute, model_place
 from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.headings import validate_on_headings
-from llama_index_lora_embed.data.training_data import hold_out, refuse_overlap, without_trained
+from llama_index_lora_embed.data.training_data import from_huggingface, hold_out, refuse_overlap, without_trained
 from llama_index_lora_embed.embedding import AdapterEmbeddingModel, LoraEmbedding
 from llama_index_lora_embed.engines.embedding_adapter_result import EmbeddingAdapterResult
 from llama_index_lora_embed.engines.lora import register_legacy_base_class
@@ -58,7 +58,7 @@ class EmbeddingAdapterFinetuneEngine:
 
     Args:
         dataset: Training queries and passages: this package's class, llama-index-finetuning's, a mapping of the same
-            fields, or a path to the JSON file.
+            fields, a path to the JSON file, or a Hugging Face dataset (`data.training_data.from_huggingface`).
         embed_model: A LlamaIndex embedding model; or a string as `resolve_embed_model` takes it ("local:..."), or the
             folder or Hub id of a base or of a LoRA adapter, which `LoraEmbedding` loads.
         adapter_model: `LinearLayer`, `LowRankLayer`, `TwoLayerNN` or a `BaseAdapter` of your own; None for a
@@ -324,6 +324,7 @@ class EmbeddingAdapterFinetuneEngine:
 
 
 def _queries(value: Any, name: str) -> EmbeddingQAFinetuneDataset:
+    value = from_huggingface(value, name)
     if getattr(value, "kind", "queries") != "queries":
         raise DatasetError(
             f"{name} of labelled pairs",

@@ -66,7 +66,8 @@ class LoraFinetuneEngine:
 
     Args:
         dataset: Training queries and passages: this package's class, llama-index-finetuning's, a mapping of the same
-            fields, or a path to the JSON file; or `LabelledPairs`.
+            fields, a path to the JSON file, or a Hugging Face dataset (`data.training_data.from_huggingface`); or
+            `LabelledPairs`.
         model_id: See `config.BaseModelSettings`, as for all arguments about the base.
         model_output_path: See `config.OutputSettings`.
         val_dataset: Validation data, best with human-written queries. Queries that are trained on are dropped from it

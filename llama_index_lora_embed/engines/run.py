@@ -26,7 +26,7 @@ from llama_index_lora_embed.data import (
 from llama_index_lora_embed.data.headings import validate_on_headings
 from llama_index_lora_embed.data.origins import HUMAN, LLM_WRITTEN, METADATA
 from llama_index_lora_embed.data.readers.nodes import read_nodes
-from llama_index_lora_embed.data.training_data import TrainingData, hold_out, read_training_data
+from llama_index_lora_embed.data.training_data import TrainingData, from_huggingface, hold_out, read_training_data
 from llama_index_lora_embed.engines.generate import generators_of, journal_of, queries_for
 from llama_index_lora_embed.engines.result import FinetuneResult, write_run
 from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel
@@ -180,7 +180,7 @@ def run_from_nodes(
         ConfigError: Wrong arguments.
     """
     if val_dataset is not None:
-        val_dataset = EmbeddingQAFinetuneDataset.coerce(val_dataset, "val_dataset")
+        val_dataset = EmbeddingQAFinetuneDataset.coerce(from_huggingface(val_dataset, "val_dataset"), "val_dataset")
     generators = None if query_generators is None else list(query_generators)
     objects: dict[str, Any] = {"loss": loss, "lora_config": lora_config, "teacher": teacher}
     config = check_run(config, None, val_dataset, **objects).config

@@ -14,6 +14,7 @@ from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.questions.base import QueryGenerator
 from llama_index_lora_embed.data.readers.vector_stores import read_vectors
 from llama_index_lora_embed.data.stored_vectors import StoredVectors
+from llama_index_lora_embed.data.training_data import from_huggingface
 from llama_index_lora_embed.deployment.index_model import verify_vectors
 from llama_index_lora_embed.engines.run import FinetuneRun, prepare, run_from_nodes
 from llama_index_lora_embed.engines.starting_model import StartingModel
@@ -52,6 +53,8 @@ def run_from_store(
             'tune="query", because its vectors stay as they are',
             "To tune both sides, pass the nodes: LoraFinetuneEngine.from_nodes(nodes, ...).",
         )
+    dataset = from_huggingface(dataset, "dataset")
+    val_dataset = from_huggingface(val_dataset, "val_dataset")
     # refuses a loss
     config = check_run(arguments, dataset, val_dataset, loss=loss, lora_config=lora_config, teacher=teacher).config
     # every passage is searched: their vectors are there

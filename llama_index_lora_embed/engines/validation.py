@@ -24,6 +24,7 @@ from llama_index_lora_embed.core.optional import require
 from llama_index_lora_embed.data.training_data import (
     TrainingData,
     coerce_training_data,
+    from_huggingface,
     refuse_overlap,
     without_trained,
 )
@@ -68,8 +69,8 @@ def check_run(
 
     Args:
         config: A configuration, or flat arguments of one (`FinetuneConfig.from_arguments`).
-        dataset: Training data, anything that `coerce_training_data` takes; None checks the rest before there is any, as
-            for queries and passages.
+        dataset: Training data, anything that `coerce_training_data` or `from_huggingface` takes; None checks the rest
+            before there is any, as for queries and passages.
         val_dataset: Validation data, or None.
         loss: None, a sentence-transformers loss, or a callable that makes one from the model.
         lora_config: None or a `peft.LoraConfig`.
@@ -80,6 +81,8 @@ def check_run(
         LoraEmbedError: The one kind of problem there is; for several kinds a ConfigError that lists them all.
     """
     errors: list[LoraEmbedError] = []
+    dataset = attempt(lambda: from_huggingface(dataset, "dataset"), errors)
+    val_dataset = attempt(lambda: from_huggingface(val_dataset, "val_dataset"), errors)
 
     problems: list[str] = []
     if not isinstance(config, FinetuneConfig):

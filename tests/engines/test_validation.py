@@ -7,18 +7,20 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses
 
-from llama_index_lora_embed import LabelledPairs
+from llama_index_lora_embed import EmbeddingAdapterFinetuneEngine, LabelledPairs
 from llama_index_lora_embed.config import MiningSettings, ObjectiveSettings
-from llama_index_lora_embed.core.errors import ConfigError, ModelNotFoundError, OutputDirectoryError
+from llama_index_lora_embed.core.errors import ConfigError, DatasetError, ModelNotFoundError, OutputDirectoryError
 from llama_index_lora_embed.engines.validation import BINARY_PAIR_METRICS, PAIR_METRICS
 from llama_index_lora_embed.evaluation.metrics import NAMES, query_metrics
 from llama_index_lora_embed.evaluation.pairs import pair_metrics
 from tests.conftest import make_dataset, make_engine, shown
+from tests.helpers.evaluation import WordCountEmbedding
 from tests.helpers.labelled_pairs import TRAIN as PAIRS
 from tests.helpers.labelled_pairs import VAL as VAL_PAIRS
 from tests.helpers.teachers import save_cross_encoder
@@ -196,3 +198,18 @@ def test_another_working_directory_finds_the_same_base(tiny_model, tmp_path, mon
         warnings.simplefilter("ignore")
         made.finetune()
     assert os.path.exists(tmp_path / "run" / "finetune.json")
+
+
+def test_hugging_face_datasets_are_training_and_validation_data(tmp_path):
+    triplets = {name: [f"{name} {i}" for i in range(40)] for name in ("anchor", "positive", "negative")}
+    train = datasets.Dataset.from_dict(triplets)
+    val = datasets.Dataset.from_dict({"query": ["q"], "passage": ["p"]}).to_iterable_dataset()
+    made = engine(tmp_path / "run", dataset=train, val_dataset=val)
+    assert len(made.dataset.queries) == 40
+    assert list(made.val_dataset.queries.values()) == ["q"]
+    adapter = EmbeddingAdapterFinetuneEngine(train, WordCountEmbedding(), model_output_path=str(tmp_path / "adapter"))
+    assert len(adapter.corpus_dataset.queries) == 40
+    pairs = datasets.Dataset.from_dict({"sentence1": PAIRS.texts1, "sentence2": PAIRS.texts2, "score": PAIRS.scores})
+    assert engine(tmp_path / "pairs", dataset=pairs, val_dataset=VAL_PAIRS, best_metric="roc_auc").dataset == PAIRS
+    with pytest.raises(DatasetError, match="splits 'train'"):
+        engine(tmp_path / "run", dataset=datasets.DatasetDict(train=train))

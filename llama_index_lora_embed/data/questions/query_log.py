@@ -15,17 +15,21 @@ from llama_index.core.bridge.pydantic import PrivateAttr, field_serializer
 from llama_index.core.schema import BaseNode, MetadataMode
 from pydantic import computed_field  # LlamaIndex's bridge lacks it
 
-from llama_index_lora_embed.core.errors import warn_user
+from llama_index_lora_embed.config.base import is_int
+from llama_index_lora_embed.core.errors import ConfigError, warn_user
 from llama_index_lora_embed.core.files import absolute
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.origins import HUMAN
 from llama_index_lora_embed.data.questions.base import GeneratedQuery, NodeQueryGenerator, embed_text
 from llama_index_lora_embed.data.readers.files import PairsReport
 from llama_index_lora_embed.data.readers.query_logs import Pair, nothing_usable, read_pairs
+from llama_index_lora_embed.data.readers.sampling import HashSample, digest
 from llama_index_lora_embed.data.text import normalise
 
 _SHINGLE = 5  # words; shorter passages match by equality only, because many texts contain them by chance
 _MAX_CANDIDATES = 100  # texts that share a shingle; more is boilerplate, and comparing them all takes too long
+
+_Passage = tuple[str, str | None, str | None]  # text, id, source document
 
 
 def dataset_from_pairs(
@@ -34,6 +38,8 @@ def dataset_from_pairs(
     columns: Mapping[str, str | None] | None = None,
     split: str = "train",
     origin: str = HUMAN,
+    max_queries: int | None = None,
+    other_passages: int = 0,
 ) -> tuple[EmbeddingQAFinetuneDataset, PairsReport]:
     """Make a dataset from pairs alone. A pair with a label of 0 becomes a hard negative of its query.
 
@@ -43,17 +49,36 @@ def dataset_from_pairs(
     gets a hash appended. The corpus holds only the passages of the source, which is enough for training but makes
     retrieval look easier than it is in a whole index.
 
-    `source`, `columns` and `split` are those of `read_pairs`. All queries get `origin` in `query_origins`.
+    A source that is too large for memory can be read as a sample: of `max_queries` queries with all of their passages,
+    and of `other_passages` passages of other rows. Queries and passages are drawn by a hash of their text, so that the
+    sample is the same in any order of the rows and in any process. Memory grows with the sample alone, unless the
+    source is an iterator.
+
+    Args:
+        source: As `columns` and `split`, that of `read_pairs`.
+        columns: See there.
+        split: See there.
+        origin: What all queries get in `query_origins`.
+        max_queries: Queries to draw; None takes all.
+        other_passages: Passages to draw, beside those of these queries.
 
     Returns:
         The dataset and the report. A passage that is labelled both 0 and above 0 for the same query is an answer.
 
     Raises:
-        ConfigError: See `read_pairs`.
+        ConfigError: See `read_pairs`; or `max_queries` is below 1, or `other_passages` below 0.
         DatasetError: The source cannot be read, or it has no query with a passage that answers it.
     """
+    if not (max_queries is None or is_int(max_queries, 1)) or not is_int(other_passages, 0):
+        raise ConfigError(
+            f"max_queries={max_queries!r}, other_passages={other_passages!r}",
+            "a whole number of at least 1 or None, and one of at least 0",
+            "Leave both out to read everything.",
+        )
     found, report = read_pairs(source, columns, split)
     builder = _DatasetBuilder()
+    if max_queries is not None:
+        found = _sampled(found, max_queries, other_passages, builder, report)
     for where, pair in found:
         builder.add(pair, where, report)
     dataset = builder.build(origin, report)
@@ -62,6 +87,31 @@ def dataset_from_pairs(
     report.pairs = sum(map(len, dataset.relevant_docs.values()))
     report.negatives = sum(map(len, (dataset.hard_negatives or {}).values()))
     return dataset.check("pairs"), report
+
+
+def _sampled(
+    found: Iterator[tuple[str, Pair]],
+    max_queries: int,
+    other_passages: int,
+    builder: _DatasetBuilder,
+    report: PairsReport,
+) -> Iterator[tuple[str, Pair]]:
+    """The pairs of a sample of the queries; passages of others go into the corpus after these."""
+    pairs, passages = HashSample[Pair](max_queries), HashSample[_Passage](other_passages)
+    count = 0
+    for where, pair in found:
+        if pairs.add(normalise(pair.query), pair, where):
+            report.skip("same pair twice", where)
+        else:
+            count += 1
+        if pair.passage is not None:
+            passages.add(normalise(pair.passage), (pair.passage, pair.node_id, pair.source_document))
+    for entry in pairs:
+        count -= 1
+        yield entry
+    for _, passage in passages:
+        builder.add_passage(*passage)
+    report.skipped.update({"pair of a query that was not drawn": count} if count else {})
 
 
 class QueryLogGenerator(NodeQueryGenerator):
@@ -160,11 +210,11 @@ class _DatasetBuilder:
                 "row without passage", where, f"only the id {pair.node_id!r}; QueryLogGenerator finds it among nodes"
             )
             return
-        query_id = _digest(normalise(pair.query))
+        query_id = digest(normalise(pair.query))
         self.queries.setdefault(query_id, pair.query)
-        passage_id = self._passage_id(pair.passage, pair.node_id, pair.source_document)
+        passage_id = self.add_passage(pair.passage, pair.node_id, pair.source_document)
         for text in pair.negatives:
-            self.negatives[query_id].setdefault(self._passage_id(text))
+            self.negatives[query_id].setdefault(self.add_passage(text))
         if (query_id, passage_id, pair.score > 0) in self.seen:
             report.skip("same pair twice", where)
         self.seen.add((query_id, passage_id, pair.score > 0))
@@ -174,13 +224,14 @@ class _DatasetBuilder:
         else:
             self.negatives[query_id].setdefault(passage_id)
 
-    def _passage_id(self, text: str, given: str | None = None, source: str | None = None) -> str:
+    def add_passage(self, text: str, given: str | None = None, source: str | None = None) -> str:
+        """Put a passage into the corpus, unless its text is there; returns its id."""
         key = normalise(text)
         passage_id = self.ids_by_text.get(key)
         if passage_id is None:
-            passage_id = given or _digest(key)
+            passage_id = given or digest(key)
             if passage_id in self.corpus:  # the id of a document, whose chunks stay together
-                source, passage_id = source or passage_id, f"{passage_id}-{_digest(key)}"
+                source, passage_id = source or passage_id, f"{passage_id}-{digest(key)}"
             self.ids_by_text[key] = passage_id
             self.corpus[passage_id] = text
         if source:
@@ -205,10 +256,6 @@ class _DatasetBuilder:
             hard_negatives={i: ids for i, ids in negatives.items() if ids} or None,
             relevance_scores={i: scores for i, scores in graded.items() if scores} or None,
         )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _matches(passages: set[str], nodes: Sequence[BaseNode]) -> dict[str, set[str]]:

@@ -61,7 +61,7 @@ class Pair:
 def read_pairs(
     source: Any, columns: Mapping[str, str | None] | None = None, split: str = "train"
 ) -> tuple[Iterator[tuple[str, Pair]], PairsReport]:
-    """Read pairs one after another, after a first reading for the columns and the largest label.
+    """Read pairs one after another, after a first reading for the columns and the largest label, if there may be any.
 
     Args:
         source: One of
@@ -90,7 +90,10 @@ def read_pairs(
     largest: dict[str, float] = {}  # label by column
     labels = set()
     first = PairsReport()
-    for _, row in _rows(source, split, first):
+    known = _column_names(source, split)
+    if known and not any(column == given.get("score") or squeezed(column) in names for column in known):
+        largest = dict.fromkeys(known, 1.0)  # without labels, one reading is enough
+    for _, row in () if largest else _rows(source, split, first):
         for column, value in row.items():
             if column not in largest:
                 largest[column] = 1.0
@@ -232,6 +235,12 @@ def _choose(found: list[str], given: Mapping[str, str | None]) -> tuple[dict[str
             problems,
         )
     return chosen, negatives
+
+
+def _column_names(source: Any, split: str) -> list[str]:
+    """The columns of a Hugging Face dataset that knows them; none for other sources."""
+    found = getattr(source[split] if isinstance(source, Mapping) and split in source else source, "column_names", None)
+    return found if isinstance(found, list) else []
 
 
 def _rows(source: Any, split: str, report: PairsReport) -> Iterator[tuple[str, Mapping[str, Any]]]:

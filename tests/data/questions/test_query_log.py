@@ -1,11 +1,13 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import TextNode
@@ -240,3 +242,46 @@ def test_the_dict_of_a_generator_is_the_same_in_another_process():
         for seed in ("1", "2")
     }
     assert outputs == {f"{QueryLogGenerator([('a', 'one', 2)]).to_dict()}\n"}
+
+
+def made_up(count=300):
+    rows = [{"query": f"query {i % 100}", "passage": f"passage {i}", "negative": f"wrong {i}"} for i in range(count)]
+    return [*rows, *rows[:50]]
+
+
+def test_a_sample_has_some_queries_with_all_of_their_passages_whatever_the_order_of_the_rows():
+    whole, _ = dataset_from_pairs(made_up())
+    drawn, report = dataset_from_pairs(made_up(), max_queries=10, other_passages=40)
+    assert len(drawn.queries) == 10
+    for of in (texts_of, negatives_of):
+        assert all(sorted(texts) == sorted(of(whole)[query]) for query, texts in of(drawn).items())
+    assert 60 < len(drawn.corpus) <= 100
+    assert report.rows == 350
+    assert report.skipped["same pair twice"] > 0
+    assert report.skipped["pair of a query that was not drawn"] == 320 - report.skipped["same pair twice"]
+    shuffled = random.Random(1).sample(made_up(), 350)
+    assert dataset_from_pairs(shuffled, max_queries=10, other_passages=40)[0].order_digest() == drawn.order_digest()
+    assert len(dataset_from_pairs(made_up(), max_queries=10)[0].corpus) == 60
+    everything, report = dataset_from_pairs(made_up(), max_queries=1000)
+    assert everything.queries == whole.queries
+    assert everything.corpus == whole.corpus
+    assert report.skipped == {"same pair twice": 50}
+
+
+@pytest.mark.parametrize("wrong", [{"max_queries": 0}, {"max_queries": 1.5}, {"other_passages": -1}])
+def test_a_sample_of_no_size_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"max_queries=.*, other_passages="):
+        dataset_from_pairs(made_up(), **wrong)
+
+
+def test_a_dataset_of_the_hub_without_labels_is_read_once():
+    reads = []
+
+    def rows():
+        reads.append(1)
+        yield from made_up()
+
+    features = datasets.Features(dict.fromkeys(("query", "passage", "negative"), datasets.Value("string")))
+    stream = datasets.IterableDataset.from_generator(rows, features=features)
+    assert len(dataset_from_pairs(stream, max_queries=10)[0].queries) == 10
+    assert len(reads) == 1
