@@ -6,25 +6,19 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from llama_index_lora_embed.cli.command import ERROR, InterruptedWithHint, Outcome, command
 from llama_index_lora_embed.cli.flags import takes_config
 from llama_index_lora_embed.cli.options import (
-    ADDRESS,
-    LAUNCHER,
     LLM,
     LLM_OPTIONS,
-    MAX_FAILURES,
-    NUM_WORKERS,
     REQUIRE,
-    STORAGE,
-    USE_GPU,
     exit_code,
-    launcher_of,
     llm_of,
+    takes_launcher,
 )
 from llama_index_lora_embed.config import FinetuneConfig
 
@@ -63,6 +57,7 @@ def register(app: typer.Typer) -> None:
 
 
 @takes_config()
+@takes_launcher
 def train(
     config: FinetuneConfig,
     *,
@@ -70,12 +65,7 @@ def train(
     llm: LLM = None,
     llm_options: LLM_OPTIONS = None,
     require: REQUIRE = None,
-    launcher: LAUNCHER = None,
-    num_workers: NUM_WORKERS = None,
-    use_gpu: USE_GPU = False,
-    storage_path: STORAGE = None,
-    address: ADDRESS = None,
-    max_failures: MAX_FAILURES = None,
+    launcher: Any = None,
 ) -> Outcome:
     """Train an adapter, evaluate it against the base, and write it.
 
@@ -84,13 +74,14 @@ def train(
     """
     from llama_index_lora_embed.engines import run_finetune
     from llama_index_lora_embed.engines.dry_run import dry_run as planned
+    from llama_index_lora_embed.engines.launcher import ProcessLauncher
     from llama_index_lora_embed.evaluation import Verdict
     from llama_index_lora_embed.training.callbacks import ProgressLines
 
     if dry_run:
         plan = planned(config, llm=llm_of(llm, llm_options))
         return Outcome(plan, str(plan))
-    started_by = launcher_of(launcher, num_workers, use_gpu, storage_path, address, max_failures)
+    elsewhere = launcher is not None and not isinstance(launcher, ProcessLauncher)
     bars = sys.stderr.isatty()
     if not bars:
         config = config.replace(training=config.training.replace(show_progress_bar=False))
@@ -101,16 +92,17 @@ def train(
         result = run_finetune(
             config,
             llm=llm_of(llm, llm_options),
-            callbacks=[] if bars or launcher == "ray" else [ProgressLines()],
-            launcher=started_by,
+            callbacks=[] if bars or elsewhere else [ProgressLines()],
+            launcher=launcher,
         )
     except KeyboardInterrupt:
         again = "The same command with --resume-from-checkpoint true goes on from the last checkpoint in the storage."
-        raise InterruptedWithHint(again if launcher == "ray" else _how_to_resume(config, started)) from None
+        raise InterruptedWithHint(again if elsewhere else _how_to_resume(config, started)) from None
     return Outcome(result, str(result), *exit_code(result.comparison, require))
 
 
 @takes_config()
+@takes_launcher
 def tune(
     config: FinetuneConfig,
     *,
@@ -118,12 +110,7 @@ def tune(
     trials: Annotated[int, typer.Option(help="Choices of settings to try.")] = 20,
     folds: Annotated[int, typer.Option(help="Parts of the training data, each evaluated on once per choice.")] = 3,
     require: REQUIRE = None,
-    launcher: LAUNCHER = None,
-    num_workers: NUM_WORKERS = None,
-    use_gpu: USE_GPU = False,
-    storage_path: STORAGE = None,
-    address: ADDRESS = None,
-    max_failures: MAX_FAILURES = None,
+    launcher: Any = None,
 ) -> Outcome:
     """Choose settings of the training on folds of the training data, and train with them.
 
@@ -135,9 +122,8 @@ def tune(
 
     config = config.replace(training=config.training.replace(show_progress_bar=False))
     values = None if space is None else parse_yaml_mapping(space, "--space")
-    started_by = launcher_of(launcher, num_workers, use_gpu, storage_path, address, max_failures)
     try:
-        result = tuned(config, values, trials=trials, folds=folds, launcher=started_by, show=print)
+        result = tuned(config, values, trials=trials, folds=folds, launcher=launcher, show=print)
     except KeyboardInterrupt:
         raise InterruptedWithHint("The same command goes on with the sweep.") from None
     return Outcome(result, str(result), *exit_code(result.comparison, require))

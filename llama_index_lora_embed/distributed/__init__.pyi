@@ -3,8 +3,8 @@ from .cluster import check_storage as check_storage
 from .cluster import check_travels as check_travels
 from .cluster import check_workers as check_workers
 from .cluster import connect as connect
-from .data import PartsReport as PartsReport
 from .data import embed_dataset as embed_dataset
 from .data import generate_queries as generate_queries
 from .ingestion import ray_transform as ray_transform
+from .run import PartsReport as PartsReport
 from .training import RayLauncher as RayLauncher

@@ -89,7 +89,7 @@ def test_a_run_without_evaluation_meets_no_requirement(workplace):
     ],
 )
 def test_options_of_a_launcher_that_do_not_fit_are_refused(workplace, flags, told):
-    for command in ("train", "tune"):
+    for command in ("train", "train --dry-run", "tune"):
         done = lora_embed(f"{command} --config run.yaml {flags}")
         assert done.exit_code == 1
         assert told in done.stderr

@@ -1,15 +1,20 @@
 """Connecting to a cluster, and the checks before work is sent there."""
 
+import json
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from llama_index_lora_embed.core.errors import ClusterError, ConfigError, LoraEmbedError, OutputDirectoryError
 from llama_index_lora_embed.distributed import check_resources, check_storage, check_travels, check_workers, connect
 from llama_index_lora_embed.distributed.cluster import on_each_node
+from tests.helpers.other_cluster import cluster_of, python_with
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 
@@ -73,6 +78,32 @@ def test_a_node_without_the_package_or_with_another_version_is_named(cluster, tm
     assert caught.value.problems[0].startswith("node 0 (")
     assert named in caught.value.problems[0]
     assert "pip install" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("version", "problem"), [("0.0.1", "0.0.1"), (None, "no importable package (ModuleNotFoundError")]
+)
+def test_no_work_is_sent_to_a_cluster_with_another_version_or_without_the_package(
+    tiny_model, tmp_path, version, problem
+):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    with cluster_of(python_with(version, tmp_path / "machine")) as address:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.helpers.other_cluster", address, tiny_model, str(folder)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,  # Ray's workers import from the folder of the program that calls them
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert list(told) == ["embed_dataset", "generate_queries", "ray_transform", "run_finetune"]
+    for call, problems in told.items():
+        assert problems[0].startswith(f"node 0 (127.0.0.1): {problem}"), call
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["nodes.jsonl", "train.json", "val.json"], "neither outputs nor journals"
 
 
 def test_a_folder_that_all_can_write_is_accepted_and_left_empty(cluster, tmp_path):
