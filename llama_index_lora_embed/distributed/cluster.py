@@ -44,10 +44,14 @@ def connect(address: str | None = None, **settings: Any) -> None:
             socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
         ray.init(named, **{"log_to_driver": False, **settings})
     except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error)
+        if error.__cause__ is not None:  # Ray's own traceback, whose last line says why
+            reason += f" ({str(error.__cause__).strip().splitlines()[-1]})"
         raise ClusterError(
-            f"no connection to a Ray cluster at {named or 'this machine'!r}: {error}",
+            f"no connection to a Ray cluster at {named or 'this machine'!r}: {reason}",
             "a running cluster of the same versions of Ray and Python",
-            "Start it with `ray start --head`, name its address, or leave the address out for one on this machine.",
+            "Start it with `ray start --head`, name its address, or leave the address out for one on this machine. "
+            "Where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.",
         ) from error
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,7 +123,9 @@ class RayLauncher:
             if isinstance(result, LoraEmbedError):
                 raise result
             _take_over(fitted.checkpoint, target)
-            if not run.config.training.save_checkpoints:
+            if run.config.training.save_checkpoints:
+                place.tidy(Path(checkpoint.path).name for checkpoint, _ in fitted.best_checkpoints)
+            else:
                 place.remove()
         return replace(result, adapter_path=str(target))
 
@@ -216,6 +218,14 @@ class _Place:
         import pyarrow.fs
 
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.fs))
+
+    def tidy(self, kept: Iterable[str]) -> None:
+        """Remove the checkpoints that were written when a worker died, of which Ray does not know."""
+        names = set(kept)
+        for entry in self.fs.ls(f"{self.folder}/{self.name}", detail=True):
+            name = Path(entry["name"]).name
+            if entry["type"] == "directory" and name.startswith("checkpoint_") and name not in names:
+                self.fs.rm(entry["name"], recursive=True)
 
     def remove(self) -> None:
         """Remove all of it."""

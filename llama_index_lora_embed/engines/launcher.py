@@ -172,9 +172,12 @@ class ProcessLauncher:
             "llama_index_lora_embed.engines.launched",
             str(folder),
         ]
+        env = {**os.environ, "PYTHONPATH": path}
+        # torch keeps one store for all tries, in which a new process may find the address of a dead one and wait for it
+        env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         told = False
         # a session of its own: the terminal sends Ctrl-C to a whole group, and a second signal would stop at once
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=2, start_new_session=True)
+        process = subprocess.Popen(command, env=env, stdout=2, start_new_session=True)
         try:
             while process.poll() is None:
                 if stop.signal is not None and not told:

@@ -1,6 +1,7 @@
 """Runs on Ray Train: the adapter of an undisturbed run after a lost worker, a lost driver, and on an object store."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def calm(cluster, tiny_model, tmp_path_factory):
     """An undisturbed run of two gloo workers: its result, its folder, and the progress that it told."""
     folder, told = tmp_path_factory.mktemp("calm"), []
     result = run_finetune(tiny_config(tiny_model, folder), launcher=RayLauncher(2, show=told.append))
+    assert result.best_step > 0, "otherwise adapters would be equal because they are untrained"
     return result, folder, told
 
 
@@ -30,7 +32,6 @@ def calm(cluster, tiny_model, tmp_path_factory):
 def test_two_workers_train_and_the_caller_gets_adapter_result_and_progress(calm):
     result, folder, told = calm
     assert result.steps == 18
-    assert result.best_step > 0
     assert result.adapter_path == str(folder / "adapter")
     assert len(result.compare().base.per_query) == 20
     assert told[0].startswith("step 0 of 18: ")
@@ -57,8 +58,27 @@ def test_a_run_goes_on_after_more_failures_than_it_may_have(calm, tiny_model, tm
     resumed = config.replace(output=config.output.replace(resume_from_checkpoint=True))
     run_finetune(resumed, launcher=launcher)
     assert files_of(tmp_path / "adapter") == files_of(calm[1] / "adapter")
-    assert len(list((tmp_path / "storage" / "handbook").glob("checkpoint_*"))) == 2
+    kept = [path for path in (tmp_path / "storage" / "handbook").iterdir() if path.is_dir()]
+    assert len(kept) == 2, "nor is there one of which Ray does not know"
     assert _Place.of(str(tmp_path / "storage"), "handbook", resume=False).name == "handbook-2", "a new run is another"
+
+
+@pytest.mark.slow
+def test_a_killed_driver_costs_nothing_of_the_adapter(calm, tiny_model, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from llama_index_lora_embed import run_finetune; "
+        "from llama_index_lora_embed.distributed import RayLauncher, connect; "
+        "from tests.helpers.launched_training import KillOnce, tiny_config; folder = Path(sys.argv[2]); "
+        "connect(num_cpus=2, object_store_memory=100_000_000); kill = KillOnce(folder, 0, 7, of_parent=True); "
+        "run_finetune(tiny_config(sys.argv[1], folder), launcher=RayLauncher(2), callbacks=[kill])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tiny_model, str(tmp_path)], cwd=ROOT, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    told = []
+    config = tiny_config(tiny_model, tmp_path, resume_from_checkpoint=True)
+    run_finetune(config, launcher=RayLauncher(2, show=told.append))
+    assert files_of(tmp_path / "adapter") == files_of(calm[1] / "adapter")
+    assert not [line for line in told if line.startswith("step 5 of 18: loss")], "these steps are not trained again"
 
 
 @pytest.mark.slow

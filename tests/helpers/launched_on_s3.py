@@ -20,7 +20,7 @@ def main() -> None:
     config = tiny_config(model, folder / "killed", save_checkpoints=True)
     run_finetune(config, launcher=launcher, callbacks=[KillOnce(folder / "killed", 1, 5)])
     assert [path for path in fs.find("bucket/runs") if path.endswith("optimizer.pt")], "checkpoints are kept"
-    run_finetune(tiny_config(model, folder / "calm"), launcher=RayLauncher(2))
+    assert run_finetune(tiny_config(model, folder / "calm"), launcher=RayLauncher(2)).best_step > 0
     assert files_of(folder / "killed" / "adapter") == files_of(folder / "calm" / "adapter")
     steps = (folder / "killed" / "killed-1").read_text()
     ray.shutdown()

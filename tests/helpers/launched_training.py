@@ -25,7 +25,7 @@ def tiny_config(model: str, folder: Path, **arguments) -> FinetuneConfig:
         "show_progress_bar": False,
         "device": "cpu",
         "precision": "fp32",
-        "learning_rate": 5e-3,
+        "learning_rate": 2e-2,
         "epochs": 2,
         "batch_size": 4,
         "checkpoint_save_steps": 2,

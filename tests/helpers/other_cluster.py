@@ -1,13 +1,12 @@
 """A cluster whose machine has another version of the package, or none, and the calls that send work there.
 
-As a program: ADDRESS MODEL FOLDER. It prints by call, as JSON, the problems of the error that each call raises.
+As a program: ADDRESS MODEL FOLDER. It prints, as JSON, the error that each call raises.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -42,10 +41,11 @@ def cluster_of(python: Path) -> Iterator[str]:
     port, folder = free_port(), tempfile.mkdtemp(prefix="ray-")  # sockets lie there, whose paths must be short
     options = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--temp-dir={folder}"]
     options += ["--include-dashboard=false", "--object-store-memory=100000000", "--block"]
+    env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
     command = [str(python), "-m", "ray.scripts.scripts", "start", *options]
-    with subprocess.Popen(command, cwd=folder, env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}) as node:
+    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as node:
         try:
-            until(lambda: socket.create_connection(("127.0.0.1", port), timeout=1).close() or True, 60, "a cluster")
+            until(lambda: "Ray runtime started" in node.stdout.readline(), 120, "a cluster")
             yield f"127.0.0.1:{port}"
         finally:
             node.terminate()
@@ -85,7 +85,7 @@ def main() -> None:
         try:
             told[name] = f"no error: {call()}"
         except ClusterError as error:
-            told[name] = error.problems
+            told[name] = str(error)
     print(json.dumps(told))
 
 
