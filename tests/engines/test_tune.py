@@ -24,10 +24,10 @@ CONFIG = {"batch_size": 16, "epochs": 1, "lora_config": None, "evaluation_steps"
 
 @pytest.fixture(scope="module")
 def calm(tiny_model, tmp_path_factory):
-    """An undisturbed sweep of three trials on two folds: its result, its folder, and the lines that it told."""
+    """An undisturbed sweep of three trials on two folds: result, folder, lines, and the adapter as it was then."""
     folder, told = tmp_path_factory.mktemp("calm"), []
     result = tune(tiny_config(tiny_model, folder, **CONFIG), SPACE, trials=3, folds=2, show=told.append)
-    return result, folder, told
+    return result, folder, told, files_of(folder / "adapter")
 
 
 def plain(trials):
@@ -36,7 +36,7 @@ def plain(trials):
 
 @pytest.mark.slow
 def test_a_sweep_trains_with_the_settings_that_are_best_on_the_folds(calm):
-    result, folder, told = calm
+    result, folder, told, _ = calm
     assert len(result.trials) == 3
     best = max(result.trials, key=lambda trial: np.mean(trial.tuned))
     assert result.values == best.values
@@ -52,7 +52,7 @@ def test_a_sweep_trains_with_the_settings_that_are_best_on_the_folds(calm):
 
 @pytest.mark.slow
 def test_the_verdict_is_on_data_that_had_no_part_in_any_choice(calm):
-    result, _, _ = calm
+    result, *_ = calm
     assert result.comparison.queries == 20, "the validation data"
     chosen_on = result.result.val_dataset
     assert chosen_on is not None
@@ -67,7 +67,7 @@ def result_queries(calm):
 
 @pytest.mark.slow
 def test_a_finished_sweep_trains_no_trial_again(tiny_model, calm):
-    result, folder, _ = calm
+    result, folder, *_ = calm
     again, told = None, []
     again = tune(tiny_config(tiny_model, folder, **CONFIG), SPACE, trials=2, folds=2, show=told.append)
     assert plain(again.trials) == plain(result.trials)[:2]
@@ -95,7 +95,7 @@ def test_a_killed_sweep_ends_as_it_would_have_ended(tiny_model, tmp_path, calm):
         process.wait()
     result = tune(tiny_config(tiny_model, tmp_path, **CONFIG), SPACE, trials=3, folds=2)
     assert plain(result.trials) == plain(calm[0].trials)
-    assert files_of(tmp_path / "adapter") == files_of(calm[1] / "adapter")
+    assert files_of(tmp_path / "adapter") == calm[3]
 
 
 @pytest.mark.slow
