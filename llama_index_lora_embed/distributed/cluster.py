@@ -35,11 +35,11 @@ def connect(address: str | None = None, **settings: Any) -> None:
     """
     if ray.is_initialized():
         return
-    named = address or os.environ.get("RAY_ADDRESS")
-    if named in (None, "local"):  # no port is opened, and no pages are served, unless asked for
+    named = address or os.environ.get("RAY_ADDRESS") or "local"  # Ray itself would join a cluster that others left
+    if named == "local":  # no port is opened, and no pages are served, unless asked for
         settings = {"include_dashboard": False, **settings}
     try:
-        if named and ":" in named:  # Ray itself tries for minutes, and may end the process
+        if ":" in named:  # Ray itself tries for minutes, and may end the process
             host, _, port = named.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
         ray.init(named, **{"log_to_driver": False, **settings})
@@ -48,7 +48,7 @@ def connect(address: str | None = None, **settings: Any) -> None:
         if error.__cause__ is not None:  # Ray's own traceback, whose last line says why
             reason += f" ({str(error.__cause__).strip().splitlines()[-1]})"
         raise ClusterError(
-            f"no connection to a Ray cluster at {named or 'this machine'!r}: {reason}",
+            f"no connection to a Ray cluster at {named!r}: {reason}",
             "a running cluster of the same versions of Ray and Python",
             "Start it with `ray start --head`, name its address, or leave the address out for one on this machine. "
             "Where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.",

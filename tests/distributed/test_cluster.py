@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -31,6 +32,21 @@ except ClusterError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert f"no connection to a Ray cluster at {address!r}" in done.stdout, done.stderr
     assert "ray start --head" in done.stdout
+
+
+def test_without_an_address_a_cluster_that_others_left_is_not_joined():
+    code = """
+import ray
+from llama_index_lora_embed.distributed import connect
+connect(num_cpus=1, object_store_memory=100_000_000)
+print("CPUs:", ray.cluster_resources()["CPU"])
+"""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets lie there, whose paths must be short
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=env)
+    assert "CPUs: 1.0" in done.stdout, done.stderr
 
 
 def test_a_connected_process_stays_connected(cluster):
