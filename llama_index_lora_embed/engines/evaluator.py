@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from llama_index_lora_embed.config import TrainingSettings
+from llama_index_lora_embed.core.memory import return_freed_memory
 from llama_index_lora_embed.data.dataset import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.data.training_data import TrainingData
 from llama_index_lora_embed.embedding.encode import Task, Vectors, encode
@@ -22,7 +23,6 @@ from llama_index_lora_embed.models.kernels.precision import autocast, resolve_pr
 from llama_index_lora_embed.models.tokens import check_texts, count_tokens
 from llama_index_lora_embed.training.checkpointing.selection import Subset
 from llama_index_lora_embed.training.lora import merged_adapter
-from llama_index_lora_embed.training.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

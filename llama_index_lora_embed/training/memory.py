@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -71,16 +69,6 @@ def highest_memory_mb(device: torch.device) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def return_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library is glibc.
-
-    glibc keeps it for the thread that freed it: after an evaluation of tenk_train with MiniLM on two threads, 235 to
-    500 MB that training on the main thread cannot use.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _machine_bytes() -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from llama_index_lora_embed.core.memory import return_freed_memory
 from llama_index_lora_embed.models.kernels.activations import Activations
 from llama_index_lora_embed.training.efficiency.frozen_layers import TEXT_IDS, HiddenStateCache
 
@@ -162,6 +163,7 @@ class KeptActivations:
         """Drop what is kept, after a step, so that an evaluation does not find its memory taken."""
         self._learn()
         self.activations.free()
+        return_freed_memory()
 
     def _learn(self) -> None:
         if self._tokens and self._tokens >= self._most:
