@@ -94,10 +94,10 @@ def test_jobs_on_ray_survive_kills_and_hear_wishes(tiny_model, tmp_path, forks, 
         before = checkpoint_of(first)
         until(lambda: checkpoint_of(first) > before, 180, "more steps")
         api("POST", f"/v1/finetune/{first}/pause")
-        until(lambda: status_of(api, first) in ("paused", "succeeded"), 60, "a pause")
+        until(lambda: status_of(api, first) in ("paused", "completed"), 60, "a pause")
         assert status_of(api, first) == "paused"
         api("POST", f"/v1/finetune/{first}/resume")
-        until(lambda: status_of(api, first) == "succeeded", 240, "the end")
+        until(lambda: status_of(api, first) == "completed", 240, "the end")
         assert not processes_of(waiting), "its Ray Job was stopped"
     with Services(settings_of(env)) as services:
         job = services.jobs.get(first)
