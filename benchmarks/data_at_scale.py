@@ -21,12 +21,12 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
+from memory import Measured
 
 from llama_index_lora_embed.config import QueryFilterSettings
 from llama_index_lora_embed.data import (
@@ -97,28 +97,11 @@ def measure(count: int) -> dict[str, object]:
     }
 
 
-def anonymous_mb() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-
 def measured(work: Callable[[], int]) -> dict[str, float]:
-    """Seconds, megabytes above those before, and what the work returns."""
-    before = peak = anonymous_mb()
-    over = threading.Event()
-
-    def look() -> None:
-        nonlocal peak
-        while not over.wait(0.02):
-            peak = max(peak, anonymous_mb())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    started = time.process_time()
-    found = work()
-    over.set()
-    thread.join()
-    return {"seconds": round(time.process_time() - started, 1), "mb": round(peak - before), "found": found}
+    """Seconds of the processor, megabytes above those before, and what the work returns."""
+    with Measured() as run:
+        found = work()
+    return {"seconds": round(run.figures["processor"], 1), "mb": round(run.figures["mb"]), "found": found}
 
 
 def rows_file(folder: str, count: int, words: int) -> Path:

@@ -22,13 +22,13 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from memory import Measured
 
 DIMENSIONS = 384
 
@@ -98,34 +98,6 @@ def write_clustered(folder: Path, queries: int, passages: int) -> None:
         file[start : start + len(block)] = block / np.linalg.norm(block, axis=1, keepdims=True)
     near = file[:queries] + 0.06 * rng.standard_normal((queries, DIMENSIONS), dtype=np.float32)
     np.save(folder / "queries.npy", near / np.linalg.norm(near, axis=1, keepdims=True))
-
-
-class Measured:
-    """Seconds by the clock and of the processor, and the most memory held at a time in MB beyond the start."""
-
-    def __enter__(self) -> Measured:
-        self.times = time.perf_counter(), time.process_time()
-        self.start = self.peak = _anonymous()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._over.wait(0.02):
-            self.peak = max(self.peak, _anonymous())
-
-    def __exit__(self, *_: object) -> None:
-        by_clock, of_processor = time.perf_counter() - self.times[0], time.process_time() - self.times[1]
-        self._over.set()
-        self._thread.join()
-        mb = max(self.peak, _anonymous()) - self.start
-        self.figures = {"seconds": by_clock, "processor": of_processor, "mb": mb}
-
-
-def _anonymous() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def on_disk(folder: Path) -> None:

@@ -19,7 +19,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
 from llama_index.core.schema import TextNode
+from memory import Measured, anonymous_mb
 
 from llama_index_lora_embed.config import LLMSettings
 from llama_index_lora_embed.data import LLMQueryGenerator
@@ -113,11 +113,6 @@ def write_nodes(folder: Path, count: int, words: int) -> Path:
     return path
 
 
-def anonymous_mb() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-
 def rate(folder: Path, nodes_per_part: float, workers: int) -> float:
     """Nodes per second from the first file of each worker to the last."""
     times = sorted(path.stat().st_mtime for path in folder.glob("part-*.parquet"))
@@ -143,22 +138,10 @@ def driver(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = write_nodes(Path(folder), count, 20)
         embed_dataset(source, MadeUp(), Path(folder) / "first", part_bytes=source.stat().st_size)  # what is loaded once
-        before = peak = anonymous_mb()
-        over = threading.Event()
-
-        def look() -> None:
-            nonlocal peak
-            while not over.wait(0.05):
-                peak = max(peak, anonymous_mb())
-
-        thread = threading.Thread(target=look)
-        thread.start()
-        started = time.perf_counter()
-        report = embed_dataset(source, MadeUp(), Path(folder) / "out", num_workers=1, part_bytes=1 << 18)
-        over.set()
-        thread.join()
-        seconds = time.perf_counter() - started
-    print(f"{count} nodes in {report.parts} parts: {before:.0f} MB before, {peak:.0f} MB at most, {seconds:.0f} s")
+        with Measured() as run:
+            report = embed_dataset(source, MadeUp(), Path(folder) / "out", num_workers=1, part_bytes=1 << 18)
+    of_driver = f"{run.start:.0f} MB before, {run.peak:.0f} MB at most, {run.figures['seconds']:.0f} s"
+    print(f"{count} nodes in {report.parts} parts: {of_driver}")
 
 
 def journal(count: int) -> None:
