@@ -54,7 +54,7 @@ def run_one(job: Job, python: str, timeout: float | None) -> Run:
     job_file, log_file = folder / "job.json", folder / "log.txt"
     job_file.write_text(json.dumps(job.to_dict()), encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     if job.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if job.threads:

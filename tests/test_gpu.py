@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
 
 from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.core.errors import DeviceMemoryError
-from tests.architectures import qwen3
+from llama_index_lora_embed.models.kernels import cuda_graphs
+from tests.architectures import ARCHITECTURES, qwen3
 from tests.conftest import make_dataset, make_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -89,6 +92,76 @@ def test_batch_size_auto_finds_what_fits(minilm, tmp_path, little_memory, caplog
     with caplog.at_level("INFO", "llama_index_lora_embed"):
         engine(minilm, tmp_path / "run", **settings).finetune()
     assert "batch_size='auto' uses StepSize(batch_size=32" in caplog.text
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The CUDA graphs that are recorded."""
+    made = []
+
+    def noting(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        made.append(self)
+
+    original = cuda_graphs._Recording.__init__
+    monkeypatch.setattr(cuda_graphs._Recording, "__init__", noting)
+    return made
+
+
+def weights(path):
+    return load_file(path / "adapter_model.safetensors")
+
+
+def trained(model, path, **kwargs):
+    """Weights after the last step, and the losses."""
+    accumulation = kwargs.pop("gradient_accumulation_steps", 1)
+    made = engine(model, path, precision="fp32", val_fraction=0, val_dataset=None, learning_rate=1e-3, **kwargs)
+    made.finetune(logging_steps=1, gradient_accumulation_steps=accumulation)
+    return weights(path)
+
+
+def apart(one, other):
+    """The largest difference of two adapters' weights, relative to the largest weight."""
+    assert one.keys() == other.keys()
+    scale = max(float(weight.abs().max()) for weight in other.values())
+    return max(float((one[name] - other[name]).abs().max()) for name in one) / scale
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_recorded_passes_train_like_others(name, tmp_path, recordings):
+    model = ARCHITECTURES[name].make(tmp_path / "base")
+    kwargs = {"trust_remote_code": True, "epochs": 6}
+    graphs = trained(model, tmp_path / "graphs", **kwargs)
+    recorded = len(recordings)
+    plain = trained(model, tmp_path / "plain", cuda_graphs=False, fused_decoder=False, **kwargs)
+    assert len(recordings) == recorded
+    assert apart(graphs, plain) < 0.02
+    assert name not in {"bert", "roberta", "qwen3", "qwen3-right", "llama", "mistral"} or recorded > 1
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"objective": ObjectiveSettings(mini_batch_size=3)},
+        {"lora_layers": 0.5},
+        {"batch_size": 7},
+    ],
+)
+def test_recorded_passes_in_chunks_and_accumulated(kwargs, minilm, tmp_path, recordings):
+    graphs = trained(minilm, tmp_path / "graphs", **kwargs)
+    assert recordings
+    assert apart(graphs, trained(minilm, tmp_path / "plain", cuda_graphs=False, **kwargs)) < 0.02
+
+
+def test_what_differs_in_each_pass_is_not_recorded(tiny_model, tmp_path, recordings):
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules=["query"])
+    engine(tiny_model, tmp_path / "a", lora_config=config).finetune()
+    engine(tiny_model, tmp_path / "b", base_dropout=True).finetune()
+    assert not recordings
+    result = engine(tiny_model, tmp_path / "c").finetune()
+    assert recordings
+    assert result.best_step > 0
 
 
 def test_a_base_in_4_bits_is_trained_and_served_in_full_precision(tmp_path):

@@ -8,8 +8,8 @@ as well, are counted separately; where it evaluates on the test set, as (a) does
 Tokens are those of the texts in an epoch, including prompts and special tokens, with each text truncated at the model's
 `max_seq_length` and without padding. A text in two rows counts twice, because a trainer that encodes rows computes it
 twice. Tokens per second are these tokens divided by the time from the first step to the last. `tokens_embedded` is a
-second count, taken at the embedding table; it is lower where hidden states of frozen layers are cached, higher where a
-step is computed twice, and should equal the first count otherwise.
+second count, taken at the embedding table, on processors alone; it is lower where hidden states of frozen layers are
+cached, higher where a step is computed twice, and should equal the first count otherwise.
 
 Memory is the peak of the process, on a GPU the peak of torch's allocations, with a contender's own evaluations. Those
 of the curve alone are left out on Linux, where a peak can be forgotten (/proc/self/clear_refs, after what they freed
@@ -174,7 +174,7 @@ class Recorder:
         """Call before the first step; tokens are counted at this model's embedding table from here on."""
         self._round += 1
         table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        if table is not None:
+        if table is not None and not torch.cuda.is_available():  # CUDA graphs would not show it each pass
             table.register_forward_pre_hook(self._count)
         self._counting = True
         self.event("train_begin", **self.facts)

@@ -30,6 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "base-dropout": {"base_dropout": True},
     "pefts-lora": {"fused_lora": False},
     "torchs-attention": {"fused_attention": False},
+    "no-graphs": {"cuda_graphs": False},
+    "plain-decoder": {"fused_decoder": False},
     "whole-batch": {"objective": ObjectiveSettings(mini_batch_size=None)},
     "frozen-each-time": {"lora_layers": 0.5, "frozen_cache_mb": 0},
     # other settings

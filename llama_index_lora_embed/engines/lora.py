@@ -56,7 +56,7 @@ class LoraFinetuneEngine:
 
     It takes the arguments of llama-index-finetuning's `SentenceTransformersFinetuneEngine` in the same order, and turns
     them into a `FinetuneConfig`, which documents every one of them under the same name. Two defaults differ from the
-    old engine's: `batch_size` is 64 (was 10: the other passages of a batch are the negatives), `epochs` is 5 (was 2).
+    old engine's: `batch_size` is 64 (was 10: the other passages of a batch are the negatives), `epochs` is 3 (was 2).
     Without a `val_dataset` a tenth of the queries is held out.
 
     Tuning both sides gained most, with 100 and 300 labels of medquad queries alone. Where an index must keep its
@@ -138,6 +138,8 @@ class LoraFinetuneEngine:
         base_dropout: bool = _T.base_dropout,
         fused_lora: bool = _T.fused_lora,
         fused_attention: bool = _T.fused_attention,
+        fused_decoder: bool = _T.fused_decoder,
+        cuda_graphs: bool = _T.cuda_graphs,
         frozen_cache_mb: float = _T.frozen_cache_mb,
         memory_mb: int | Literal["auto"] = _T.memory_mb,
         val_fraction: float = _C.data.val_fraction,

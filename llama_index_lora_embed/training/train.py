@@ -18,10 +18,8 @@ from transformers import TrainerCallback, set_seed
 from llama_index_lora_embed.config import FinetuneConfig, TrainingSettings
 from llama_index_lora_embed.core.errors import warn_user
 from llama_index_lora_embed.data.training_data import TrainingData
-from llama_index_lora_embed.models.kernels.attention import blocked_attention
-from llama_index_lora_embed.models.kernels.lora import fused_lora
-from llama_index_lora_embed.models.kernels.packing import packed_layers
 from llama_index_lora_embed.models.kernels.precision import resolve_precision, settle_precision
+from llama_index_lora_embed.models.kernels.step import training_kernels
 from llama_index_lora_embed.training import distributed
 from llama_index_lora_embed.training.arguments import recomputes_activations, training_arguments
 from llama_index_lora_embed.training.auto_batch_size import StepSize, largest_that_fits
@@ -195,12 +193,8 @@ def train(
     with ExitStack() as stack:
         if cache is not None:
             stack.callback(cache.store.close)
-        if settings.fused_lora:
-            stack.enter_context(fused_lora(model))
-        if settings.fused_attention:
-            stack.enter_context(blocked_attention(model))
-            if not checkpointing:  # which computes layers again outside of their pass
-                stack.enter_context(packed_layers(model))
+        processes = distributed.world_size()
+        stack.enter_context(training_kernels(model, settings, recomputes=checkpointing, processes=processes))
         bound_memory(model, plan, settings.memory_mb)
         stack.enter_context(stop)
         done = False
@@ -261,6 +255,8 @@ def _hidden_state_cache(
     """
     loss, args = plan.inputs["loss"], trainer.args
     if not isinstance(loss, MaskedInfoNCELoss) or not settings.frozen_cache_mb or settings.base_dropout:
+        return None
+    if model.device.type != "cpu":  # others compute the frozen layers sooner than they fetch their outputs
         return None
     if recomputes_activations(args):
         return None
