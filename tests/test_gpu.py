@@ -114,9 +114,11 @@ def weights(path):
 
 def trained(model, path, **kwargs):
     """Weights after the last step, and the losses."""
-    accumulation = kwargs.pop("gradient_accumulation_steps", 1)
+    arguments = {
+        name: kwargs.pop(name) for name in ("gradient_accumulation_steps", "gradient_checkpointing") if name in kwargs
+    }
     made = engine(model, path, precision="fp32", val_fraction=0, val_dataset=None, learning_rate=1e-3, **kwargs)
-    made.finetune(logging_steps=1, gradient_accumulation_steps=accumulation)
+    made.finetune(logging_steps=1, **arguments)
     return weights(path)
 
 
@@ -146,12 +148,44 @@ def test_recorded_passes_train_like_others(name, tmp_path, recordings):
         {"objective": ObjectiveSettings(mini_batch_size=3)},
         {"lora_layers": 0.5},
         {"batch_size": 7},
+        {"batch_size": 128, "data": make_dataset(passages=128)},  # two chunks of one shape
     ],
 )
 def test_recorded_passes_in_chunks_and_accumulated(kwargs, minilm, tmp_path, recordings):
     graphs = trained(minilm, tmp_path / "graphs", **kwargs)
     assert recordings
     assert apart(graphs, trained(minilm, tmp_path / "plain", cuda_graphs=False, **kwargs)) < 0.02
+
+
+def test_a_decoder_computes_its_layers_again(tmp_path, recordings):
+    model = qwen3(tmp_path / "base")
+    found = trained(model, tmp_path / "a", gradient_checkpointing=True)
+    assert not recordings
+    assert apart(found, trained(model, tmp_path / "b", cuda_graphs=False, fused_decoder=False)) < 0.02
+
+
+def test_after_a_broken_recording_everything_goes_on(tiny_model, tmp_path, monkeypatch, caplog):
+    from transformers.models.bert.modeling_bert import BertLayer
+
+    own = BertLayer.forward
+
+    def reading(self, hidden_states, *args, **kwargs):
+        if torch.cuda.is_current_stream_capturing():  # not before, so that the recording has begun
+            hidden_states.sum().item()
+        return own(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(BertLayer, "forward", reading)
+    stream = torch.cuda.current_stream()
+    with caplog.at_level("INFO", "llama_index_lora_embed"):
+        broken = trained(tiny_model, tmp_path / "a")
+    assert "no CUDA graphs from here on" in caplog.text
+    assert torch.cuda.current_stream() == stream
+    monkeypatch.undo()
+    held = torch.cuda.memory_reserved()
+    torch.empty(1 << 28, device="cuda")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held + (1 << 21)
+    assert apart(broken, trained(tiny_model, tmp_path / "b")) < 0.02
 
 
 def test_what_differs_in_each_pass_is_not_recorded(tiny_model, tmp_path, recordings):

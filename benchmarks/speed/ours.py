@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "whole-batch": {"objective": ObjectiveSettings(mini_batch_size=None)},
     "frozen-each-time": {"lora_layers": 0.5, "frozen_cache_mb": 0},
     # other settings
-    "quality": {"window": 512, "batch_size": 64, "epochs": 5, "lora_layers": 0.66, "val_fraction": 0.0},
+    "quality": {"window": 512, "epochs": 5, "learning_rate": 1e-3, "val_fraction": 0.0},
     "upper-half": {"lora_layers": 0.5},
     "windows": {"window": 192},
     "short": {"epochs": 2},

@@ -60,11 +60,11 @@ def emulated() -> SimpleNamespace:
         CUDAGraph=Graph,
         graph=record,
         graph_pool_handle=object,
-        Stream=lambda: stream,
+        Stream=lambda device: stream,
         current_stream=lambda: stream,
         stream=lambda stream: nullcontext(),
+        set_stream=lambda stream: None,
         empty_cache=lambda: None,
         memory_allocated=lambda: 0,
-        memory_reserved=lambda: 0,
         mem_get_info=lambda: (1 << 30, 1 << 30),
     )

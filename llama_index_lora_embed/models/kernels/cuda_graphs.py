@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,9 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, cuda, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import import_utils
 
 from llama_index_lora_embed.models.kernels.attention import NAME
 from llama_index_lora_embed.models.kernels.decoders import FAMILIES
@@ -31,9 +35,15 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
+aten: Any = torch.ops.aten
 _DEVICE = "cuda"
+_READ = "last_hidden_state"
 _TAKEN = {"input_ids", "attention_mask", "token_type_ids"}
 _MOST = 16  # recordings; passes of further shapes are computed as always
+_LOCK = threading.Lock()  # one recording at a time: each waits for the whole GPU first
+# operations that wait for the GPU, and those that copy to it where their tensors are on two devices
+_WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim}
+_COPIES = {aten._to_copy, aten.copy_}
 _ROOM = 2.5  # passes for which there must be memory: a recording's own, and one of another shape
 _TEXTS, _SHORT, _LONG = 8, 16, 64  # multiples that are padded to: texts, tokens up to 128, tokens beyond
 
@@ -49,11 +59,13 @@ def cuda_graphs(model: SentenceTransformer) -> Iterator[bool]:
         Whether it was; not on other devices.
     """
     transformer: Any = model.transformers_model
+    read: Any = getattr(model[0], "modality_config", {}).get("text", {}) if len(model) else {}
     if model.device.type != _DEVICE or transformer is None or "forward" in transformer.__dict__:
-        yield False
-        return
-    causal = is_causal(transformer, model.max_seq_length)
-    if not causal and getattr(model.tokenizer, "padding_side", "right") == "left":
+        can = False
+    else:  # another output than the last hidden states would be missing
+        can = read.get("method_output_name") == _READ and not getattr(transformer.config, "output_hidden_states", False)
+    causal = can and is_causal(transformer, model.max_seq_length)
+    if not can or (not causal and getattr(model.tokenizer, "padding_side", "right") == "left"):
         yield False
         return
     transformer.forward = _RecordedForward(transformer, causal)
@@ -70,7 +82,8 @@ def is_causal(transformer: nn.Module, tokens: int | None) -> bool:
     attention = [module.is_causal for module in transformer.modules() if hasattr(module, "is_causal")]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return (
-        type(transformer).__name__ in {f"{family}Model" for family in FAMILIES}
+        type(transformer).__module__.startswith("transformers.models.")
+        and type(transformer).__name__ in {f"{family}Model" for family in FAMILIES}
         and config._attn_implementation in {"sdpa", NAME}
         and all(attention)
         and getattr(config, "is_causal", True) is not False
@@ -131,31 +144,31 @@ class _Recording:
 
     def __init__(self, forward: _RecordedForward, inputs: dict[str, Tensor], given: dict[str, Any], pool: Any) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
-        self.parameters = [parameter for parameter in forward.transformer.parameters() if parameter.requires_grad]
+        self.parameters = forward.trained()
+        self.places = [parameter.data_ptr() for parameter in self.parameters]
         self.graphs = cuda.CUDAGraph(), cuda.CUDAGraph()
         options: dict[str, Any] = {"pool": pool, "stream": forward.stream, "capture_error_mode": "thread_local"}
-        forward.stream.wait_stream(cuda.current_stream())
-        with cuda.stream(forward.stream):  # libraries prepare themselves for a stream, which cannot be recorded
-            states = forward.states(self.inputs, given)
-            torch.autograd.grad(states, self.parameters, torch.zeros_like(states), allow_unused=True)
-            del states
-        cuda.current_stream().wait_stream(forward.stream)
-        with _no_garbage_collection():
-            with cuda.graph(self.graphs[0], **options):
-                states = forward.states(self.inputs, given)
-            self.incoming = torch.zeros_like(states)
-            with cuda.graph(self.graphs[1], **options):
-                found = torch.autograd.grad(states, self.parameters, self.incoming, allow_unused=True)
-                # laid out like the parameters, as fused optimizers need it
-                self.gradients = [None if gradient is None else gradient.contiguous() for gradient in found]
+        with _leaves_of_its_own(forward.transformer) as leaves:
+            forward.stream.wait_stream(cuda.current_stream())
+            with cuda.stream(forward.stream):  # libraries prepare themselves for a stream, which cannot be recorded
+                with _Legal(), _transformers_records():  # type: ignore[no-untyped-call]
+                    states = forward.states(self.inputs, given)
+                _gradients(states, leaves, torch.zeros_like(states))
+                del states
+            cuda.current_stream().wait_stream(forward.stream)
+            with _no_garbage_collection():
+                with cuda.graph(self.graphs[0], **options):
+                    states = forward.states(self.inputs, given)
+                self.incoming = torch.zeros_like(states)
+                with cuda.graph(self.graphs[1], **options):
+                    self.gradients = _gradients(states, leaves, self.incoming)
         self.states = states.detach()
         # what the graphs read must stay where it is
         self.memory = [value.data for value in (*forward.transformer.parameters(), *forward.transformer.buffers())]
-        self.places = [parameter.data_ptr() for parameter in self.parameters]
 
-    def reads_current_weights(self) -> bool:
-        """Whether the trained parameters are still where they were."""
-        return [parameter.data_ptr() for parameter in self.parameters] == self.places
+    def trains(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether these are its parameters, where they were when it was made."""
+        return [parameter.data_ptr() for parameter in parameters] == self.places
 
     def replay(self, inputs: dict[str, Tensor]) -> Tensor:
         """The last layer's hidden states [texts, tokens, width], which the next replay overwrites."""
@@ -179,6 +192,48 @@ class _Recording:
                 parameter.grad = copy
 
 
+def _gradients(states: Tensor, leaves: list[nn.Parameter], incoming: Tensor) -> list[Tensor | None]:
+    """Gradients of the leaves, laid out like them, as fused optimizers need it."""
+    with torch.autocast(_DEVICE, enabled=False):
+        found = torch.autograd.grad(states, leaves, incoming, allow_unused=True)
+        return [None if gradient is None else gradient.contiguous() for gradient in found]
+
+
+@contextmanager
+def _leaves_of_its_own(transformer: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Within it the trained parameters are other leaves with the same memory; yields them, each once.
+
+    autograd remembers on which stream a leaf was first used, as long as a graph of that pass is alive, and to wait for
+    that stream would end a recording.
+    """
+    own: dict[nn.Parameter, nn.Parameter] = {}
+    places = [
+        (module, name, parameter)
+        for module in transformer.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = own.setdefault(parameter, nn.Parameter(parameter.detach()))
+        yield list(own.values())
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+class _Legal(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises at operations that wait for the GPU or copy from the processor, which would break a recording."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        devices = {value.device.type for value in tree_leaves((args, result)) if isinstance(value, Tensor)}
+        copies = function.overloadpacket in _COPIES and len(devices) > 1
+        if copies or (function.overloadpacket in _WAITING and _DEVICE in devices):
+            raise RuntimeError(f"{function} cannot be recorded")
+        return result
+
+
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Within it no object dies in a cycle: to free its memory on the GPU would end a recording."""
@@ -192,6 +247,17 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _transformers_records() -> Iterator[None]:
+    """Within it transformers takes the path of a recording, which reads no masks."""
+    before = import_utils.is_cuda_stream_capturing
+    import_utils.is_cuda_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        import_utils.is_cuda_stream_capturing = before
+
+
 class _Replay(torch.autograd.Function):
     """A recorded pass; arguments of `apply`: a tensor that requires gradients, the recording, its inputs and user."""
 
@@ -202,6 +268,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        if ctx.user is None:
+            raise RuntimeError("a recorded pass can be differentiated once; cuda_graphs=False allows more")
         ctx.recording.replay_backward(grad)
         ctx.user = None
         return None, None, None, None
@@ -218,10 +286,11 @@ class _RecordedForward:
         self.transformer = transformer
         self.causal = causal
         self.original = transformer.forward
-        self.stream = cuda.Stream()  # type: ignore[no-untyped-call]
+        self.stream = cuda.Stream(transformer.device)  # type: ignore[no-untyped-call]
         self.anchor = torch.zeros((), requires_grad=True, device=transformer.device)
         self.slots: list[_Slot] = []
         self.seen: dict[Any, int] = {}  # shapes, and the bytes that their activations took
+        self.refused: set[Any] = set()  # shapes for which there was no memory
         self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +314,7 @@ class _RecordedForward:
                 states: Tensor = _Replay.apply(self.anchor, recording, inputs, user)  # type: ignore[no-untyped-call]
             else:
                 before = cuda.memory_allocated()
-                states, keep = self.states(inputs, given), [user]
+                states, keep = self._plain(inputs, given), [user]
                 states.register_hook(lambda gradient: keep.clear())  # type: ignore[no-untyped-call]
                 self.seen[key] = cuda.memory_allocated() - before
         states = states[:texts, :tokens]
@@ -259,6 +328,26 @@ class _RecordedForward:
             states: Tensor = self.original(**inputs, **given).last_hidden_state
         return states
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained now."""
+        return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+
+    def _plain(self, inputs: dict[str, Tensor], given: dict[str, Any]) -> Tensor:
+        """The states of a pass that is not recorded; recordings give their memory to it if there is too little."""
+        try:
+            return self.states(inputs, given)
+        except torch.OutOfMemoryError:
+            if not any(slot.recordings for slot in self.slots):
+                raise
+        self._stop("there is too little memory for them")
+        return self.states(inputs, given)
+
+    def _stop(self, why: object) -> None:
+        logger.info("no CUDA graphs from here on: %s", why)
+        self.failed, self.slots = True, []
+        gc.collect()
+        cuda.empty_cache()
+
     def _takes(self, inputs: dict[str, Tensor], given: dict[str, Any]) -> bool:
         """Whether this is a training pass over tokens that gives the last layer's states."""
         ids = inputs.get("input_ids")
@@ -270,6 +359,8 @@ class _RecordedForward:
             and {"input_ids", "attention_mask"} <= inputs.keys() <= _TAKEN
             and all(value is None or value is (name == "return_dict") for name, value in given.items())
             and not self.transformer.training
+            and not getattr(self.transformer.config, "output_hidden_states", False)  # losses switch it on
+            and any(parameter.requires_grad for parameter in self.transformer.parameters())
             and not any(map(_is_special, self.transformer.modules()))
         )
 
@@ -295,32 +386,36 @@ class _RecordedForward:
 
     def _recording(self, slot: _Slot, key: Any, inputs: dict[str, Tensor], given: dict[str, Any]) -> _Recording | None:
         """That of a slot and a shape, made where the shape was seen before."""
-        if key in slot.recordings and slot.recordings[key].reads_current_weights():
-            return slot.recordings[key]
+        known = slot.recordings.get(key)
+        if known is not None and known.trains(self.trained()):
+            return known
         slot.recordings.pop(key, None)
         full = sum(len(slot.recordings) for slot in self.slots) >= _MOST
-        if key not in self.seen or full or _free_bytes() < _ROOM * self.seen[key]:
+        if key not in self.seen or key in self.refused or full:
             return None
+        cuda.empty_cache()
+        if cuda.mem_get_info()[0] < _ROOM * self.seen[key]:
+            self.refused.add(key)
+            return None
+        stream = cuda.current_stream()
         try:
-            slot.recordings[key] = _Recording(self, inputs, given, slot.pool)
+            with _LOCK:
+                slot.recordings[key] = _Recording(self, inputs, given, slot.pool)
         except RuntimeError as error:
-            self.failed = True
-            logger.info("no CUDA graphs from here on: %s", error)
-            cuda.empty_cache()
-        return slot.recordings.get(key)
+            cuda.set_stream(stream)  # a recording that breaks leaves its own
+            self._stop(error)
+            return None
+        return slot.recordings[key]
 
 
 def _is_special(module: nn.Module) -> bool:
     """Whether a module's passes differ from each other, or somebody wants to see each of them."""
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
     return bool(
         (isinstance(module, nn.Dropout) and module.training and module.p)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters)
     )
-
-
-def _free_bytes() -> int:
-    """Memory of the GPU that nothing uses, what torch keeps for itself included."""
-    return int(cuda.mem_get_info()[0] + cuda.memory_reserved() - cuda.memory_allocated())

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Families of transformers' decoders whose layers are computed like Llama's."""
 _ROPE = "apply_rotary_pos_emb"
-_thread = threading.local()
+_LOCK = threading.Lock()
+_training = 0  # models in training, in all threads: autograd computes layers again in threads of its own
 
 
 @contextmanager
@@ -40,18 +41,26 @@ def fused_decoder(model: nn.Module) -> Iterator[int]:
     replaced = {m: new for m in model.modules() if on_gpu and "forward" not in m.__dict__ and (new := _fused(m))}
     for module, forward in replaced.items():
         module.forward = types.MethodType(forward, module)
-    _thread.active = on_gpu
+    _count(on_gpu)
     try:
         yield len(replaced)
     finally:
-        _thread.active = False
+        _count(-on_gpu)
         for module in replaced:
             del module.forward
+
+
+def _count(change: int) -> None:
+    global _training
+    with _LOCK:
+        _training += change
 
 
 def _fused(module: nn.Module) -> Callable[..., Any] | None:
     """The forward pass to use instead of a module's own, or None."""
     kind = type(module).__name__
+    if not type(module).__module__.startswith("transformers.models."):
+        return None
     if kind in {f"{family}RMSNorm" for family in FAMILIES}:
         return _norm
     if kind in {f"{family}Attention" for family in FAMILIES}:
@@ -78,7 +87,8 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
         result: Tensor = type(self).forward(self, hidden_states)
         return result
     weight = self.weight.to(hidden_states.dtype)
-    return F.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, self.variance_epsilon)
+    with torch.autocast(hidden_states.device.type, enabled=False):  # which would return float32; sums are in any case
+        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, self.variance_epsilon)
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
@@ -91,7 +101,7 @@ def _mlp(self: Any, x: Tensor) -> Tensor:
 
 
 def _fuse_rotary_embedding(modeling: types.ModuleType) -> None:
-    """Replace the function of a module of transformers by one that is Liger's in this thread's training passes.
+    """Replace the function of a module of transformers by one that is Liger's in training passes on a GPU.
 
     It stays replaced, because another thread may train at the same time.
     """
@@ -101,7 +111,7 @@ def _fuse_rotary_embedding(modeling: types.ModuleType) -> None:
     fused = liger[0].apply
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        training = getattr(_thread, "active", False) and q.is_cuda and not torch.is_inference_mode_enabled()
+        training = _training and q.is_cuda and not torch.is_inference_mode_enabled()
         result: tuple[Tensor, Tensor] = (fused if training else own)(q, k, cos, sin, *args, **kwargs)
         return result
 

@@ -139,6 +139,7 @@ class _FrozenLinear:
         self.linear = linear
         self.dtype = linear.weight.dtype
         self.casts: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+        self.biases: dict[torch.dtype, Tensor | None] = {}  # kept in `restore`, because a recorded pass reads them
 
     def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, cast once per dtype."""
@@ -146,7 +147,9 @@ class _FrozenLinear:
             weight, bias = self.linear.weight, self.linear.bias
             with torch.inference_mode(False):  # the first forward pass may be an evaluation's
                 cast = weight.detach().to(dtype)
-                self.casts[dtype] = (cast, None if bias is None else bias.detach().to(dtype))
+                if dtype not in self.biases:
+                    self.biases[dtype] = None if bias is None else bias.detach().to(dtype)
+                self.casts[dtype] = (cast, self.biases[dtype])
                 if dtype != weight.dtype and torch.equal(cast.to(weight.dtype), weight.detach()):
                     weight.data = cast
         return self.casts[dtype]

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers.models.bert.modeling_bert import BertLayer
 
 from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.models.kernels import cuda_graphs as module
@@ -109,7 +110,10 @@ def apart(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in one) / scale
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in {"bert", "qwen3", "mistral"} else pytest.param(n, marks=pytest.mark.extended) for n in ARCHITECTURES],
+)
 def test_recorded_passes_train_like_others(name, tmp_path, recordings):
     model = ARCHITECTURES[name].make(tmp_path / "base")
     graphs = trained(model, tmp_path / "graphs", trust_remote_code=True)
@@ -216,9 +220,82 @@ def test_what_cannot_be_recorded_is_computed_as_always(tmp_path, recordings, mon
     assert apart(found, trained(model, tmp_path / "b", graphs=False)) < 1e-3
 
 
+def test_a_pass_that_reads_a_number_is_not_recorded(tmp_path, recordings, monkeypatch, caplog):
+    own = BertLayer.forward
+
+    def reading(self, hidden_states, *args, **kwargs):
+        assert float(hidden_states.sum()) < 1e9
+        return own(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(BertLayer, "forward", reading)
+    with caplog.at_level("INFO", module.__name__):
+        trained(ARCHITECTURES["bert"].make(tmp_path / "base"), tmp_path / "a")
+    assert not recordings
+    assert len(caplog.records) == 1, "it is not tried again"
+    assert "aten._local_scalar_dense.default cannot be recorded" in caplog.text
+
+
+def test_other_parameters_are_recorded_anew(tmp_path, recordings):
+    model = load("bert", tmp_path)
+    layer = model.transformers_model.encoder.layer[1].output.dense
+
+    def step():
+        model.zero_grad()
+        model(model.preprocess(TEXTS))["sentence_embedding"][0, :5].sum().backward()
+
+    step()
+    expected = layer.weight.grad.clone()
+    with cuda_graphs(model):
+        for _ in range(3):
+            step()
+        assert len(recordings) == 1
+        layer.bias.requires_grad_(False)
+        layer.weight.data = layer.weight.data.clone()  # elsewhere in memory
+        step()
+        assert len(recordings) == 2
+        assert layer.bias.grad is None
+        assert torch.allclose(layer.weight.grad, expected, atol=1e-6)
+        model.requires_grad_(False)
+        assert not model(model.preprocess(TEXTS))["sentence_embedding"].requires_grad
+    assert float(expected.abs().max()) > 1e-3
+
+
+def test_a_recorded_pass_is_differentiated_once(tmp_path, recordings):
+    model = load("bert", tmp_path)
+    with cuda_graphs(model):
+        for _ in range(2):
+            embeddings = model(model.preprocess(TEXTS))["sentence_embedding"]
+            embeddings.sum().backward(retain_graph=True)
+        assert len(recordings) == 1
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            embeddings.sum().backward()
+
+
+def test_a_pass_without_memory_takes_that_of_the_recordings(tmp_path, recordings, monkeypatch, caplog):
+    model = load("bert", tmp_path)
+    with cuda_graphs(model), caplog.at_level("INFO", module.__name__):
+        for _ in range(2):
+            model(model.preprocess(TEXTS))["sentence_embedding"].sum().backward()
+        forward = model.transformers_model.forward
+        own, calls = forward.original, []
+
+        def full_at_first(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return own(*args, **kwargs)
+
+        forward.original = full_at_first
+        longer = [" ".join(TEXTS * 3)]
+        assert model(model.preprocess(longer))["sentence_embedding"].requires_grad
+        assert len(calls) == 2
+        assert not forward.slots
+    assert "too little memory" in caplog.text
+
+
 def test_little_memory_is_left_to_other_passes(tmp_path, recordings, monkeypatch):
     taken = iter(range(0, 10**12, 10**9))
     monkeypatch.setattr(module.cuda, "memory_allocated", lambda: next(taken))  # 1 GB more at each call
-    monkeypatch.setattr(module, "_free_bytes", lambda: 2 * 10**9)
+    monkeypatch.setattr(module.cuda, "mem_get_info", lambda: (2 * 10**9, 10**10))
     trained(ARCHITECTURES["bert"].make(tmp_path / "base"), tmp_path / "a")
     assert not recordings
