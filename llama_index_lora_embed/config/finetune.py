@@ -117,7 +117,6 @@ class Preset:
     """What `preset` sets, by the fields' own names."""
 
     epochs: int = TrainingSettings().epochs
-    learning_rate: float = TrainingSettings().learning_rate
     batch_size: int | Literal["auto"] = TrainingSettings().batch_size
     lora_layers: float = TrainingSettings().lora_layers
     window: int | Literal["auto"] | None = DEFAULT_WINDOW
@@ -125,9 +124,9 @@ class Preset:
 
 
 PRESETS = {
-    "fast": Preset(epochs=2, learning_rate=1e-3, batch_size=32, lora_layers=0.5, window=None),
+    "fast": Preset(epochs=2, batch_size=32, lora_layers=0.5, window=None),
     "balanced": Preset(),
-    "best": Preset(epochs=8, learning_rate=1e-3, val_fraction=0.05),
+    "best": Preset(epochs=8, val_fraction=0.05),
 }
 """Presets by name; "balanced" is the defaults (benchmarks/README.md, "Experiments on quality")."""
 

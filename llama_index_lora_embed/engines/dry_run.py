@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llama_index_lora_embed.config import DISTILLED, FinetuneConfig, ObjectiveSettings
 from llama_index_lora_embed.data import EmbeddingQAFinetuneDataset
 from llama_index_lora_embed.engines.run import FinetuneRun, run_of
+from llama_index_lora_embed.engines.starting_model import as_decided
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -103,7 +104,8 @@ def dry_run(config: FinetuneConfig, *, seconds: float = 1.0, **objects: Any) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the result says it
         run = run_of(config, **objects)
-        model, *_ = run.load()
+        model, _, parent, _ = run.load()
+        run = replace(run, config=as_decided(run.config, model, parent))
         dataset, settings = run.dataset, run.config.training
         groups = make_groups(dataset, run.config.data.use_all_docs) if dataset.kind == "queries" else []
         truncation = set_length(model, dataset, groups, settings)

@@ -56,8 +56,8 @@ class LoraFinetuneEngine:
 
     It takes the arguments of llama-index-finetuning's `SentenceTransformersFinetuneEngine` in the same order, and turns
     them into a `FinetuneConfig`, which documents every one of them under the same name. Two defaults differ from the
-    old engine's: `batch_size` is 64 (was 10: the other passages of a batch are the negatives), `epochs` is 3 (was 2).
-    Without a `val_dataset` a tenth of the queries is held out.
+    old engine's: `batch_size` is 64 (was 10: the other passages of a batch are the negatives), `epochs` is 5, or 3 in
+    windows (was 2). Without a `val_dataset` a tenth of the queries is held out.
 
     Tuning both sides gained most, with 100 and 300 labels of medquad queries alone. Where an index must keep its
     vectors, `EmbeddingAdapterFinetuneEngine` takes seconds; `tune="query"` gained a little more with up to 1,000

@@ -29,7 +29,7 @@ from llama_index_lora_embed.data.readers.nodes import read_nodes
 from llama_index_lora_embed.data.training_data import TrainingData, from_huggingface, hold_out, read_training_data
 from llama_index_lora_embed.engines.generate import generators_of, journal_of, queries_for
 from llama_index_lora_embed.engines.result import FinetuneResult, write_run
-from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel
+from llama_index_lora_embed.engines.starting_model import Loaded, StartingModel, as_decided
 from llama_index_lora_embed.engines.teacher import query_teacher_of, teacher_of
 from llama_index_lora_embed.engines.validation import check_device, check_loss, check_run
 
@@ -313,20 +313,18 @@ class FinetuneRun:
     ) -> FinetuneResult:
         from llama_index_lora_embed.engines.evaluator import StepEvaluator, default_metric
         from llama_index_lora_embed.engines.run_verdict import RunVerdict
-        from llama_index_lora_embed.models.windows import window_of
         from llama_index_lora_embed.training import distributed
         from llama_index_lora_embed.training.checkpointing.resume import lora_fields, record
         from llama_index_lora_embed.training.checkpointing.selection import CheckpointSelection
         from llama_index_lora_embed.training.efficiency.quantization import onto_full_precision
         from llama_index_lora_embed.training.iterative_mining import train_with_mining
 
-        config = arguments.config
-        settings, val = config.training, self.val_dataset
-        query_side = settings.tune == "query"
+        config, val = arguments.config, self.val_dataset
+        query_side = config.training.tune == "query"
         teacher = None if query_side else teacher_of(config, self.teacher)
         model, base, parent, installed = load()
-        if config.base.window == "auto":  # the decision is what checkpoints and the manifest record
-            config = config.replace(base=config.base.replace(window=None if parent else window_of(model)))
+        config = as_decided(config, model, parent)
+        settings = config.training
         start = StartingModel(config)
         lora_config = self._lora_config()
         if lora_config is not None:  # with peft's defaults left out, whoever wrote them

@@ -25,6 +25,21 @@ Loaded: TypeAlias = "tuple[SentenceTransformer, BaseInfo, dict[str, Any] | None,
 """A model, its base, path and fingerprint of the adapter that is continued, if any, and the model as installed."""
 
 
+def as_decided(config: FinetuneConfig, model: SentenceTransformer, parent: Any = None) -> FinetuneConfig:
+    """A configuration with what its loaded model decided: windows, and the training defaults that go with them.
+
+    Checkpoints and the manifest record it. A `parent`, which is trained further, keeps its own windows.
+    """
+    from llama_index_lora_embed.models.windows import window_of
+
+    window = window_of(model)
+    if config.base.window == "auto":
+        config = config.replace(base=config.base.replace(window=None if parent else window))
+    if window is not None and config.preset == "balanced":
+        config = config.replace(training=config.training.for_windows())
+    return config
+
+
 @dataclass(frozen=True)
 class StartingModel:
     """What training starts from, as `config.base` names it."""

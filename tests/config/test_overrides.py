@@ -11,7 +11,7 @@ def test_every_field_has_a_kind_a_description_and_a_name_that_from_arguments_tak
     fields = {field.path: field for field in config_fields()}
     assert all(field.kind and field.description for field in fields.values())
     assert fields["training.epochs"].name == "epochs"
-    assert fields["training.epochs"].default == "3"
+    assert fields["training.epochs"].default == "5"
     assert fields["training.batch_size"].kind == "integer|auto"
     assert fields["data.filters.max_copied"].name == "filters.max_copied"
     assert fields["mining.rounds"].group == "mining"

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from sentence_transformers.sentence_transformer import losses
 
-from llama_index_lora_embed import FinetuneConfig, LabelledPairs, LoraEmbedding, evaluate_retrieval
+from llama_index_lora_embed import FinetuneConfig, LabelledPairs, LoraEmbedding, evaluate_retrieval, run_finetune
 from llama_index_lora_embed.engines.doctor import examine
 from llama_index_lora_embed.engines.dry_run import dry_run
 from llama_index_lora_embed.engines.run import prepare
+from llama_index_lora_embed.engines.starting_model import as_decided
 from llama_index_lora_embed.models.adapter_directory import Manifest
 from llama_index_lora_embed.models.windows import window_of
 from tests.conftest import make_dataset, make_engine
@@ -114,3 +115,42 @@ def test_nothing_is_decided_where_the_user_has_fixed_the_reading_or_windows_were
 ):
     assert window_of(loaded(tiny_model, tmp_path)) == 64
     assert window_of(loaded(tiny_model, tmp_path, **arguments)) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (3, 1.5e-3)),
+        ({"window": 64}, (3, 1.5e-3)),
+        ({"batch_size": 8}, (3, 1.5e-3)),
+        ({"window": None}, (5, 1e-3)),
+        ({"epochs": 5}, (5, 1e-3)),
+        ({"learning_rate": 1e-4}, (5, 1e-4)),
+        ({"preset": "best"}, (8, 1e-3)),
+        ({"preset": "fast"}, (2, 1e-3)),
+    ],
+)
+def test_runs_in_windows_have_fewer_epochs_unless_something_is_given(given, expected, tiny_model, tmp_path):
+    many = long_passages("last", passages=201, words=90)
+    config = {"model_id": tiny_model, "model_output_path": str(tmp_path / "x"), "val_fraction": 0.0, "device": "cpu"}
+    prepared = prepare({**config, **given}, many, None)
+    model, _, parent, _ = prepared.load()
+    training = as_decided(prepared.config, model, parent).training
+    assert (training.epochs, training.learning_rate) == expected
+    few = prepare({**config, **given}, LONG, None)
+    small = as_decided(few.config, model, parent).training
+    defaults = few.config.training
+    assert (small.epochs, small.learning_rate) == (defaults.epochs, defaults.learning_rate), "fewer than 200 passages"
+
+
+def test_the_run_and_its_dry_run_take_the_fewer_epochs(tiny_model, tmp_path):
+    many = long_passages("last", passages=201, words=90)
+    arguments = {"model_id": tiny_model, "model_output_path": str(tmp_path / "x"), "val_fraction": 0.0, "device": "cpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        said = dry_run(FinetuneConfig.from_arguments(**arguments), dataset=many, seconds=0.1)
+        config = FinetuneConfig.from_arguments(**arguments, show_progress_bar=False)
+        result = run_finetune(config, dataset=many)
+    assert (said.trial.steps, result.steps) == (12, 12)  # three epochs of four batches of up to 64
+    manifest = Manifest.read(Path(result.adapter_path))
+    assert (manifest.settings["epochs"], manifest.settings["learning_rate"]) == (3, 1.5e-3)
