@@ -23,13 +23,10 @@ from torch import Tensor, cuda, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import import_utils
 
-from llama_index_lora_embed.models.kernels.attention import NAME
-from llama_index_lora_embed.models.kernels.decoders import FAMILIES
+from llama_index_lora_embed.models.kernels.causal import causal_attention, is_causal, moved_to_start
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -74,48 +71,6 @@ def cuda_graphs(model: SentenceTransformer) -> Iterator[bool]:
     finally:
         del transformer.forward
         cuda.empty_cache()
-
-
-def is_causal(transformer: nn.Module, tokens: int | None) -> bool:
-    """Whether every layer lets a token of a text of so many tokens see all earlier ones, and no later one."""
-    config: Any = transformer.config
-    attention = [module.is_causal for module in transformer.modules() if hasattr(module, "is_causal")]
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return (
-        type(transformer).__module__.startswith("transformers.models.")
-        and type(transformer).__name__ in {f"{family}Model" for family in FAMILIES}
-        and config._attn_implementation in {"sdpa", NAME}
-        and all(attention)
-        and getattr(config, "is_causal", True) is not False
-        and not getattr(config, "use_bidirectional_attention", False)
-        and (window is None or (tokens is not None and tokens <= window))
-    )
-
-
-def moved_to_start(mask: Tensor) -> Tensor:
-    """Which token of a text comes at each place, int [texts, tokens], so that padding comes last."""
-    return mask.bool().logical_not().long().argsort(dim=1, stable=True)
-
-
-@contextmanager
-def causal_attention(config: Any) -> Iterator[None]:
-    """Within it, attention of a model with this configuration is causal, and knows no padding."""
-    before = config._attn_implementation
-    config._attn_implementation = _CAUSAL
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    kept = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
-    return sdpa_attention_forward(module, query, key, value, None, is_causal=True, **kept)
-
-
-# transformers makes no mask for an attention that has none registered
-_CAUSAL = "lora_embed_causal"
-AttentionInterface.register(_CAUSAL, _attention)
 
 
 class _User:
@@ -315,7 +270,8 @@ class _RecordedForward:
             else:
                 before = cuda.memory_allocated()
                 states, keep = self._plain(inputs, given), [user]
-                states.register_hook(lambda gradient: keep.clear())  # type: ignore[no-untyped-call]
+                if states.requires_grad:
+                    states.register_hook(lambda gradient: keep.clear())  # type: ignore[no-untyped-call]
                 self.seen[key] = cuda.memory_allocated() - before
         states = states[:texts, :tokens]
         if order is not None:

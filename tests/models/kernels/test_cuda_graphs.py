@@ -10,12 +10,8 @@ from transformers.models.bert.modeling_bert import BertLayer
 from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.models.kernels import cuda_graphs as module
 from llama_index_lora_embed.models.kernels.attention import blocked_attention
-from llama_index_lora_embed.models.kernels.cuda_graphs import (
-    causal_attention,
-    cuda_graphs,
-    is_causal,
-    moved_to_start,
-)
+from llama_index_lora_embed.models.kernels.causal import causal_attention, is_causal, moved_to_start
+from llama_index_lora_embed.models.kernels.cuda_graphs import cuda_graphs
 from tests.architectures import ARCHITECTURES
 from tests.conftest import make_engine
 from tests.helpers.cuda_emulation import emulated
