@@ -61,7 +61,10 @@ def wide_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_adapter(str(base), path / "adapter", 1)
 
 
-@pytest.mark.parametrize("kind", ["loaded", "inherited", "pickled", "pipeline"])
+@pytest.mark.parametrize(
+    "kind",
+    ["loaded", "pipeline", *(pytest.param(k, marks=pytest.mark.extended) for k in ("inherited", "pickled"))],
+)
 def test_forked_workers_embed_like_the_parent_process_that_has_embedded(kind, wide_adapter, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), str(wide_adapter), kind]

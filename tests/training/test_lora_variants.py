@@ -146,7 +146,7 @@ class PullThePlug(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["all biases", "dora", "whole modules"])
+@pytest.mark.parametrize("name", [pytest.param("all biases", marks=pytest.mark.extended), "dora", "whole modules"])
 def test_a_stopped_run_of_a_variant_ends_like_an_uninterrupted_one(bases, tmp_path, monkeypatch, name):
     lora_config = config(**VARIANTS[name])
     saving = {"save_checkpoints": True, "checkpoint_save_steps": 3}

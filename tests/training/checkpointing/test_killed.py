@@ -72,6 +72,7 @@ def test_twenty_kills_at_random_moments_end_with_the_adapter_of_a_calm_run(tiny_
     assert not [name for name in left if name.startswith(f".{path.name}.staging")][3:], "killed writes may leave few"
 
 
+@pytest.mark.extended
 def test_a_teachers_scores_outlive_a_kill_and_the_adapter_is_that_of_a_calm_run(
     tiny_model, cross_encoder, tmp_path, order
 ):
