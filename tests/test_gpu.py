@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
 
 from llama_index_lora_embed import LoraEmbedding, evaluate_retrieval
 from llama_index_lora_embed.config import ObjectiveSettings
 from llama_index_lora_embed.core.errors import DeviceMemoryError
-from llama_index_lora_embed.models.kernels import cuda_graphs
 from tests.architectures import ARCHITECTURES, qwen3
 from tests.conftest import make_dataset, make_engine
+from tests.helpers.cuda_emulation import noted
+from tests.helpers.training import apart, signal_in, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,6 @@ def test_a_stopped_run_resumes_on_a_gpu(tiny_model, tmp_path, monkeypatch):
     import signal
 
     from llama_index_lora_embed.training.trainer import LoraTrainer
-    from tests.helpers.training import signal_in
 
     signal_in(monkeypatch, LoraTrainer, "training_step", signal.SIGINT, 7)
     with pytest.raises(KeyboardInterrupt):
@@ -97,36 +96,17 @@ def test_batch_size_auto_finds_what_fits(minilm, tmp_path, little_memory, caplog
 @pytest.fixture
 def recordings(monkeypatch):
     """The CUDA graphs that are recorded."""
-    made = []
-
-    def noting(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        made.append(self)
-
-    original = cuda_graphs._Recording.__init__
-    monkeypatch.setattr(cuda_graphs._Recording, "__init__", noting)
-    return made
-
-
-def weights(path):
-    return load_file(path / "adapter_model.safetensors")
+    return noted(monkeypatch)
 
 
 def trained(model, path, **kwargs):
-    """Weights after the last step, and the losses."""
+    """Weights after the last step."""
     arguments = {
         name: kwargs.pop(name) for name in ("gradient_accumulation_steps", "gradient_checkpointing") if name in kwargs
     }
     made = engine(model, path, precision="fp32", val_fraction=0, val_dataset=None, learning_rate=1e-3, **kwargs)
     made.finetune(logging_steps=1, **arguments)
     return weights(path)
-
-
-def apart(one, other):
-    """The largest difference of two adapters' weights, relative to the largest weight."""
-    assert one.keys() == other.keys()
-    scale = max(float(weight.abs().max()) for weight in other.values())
-    return max(float((one[name] - other[name]).abs().max()) for name in one) / scale
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

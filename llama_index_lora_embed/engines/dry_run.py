@@ -65,7 +65,7 @@ class DryRun:
             trial = self.trial
             lines.append(
                 f"steps: {trial.steps} of {trial.batch_size}, {trial.steps_per_epoch} per epoch; "
-                f"{trial.step_seconds:.2f} s each in {trial.precision} on {self.device} (mean of {trial.tried - 1})"
+                f"{trial.step_seconds:.2f} s each in {trial.precision} on {self.device} (mean of {trial.counted})"
             )
             memory = "not known" if trial.memory_mb is None else f"{trial.memory_mb:,.0f} MB so far"
             lines.append(f"memory: {memory}")

@@ -35,8 +35,9 @@ class Trial:
         steps: Steps of the whole run.
         steps_per_epoch: Of one pass over the data.
         batch_size: Passages or examples of a step.
-        step_seconds: Mean wall time of the steps that were tried, without the first one.
+        step_seconds: Mean wall time of a step.
         tried: Number of steps that were tried.
+        counted: Of these, those that `step_seconds` is the mean of.
         precision: "bf16" or "fp32".
         memory_mb: Highest memory so far: of the device, or on a CPU of this process, its libraries included; None where
             that is not known.
@@ -47,6 +48,7 @@ class Trial:
     batch_size: int
     step_seconds: float
     tried: int
+    counted: int
     precision: str
     memory_mb: float | None
 
@@ -111,7 +113,15 @@ def try_steps(
             if len(times) > 1 and sum(times) >= seconds:
                 break
         model.zero_grad(set_to_none=True)
-    counted = times[2:] or times[1:]  # the first one compiles kernels, the second records CUDA graphs
+    # the first one compiles kernels, and on a GPU the second records CUDA graphs
+    counted = (times[2:] if model.device.type == "cuda" else []) or times[1:]
     return Trial(
-        steps, len(loader), size, sum(counted) / len(counted), len(times), precision, highest_memory_mb(model.device)
+        steps=steps,
+        steps_per_epoch=len(loader),
+        batch_size=size,
+        step_seconds=sum(counted) / len(counted),
+        tried=len(times),
+        counted=len(counted),
+        precision=precision,
+        memory_mb=highest_memory_mb(model.device),
     )

@@ -1,4 +1,7 @@
-"""CUDA graphs on a processor: operations are noted while recording, and computed again into the same memory."""
+"""Recordings of CUDA graphs in tests: noting them, and making them on a processor.
+
+There operations are noted while recording, and computed again into the same memory.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from llama_index_lora_embed.models.kernels import cuda_graphs
 
 
 class Graph:
@@ -68,3 +73,16 @@ def emulated() -> SimpleNamespace:
         memory_allocated=lambda: 0,
         mem_get_info=lambda: (1 << 30, 1 << 30),
     )
+
+
+def noted(monkeypatch: Any) -> list[Any]:
+    """The list of recordings that are made from now on."""
+    made: list[Any] = []
+    original = cuda_graphs._Recording.__init__
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(cuda_graphs._Recording, "__init__", noting)
+    return made

@@ -22,6 +22,13 @@ def weights(path):
     return load_file(Path(path) / "adapter_model.safetensors")
 
 
+def apart(one, other):
+    """The largest difference of two adapters' weights, relative to the largest weight."""
+    assert one.keys() == other.keys()
+    scale = max(float(weight.abs().max()) for weight in other.values())
+    return max(float((one[name] - other[name]).abs().max()) for name in one) / scale
+
+
 def signal_in(monkeypatch, owner, name, number, call, times=1):
     """Send this process a signal at the end of the nth call of a method."""
     original, calls = getattr(owner, name), [0]

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llama_index_lora_embed.models.kernels.attention import NAME
-from llama_index_lora_embed.models.kernels.decoders import FAMILIES
+from llama_index_lora_embed.models.kernels.decoders import is_part
 
 # transformers makes no mask for an attention that has none registered
 _CAUSAL = "lora_embed_causal"
@@ -27,8 +27,7 @@ def is_causal(transformer: nn.Module, tokens: int | None) -> bool:
     attention = [module.is_causal for module in transformer.modules() if hasattr(module, "is_causal")]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return (
-        type(transformer).__module__.startswith("transformers.models.")
-        and type(transformer).__name__ in {f"{family}Model" for family in FAMILIES}
+        is_part(transformer, "Model")
         and config._attn_implementation in {"sdpa", NAME}
         and all(attention)
         and getattr(config, "is_causal", True) is not False

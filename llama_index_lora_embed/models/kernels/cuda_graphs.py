@@ -56,13 +56,14 @@ def cuda_graphs(model: SentenceTransformer) -> Iterator[bool]:
         Whether it was; not on other devices.
     """
     transformer: Any = model.transformers_model
-    read: Any = getattr(model[0], "modality_config", {}).get("text", {}) if len(model) else {}
     if model.device.type != _DEVICE or transformer is None or "forward" in transformer.__dict__:
-        can = False
-    else:  # another output than the last hidden states would be missing
-        can = read.get("method_output_name") == _READ and not getattr(transformer.config, "output_hidden_states", False)
-    causal = can and is_causal(transformer, model.max_seq_length)
-    if not can or (not causal and getattr(model.tokenizer, "padding_side", "right") == "left"):
+        yield False
+        return
+    reads: Any = getattr(model[0], "modality_config", {}).get("text", {})
+    causal = is_causal(transformer, model.max_seq_length)
+    left = getattr(model.tokenizer, "padding_side", "right") == "left"
+    # another output than the last hidden states would be missing
+    if reads.get("method_output_name") != _READ or (left and not causal):
         yield False
         return
     transformer.forward = _RecordedForward(transformer, causal)

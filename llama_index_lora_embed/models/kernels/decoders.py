@@ -50,6 +50,12 @@ def fused_decoder(model: nn.Module) -> Iterator[int]:
             del module.forward
 
 
+def is_part(module: nn.Module, part: str) -> bool:
+    """Whether a module is this part of a decoder of transformers itself: "Model", "Attention", "MLP" or "RMSNorm"."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.models.") and kind.__name__ in {f"{f}{part}" for f in FAMILIES}
+
+
 def _count(change: int) -> None:
     global _training
     with _LOCK:
@@ -58,15 +64,11 @@ def _count(change: int) -> None:
 
 def _fused(module: nn.Module) -> Callable[..., Any] | None:
     """The forward pass to use instead of a module's own, or None."""
-    kind = type(module).__name__
-    if not type(module).__module__.startswith("transformers.models."):
-        return None
-    if kind in {f"{family}RMSNorm" for family in FAMILIES}:
+    if is_part(module, "RMSNorm"):
         return _norm
-    if kind in {f"{family}Attention" for family in FAMILIES}:
+    if is_part(module, "Attention"):
         _fuse_rotary_embedding(sys.modules[type(module).__module__])
-    config: Any = getattr(module, "config", None)
-    if kind in {f"{family}MLP" for family in FAMILIES} and config.hidden_act == "silu" and _liger() is not None:
+    if is_part(module, "MLP") and module.config.hidden_act == "silu" and _liger() is not None:  # type: ignore[union-attr]
         return _mlp
     return None
 

@@ -1,9 +1,11 @@
-"""What CUDA graphs need besides a GPU: causal attention without a mask. tests/test_gpu.py trains with them."""
+"""Training with CUDA graphs, which are emulated on the processor, and causal attention without a mask.
+
+tests/test_gpu.py trains with them on a GPU.
+"""
 
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -14,7 +16,8 @@ from llama_index_lora_embed.models.kernels.causal import causal_attention, is_ca
 from llama_index_lora_embed.models.kernels.cuda_graphs import cuda_graphs
 from tests.architectures import ARCHITECTURES
 from tests.conftest import make_engine
-from tests.helpers.cuda_emulation import emulated
+from tests.helpers.cuda_emulation import emulated, noted
+from tests.helpers.training import apart, weights
 
 TEXTS = ["storm harbour", "storm harbour signal tower coast light", "coast"]
 
@@ -74,17 +77,9 @@ def test_a_processor_has_no_graphs(tmp_path):
 @pytest.fixture
 def recordings(monkeypatch):
     """The processor stands in for a GPU; the recordings that are made."""
-    made = []
-
-    def noting(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        made.append(self)
-
-    original = module._Recording.__init__
     monkeypatch.setattr(module, "cuda", emulated())
     monkeypatch.setattr(module, "_DEVICE", "cpu")
-    monkeypatch.setattr(module._Recording, "__init__", noting)
-    return made
+    return noted(monkeypatch)
 
 
 def trained(model, path, *, graphs=True, accumulation=1, **kwargs):
@@ -96,14 +91,7 @@ def trained(model, path, *, graphs=True, accumulation=1, **kwargs):
     }  # fmt: skip
     engine = make_engine(model, path, **{**settings, "cuda_graphs": graphs, **kwargs})
     engine.finetune(gradient_accumulation_steps=accumulation)
-    return load_file(path / "adapter_model.safetensors")
-
-
-def apart(one, other):
-    """The largest difference of two adapters' weights, relative to the largest weight."""
-    assert one.keys() == other.keys()
-    scale = max(float(weight.abs().max()) for weight in other.values())
-    return max(float((one[name] - other[name]).abs().max()) for name in one) / scale
+    return weights(path)
 
 
 @pytest.mark.parametrize(
