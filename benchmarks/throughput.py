@@ -91,20 +91,24 @@ def products(ours: LoraEmbedding, texts: list[str]) -> list[tuple[tuple[int, ...
     model = ours.backend.own_model()
     transformer: Any = model[0].auto_model
     heads = transformer.config.num_attention_heads
-    layers, found = transformer.config.num_hidden_layers, list[tuple[tuple[int, ...], tuple[int, ...]]]()
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
     def linear(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
         rows = inputs[0].numel() // module.in_features
         found.append(((rows, module.in_features), (module.in_features, module.out_features)))
 
-    def attention(_: Any, inputs: Any, given: dict[str, torch.Tensor]) -> None:
-        texts_in_pass, length = given["input_ids"].shape
+    def attention(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        texts_in_pass, length = inputs[0].shape[:2]
         rows, width = texts_in_pass * heads, transformer.config.hidden_size // heads
         queries, keys, weights = (rows, length, width), (rows, width, length), (rows, length, length)
-        found.extend([(queries, keys), (weights, queries)] * layers)
+        found.extend([(queries, keys), (weights, queries)])
 
     hooks = [each.register_forward_pre_hook(linear) for each in model.modules() if isinstance(each, torch.nn.Linear)]
-    hooks.append(transformer.register_forward_pre_hook(attention, with_kwargs=True))
+    # on the layers themselves: what embeds need not call the transformer as a module
+    queries_of = [each for name, each in model.named_modules() if name.endswith((".query", ".q_proj"))]
+    hooks += [each.register_forward_pre_hook(attention) for each in queries_of]
+    if not queries_of:
+        raise SystemExit("no layer named query or q_proj, so that the products of attention cannot be counted")
     ours.get_text_embedding_batch(texts)
     for hook in hooks:
         hook.remove()
