@@ -91,24 +91,21 @@ def products(ours: LoraEmbedding, texts: list[str]) -> list[tuple[tuple[int, ...
     model = ours.backend.own_model()
     transformer: Any = model[0].auto_model
     heads = transformer.config.num_attention_heads
-    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    layers, found = transformer.config.num_hidden_layers, list[tuple[tuple[int, ...], tuple[int, ...]]]()
 
     def linear(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
         rows = inputs[0].numel() // module.in_features
         found.append(((rows, module.in_features), (module.in_features, module.out_features)))
 
-    def attention(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        texts_in_pass, length = inputs[0].shape[:2]
+    def attention(_: Any, inputs: tuple[dict[str, torch.Tensor], ...]) -> None:
+        texts_in_pass, length = inputs[0]["input_ids"].shape
         rows, width = texts_in_pass * heads, transformer.config.hidden_size // heads
         queries, keys, weights = (rows, length, width), (rows, width, length), (rows, length, length)
-        found.extend([(queries, keys), (weights, queries)])
+        found.extend([(queries, keys), (weights, queries)] * layers)
 
     hooks = [each.register_forward_pre_hook(linear) for each in model.modules() if isinstance(each, torch.nn.Linear)]
-    # on the layers themselves: what embeds need not call the transformer as a module
-    queries_of = [each for name, each in model.named_modules() if name.endswith((".query", ".q_proj"))]
-    hooks += [each.register_forward_pre_hook(attention) for each in queries_of]
-    if not queries_of:
-        raise SystemExit("no layer named query or q_proj, so that the products of attention cannot be counted")
+    # not on the transformer, whose forward sentence-transformers calls without its hooks
+    hooks.append(model[0].register_forward_pre_hook(attention))
     ours.get_text_embedding_batch(texts)
     for hook in hooks:
         hook.remove()
